@@ -49,7 +49,7 @@ def define_flags() -> None:
         "text", "better", requests.TEXTS, "Which texts an image keeps, by score; all: any."
     )
     flags.DEFINE_float("min_score", None, "Leave out texts of a lower cosine similarity.")
-    flags.DEFINE_float("quantile", 0.0, "Leave out this share of the texts, of lowest score.")
+    flags.DEFINE_float("quantile", 0.0, "Leave out this share of what --text chooses, by score.")
     flags.DEFINE_bool("embeddings", False, "Write embeddings of images and texts, float16.")
     flags.DEFINE_integer("batch_size", 16, "Images encoded at a time.", lower_bound=1)
     flags.DEFINE_integer("rows", 0, "Images captioned at a time; 0: 4 x batch_size.", lower_bound=0)
@@ -102,6 +102,14 @@ def _request() -> Request:
     )
 
 
+def _leases_of_others(work: str, own: str) -> list[str]:
+    """The leases, by their names in the folder of a work, of who may do the same shards: not those
+    of jobs that do as many shares. own: the job's, such as 'shard-0-of-4'; '': it does them all."""
+    mine = f"{own[own.index('-of-') :]}.{lease.FILE}" if own else lease.FILE
+    names = [name for name in files.listing(work) if name.endswith(lease.FILE)]
+    return [name for name in names if not (name.endswith(mine) if own else name == mine)]
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command."""
     if len(argv) > 1:
@@ -112,10 +120,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     engine = engines.of_flags()  # a wrong --shard is told before anything is written
     storage.check_writable(request.out, make=False)
-    place = files.join(request.out, "recaption")
-    if engine.share:  # others do theirs at the same time
-        place = files.join(place, f"shard-{engine.share.replace('/', '-of-')}")
-    with lease.alone(place, use="captions into it", flag="--out", beside=bool(engine.share)):
+    work, says = files.join(request.out, "recaption"), dict(use="captions into it", flag="--out")
+    own = f"shard-{engine.share.replace('/', '-of-')}" if engine.share else ""
+    with lease.alone(files.join(work, own) if own else work, beside=bool(own), **says):
+        lease.refuse_held(work, _leases_of_others(work, own), **says)
+        request = whole.as_begun(request)
         jobs = whole.plan(request)
         told = whole.finished(request) or running.run(
             request, jobs, engine, say=cli.say, progress=True
@@ -126,6 +135,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return dict(out=request.out, shards=len(jobs), **told, seconds=seconds)
     if told["collapse"]["warning"]:
         cli.say(f"warning: {told['collapse']['warning']}")
+    if told.get("with_original") == 0 and (field := request.options.text_field):
+        cli.say(f"warning: {request.input}: --text_field={field}: no image has a text in it")
     told = {key: value for key, value in told.items() if key != "request"}
     return dict(out=request.out, **told | dict(shards=len(told["shards"])), seconds=seconds)
 

@@ -11,6 +11,8 @@ from test_search import embed, encoded, tree
 
 from coca_jax.data import files
 from coca_jax.engines import Engine
+from coca_jax.importers import imagefolder
+from coca_jax.importers.items import Options, Unit
 from coca_jax.searching import index, parts, staged
 
 
@@ -94,7 +96,24 @@ def test_a_row_of_a_list_that_names_no_picture_is_said_and_counted(model, folder
     assert rows(model) == ["s/0.png"] and said[:3] == said[3:]
     assert "other.png" in said[0] and "outside the input" in said[0]
     assert "s/up/other.png" in said[1] and "outside the input" in said[1]
-    assert said[2].startswith("skipped s/list.csv#3: missing_image (no column of an image file")
+    assert said[2].startswith("skipped s/list.csv#3: missing_image (its 'filepath' is empty")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "detail"),
+    [
+        ({"filepath": "", "title": "x"}, "", "its 'filepath' is empty"),
+        ({"image": None, "text": "x"}, "", "its 'image' is empty"),
+        ({"foto": "", "text": "x"}, "foto", "its 'foto' is empty"),
+        ({"foto": "", "text": "x"}, "", "no column of an image file; give --image_field=NAME, one"),
+        ({"text": "x"}, "foto", "no column of an image file; give --image_field=NAME, one of text"),
+        ({"image": 7, "text": "x"}, "", "no column of an image file; give --image_field=NAME, one"),
+    ],
+)
+def test_a_row_without_a_picture_says_whether_its_column_is_there(fields, named, detail):
+    found = imagefolder.row(Unit("list.csv"), 3, fields, Options(image_field=named)).item
+    assert (found.key, found.problem) == ("list.csv#3", "missing_image")
+    assert found.detail.startswith(detail)
 
 
 def test_rows_of_a_list_that_an_earlier_index_holds_are_not_found_twice(model, folder):  # noqa: F811

@@ -21,6 +21,7 @@ from coca_jax.importers.items import (
     Options,
     Unit,
     guarded,
+    is_field,
     load_image,
     named_units,
     names,
@@ -363,10 +364,15 @@ def row(
 
 def _located(where: str, folder: str, fields: dict[str, Any], options: Options) -> Located:
     first, _, other = options.image_field.partition(",")
-    name = take(fields, first or formats.image_field(fields), ())
+    usual = (column for column in formats.IMAGE_COLUMNS if column in fields)
+    column = first or formats.image_field(fields) or next(usual, "")
+    is_there = is_field(fields, column)
+    name = take(fields, column, ())
     if not isinstance(name, str) or not name:
         there = ", ".join(sorted(map(str, fields)))
         detail = f"no column of an image file; give --image_field=NAME, one of {there}"
+        if is_there and name in (None, ""):
+            detail = f"its {column!r} is empty"
         return Located(Item(where, problem="missing_image", detail=detail))
     second = fields.pop(other, None) if other else ""
     if other and (not isinstance(second, str) or not second):

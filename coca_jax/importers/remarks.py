@@ -97,7 +97,8 @@ def nothing_usable(
     if set(reasons) != {"missing_text"} or filtered:
         again = [entry for entry in listed if entry["reason"] == "duplicate_key"]
         told = [*again, *listed][:1]  # of an archive out of order the former says what is wrong
-        first = "".join(f"; the first: {one['key']}: {one['detail']}" for one in told)
+        which = "the first quarantined" if filtered else "the first"
+        first = "".join(f"; {which}: {one['key']}: {one['detail']}" for one in told)
         return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
     fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
     there = fields.most_common(1)[0][0]

@@ -68,16 +68,24 @@ def write(request: Request, units: Iterable[Unit], split: str, options: Options)
     sealed_json.write(files.join(request.out, _FILE), told)
 
 
-def check(request: Request) -> None:
-    """Raises ValueError where the input has other files than when the work began, or files of
-    another size; a work of older versions does not know."""
+def check(request: Request, done: bool) -> None:
+    """Compares an input with what it was; a work of older versions does not know.
+
+    done: the work is, and its input may be gone.
+
+    Raises:
+        FileNotFoundError: the input is not there.
+        ValueError: it has other files than when the work began, or files of another size.
+    """
     path = files.join(request.out, _FILE)
     if not files.exists(path):
         return
     before = sealed_json.read(path)["files"]
     try:
         units = shards.importer(request.format).plan(request.input, *kept_split(request))
-    except FileNotFoundError:  # as where it was removed after all was done
+    except FileNotFoundError:
+        if not done:
+            raise
         return
     now = json.loads(json.dumps(_told(units)))
     found = []

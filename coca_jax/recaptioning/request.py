@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from coca_jax.importers.items import Options
@@ -29,8 +28,8 @@ class Request:
         ways: how captions are written, as `way` reads them.
         prompts: how captions begin.
         text: which texts an image keeps, one of TEXTS; see choose.py.
-        min_score: least score of a text that is kept; None: any.
-        quantile: share of the texts, those of the lowest scores, that are left out.
+        min_score: least score of a text that is kept, from -1 to 1; None: any.
+        quantile: share of the texts that `text` chooses, those of the lowest scores, to leave out.
         embeddings: writes them too.
         batch_size: images encoded at a time; rows: captions in flight; part: images between two
             savings, a multiple of batch_size.
@@ -63,8 +62,10 @@ class Request:
             way(text)
         if not 0 <= self.quantile < 1:
             raise ValueError(f"--quantile={self.quantile}: give a share from 0 up to, not with, 1")
-        if self.min_score is not None and not math.isfinite(self.min_score):
-            raise ValueError(f"--min_score={self.min_score}: give a number, a cosine similarity")
+        if self.min_score is not None and not -1 <= self.min_score <= 1:  # nor NaN
+            raise ValueError(
+                f"--min_score={self.min_score}: give a cosine similarity, a number from -1 to 1"
+            )
         if self.rows < self.batch_size:
             raise ValueError(
                 f"--rows={self.rows}: at least --batch_size={self.batch_size}, images that start "

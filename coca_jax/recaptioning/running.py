@@ -32,6 +32,17 @@ def run(
     spent: Counter[str] = Counter()
     left = [job for job in own if not shard.is_captioned(job)]
     if left:
+        if lost := [name for job in left if (name := shard.lost(job))]:
+            say(
+                f"{request.out}: {len(lost)} of its files are gone or have another size, and are "
+                f"written again: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
+            )
+        field = request.options.text_field
+        if field and not shard.first_have_texts(left[0]):  # the end says what all of them have
+            say(
+                f"warning: {request.input}: --text_field={field}: none of the first "
+                f"{shard.LOOKED_AT} images has a text in it"
+            )
         say(f"loading {', '.join(request.checkpoints)}")
         known = [unit.rows for job in left for unit in job.units]
         with bars.Bar(sum(known) if all(known) else None, "images", shown=progress) as bar:

@@ -1,7 +1,7 @@
 """A shard: its captions, kept in parts while they are made, then written whole or not at all.
 
 A part is a JSON file of results that appears whole; a shard goes on after its last part. A shard
-is finished when its account is there, which is written after its file.
+is finished when its account is there, which is written after its file, and that file as well.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from coca_jax.recaptioning import choose, writers
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request
 
+LOOKED_AT = 64  # images, before any is captioned
 _DETAIL = 300  # characters of what is said of an image that cannot be used
 
 
@@ -49,15 +50,39 @@ def is_captioned(job: Job) -> bool:
 
 
 def account(job: Job) -> dict[str, Any] | None:
-    """What was written of a finished shard; None of another."""
+    """What was written of a finished shard; None of another, also where its file is lost."""
+    found = _noted(job)
+    return found if found and not _is_lost(job, found) else None
+
+
+def lost(job: Job) -> str:
+    """The file of a shard that was finished, where it is no longer there or of another size than it
+    had; '' of any other shard."""
+    found = _noted(job)
+    return found["file"] if found and _is_lost(job, found) else ""
+
+
+def _noted(job: Job) -> dict[str, Any] | None:
     path = f"{job.part}.json"
     return sealed_json.read(path) if files.exists(path) else None
+
+
+def _is_lost(job: Job, noted: dict[str, Any]) -> bool:
+    if not noted["count"]:  # it had nothing to write
+        return False
+    path = files.join(posixpath.dirname(job.work), noted["file"])
+    return not files.exists(path) or files.size(path) != noted["bytes"]
 
 
 def selected(job: Job) -> Iterator[tuple[int, Item]]:
     """(number, item) of what the options select of a shard; items with a problem are kept."""
     items = enumerate(shards.read_items(job))
     return (pair for pair in items if not checks.wanted(pair[1], job.options))
+
+
+def first_have_texts(job: Job) -> bool:
+    """Whether any of the first LOOKED_AT images has an original text."""
+    return any(item.texts for _, item in itertools.islice(selected(job), LOOKED_AT))
 
 
 def caption(job: Job, captioner: Captioner, report: Callable[[int], None]) -> None:
@@ -114,9 +139,11 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
         read=sum(part["read"] for part in read),
         quarantined=[one for part in read for one in part["quarantined"]],
         collapse=_figures(read),
+        with_original=sum(bool(one["originals"]) for part in read for one in part["results"]),
         replaced=0,
     )
     by_number = {one["number"]: one for part in read for one in part["results"]}
+    scores: list[float] = []
 
     def examples() -> Iterator[writers.Example]:
         for number, item in selected(job):
@@ -129,6 +156,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
                     f"{item.key}: the input has changed; give another --out"
                 )
             kept = choose.kept(result, request.text, threshold)
+            scores.extend(score for _, score in choose.texts(result, request.text))
             if kept or threshold == float("-inf"):
                 known = {one["text"] for one in result["originals"]}
                 told["replaced"] += bool(kept) and kept[0][0] not in known
@@ -143,6 +171,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
         else:
             os.remove(local)
     told["filtered"] = told["read"] - told["count"] - len(told["quarantined"])
+    told["highest"] = max(scores, default=None)
     sealed_json.write(f"{job.part}.json", told)
     clear(job)
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from coca_jax import out_folder, sealed_json, storage
+from coca_jax import local_files, out_folder, sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
 from coca_jax.importers import asked, metadata, remarks, shards, splits
@@ -28,7 +29,24 @@ from coca_jax.recaptioning import inputs, shard
 from coca_jax.recaptioning.request import Request
 from coca_jax.recaptioning.writers import SUFFIXES
 
-MANIFEST = "recaption.json"
+MANIFEST, QUARANTINE = "recaption.json", "quarantine.jsonl"
+
+
+def as_begun(request: Request) -> Request:
+    """A request whose input and checkpoints are spelled as when its work began, where they are the
+    same: './a', 'a/' and '/here/a' are."""
+    path = files.join(request.out, "recaption/request.json")
+    before = sealed_json.read(path) if files.exists(path) else {}
+    spelled: dict[str, Any] = {}
+    for name in ("input", "checkpoints"):
+        old, new = before.get(name), getattr(request, name)
+        if old is not None and _whole_paths(old) == _whole_paths(new):
+            spelled[name] = old if isinstance(old, str) else tuple(old)
+    return dataclasses.replace(request, **spelled)
+
+
+def _whole_paths(names: str | Sequence[str]) -> list[str]:
+    return [local_files.whole_path(one) for one in ([names] if isinstance(names, str) else names)]
 
 
 def plan(request: Request) -> list[Job]:
@@ -44,7 +62,7 @@ def plan(request: Request) -> list[Job]:
     told = json.loads(json.dumps(request.told()))
     if files.exists(path):
         _refuse_other(request.out, _flat(sealed_json.read(path)), _flat(told))
-        inputs.check(request)
+        inputs.check(request, done=finished(request) is not None)
     elif files.exists(request.out):
         for found in files.listing(request.out):
             if found != "recaption" and not found.startswith("."):
@@ -139,9 +157,11 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         filtered = sum(account["filtered"] for account in known)
         why = {f"below --min_score={request.min_score}": filtered} if filtered else {}
         read = sum(account["read"] for account in known)
-        raise ValueError(remarks.nothing_usable(request.input, read, listed, why))
+        scores = [one["highest"] for one in known if one.get("highest") is not None]
+        highest = f"; the highest score of a text is {max(scores)}" if filtered and scores else ""
+        raise ValueError(remarks.nothing_usable(request.input, read, listed, why) + highest)
     lines = "".join(json.dumps(one, ensure_ascii=False, sort_keys=True) + "\n" for one in listed)
-    storage.write_bytes(files.join(request.out, "quarantine.jsonl"), lines.encode())
+    storage.write_bytes(files.join(request.out, QUARANTINE), lines.encode())
     entries = [
         {key: account[key] for key in ("file", "count", "bytes", "sha256")}
         for account in known
@@ -151,6 +171,8 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
         key: sum(account[key] for account in known)
         for key in ("read", "count", "with_text", "replaced", "filtered")
     }
+    if all("with_original" in account for account in known):  # those of older versions lack it
+        totals["with_original"] = sum(account["with_original"] for account in known)
     told = dict(
         totals,
         quarantined=dict(Counter(one["reason"] for one in listed)),
@@ -206,9 +228,17 @@ def _tidy(request: Request, jobs: Sequence[Job]) -> None:
 
 
 def finished(request: Request) -> dict[str, Any] | None:
-    """What `finish` wrote, or None."""
+    """What `finish` wrote; None also where a file beside it is gone or has another size."""
     path = files.join(request.out, MANIFEST)
-    return sealed_json.read(path) if files.exists(path) else None
+    if not files.exists(path):
+        return None
+    told = sealed_json.read(path)
+    system, plain = files.filesystem(request.out)
+    there = {posixpath.basename(one["name"]): one["size"] for one in system.ls(plain, detail=True)}
+    sizes = {one["file"]: one["bytes"] for one in told["shards"]}
+    beside = [QUARANTINE, *([metadata.MANIFEST] if request.to == "array_record" and sizes else [])]
+    whole = all(there.get(file) == size for file, size in sizes.items())
+    return told if whole and all(name in there for name in beside) else None
 
 
 def _collapse(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ def _parquet(path: str, examples: _Counted) -> None:
     schema = pa.schema(
         dict(
             key=pa.string(),
+            source=pa.string(),
             image=pa.binary(),
             text=pa.list_(pa.string()),
             scores=pa.list_(pa.float32()),
@@ -159,6 +160,7 @@ def _parquet(path: str, examples: _Counted) -> None:
                 dict(
                     one.made(),
                     key=one.key,
+                    source=one.result["key"],
                     image=one.item.image,
                     text=[text for text, _ in one.kept],
                     label=list(one.item.labels),

@@ -9,6 +9,7 @@ dead loses the lease. One that was only asleep finds another's name in the file 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from coca_jax import local_files, processes, storage
@@ -263,6 +264,19 @@ def alone(place: str, *, use: str, flag: str, beside: bool = False) -> Iterator[
         with contextlib.suppress(OSError):  # it holds something
             for one in missing:
                 os.rmdir(one)
+
+
+def refuse_held(folder: str, names: Collection[str], *, use: str, flag: str) -> None:
+    """Raises Held where another process has one of the leases in a folder, given by the names of
+    their files; owners on other machines are watched at the same time. use, flag: as of `Lease`."""
+
+    def look(name: str) -> None:
+        beside = name.removesuffix(FILE).removesuffix(".")
+        place = f"{folder}/{beside}" if beside else folder
+        Lease(place, use=use, flag=flag, beside=bool(beside))._wait_for_the_dead()
+
+    with concurrent.futures.ThreadPoolExecutor(len(names) or 1) as pool:
+        list(pool.map(look, names))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,259 @@
+"""How a work of recaptioning ends, what is told then, and who may work at it."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import tarfile
+
+import pyarrow.parquet as pq
+import pytest
+from test_recaption_inputs import asked, encoded, tars  # noqa: F401
+from test_version_0_1 import flags_of
+
+from coca_jax import recaption, sealed_json
+from coca_jax.data import prepared
+from coca_jax.engines import Engine
+from coca_jax.importers import splits
+from coca_jax.recaptioning import running, shard, whole, writers
+from coca_jax.training import lease
+
+
+class Captioner:
+    """Has a caption for each picture without a model.
+
+    Attributes:
+        made: keys of the pictures that were captioned, by whichever work.
+    """
+
+    made: list[str] = []
+
+    def __init__(self, request):
+        self.request, self.seconds = request, {}
+
+    def checksums(self):
+        return ["0123"]
+
+    def timed(self, what):
+        return contextlib.nullcontext()
+
+    def read(self, item):
+        if item.problem:
+            raise ValueError(f"{item.problem}: {item.detail}")
+        return ()
+
+    def part(self, pictures, look):
+        self.made.extend(one.key for one in pictures)
+        return [
+            dict(
+                number=one.number,
+                key=one.key,
+                captions=[dict(text=f"picture {one.number}", score=0.6, flags=[])],
+                originals=[dict(text=text, score=0.5) for text in one.texts],
+            )
+            for one in pictures
+        ], {}
+
+
+@pytest.fixture(autouse=True)
+def without_a_model(monkeypatch):
+    monkeypatch.setattr(running, "Captioner", Captioner)
+    monkeypatch.setattr(Captioner, "made", [])
+
+
+def tree(root):
+    paths = (path for path in pathlib.Path(root).rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in paths}
+
+
+def do(request, share="", say=lambda line: None):
+    return running.run(request, whole.plan(request), Engine(share=share), say=say, progress=False)
+
+
+def test_a_work_of_which_all_is_filtered_says_so(tars):  # noqa: F811
+    request = asked(min_score=0.9)
+    for job in (jobs := whole.plan(request)):
+        made = [
+            dict(number=n, key=item.key, originals=[dict(text="a", score=0.5)])
+            | dict(captions=[dict(text="b", score=0.6, flags=[])])
+            for n, item in shard.selected(job)
+        ]
+        bad = [dict(key="bad", reason="unreadable_image", detail="no picture")]
+        part = dict(results=made, quarantined=bad, read=3, last=True)
+        sealed_json.write(f"{job.part}/part-00000.json", part)
+    with pytest.raises(ValueError) as told:
+        running.run(request, jobs, Engine(), say=print, progress=False)
+    assert str(told.value) == (
+        "t: none of 6 examples can be used: quarantined {'unreadable_image': 2}, filtered {'below "
+        "--min_score=0.9': 4}; the first quarantined: bad: no picture; the highest score of a text "
+        "is 0.6"
+    )
+
+
+def test_a_second_work_at_one_output_is_refused_and_one_of_another_shard_is_not(tars, monkeypatch):  # noqa: F811
+    flags_of("recaption", monkeypatch)
+    given = ["recaption", "--checkpoint=c", "--input=t", "--out=out"]
+
+    def work(share: str, *beside: str) -> list[str]:
+        """Starts works of shares while one of `share` is under way; those that are let in."""
+        let_in: list[str] = []
+
+        def run(request, jobs, engine, **how):
+            let_in.append(engine.share)
+            for other in beside if len(let_in) == 1 else ():
+                recaption.flags.FLAGS.unparse_flags()
+                recaption.flags.FLAGS([*given, f"--shard={other}"])
+                with contextlib.suppress(lease.Held):
+                    recaption.main(["recaption"])
+            return dict(waiting=1)
+
+        monkeypatch.setattr(running, "run", run)
+        recaption.flags.FLAGS.unparse_flags()
+        recaption.flags.FLAGS([*given, f"--shard={share}"])
+        assert recaption.main(["recaption"])["waiting"] == 1
+        return let_in
+
+    assert work("", "", "") == [""]
+    assert work("0/2", "0/2", "1/2") == ["0/2", "1/2"]
+    assert work("", "0/2", "1/2") == [""]
+    assert work("0/2", "", "1/3", "0/12", "1/2") == ["0/2", "1/2"]
+    assert sorted(os.listdir("out/recaption")) == ["input.json", "plan.json"]
+
+
+def sources_of(to: str, path: str, count: int) -> list[str]:
+    """What each image that was written is in the input."""
+    if to == "parquet":
+        return pq.read_table(path)["source"].to_pylist()
+    if to == "tar":
+        with tarfile.open(path) as tar:
+            told = [tar.extractfile(one).read() for one in tar if one.name.endswith("json")]
+    else:
+        found = prepared.ArrayRecordFiles([path], [count])(range(count))
+        told = [one.extra for one in found]
+    return [json.loads(one)["recaption"]["key"] for one in told]
+
+
+@pytest.mark.parametrize("to", writers.SUFFIXES)
+def test_every_format_says_which_image_of_the_input_each_one_is(tars, to):  # noqa: F811
+    os.mkdir("f")
+    for name in ("b", "a"):
+        (tars.parent / f"f/{name}.png").write_bytes(encoded(ord(name)))
+    of_tars = [["00000.tar/0", "00000.tar/1"], ["00001.tar/0", "00001.tar/1"]]
+    for input, format, wanted in (
+        ("t", "webdataset", of_tars),
+        ("f", "imagefolder", [["a.png", "b.png"]]),
+    ):
+        request = asked(input, f"out-{input}", format, to=to)
+        shards = do(request)["shards"]
+        found = [(os.path.join(request.out, one["file"]), one["count"]) for one in shards]
+        assert [sources_of(to, *one) for one in found] == wanted
+
+
+@pytest.mark.parametrize("to", writers.SUFFIXES)
+def test_a_file_that_was_lost_since_is_written_again(tars, to):  # noqa: F811
+    request = asked(to=to)
+    first, wanted = do(request), tree("out")
+    one, other = (os.path.join("out", shard["file"]) for shard in first["shards"])
+    assert whole.finished(request)["shards"] == first["shards"]
+    del Captioner.made[:]
+    for lost, keys in (
+        ([one], ["00000.tar/0", "00000.tar/1"]),
+        ([other, "out/recaption.json"], ["00001.tar/0", "00001.tar/1"]),
+        (["out/quarantine.jsonl"], []),
+        (["out/manifest.json"] if to == "array_record" else ["out/recaption.json"], []),
+    ):
+        for path in lost:
+            os.remove(path)
+        said = []
+        assert not whole.finished(request) and do(request, say=said.append)["count"] == 4
+        assert tree("out") == wanted and Captioner.made == keys
+        again = (
+            f"1 of its files are gone or have another size, and are written again: {lost[0][4:]}"
+        )
+        assert (said[:1] == [f"out: {again}"]) == bool(keys)
+        del Captioner.made[:]
+    with open(one, "r+b") as file:
+        file.truncate(1000)
+    assert not whole.finished(request)
+    assert do(request, "1/2") | dict(spent={}) == dict(waiting=1, spent={})  # another job's
+    assert Captioner.made == [] and do(request, "0/2")["count"] == 4
+    assert tree("out") == wanted and whole.finished(request)
+
+
+def test_what_was_lost_of_a_work_whose_input_is_gone_is_not_written_empty(tars):  # noqa: F811
+    do(asked())
+    os.rename("t", "elsewhere")
+    whole.plan(asked())
+    wanted = tree("out")
+    os.remove("out/00001.tar")
+    with pytest.raises(FileNotFoundError, match="^t: no such file or folder"):
+        whole.plan(asked())
+    os.rename("elsewhere", "t")
+    do(asked())
+    assert tree("out") == wanted
+
+
+def test_a_field_that_no_image_of_tars_has_is_told_before_and_at_the_end(tars, monkeypatch, capsys):  # noqa: F811
+    with tarfile.open(tars / "00001.tar", "w") as tar:
+        for name, data in (("0.png", encoded(5)), ("0.json", b'{"alt": "red", "title": "x"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    flags_of("recaption", monkeypatch)
+    for field, told in (("alt", 1), ("atl", 0), ("", 1)):
+        for before, input in ((bool(field), "t"), (False, "./t/")):  # again, where all is there
+            recaption.flags.FLAGS.unparse_flags()
+            given = ["--checkpoint=c", f"--out=out-{field}", f"--text_field={field}"]
+            recaption.flags.FLAGS(["recaption", f"--input={input}", *given])
+            assert recaption.main(["recaption"])["with_original"] == told
+            lines = [line for line in capsys.readouterr().err.splitlines() if "text_field" in line]
+            wanted = [f"warning: t: --text_field={field}: none of the first 64 images has a text"]
+            wanted = wanted * before + [f"warning: t: --text_field={field}: no image has"] * (
+                not told
+            )
+            assert [one[: len(start)] for one, start in zip(lines, wanted, strict=True)] == wanted
+
+
+@pytest.mark.parametrize("format", ["webdataset", "csv", "prepared"])
+def test_a_work_goes_on_with_its_paths_in_another_spelling(tars, format):  # noqa: F811
+    input = {"webdataset": "t", "csv": "list.csv", "prepared": "p"}[format]
+    if format != "webdataset":
+        (tars.parent / "0.png").write_bytes(encoded(0))
+        pathlib.Path("list.csv").write_text("image,text\n0.png,red\n")
+    if format == "prepared":
+        splits.prepare("csv", "list.csv", "p", processes=1, progress=False)
+
+    def spelled(input, *checkpoints):
+        request = asked(input, format=format, to="parquet", checkpoints=checkpoints)
+        return whole.as_begun(request)
+
+    do(spelled(input, "runs/a", "b/"))
+    wanted = tree("out")
+    os.remove("out/00000.parquet")
+    os.remove("out/recaption.json")
+    here = os.getcwd()
+    do(spelled(f"{here}/./{input}", "./runs/a/", f"{here}/b"))
+    assert tree("out") == wanted
+    for others in (("other", "runs/a", "b"), (input, "b", "runs/a"), (input, "runs/a")):
+        with pytest.raises(ValueError, match=r"--out=out was begun with (input|checkpoints)="):
+            whole.plan(spelled(*others))
+
+
+def test_an_image_whose_text_is_not_utf8_is_left_out_unless_another_is_taken(tars):  # noqa: F811
+    with tarfile.open(tars / "00001.tar", "w") as tar:
+        for name, data in (
+            ("0.png", encoded(5)),
+            ("0.txt", "caf\u00e9".encode("latin-1")),
+            ("0.json", b'{"alt": "red"}'),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = do(asked())
+    assert (found["count"], found["quarantined"]) == (2, {"bad_utf8": 1})
+    request = asked(out="other")
+    options = dataclasses.replace(request.options, text_field="alt")
+    found = do(dataclasses.replace(request, options=options))
+    assert (found["count"], found["quarantined"], found["with_original"]) == (3, {}, 1)
