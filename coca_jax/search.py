@@ -102,6 +102,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
     parts, inputs = Parts(args.out), [local_files.plain(one) for one in inputs]
+    parts.check()
     given = args.checkpoint
     checkpoint: Any = given or parts.checkpoint
     args.checkpoint = checkpoint

@@ -1,9 +1,14 @@
 """What `search index` makes of its inputs: an index among them, links, texts, paths elsewhere."""
 
+import pathlib
+import shutil
+
 import pyarrow as pa
 import pyarrow.parquet as pq
-from test_index_changes import again, folder  # noqa: F401
+import pytest
+from test_index_changes import again, call, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_search import tree
 
 from coca_jax.data import files, formats
 from coca_jax.engines import Engine
@@ -20,3 +25,24 @@ def test_an_index_in_the_indexed_folder_is_no_part_of_it(model, folder):  # noqa
     assert formats.guess("s") == "imagefolder"  # a job's share, which is not joined yet
     pq.write_table(pa.table(dict(image=[b""], text=["x"])), "s/data.parquet")
     assert files.find("s", ("*.parquet",)) == [str(folder / "data.parquet")]
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "no metadata"])
+def test_what_is_said_of_a_damaged_index_mends_it(model, folder, call, harm):  # noqa: F811
+    again(model, "s")
+    whole, (array, table) = tree("i"), ("i/img_emb/img_emb_0.npy", "i/metadata/metadata_0.parquet")
+    harmed = pathlib.Path(table if harm == "no metadata" else array)
+    harmed.write_bytes(harmed.read_bytes()[:-1])
+    if harm != "cut":
+        harmed.unlink()
+    said = f"{harmed} is {'damaged' if harm == 'cut' else 'missing'}.*; delete metadata_0.parquet"
+    for command, given in (("index", dict(out="i")), ("duplicates", dict(index="i"))):
+        with pytest.raises(ValueError, match=said):
+            call(command, *["s"] * (command == "index"), **given)
+    for path in pathlib.Path("i/metadata").glob("metadata_*.parquet"):
+        path.unlink()
+    assert again(model, "s") == (6, 0, 0, 1, 6) and tree("i") == whole
+    shutil.rmtree("i/metadata")
+    with pytest.raises(FileNotFoundError, match="--index=i: no index there; make it: search index"):
+        call("duplicates", index="i")
+    assert again(model, "s") == (6, 0, 0, 1, 6) and tree("i") == whole

@@ -206,7 +206,7 @@ class Index:
 
     def __init__(self, folder: str):
         place = storage.place(folder)
-        if not (place / "index.json").exists():
+        if not all((place / name).exists() for name in ("index.json", "metadata")):
             begun = (place / STAGED).exists()
             remedy = "join its shards: search index, without --shard" if begun else "search index"
             raise FileNotFoundError(f"--index={folder}: no index there; make it: {remedy}")
