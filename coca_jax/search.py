@@ -95,6 +95,7 @@ def _load(checkpoint: str) -> Any:
 
 
 def _index(inputs: list[str]) -> dict[str, Any]:
+    from coca_jax.importers import remarks
     from coca_jax.searching.parts import Parts
 
     args, engine = flags.FLAGS, engines.of_flags()
@@ -109,7 +110,8 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(checkpoint=checkpoint)
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
-            cli.say(f"{input}: {_told(input, parts)}")
+            for line in (f"{input}: {_told(input, parts)}", *remarks.of_links(input)):
+                cli.say(line)
     storage.check_writable(args.out, make=False)
     apart = engine.name != "local" or engine.share
     cli.say(f"loading {checkpoint}")

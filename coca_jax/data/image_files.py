@@ -29,7 +29,8 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
             if name == path or (image and not files.is_hidden(posixpath.relpath(name, path))):
                 found[name] = None
     if not found:
-        raise ValueError(f"no image in {', '.join(paths) or 'no path'}; give images or folders")
+        links = next(filter(None, map(files.linked_folders, paths)), "give images or folders")
+        raise ValueError(f"no image in {', '.join(paths) or 'no path'}; {links}")
     return list(found)
 
 
