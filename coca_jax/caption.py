@@ -79,6 +79,9 @@ def main(argv: Sequence[str]) -> None:
     for one in named:
         if links := files.linked_folders(one):
             cli.say(f"{one}: {links}")
+    if others := image_files.others(named):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        cli.say(f"left out, being no pictures by their names: {', '.join(others[:3])}{more}")
     owned: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if args.out:
         caption_files.check_name(args.out)

@@ -107,6 +107,23 @@ def test_folders_that_are_links_are_named(call, tmp_path):
         call("t", out="")
 
 
+def test_files_that_are_no_pictures_are_named(call, tmp_path):
+    for name in ("x.heic", "noext", "0.txt", "list.csv", ".hidden", "i/index.json", "z"):
+        (tmp_path / "s" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "s" / name).touch()
+    (tmp_path / "s/i/metadata").mkdir()
+    (tmp_path / "s/i/metadata/metadata_0.parquet").touch()
+    assert call("s")["captioned"] == 2
+    said = "left out, being no pictures by their names: noext, x.heic, z"
+    assert call.said.splitlines()[0] == said
+    assert call("s/0.png")["already_done"] == 1 and "no pictures" not in call.said
+    (tmp_path / "s/a.heic").touch()
+    call("s")
+    assert call.said.splitlines()[0] == said.replace(": ", ": a.heic, ").replace(
+        ", z", " and 1 more"
+    )
+
+
 def test_more_tokens_than_the_model_writes_are_said(call, model):  # noqa: F811
     assert model.max_len == 24
     for prompt, room in (("", 23), ("a", 22)):
