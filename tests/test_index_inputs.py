@@ -6,7 +6,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_index_changes import again, call, folder  # noqa: F401
+from test_index_changes import again, call, captions, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import tree
 
@@ -25,6 +25,23 @@ def test_an_index_in_the_indexed_folder_is_no_part_of_it(model, folder):  # noqa
     assert formats.guess("s") == "imagefolder"  # a job's share, which is not joined yet
     pq.write_table(pa.table(dict(image=[b""], text=["x"])), "s/data.parquet")
     assert files.find("s", ("*.parquet",)) == [str(folder / "data.parquet")]
+
+
+def test_a_text_beside_one_picture_of_many_is_its_caption(model, folder):  # noqa: F811
+    (folder / "1.txt").write_text("a red kite\nanother line\n")
+    (folder / "2.txt").write_text("not this one")
+    (folder / "metadata.csv").write_text("file_name,text\n2.png,a green kite\n")
+    assert again(model, "s") == (6, 0, 0, 1, 6)
+    told = {f"{n}.png": "" for n in range(6)} | {"1.png": "a red kite", "2.png": "a green kite"}
+    assert captions() == told
+    (folder / "metadata.csv").unlink()
+    assert again(model, "s") == (0, 1, 0, 1, 6) and captions()["2.png"] == "not this one"
+    (folder / "below").mkdir()
+    (folder / "3.png").rename(folder / "below/3.png")
+    (folder / "4.png").rename(folder / "below/4.png")
+    (folder / "below/4.txt").write_text("a blue kite")
+    again(model, "s")
+    assert (captions()["3.png"], captions()["4.png"]) == ("below", "a blue kite")
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "no metadata"])

@@ -162,19 +162,20 @@ def _captions(path: str, format: str) -> dict[str, str]:
     say of each, by whole paths: those of units are absolute, however the folder is spelled."""
     if files.exists(path) and path.lower().endswith(formats.MEDIA):
         return {}
-    options, found = Options(), {}
-    if format == "sidecars":
-        if files.is_remote(path):  # a request for each picture in every run
-            return {}
-        beside = (sidecars.texts(unit, options) for unit in sidecars.plan(path, "", options))
-        told = itertools.chain.from_iterable(beside)
-        return {local_files.whole_path(name): _caption(item) for name, item in told}
-    for unit in imagefolder.plan(path, "", options):
+    options = Options()
+    found: dict[str, Item] = {}
+    for unit in imagefolder.plan(path, "", options) if format == "imagefolder" else ():
         for one in imagefolder.located(unit, options):
             if isinstance(one.name, str) and one.name:
-                whole = local_files.whole_path(files.join(one.folder, one.name))
-                found[whole] = _caption(one.item)
-    return found
+                found[local_files.whole_path(files.join(one.folder, one.name))] = one.item
+    # In a bucket they are a request for each picture in every run.
+    if not files.is_remote(path) and (format == "sidecars" or formats.beside(path)):
+        for unit in sidecars.plan(path, "", options):
+            for name, item in sidecars.texts(unit, options):
+                before = found.get(whole := local_files.whole_path(name))
+                if _caption(item) and not (before and before.texts):  # but a class folder's name
+                    found[whole] = item
+    return {whole: _caption(item) for whole, item in found.items()}
 
 
 def _caption(item: Item) -> str:
