@@ -29,7 +29,7 @@ import tqdm
 from absl import flags
 
 from coca_jax import cli, local_files, storage
-from coca_jax.data import formats, image_files
+from coca_jax.data import files, formats, image_files
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.settings import NOTES, Settings
 from coca_jax.training import lease
@@ -76,6 +76,12 @@ def main(argv: Sequence[str]) -> None:
     # Without --num_frames the model tells, once it is loaded, whether it takes videos.
     for path in image_files.find(named, video=args.num_frames != 0):
         paths.setdefault(local_files.whole_path(path), path)  # one image, however it is spelled
+    for one in named:
+        if links := files.linked_folders(one):
+            cli.say(f"{one}: {links}")
+    if others := image_files.others(named):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        cli.say(f"left out, being no pictures by their names: {', '.join(others[:3])}{more}")
     owned: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if args.out:
         caption_files.check_name(args.out)

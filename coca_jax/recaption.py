@@ -75,6 +75,8 @@ def _request() -> Request:
     if not format:
         format = formats.guess(args.input)
         cli.say(remarks.of_format(args.input, format))
+    for line in remarks.of_links(args.input):
+        cli.say(line)
     size = args.batch_size
     return Request(
         input=args.input,

@@ -33,7 +33,7 @@ from coca_jax.data import formats
 OPERANDS = "pictures, folders and texts"
 # Flags that some of the commands have alone.
 _OF = (
-    dict.fromkeys(("out", "engine", "workers", "shard"), ("index",))
+    dict.fromkeys(("out", "engine", "workers", "shard", "allow_paths"), ("index",))
     | dict.fromkeys(("k", "weights"), ("query",))
     | dict.fromkeys(("checkpoint", "dtype", "batch_size"), ("index", "query"))
     | dict.fromkeys(("index",), ("query", "duplicates", "clusters"))
@@ -51,6 +51,9 @@ def define_flags() -> None:
     flags.DEFINE_string("index", "", "query, duplicates, clusters: a folder of `index`.")
     flags.DEFINE_integer("batch_size", 64, "index, query: pictures at a time.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_multi_string(
+        "allow_paths", [], "index: folder or URL from which lists may name pictures. Repeatable."
+    )
     engines.define_flags()
     flags.DEFINE_integer("k", 10, "query: pictures to find.", lower_bound=1)
     flags.DEFINE_list("weights", [], "query: weight of each WHAT; default: all 1.")
@@ -95,6 +98,7 @@ def _load(checkpoint: str) -> Any:
 
 
 def _index(inputs: list[str]) -> dict[str, Any]:
+    from coca_jax.importers import remarks
     from coca_jax.searching.parts import Parts
 
     args, engine = flags.FLAGS, engines.of_flags()
@@ -102,13 +106,15 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
     parts, inputs = Parts(args.out), [local_files.plain(one) for one in inputs]
+    parts.check()
     given = args.checkpoint
     checkpoint: Any = given or parts.checkpoint
     args.checkpoint = checkpoint
     _need(checkpoint=checkpoint)
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
-            cli.say(f"{input}: {_told(input, parts)}")
+            for line in (f"{input}: {_told(input, parts)}", *remarks.of_links(input)):
+                cli.say(line)
     storage.check_writable(args.out, make=False)
     apart = engine.name != "local" or engine.share
     cli.say(f"loading {checkpoint}")
@@ -118,7 +124,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     if apart:
         from coca_jax.searching import index, staged
 
-        groups = index.groups(inputs, parts)
+        groups = index.groups(inputs, parts, allow_paths=args.allow_paths)
         waiting = staged.stage(load, groups, parts, engine, **_how())
         if engine.share:  # of which others do theirs at the same time
             return _apart(args.out, len(groups), waiting)
@@ -156,9 +162,10 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
     from coca_jax.searching import index
     from coca_jax.searching.parts import Parts
 
-    out = flags.FLAGS.out
+    out, allow = flags.FLAGS.out, flags.FLAGS.allow_paths
     parts = Parts(out)  # as it is now: another process may have written to it
-    groups, gone = index.groups(inputs, parts), index.gone(inputs, parts)
+    groups = index.groups(inputs, parts, allow_paths=allow)
+    gone = index.gone(inputs, parts, allow)
     done = index.add(model, groups, parts, gone=gone, say=cli.say, **_how())
     other = done["new"] + done["changed"] + done["gone"]
     if other and done["pictures"] >= index.nearest.EXACT_BELOW:

@@ -31,7 +31,7 @@ from absl import flags  # noqa: E402
 
 from coca_jax import cli, out_folder, own_data_flags, recipes, storage  # noqa: E402
 from coca_jax.config import Recipe  # noqa: E402
-from coca_jax.data import files  # noqa: E402
+from coca_jax.data import files, own_folders  # noqa: E402
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def refuse_prepared(workdir: str) -> None:
     if storage.is_remote(workdir) or not files.exists(workdir):
         return
     names = files.listing(workdir)
-    if files.is_prepared(names) and "config.json" not in names:
+    if own_folders.is_prepared(names) and "config.json" not in names:
         raise ValueError(
             f"--workdir={workdir} holds prepared data; give a folder of the run's own, and "
             f"--data={workdir} to train on them"

@@ -94,6 +94,36 @@ def test_an_image_is_one_however_it_is_spelled(call, tmp_path):
     assert lines == ["s/0.png", "./s/1.png"]
 
 
+def test_folders_that_are_links_are_named(call, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/2.png").write_bytes(encoded(2))
+    os.symlink(tmp_path / "other", "s/link")
+    assert call("s", "other/2.png")["captioned"] == 3
+    said = "folders that are links are not read: link; put the folders in their place"
+    assert call.said.splitlines()[0] == f"s: {said}" and call.said.count("links") == 1
+    (tmp_path / "t").mkdir()
+    os.symlink(tmp_path / "other", "t/link")
+    with pytest.raises(ValueError, match=f"no image in t; {said}"):
+        call("t", out="")
+
+
+def test_files_that_are_no_pictures_are_named(call, tmp_path):
+    for name in ("x.heic", "noext", "0.txt", "list.csv", ".hidden", "i/index.json", "z"):
+        (tmp_path / "s" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "s" / name).touch()
+    (tmp_path / "s/i/metadata").mkdir()
+    (tmp_path / "s/i/metadata/metadata_0.parquet").touch()
+    assert call("s")["captioned"] == 2
+    said = "left out, being no pictures by their names: noext, x.heic, z"
+    assert call.said.splitlines()[0] == said
+    assert call("s/0.png")["already_done"] == 1 and "no pictures" not in call.said
+    (tmp_path / "s/a.heic").touch()
+    call("s")
+    assert call.said.splitlines()[0] == said.replace(": ", ": a.heic, ").replace(
+        ", z", " and 1 more"
+    )
+
+
 def test_more_tokens_than_the_model_writes_are_said(call, model):  # noqa: F811
     assert model.max_len == 24
     for prompt, room in (("", 23), ("a", 22)):

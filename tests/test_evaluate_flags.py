@@ -214,6 +214,9 @@ def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):
         sizes += Mixture(indexes.of_sources(config, str(tmp_path / "run"))).sizes
     assert sizes == [6] * 8
     assert capsys.readouterr().err.count("making an index of it") == 2  # to evaluate, and to train
+    told = r"data source sets/vqa \[test\]: no record has {'kind': .*; no field is called 'kind'"
+    with pytest.raises(ValueError, match=told):  # and no word of where the index is
+        Records(dict(path="sets/vqa", split="test", where=dict(kind=["foo"])))
 
 
 def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):

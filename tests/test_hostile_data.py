@@ -111,7 +111,7 @@ def test_rows_of_jsonl(folder, tmp_path):
     assert [reason for reason, _ in found] == wanted
     assert (result["read"], result["written"]) == (len(rows) + 2, 3)
     outside = [detail for reason, detail in found if reason == "outside_input"]
-    assert all("`recaption` take --allow_paths" in one or "chains" in one for one in outside)
+    assert all("`search index` take --allow_paths" in one or "chains" in one for one in outside)
     # With the flag, that place and no other.
     result, found = _prepare(
         *("imagefolder", folder, tmp_path / "out2"),

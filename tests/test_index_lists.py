@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from test_index_changes import again, captions, folder, rows  # noqa: F401
+from test_index_changes import again, call, captions, folder, rows  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import embed, encoded, tree
 
@@ -132,3 +132,24 @@ def test_rows_of_a_list_that_an_earlier_index_holds_are_not_found_twice(model, f
     assert again(model, "s/list.csv") == (0, 0, 0, 0, 6)
     assert again(model, str(folder / "*.csv")) == (0, 0, 0, 0, 5)
     assert sorted(rows(model)) == [f"s/{number}.png" for number in (0, 1, 2, 3, 5)]
+
+
+def test_pictures_elsewhere_that_are_allowed_are_those_of_a_list(model, folder, call, monkeypatch):  # noqa: F811
+    (folder.parent / "lists").mkdir()
+    other = folder.parent / "other.png"
+    other.write_bytes(encoded(90))
+    names = ["../s/0.png", str(folder / "1.png"), "../other.png"]
+    write_list(folder.parent / "lists/l.csv", {name: f"of {name[-5]}" for name in names})
+    given = dict(checkpoint="here", out="i", allow_paths="s")
+    assert again(model, "lists", "none") == (0, 0, 0, 3, 0)
+    done = call("index", "lists", **given)
+    assert [done[key] for key in ("new", "skipped", "pictures")] == [2, 1, 2]
+    assert rows(model) == ["s/0.png", "s/1.png"]
+    assert captions() == {"0.png": "of 0", "1.png": "of 1"}
+    assert call("index", "s", **given)["new"] == 4  # of six, two of which are there
+    (folder / "1.png").unlink()
+    monkeypatch.chdir(folder)
+    done = call("index", "../lists", **given | dict(out="../i", allow_paths="."))
+    assert [done[key] for key in ("new", "gone", "skipped", "pictures")] == [0, 1, 1, 5]
+    with pytest.raises(ValueError, match="search query: --allow_paths is a flag of index$"):
+        call("query", "red", index="../i", allow_paths=".")

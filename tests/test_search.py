@@ -128,7 +128,7 @@ def test_an_index_of_other_weights_or_a_damaged_one_is_refused(model, folder, tm
     with pytest.raises(ValueError, match="metadata_1.parquet is damaged"):
         parts.Parts(str(tmp_path / "i"))
     (tmp_path / "i/metadata/metadata_1.parquet").unlink()
-    with pytest.raises(ValueError, match="parts are missing"):
+    with pytest.raises(ValueError, match="metadata_1.parquet is missing; delete metadata_1"):
         parts.Parts(str(tmp_path / "i"))
     with pytest.raises(ValueError, match="holds something that is no index"):
         parts.Parts(str(folder))

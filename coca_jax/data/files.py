@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from coca_jax import local_files
-from coca_jax.data import unreachable
+from coca_jax.data import own_folders, unreachable
 from coca_jax.storage import as_os_error, filesystem, is_remote
 
 VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
@@ -71,22 +71,6 @@ def is_hidden(name: str) -> bool:
     return any(
         (part.startswith(".") and part not in (".", "..")) or part in _OF_SYSTEMS for part in parts
     )
-
-
-def is_prepared(names: Collection[str]) -> bool:
-    """Whether a folder with files of these names is one that `prepare` wrote."""
-    return "manifest.json" in names and any(name.endswith(".array_record") for name in names)
-
-
-def without_prepared(names: Collection[str]) -> list[str]:
-    """Names within a folder but for those of the folders below that `prepare` wrote: they are no
-    part of its input."""
-    inside: dict[str, list[str]] = {}
-    for name in names:
-        folder, own = posixpath.split(name)
-        inside.setdefault(folder, []).append(own)
-    prepared = {folder for folder, found in inside.items() if folder and is_prepared(found)}
-    return [name for name in names if posixpath.dirname(name) not in prepared]
 
 
 def walk(path: str) -> Iterator[list[str]]:
@@ -371,7 +355,7 @@ def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str
     names = {posixpath.relpath(file, plain): file for file in system.find(plain)}
     return {
         names[name]: _told_split(name)
-        for name in without_prepared(names)
+        for name in own_folders.without_ours(names)
         if not is_hidden(name)
         and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
     }

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax import storage
-from coca_jax.data import bounded_json, files, images, videos
+from coca_jax.data import bounded_json, files, images, own_folders, videos
 
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 METADATA = (  # of an imagefolder
@@ -74,9 +74,9 @@ def guess(path: str) -> str:
     if not folder:
         raise FileNotFoundError(f"{path}: no such file or folder")
     everything = _names(path)
-    names = files.without_prepared(everything)
+    names = own_folders.without_ours(everything)
     tops = {name for name in names if "/" not in name}
-    if files.is_prepared(tops):
+    if own_folders.is_prepared(tops):
         return "prepared"
     if {"features.json", "dataset_info.json"} <= tops:
         return "tfds"
@@ -222,14 +222,14 @@ def tables(path: str) -> list[str]:
 
 
 def _ending(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    names = files.without_prepared(_names(path))
+    names = own_folders.without_ours(_names(path))
     return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:
     """The .txt files of a folder that are lists of its pictures, with columns as a CSV has them;
     none where there is a .csv or .tsv. names: of the files in the folder, where they are known."""
-    names = names or files.without_prepared(_names(path))
+    names = names or own_folders.without_ours(_names(path))
     if any(name.lower().endswith(_SUFFIXES["csv"]) for name in names):
         return []
     pictures = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}

@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Sequence
 
 from coca_jax import local_files
-from coca_jax.data import files, images, videos
+from coca_jax.data import files, formats, images, own_folders, videos
 
 
 def find(paths: Sequence[str], video: bool = False) -> list[str]:
@@ -29,7 +29,8 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
             if name == path or (image and not files.is_hidden(posixpath.relpath(name, path))):
                 found[name] = None
     if not found:
-        raise ValueError(f"no image in {', '.join(paths) or 'no path'}; give images or folders")
+        links = next(filter(None, map(files.linked_folders, paths)), "give images or folders")
+        raise ValueError(f"no image in {', '.join(paths) or 'no path'}; {links}")
     return list(found)
 
 
@@ -37,6 +38,18 @@ def without_videos(paths: Sequence[str], named: Sequence[str]) -> list[str]:
     """Those of the paths that `find` would have found without videos, or that are named."""
     suffixes = tuple(images.SUFFIXES)
     return [path for path in paths if path.lower().endswith(suffixes) or path in named]
+
+
+def others(paths: Sequence[str]) -> list[str]:
+    """Names of the files in local folders and below that `find` leaves out: by their names neither
+    pictures, videos nor what stands beside them."""
+    known, found = (*formats.MEDIA, *formats.SIDECARS, *formats.TABLES), []
+    for path in map(local_files.plain, paths):
+        if not files.is_remote(path) and os.path.isdir(path):
+            names = own_folders.without_ours([os.path.relpath(n, path) for n in _below(path)])
+            left = (name for name in names if not name.lower().endswith(known))
+            found += [name for name in left if not files.is_hidden(name)]
+    return found
 
 
 def _below(path: str) -> list[str]:

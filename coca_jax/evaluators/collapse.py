@@ -124,14 +124,13 @@ def warning(figures: Mapping[str, float], count: int, of_references: float = 1.0
     least = LEAST_DISTINCT * of_references
     if figures["distinct"] < least:
         said.append(
-            f"{figures['distinct']:.1%} of {count} captions are distinct (warned of below "
-            f"{least:.1%})"
+            f"the model says the same of everything: {figures['distinct']:.1%} of {count} captions "
+            f"are distinct (warned of below {least:.1%})"
         )
     if "image_gain" in figures and figures["image_gain"] < LEAST_GAIN:
         said.append(
-            f"captions are {figures['image_gain']:.4f} nats a token more probable with their own "
-            f"images than with others (warned of below {LEAST_GAIN})"
+            "the model hardly looks at its images: captions are "
+            f"{figures['image_gain']:.4f} nats a token more probable with their own than with "
+            f"others (warned of below {LEAST_GAIN})"
         )
-    if not said:
-        return ""
-    return "the model says the same of everything: " + "; ".join(said)
+    return "; ".join(said)

@@ -192,8 +192,8 @@ def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) 
     return [f"{input}: {left} of {count} pictures are in no row of its metadata, and not read"]
 
 
-def _links(input: str) -> list[str]:
-    """The line for folders of an input that are links."""
+def of_links(input: str) -> list[str]:
+    """The line for folders of an input that are links; none without such."""
     links = "" if files.is_pattern(input) else files.linked_folders(input)
     return [f"{input}: {links}"] if links else []
 
@@ -287,7 +287,7 @@ def of_split(
         if first:
             lines += _unlisted(found, request["input"], request["options"])
     if first and request["format"] not in ("tfds", "prepared"):
-        lines += _links(request["input"])
+        lines += of_links(request["input"])
     fields = sorted({name for account in accounts for name in account.get("caption_like", ())})
     if fields and found["with_label"] and not found["with_text"] and not apart:
         lines.append(

@@ -41,7 +41,11 @@ def open_source(entry: Given, split: str) -> Source:
         return views.narrow(_tfds(entry, split), entry)
     if _is_plain_folder(entry):
         return views.narrow(_folder(entry, split), entry)
-    return sources.open_source(_placed(entry, split), split)
+    placed = _placed(entry, split)
+    found = sources.open_whole(placed, split)
+    if placed.path != entry.path:  # messages name what was given, not where its index is kept
+        found.name = f"{entry.path} [{split}]"
+    return views.narrow(found, placed)
 
 
 def class_names(entry: Given, split: str) -> list[str]:

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 _LEAST = 1e-6  # length of a query before it is normalised, whose largest weight is 1
 
 
-def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> list[Group]:
+def groups(
+    inputs: Sequence[str],
+    parts: Parts,
+    part: int = pictures.PART,
+    allow_paths: Sequence[str] = (),
+) -> list[Group]:
     """The pictures at `inputs` that `parts` does not hold, or not as they are now: none of a folder
-    that is `emptied`.
+    that is `emptied`. allow_paths: see `pictures.groups`.
 
     Raises:
         FileNotFoundError, ValueError: nothing to read.
@@ -51,7 +56,7 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
     found: dict[Any, Group] = {}
     for input in inputs:
         try:
-            there = pictures.groups(_from_base(input, parts.base), state, part)
+            there = pictures.groups(_from_base(input, parts.base), state, part, allow_paths)
         except ValueError:
             if not emptied(input, parts):
                 raise
@@ -61,10 +66,11 @@ def groups(inputs: Sequence[str], parts: Parts, part: int = pictures.PART) -> li
     return list(found.values())
 
 
-def gone(inputs: Sequence[str], parts: Parts) -> list[int]:
-    """Rows of local files at or below `inputs`, or the folders of lists there, that are there no
-    more, and those of lists whose rows earlier versions did not take for files."""
+def gone(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -> list[int]:
+    """Rows of local files at or below `inputs` and `allow_paths`, or the folders of lists there,
+    that are there no more, and of lists whose rows earlier versions did not take for files."""
     places = [parts.whole_path(pictures.place(_from_base(input, parts.base))) for input in inputs]
+    places += [parts.whole_path(_from_base(path, parts.base)) for path in allow_paths]
     below = tuple(os.path.join(place, "") for place in places if "://" not in place)
     return _by_number(inputs, parts) + [
         known.row
@@ -206,7 +212,7 @@ class Index:
 
     def __init__(self, folder: str):
         place = storage.place(folder)
-        if not (place / "index.json").exists():
+        if not all((place / name).exists() for name in ("index.json", "metadata")):
             begun = (place / STAGED).exists()
             remedy = "join its shards: search index, without --shard" if begun else "search index"
             raise FileNotFoundError(f"--index={folder}: no index there; make it: {remedy}")

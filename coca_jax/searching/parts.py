@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from coca_jax.data import bounded_json
 from coca_jax.inference import model_checksum
 
 _KEY = b"coca_jax"
+_HEADER = 128  # bytes before the numbers, as NumPy writes it
 _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
 STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
@@ -94,12 +96,22 @@ class Parts:
         self._base: str | None = None
         self._rows = 0  # with those that are dropped
         self._dropped: set[int] = set()
-        names = [p.name for p in (place / "metadata").iterdir()] if self.about else []
-        numbers = sorted(int(found[1]) for found in map(_NAME.fullmatch, names) if found)
-        if numbers != list(range(len(numbers))):
-            raise ValueError(f"{folder}/metadata: parts are missing, there are {numbers}")
-        for number in numbers:
+        own = place / "metadata"
+        names = [path.name for path in own.iterdir()] if self.about and own.exists() else []
+        found = sorted(int(one[1]) for one in map(_NAME.fullmatch, names) if one)
+        for number, there in enumerate(found):
+            if number != there:
+                raise self._damaged(number, "metadata", "missing")
             self._take(self._read(number))
+
+    def _damaged(self, number: int, kind: str, why: str) -> ValueError:
+        """The error for a part's file, of its metadata or img_emb; why: what it is."""
+        suffix = "parquet" if kind == "metadata" else "npy"
+        return ValueError(
+            f"{self.folder}/{kind}/{kind}_{number}.{suffix} is {why}; delete "
+            f"metadata_{number}.parquet and all of higher numbers in {self.folder}/metadata, and "
+            "run the same `search index` again"
+        )
 
     def _read(self, number: int) -> pa.Table:
         path = storage.place(self.folder) / f"metadata/metadata_{number}.parquet"
@@ -118,10 +130,7 @@ class Parts:
                     raise ValueError("it drops what is no earlier row")
             return table
         except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); delete it and all parts of a higher number, and run "
-                "the same `search index` again"
-            ) from None
+            raise self._damaged(number, "metadata", f"damaged ({error})") from None
 
     @property
     def base(self) -> str:
@@ -312,12 +321,25 @@ class Parts:
         whole = np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)
         return np.delete(whole, sorted(self._dropped), axis=0) if self._dropped else whole
 
+    def check(self) -> None:
+        """Raises ValueError where the embeddings of a part are missing or cut."""
+        system, plain = storage.filesystem(f"{self.folder}/img_emb")
+        found = system.find(plain, detail=True).items()
+        sizes = {posixpath.basename(name): told["size"] for name, told in found}
+        for number, table in enumerate(self._tables):
+            size, wanted = sizes.get(f"img_emb_{number}.npy"), 2 * len(table) * self.about["width"]
+            if size != _HEADER + wanted:
+                why = "missing" if size is None else f"damaged ({size} bytes)"
+                raise self._damaged(number, "img_emb", why)
+
     def _part(self, number: int) -> np.ndarray:
         path = storage.place(self.folder) / f"img_emb/img_emb_{number}.npy"
         try:
             return _array(path.read_bytes(), (len(self._tables[number]), self.about["width"]))
+        except FileNotFoundError:
+            raise self._damaged(number, "img_emb", "missing") from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); index again") from None
+            raise self._damaged(number, "img_emb", f"damaged ({error})") from None
 
 
 def _stamps(table: pa.Table) -> list[tuple[int, int] | None]:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from coca_jax import local_files
@@ -69,11 +69,18 @@ class Group:
         return (_picture(path, item) for item in items)
 
 
-def groups(path: str, state: Callable[[str, str], State], part: int = PART) -> list[Group]:
+def groups(
+    path: str,
+    state: Callable[[str, str], State],
+    part: int = PART,
+    allow_paths: Sequence[str] = (),
+) -> list[Group]:
     """The pictures at a path (folder, tar, glob, parquet, list, prepared data, 'tfds:NAME').
 
     state: of a file with a caption; what is done is left out, and what failed comes last, in groups
     of its own: a run that was ended in between goes on as if it had not been. part: files a group.
+    allow_paths: folders and URLs from which rows of lists may name pictures, besides the list's
+    own.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no picture.
@@ -85,7 +92,7 @@ def groups(path: str, state: Callable[[str, str], State], part: int = PART) -> l
         named = (File(name, captions.get(local_files.whole_path(name), "")) for name in found)
         return _of_files(named, state, part)
     if format in _LISTS:
-        return _of_files(_listed(path, format), state, part)
+        return _of_files(_listed(path, format, allow_paths), state, part)
     input = path.removeprefix("tfds:") if format == "tfds" else path
     module = shards.importer(format)
     splits = module.splits(input) if format == "prepared" else [""]
@@ -128,22 +135,22 @@ def _of_files(found: Iterable[File], state: Callable[[str, str], State], part: i
     return [Group("", len(some), some) for some in cut]
 
 
-def _listed(path: str, format: str) -> Iterator[File]:
+def _listed(path: str, format: str, allow_paths: Sequence[str]) -> Iterator[File]:
     """What the rows of lists name, as a folder of the same files would be read."""
     module = shards.importer(format)
     for unit in module.plan(path, "", _OPTIONS):
         for row in module.located(unit, _OPTIONS):
-            yield _file(row, unit)
+            yield _file(row, unit, allow_paths)
 
 
-def _file(row: imagefolder.Located, unit: Unit) -> File:
+def _file(row: imagefolder.Located, unit: Unit, allow_paths: Sequence[str]) -> File:
     item = row.item
     if item.problem:
         name = _spelled(files.join(posixpath.dirname(unit.path), item.key), unit.root)
         return File(name, problem=f"{item.problem} ({item.detail})")
     name = _spelled(named_files.path_of(row.folder, row.name), unit.root)
     try:
-        named_files.resolve("", name, [unit.root])
+        named_files.resolve("", name, [unit.root, *allow_paths])
     except ValueError as error:
         return File(name, problem=str(error))
     return File(name, _caption(item))
@@ -162,19 +169,20 @@ def _captions(path: str, format: str) -> dict[str, str]:
     say of each, by whole paths: those of units are absolute, however the folder is spelled."""
     if files.exists(path) and path.lower().endswith(formats.MEDIA):
         return {}
-    options, found = Options(), {}
-    if format == "sidecars":
-        if files.is_remote(path):  # a request for each picture in every run
-            return {}
-        beside = (sidecars.texts(unit, options) for unit in sidecars.plan(path, "", options))
-        told = itertools.chain.from_iterable(beside)
-        return {local_files.whole_path(name): _caption(item) for name, item in told}
-    for unit in imagefolder.plan(path, "", options):
+    options = Options()
+    found: dict[str, Item] = {}
+    for unit in imagefolder.plan(path, "", options) if format == "imagefolder" else ():
         for one in imagefolder.located(unit, options):
             if isinstance(one.name, str) and one.name:
-                whole = local_files.whole_path(files.join(one.folder, one.name))
-                found[whole] = _caption(one.item)
-    return found
+                found[local_files.whole_path(files.join(one.folder, one.name))] = one.item
+    # In a bucket they are a request for each picture in every run.
+    if not files.is_remote(path) and (format == "sidecars" or formats.beside(path)):
+        for unit in sidecars.plan(path, "", options):
+            for name, item in sidecars.texts(unit, options):
+                before = found.get(whole := local_files.whole_path(name))
+                if _caption(item) and not (before and before.texts):  # but a class folder's name
+                    found[whole] = item
+    return {whole: _caption(item) for whole, item in found.items()}
 
 
 def _caption(item: Item) -> str:

@@ -1,0 +1,65 @@
+"""What `search index` makes of its inputs: an index among them, links, texts, paths elsewhere."""
+
+import pathlib
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_index_changes import again, call, captions, folder  # noqa: F401
+from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_search import tree
+
+from coca_jax.data import files, formats
+from coca_jax.engines import Engine
+from coca_jax.searching import index, parts, staged
+
+
+def test_an_index_in_the_indexed_folder_is_no_part_of_it(model, folder):  # noqa: F811
+    assert again(model, "s", "s/i") == (6, 0, 0, 1, 6)
+    assert formats.guess("s") == "imagefolder" and formats.beside("s") == []
+    assert again(model, "s", "s/i") == (0, 0, 0, 1, 6)
+    how = dict(checkpoint="here", batch_size=4, part=4)
+    there = parts.Parts("s/j")
+    staged.stage(lambda: model, index.groups(["s"], there), there, Engine(share="0/1"), **how)
+    assert formats.guess("s") == "imagefolder"  # a job's share, which is not joined yet
+    pq.write_table(pa.table(dict(image=[b""], text=["x"])), "s/data.parquet")
+    assert files.find("s", ("*.parquet",)) == [str(folder / "data.parquet")]
+
+
+def test_a_text_beside_one_picture_of_many_is_its_caption(model, folder):  # noqa: F811
+    (folder / "1.txt").write_text("a red kite\nanother line\n")
+    (folder / "2.txt").write_text("not this one")
+    (folder / "metadata.csv").write_text("file_name,text\n2.png,a green kite\n")
+    assert again(model, "s") == (6, 0, 0, 1, 6)
+    told = {f"{n}.png": "" for n in range(6)} | {"1.png": "a red kite", "2.png": "a green kite"}
+    assert captions() == told
+    (folder / "metadata.csv").unlink()
+    assert again(model, "s") == (0, 1, 0, 1, 6) and captions()["2.png"] == "not this one"
+    (folder / "below").mkdir()
+    (folder / "3.png").rename(folder / "below/3.png")
+    (folder / "4.png").rename(folder / "below/4.png")
+    (folder / "below/4.txt").write_text("a blue kite")
+    again(model, "s")
+    assert (captions()["3.png"], captions()["4.png"]) == ("below", "a blue kite")
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "no metadata"])
+def test_what_is_said_of_a_damaged_index_mends_it(model, folder, call, harm):  # noqa: F811
+    again(model, "s")
+    whole, (array, table) = tree("i"), ("i/img_emb/img_emb_0.npy", "i/metadata/metadata_0.parquet")
+    harmed = pathlib.Path(table if harm == "no metadata" else array)
+    harmed.write_bytes(harmed.read_bytes()[:-1])
+    if harm != "cut":
+        harmed.unlink()
+    said = f"{harmed} is {'damaged' if harm == 'cut' else 'missing'}.*; delete metadata_0.parquet"
+    for command, given in (("index", dict(out="i")), ("duplicates", dict(index="i"))):
+        with pytest.raises(ValueError, match=said):
+            call(command, *["s"] * (command == "index"), **given)
+    for path in pathlib.Path("i/metadata").glob("metadata_*.parquet"):
+        path.unlink()
+    assert again(model, "s") == (6, 0, 0, 1, 6) and tree("i") == whole
+    shutil.rmtree("i/metadata")
+    with pytest.raises(FileNotFoundError, match="--index=i: no index there; make it: search index"):
+        call("duplicates", index="i")
+    assert again(model, "s") == (6, 0, 0, 1, 6) and tree("i") == whole
