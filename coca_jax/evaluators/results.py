@@ -78,7 +78,7 @@ def table(scores: Mapping[str, float]) -> list[str]:
     for key, value in scores.items():
         if key.endswith(("_low", "_high", "_count")):
             continue
-        digits = 0 if key.rpartition("/")[2].startswith("num_") else 4
+        digits = 0 if key.rpartition("/")[2].startswith(("num_", "unknown_")) else 4
         line = f"{key:60s} {value:10,.{digits}f}"
         if f"{key}_count" in scores:
             low, high = scores[f"{key}_low"], scores[f"{key}_high"]
