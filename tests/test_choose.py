@@ -226,6 +226,13 @@ def test_weights_bring_their_model_and_gentle_rates():
     trimming = chosen(CAPTIONS, weights=dataclasses.replace(small, resize="trim")).config
     assert trimming.data.resize == "trim" and trimming.data.augment == "drawing"
     run_config.check(trimming)
+    assert config.model.text.max_len == model.text.max_len == 24
+    short = dataclasses.replace(small, model=model.change({"text.max_len": 12}))
+    longer = chosen(CAPTIONS, weights=short)
+    assert longer.config.model.text.max_len == 24 and longer.config.text_lengths == (12,)
+    assert "weights, which know 12 places; at most 24 a text" in "".join(longer.why)
+    brief = chosen(dataclasses.replace(CAPTIONS, tokens=(5, 6, 6)), weights=small)
+    assert brief.config.model.text.max_len == 24 and "at most 8 a text" in "".join(brief.why)
     large = dataclasses.replace(small, parameters=150_000_000)
     config = chosen(CAPTIONS, weights=large, seconds=8.0).config
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-5)
