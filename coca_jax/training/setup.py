@@ -25,7 +25,7 @@ from coca_jax import (
     warm_start,
 )
 from coca_jax.config import Config, Entry
-from coca_jax.data import files, run_vocabulary, vocabulary
+from coca_jax.data import files, run_vocabulary, teachers, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
@@ -199,6 +199,7 @@ def prepare(
 
 def with_examples(config: Config, mixture: Mixture) -> Config:
     """The config with how many examples the data have, where the loss against all of them asks.
+    teachers.check(mixture.sources, mixture.entries, config.loss)
 
     Raises ValueError for fewer than the data have."""
     if config.loss.contrastive != "global" or not config.loss.contrastive_weight:
