@@ -139,13 +139,27 @@ def check_devices(config: Config) -> Mesh:
     partitioning.readers(mesh)  # which processes read which rows, or why they cannot
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])
-    if config.data.features and jax.process_count() > 1:
-        raise ValueError(
-            f"data.features={config.data.features} is for one process, these are "
-            f"{jax.process_count()}; set it to ''"
-        )
+    check_features(config.data.features)
     check_started(config)
     return mesh
+
+
+def check_features(folder: str) -> None:
+    """Raises ValueError where tokens of the image encoder cannot be kept: in what is no folder of
+    this machine, or by several processes."""
+    if folder and jax.process_count() > 1:
+        raise ValueError(
+            f"data.features={folder} is for one process, these are {jax.process_count()}; set it "
+            "to ''"
+        )
+    if not folder:
+        return
+    if storage.is_remote(folder):
+        raise ValueError(f"data.features={folder} is no folder of this machine; give one")
+    try:
+        storage.check_writable(folder, make=False)
+    except ValueError as error:
+        raise ValueError(f"data.features: {error}") from None
 
 
 def check_started(config: Config) -> None:
@@ -183,6 +197,7 @@ def prepare(
     process = jax.process_index()
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
     config = with_examples(config, mixture)
+    teachers.check(mixture.sources, mixture.entries, config.loss)
     class_names = head_classes(config, mixture)
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)
@@ -199,7 +214,6 @@ def prepare(
 
 def with_examples(config: Config, mixture: Mixture) -> Config:
     """The config with how many examples the data have, where the loss against all of them asks.
-    teachers.check(mixture.sources, mixture.entries, config.loss)
 
     Raises ValueError for fewer than the data have."""
     if config.loss.contrastive != "global" or not config.loss.contrastive_weight:
