@@ -238,7 +238,7 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
     say("writing the export: weights and programs that need none of this package")
     place = os.path.join(workdir, "export")
     export_programs.export(model, place)
-    constant = (0.0, 0.0)
+    constant, largest = (0.0, 0.0), 0.0
     if facts.test_captions and "caption" in choose.kinds(facts):
         entry = dict(path=data["path"], kind="caption")
         constant = tell.constant_caption(
@@ -246,8 +246,10 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         )
     config = recipes.typed(recipes.load(os.path.join(workdir, RECIPE)))
     chance = tell.retrieval_chance(config, data["name"])
-    for line in tell.score_table(scores, facts, data["name"], chance, constant):
+    for line in tell.score_table(scores, data["name"], chance, constant, largest):
         say(line)
+    if facts.test_labels and "label" in choose.kinds(facts):
+        largest = tell.largest_class(dict(path=data["path"], kind="label", split=data["held"]))
     say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
     for line in tell.next_commands(workdir, data["path"]):
         say(line)
