@@ -215,6 +215,14 @@ def test_a_mistake_claims_no_workdir(folder, tmp_path):
     assert not os.path.exists(place) and theirs.read_text() == "years of work"
 
 
+def test_the_recipe_says_the_command_with_its_kind(tmp_path, monkeypatch):
+    folder = drawn_folder(tmp_path / "pics", 24)
+    monkeypatch.setattr(run, "decide", lambda *_: (typed(recipes.load("tiny")), ("why",)))
+    found = run.fit(Request(folder=str(folder), kind="label"), f"{tmp_path}/run", dry_run=True)
+    line = f'"""pics_test: the choice of `coca-jax fit {folder}:label --minutes=30`.\n'
+    assert pathlib.Path(found["recipe"]).read_text().startswith(line)
+
+
 def test_pictures_in_the_workdir_stay(tmp_path, monkeypatch):
     """`fit data/pics --workdir=.`, twice, with other flags."""
     folder = drawn_folder(tmp_path / "data/pics", 24)

@@ -82,7 +82,8 @@ def write_recipe(
     kept.put("facts", dataclasses.asdict(facts))
     kept.put("data", dict(path=place, train=splits[0], held=splits[1], name=name))
     config, why = decide(request, facts, (place, splits, name), start, workdir, kept, change, say)
-    folder = shlex.quote(request.folder)
+    named = f"{request.folder}:{request.kind}" if request.kind else request.folder
+    folder = shlex.quote(named)
     title = f"{name}: the choice of `coca-jax fit {folder} --minutes={request.minutes:g}`."
     new = path.with_suffix(".py.new")
     new.write_text(recipe.source(config, title, why))
