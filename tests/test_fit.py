@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import coca_jax
-from coca_jax import recipes
+from coca_jax import out_folder, recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.fitting import look, measure, recipe, run
@@ -201,7 +201,7 @@ def test_a_mistake_claims_no_workdir(folder, tmp_path):
     (other / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     with pytest.raises(ValueError, match="its other fields are description. Name the field"):
         run.fit(Request(folder=str(other)), workdir, say=str)
-    assert os.listdir(workdir) == []
+    assert not os.path.exists(workdir)
     request = Request(folder=str(other), fields={"text_field": "description"})
     kept = Kept(workdir, request)
     facts, place, _, _ = run.bring_in(request, workdir, kept, str)
@@ -213,6 +213,18 @@ def test_a_mistake_claims_no_workdir(folder, tmp_path):
     assert os.path.exists(place)  # of whoever fits there now: only who holds the workdir may
     again.drop_imported()
     assert not os.path.exists(place) and theirs.read_text() == "years of work"
+
+
+def test_a_workdir_is_not_the_folder_of_the_data(tmp_path, monkeypatch):
+    folder = drawn_folder(tmp_path / "pics", 24)
+    before = sorted(os.listdir(folder))
+    os.symlink(folder, tmp_path / "link")
+    for workdir in (folder, tmp_path / "link"):
+        with pytest.raises(ValueError, match=f"--workdir={workdir} is the folder of the data, amo"):
+            run.fit(Request(folder=str(folder)), str(workdir), dry_run=True, say=str)
+    assert sorted(os.listdir(folder)) == before
+    out_folder.check_apart(folder / "runs/mine", str(folder))
+    out_folder.check_apart(folder, str(folder / "metadata.jsonl"))
 
 
 def test_the_recipe_says_the_command_with_its_kind(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import compile_cache, inference, recipes
+from coca_jax import compile_cache, inference, out_folder, recipes
 from coca_jax.config import Config
 from coca_jax.data import files, kinds, vocabulary
 from coca_jax.data.mixture import Mixture
@@ -52,18 +52,20 @@ def fit(
     returns. Raises ValueError or OSError for data that cannot be read or cannot train, and for a
     workdir that holds something else; Preempted when it was asked to stop and saved.
     """
-    kept = Kept(workdir, request)
+    out_folder.check_apart(workdir, request.folder)
     compile_cache.use()  # measuring, training and captions share programs
     path = pathlib.Path(workdir) / RECIPE
-    with lease.held(workdir):  # whoever trains there, or fits, has its vocabulary there too
-        if path.exists():
-            place = kept.get("data")["path"]
-            if place != request.folder and files.exists(request.folder):
-                own_data.refuse_changed(request.folder, place, options_of(request))
-            say(f"{path} holds the choice that was made before")
-        else:
-            kept.drop_imported()
-            write_recipe(path, request, workdir, kept, change, say)
+    with out_folder.gone_if_refused(workdir):
+        kept = Kept(workdir, request)
+        with lease.held(workdir):  # whoever trains there, or fits, has its vocabulary there too
+            if path.exists():
+                place = kept.get("data")["path"]
+                if place != request.folder and files.exists(request.folder):
+                    own_data.refuse_changed(request.folder, place, options_of(request))
+                say(f"{path} holds the choice that was made before")
+            else:
+                kept.drop_imported()
+                write_recipe(path, request, workdir, kept, change, say)
     result = dict(workdir=str(workdir), recipe=str(path))
     if dry_run:
         return result

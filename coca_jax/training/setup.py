@@ -93,6 +93,8 @@ def check(config: Config, workdir: str) -> Mesh:
     out_folder.check_run(workdir)
     checkpoint_places.check_writable(workdir)
     check_start(config, workdir)
+    for source in config.data.sources:
+        out_folder.check_apart(workdir, source.path)
     check_seen(config.data.sources, workdir)
     sources = tuple(
         dataclasses.replace(one, path=indexes.planned(one.path, workdir))
