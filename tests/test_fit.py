@@ -18,7 +18,7 @@ from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
-from coca_jax.importers import splits
+from coca_jax.importers import asked, indexes, splits
 from coca_jax.importers.items import Item
 from coca_jax.training import gradients, lease, step, stopping
 
@@ -233,6 +233,21 @@ def test_the_recipe_says_the_command_with_its_kind(tmp_path, monkeypatch):
     found = run.fit(Request(folder=str(folder), kind="label"), f"{tmp_path}/run", dry_run=True)
     line = f'"""pics_test: the choice of `coca-jax fit {folder}:label --minutes=30`.\n'
     assert pathlib.Path(found["recipe"]).read_text().startswith(line)
+
+
+def test_data_that_another_command_brought_in_otherwise_name_the_workdir(tmp_path):
+    folder = drawn_folder(tmp_path / "pics", 40)
+    workdir = str(tmp_path / "run")
+    config = typed(recipes.load("tiny")).change({"data.sources": (dict(path=str(folder)),)})
+    indexes.of_sources(config, workdir)  # all of it, as a source of a recipe
+    line = f"--workdir={workdir}: {workdir}/data/pics already holds a split 'train' made with other"
+    with pytest.raises(ValueError, match=f"^{line} options; give another --workdir, or remove "):
+        run.fit(Request(folder=str(folder)), workdir, dry_run=True, say=str)
+    with pytest.raises(
+        ValueError, match="^--workdir=w: d is an .* other options.*--workdir, or re"
+    ):
+        with asked.within("--workdir", "w"):
+            raise asked.Otherwise("d", "d is an unfinished import with other options", "give -")
 
 
 def test_pictures_in_the_workdir_stay(tmp_path, monkeypatch):

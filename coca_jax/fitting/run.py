@@ -20,7 +20,7 @@ from coca_jax.evaluators.records import Records
 from coca_jax.fitting import choose, look, measure, recipe, sizes, tell, weights
 from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
-from coca_jax.importers import indexes, own_data
+from coca_jax.importers import asked, indexes, own_data
 from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.metadata import MANIFEST
 from coca_jax.inference import export_programs
@@ -116,7 +116,8 @@ def bring_in(
         if share is None and not layout.held:
             share = look.holdout(scan.places)
             kept.put("holdout", share)
-        own_data.bring_in(layout, place, holdout=share or own_data.HOLDOUT, options=options)
+        with asked.within("--workdir", workdir):
+            own_data.bring_in(layout, place, holdout=share or own_data.HOLDOUT, options=options)
     there = read_manifest(place)["splits"]
     facts = look.with_counts(facts, there[splits[0]], there[splits[1]])
     facts = only(facts, request.kind)
@@ -247,12 +248,12 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         constant = tell.constant_caption(
             dict(entry, split=data["train"]), dict(entry, split=data["held"])
         )
+    if facts.test_labels and "label" in choose.kinds(facts):
+        largest = tell.largest_class(dict(path=data["path"], kind="label", split=data["held"]))
     config = recipes.typed(recipes.load(os.path.join(workdir, RECIPE)))
     chance = tell.retrieval_chance(config, data["name"])
     for line in tell.score_table(scores, data["name"], chance, constant, largest):
         say(line)
-    if facts.test_labels and "label" in choose.kinds(facts):
-        largest = tell.largest_class(dict(path=data["path"], kind="label", split=data["held"]))
     say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
     for line in tell.next_commands(workdir, data["path"]):
         say(line)
