@@ -238,6 +238,12 @@ class Predictor:
         found: np.ndarray = self._model.encode_text(self._texts(texts), normalize=True).numpy()
         return found
 
+    def tokenize(
+        self, texts: Sequence[str], *, labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As of coca_jax.load."""
+        return self._words.bpe.encode_batch(list(texts), self.max_len)
+
     def _log_likelihood(self, given: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids = self._texts(texts)
         found = self._model(self._pixels(given), ids)

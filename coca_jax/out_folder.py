@@ -90,6 +90,19 @@ def check_run(workdir: str | os.PathLike[str]) -> None:
         )
 
 
+def check_apart(workdir: str | os.PathLike[str], data: str) -> None:
+    """Raises ValueError where a new run's workdir is the folder of the data, among which its files
+    would lie. Below it may be: what a run writes is no picture."""
+    begun = os.path.exists(os.path.join(workdir, "config.json"))
+    if begun or not os.path.isdir(data):
+        return
+    if os.path.realpath(data) == os.path.realpath(workdir):
+        raise ValueError(
+            f"--workdir={workdir} is the folder of the data, among which the run's files would "
+            "lie; give one of its own"
+        )
+
+
 @contextlib.contextmanager
 def gone_if_refused(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """A local folder that is made inside, and is empty when a ValueError or OSError ends it, is

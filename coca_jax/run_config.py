@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax import local_files, sealed_json, storage
-from coca_jax.config import Config, checks, read
+from coca_jax.config import Config, checks, partial_checks, read
 from coca_jax.config.data import PLACES
 from coca_jax.config.section import flatten
 from coca_jax.data import stages
@@ -87,8 +87,8 @@ def check_batch(config: Config, parts: int) -> None:
 
 def remarks(config: Config, num_examples: int) -> list[str]:
     """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
-    found = (remark_batch(config, num_examples), remark_losses(config), remark_tiles(config))
-    return [one for one in found if one]
+    found = [remark_batch(config, num_examples), remark_losses(config), remark_tiles(config)]
+    return [one for one in (*found, remark_augmentations(config)) if one]
 
 
 def remark_batch(config: Config, num_examples: int) -> str:
@@ -111,6 +111,17 @@ def remark_losses(config: Config) -> str:
     return (
         f"warning: {named} cost time and train nothing, as optimizer.encoder_learning_rate=0 "
         "leaves the head alone; set 0"
+    )
+
+
+def remark_augmentations(config: Config) -> str:
+    """A warning where so many augmentations of an image are all the same, else ''."""
+    count = config.data.augmentations
+    if not count or partial_checks.moving(config.data):
+        return ""
+    return (
+        f"warning: data.augmentations={count} has no effect, as data.augment='none' and data.flip="
+        "False leave images as they are; set 0, or another data.augment"
     )
 
 

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     import jax
 
     from coca_jax import checkpointing, processes
-    from coca_jax.importers import own_data
+    from coca_jax.importers import asked, data_flag, own_data
     from coca_jax.training import agreement, replicas, setup, stopping
 
     processes.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
@@ -97,16 +97,19 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
             agreement.on_command(config, flags.FLAGS.workdir)
             setup.check_start(config, flags.FLAGS.workdir)
+            for text in flags.FLAGS.data:
+                out_folder.check_apart(flags.FLAGS.workdir, data_flag.parse(text).path)
             fields = own_data_flags.fields()
-            config = own_data.of_command(
-                config,
-                flags.FLAGS.data,
-                flags.FLAGS.workdir,
-                check=setup.check_devices,
-                fields=fields,
-                keep_tasks="eval.tasks" in recipes.changes(),
-                main_process=first,
-            )
+            with asked.within("--workdir", flags.FLAGS.workdir):
+                config = own_data.of_command(
+                    config,
+                    flags.FLAGS.data,
+                    flags.FLAGS.workdir,
+                    check=setup.check_devices,
+                    fields=fields,
+                    keep_tasks="eval.tasks" in recipes.changes(),
+                    main_process=first,
+                )
         try:
             summary = train(config, flags.FLAGS.workdir)
         except (replicas.Corrupted, checkpointing.SaveFailed) as error:

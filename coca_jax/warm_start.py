@@ -136,6 +136,7 @@ _FIT = (
     *("image_size", "text.max_len", "dtype", "implementation", "pad_id", "clean", "mend_texts"),
     *("image_mean", "image_std"),
 )
+_NOT_OF_IMAGES = ("text.", "pooler.", "embed_dim")  # keys that the image encoder does not have
 
 
 def check_model(config: Config) -> None:
@@ -151,7 +152,7 @@ def check_model(config: Config) -> None:
         key
         for key in new
         if old.get(key) != new[key] and key not in _FIT and not isinstance(new[key], float)
-        if parts == "all" or not key.startswith("text.")
+        if parts == "all" or not key.startswith(_NOT_OF_IMAGES)
     ]
     if not keys or not _differ(_shapes(there), _shapes(config.model), parts):
         return

@@ -64,6 +64,18 @@ def test_top1_and_top5_equal_a_plain_count():
     assert np.sum(evaluator.classes["count"]) == 299
 
 
+def test_data_of_other_classes_than_the_head_s_are_refused_and_a_part_of_them_counts():
+    rows = np.full((3, 7), 1 / 7, np.float32)
+    other = records_of([["bird"], ["tree"], ["fish", "eel"]])
+    line = f"none of 3 records has a class of the head; .* 'fish', 'eel', the head's 7 .*{NAMES[0]}"
+    with pytest.raises(ValueError, match=line):
+        list(Classification("set").run(Fixed(rows), other))
+    some = [*other[:2], *records_of([[NAMES[0]]])]
+    assert (
+        dict(Classification("set").run(Fixed(rows), some))["classification/set/unknown_labels"] == 2
+    )
+
+
 def test_small_probabilities_are_ranked_and_are_no_ties():
     """The true class is the third, fifth or sixth of probabilities from 1 down to 1e-30; of a head,
     and of a probe that finds the same."""

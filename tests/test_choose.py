@@ -226,6 +226,13 @@ def test_weights_bring_their_model_and_gentle_rates():
     trimming = chosen(CAPTIONS, weights=dataclasses.replace(small, resize="trim")).config
     assert trimming.data.resize == "trim" and trimming.data.augment == "drawing"
     run_config.check(trimming)
+    assert config.model.text.max_len == model.text.max_len == 24
+    short = dataclasses.replace(small, model=model.change({"text.max_len": 12}))
+    longer = chosen(CAPTIONS, weights=short)
+    assert longer.config.model.text.max_len == 24 and longer.config.text_lengths == (12,)
+    assert "weights, which know 12 places; at most 24 a text" in "".join(longer.why)
+    brief = chosen(dataclasses.replace(CAPTIONS, tokens=(5, 6, 6)), weights=small)
+    assert brief.config.model.text.max_len == 24 and "at most 8 a text" in "".join(brief.why)
     large = dataclasses.replace(small, parameters=150_000_000)
     config = chosen(CAPTIONS, weights=large, seconds=8.0).config
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-5)
@@ -273,6 +280,15 @@ def test_what_comes_next_can_be_pasted_into_a_shell(workdir):
     assert python[:2] == ["python", "-c"] and call.args[0].value == workdir
 
 
+def test_the_largest_class_is_that_of_the_pictures_scored(tmp_path):
+    """Three in eight of all, and half of those held out."""
+    for split, names in (("train", "aabb"), ("test", "abcc")):
+        for i, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (9 * i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
+    assert tell.largest_class(dict(path=str(tmp_path), kind="label", split="test")) == 0.5
+
+
 def test_scores_stand_beside_chance(tmp_path):
     scores = {
         "retrieval/mine_test/image_to_text_r1": 0.25,
@@ -282,10 +298,10 @@ def test_scores_stand_beside_chance(tmp_path):
         "zeroshot/mine_test/top1": 0.9,
         "zeroshot/mine_test/num_classes": 2.0,
     }
-    lines = tell.score_table(scores, BOTH, "mine_test", {"image_to_text_r1": 0.005})
+    lines = tell.score_table(scores, "mine_test", {"image_to_text_r1": 0.005}, largest=0.7)
     assert "of 200 captions" in lines[1] and "25.0% (20.0% to 30.0%)" in lines[1]
     assert lines[1].rstrip().endswith("0.5%")
-    assert "of 2 classes" in lines[2] and "70.0% by the largest class" in lines[2]
+    assert "of 2 classes" in lines[2] and "70.0% by their largest class" in lines[2]
     # Four captions of twenty pictures: a guess is right for every fourth.
     lines = []
     for i in range(20):
@@ -298,9 +314,7 @@ def test_scores_stand_beside_chance(tmp_path):
     for direction in ("image_to_text", "text_to_image"):
         assert chance[f"{direction}_r1"] == pytest.approx(0.25)
         scores = {f"retrieval/mine_test/{direction}_r1": 0.3}
-        (line,) = tell.score_table(scores, BOTH, "mine_test", chance)[1:]
+        (line,) = tell.score_table(scores, "mine_test", chance)[1:]
         assert line.split()[-2:] == ["30.0%", "25.0%"]
     assert tell.retrieval_chance(config, "mine") == {}
-    assert tell.score_table({}, BOTH, "mine_test", {}) == [
-        "nothing was held out, so there are no scores"
-    ]
+    assert tell.score_table({}, "mine_test", {}) == ["nothing was held out, so there are no scores"]

@@ -7,7 +7,7 @@ import pytest
 from test_own_data import captioned, recipe
 from test_version_0_1 import flags_of
 
-from coca_jax import own_data_flags
+from coca_jax import out_folder, own_data_flags
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.importers import data_flag, own_data, splits
@@ -107,6 +107,16 @@ def test_train_has_them(monkeypatch):
 
 
 RUNS = {"steps": 4, "epochs": 0, "optimizer.warmup_steps": 0}
+
+
+def test_a_new_run_s_workdir_is_not_the_folder_of_its_data(tmp_path):
+    (tmp_path / "pics").mkdir()
+    config = typed(recipe()).change(RUNS)
+    config = config.change({"data.sources": (dict(path=str(tmp_path / "pics")),)})
+    with pytest.raises(ValueError, match="pics is the folder of the data, among which"):
+        setup.check(config, str(tmp_path / "pics"))
+    (tmp_path / "pics/config.json").write_text("{}")  # of a run, which goes on
+    out_folder.check_apart(tmp_path / "pics", str(tmp_path / "pics"))
 
 
 def test_what_needs_no_data_is_refused_before_they_are_indexed(tmp_path):

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import fit, recipes
+from coca_jax import fit, out_folder, recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
-from coca_jax.importers import splits
+from coca_jax.importers import asked, indexes, splits
 from coca_jax.importers.items import Item
 from coca_jax.training import gradients, lease, step, stopping
 
@@ -202,7 +202,7 @@ def test_a_mistake_claims_no_workdir(folder, tmp_path):
     (other / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     with pytest.raises(ValueError, match="its other fields are description. Name the field"):
         run.fit(Request(folder=str(other)), workdir, say=str)
-    assert os.listdir(workdir) == []
+    assert not os.path.exists(workdir)
     request = Request(folder=str(other), fields={"text_field": "description"})
     kept = Kept(workdir, request)
     facts, place, _, _ = run.bring_in(request, workdir, kept, str)
@@ -214,6 +214,41 @@ def test_a_mistake_claims_no_workdir(folder, tmp_path):
     assert os.path.exists(place)  # of whoever fits there now: only who holds the workdir may
     again.drop_imported()
     assert not os.path.exists(place) and theirs.read_text() == "years of work"
+
+
+def test_a_workdir_is_not_the_folder_of_the_data(tmp_path, monkeypatch):
+    folder = drawn_folder(tmp_path / "pics", 24)
+    before = sorted(os.listdir(folder))
+    os.symlink(folder, tmp_path / "link")
+    for workdir in (folder, tmp_path / "link"):
+        with pytest.raises(ValueError, match=f"--workdir={workdir} is the folder of the data, amo"):
+            run.fit(Request(folder=str(folder)), str(workdir), dry_run=True, say=str)
+    assert sorted(os.listdir(folder)) == before
+    out_folder.check_apart(folder / "runs/mine", str(folder))
+    out_folder.check_apart(folder, str(folder / "metadata.jsonl"))
+
+
+def test_the_recipe_says_the_command_with_its_kind(tmp_path, monkeypatch):
+    folder = drawn_folder(tmp_path / "pics", 24)
+    monkeypatch.setattr(run, "decide", lambda *_: (typed(recipes.load("tiny")), ("why",)))
+    found = run.fit(Request(folder=str(folder), kind="label"), f"{tmp_path}/run", dry_run=True)
+    line = f'"""pics_test: the choice of `coca-jax fit {folder}:label --minutes=30`.\n'
+    assert pathlib.Path(found["recipe"]).read_text().startswith(line)
+
+
+def test_data_that_another_command_brought_in_otherwise_name_the_workdir(tmp_path):
+    folder = drawn_folder(tmp_path / "pics", 40)
+    workdir = str(tmp_path / "run")
+    config = typed(recipes.load("tiny")).change({"data.sources": (dict(path=str(folder)),)})
+    indexes.of_sources(config, workdir)  # all of it, as a source of a recipe
+    line = f"--workdir={workdir}: {workdir}/data/pics already holds a split 'train' made with other"
+    with pytest.raises(ValueError, match=f"^{line} options; give another --workdir, or remove "):
+        run.fit(Request(folder=str(folder)), workdir, dry_run=True, say=str)
+    with pytest.raises(
+        ValueError, match="^--workdir=w: d is an .* other options.*--workdir, or re"
+    ):
+        with asked.within("--workdir", "w"):
+            raise asked.Otherwise("d", "d is an unfinished import with other options", "give -")
 
 
 def test_pictures_in_the_workdir_stay(tmp_path, monkeypatch):

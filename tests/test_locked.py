@@ -1,6 +1,7 @@
 """A captioner on a locked encoder: what is taken, what moves, and tokens that are kept."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -274,6 +275,19 @@ def test_what_does_not_go_together_is_a_line(changes, message):
     config = read(Config, locked_run("runs/x", features="f").to_dict())
     with pytest.raises(ValueError, match=message):
         run_config.check(config.change(changes))
+
+
+def test_kept_tokens_in_what_is_no_folder_are_refused_before_anything_is_made(start, tmp_path):
+    file = tmp_path / "metadata.jsonl"
+    file.write_text("{}")
+    for place in (file, file / "below"):
+        config = typed(locked_run(start, features=str(place)))
+        with pytest.raises(ValueError, match=r"^data.features: .*metadata.jsonl is a file\); give"):
+            setup.check_devices(config)
+    with pytest.raises(ValueError, match="data.features=gs://b/f is no folder of this machine"):
+        setup.check_devices(config.change({"data.features": "gs://b/f"}))
+    setup.check_devices(config.change({"data.features": str(tmp_path / "new")}))
+    assert os.listdir(tmp_path) == ["metadata.jsonl"] and file.read_text() == "{}"
 
 
 def test_a_slowly_tuned_encoder_has_its_own_rate():

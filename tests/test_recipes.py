@@ -12,6 +12,7 @@ from conftest import scenes_words, tiny
 from ml_collections import ConfigDict
 
 from coca_jax import cli, export_format, recipes, run_config
+from coca_jax.config import typed
 from coca_jax.data import mixture, run_vocabulary
 from coca_jax.training import setup
 
@@ -231,6 +232,16 @@ def test_a_batch_larger_than_the_data_is_remarked_on():
     assert "config.batch_size=16 is more than all 15 examples" in run_config.remark_batch(
         config, 15
     )
+
+
+def test_augmentations_of_what_stays_as_it_is_are_remarked_on():
+    config = recipes.load("tiny")
+    config.data.update(augment="none", flip=False, augmentations=3)
+    (line,) = run_config.remarks(typed(config), 10_000)
+    assert line.startswith("warning: data.augmentations=3 has no effect, as data.augment='none'")
+    for change in ({"augmentations": 0}, {"flip": True}, {"augment": "crop"}):
+        changes = {f"data.{key}": value for key, value in change.items()}
+        assert run_config.remarks(typed(config).change(changes), 10_000) == []
 
 
 STARTED = """

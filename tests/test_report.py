@@ -67,6 +67,8 @@ class Model:
         rows = [sum(self.words.get(w, np.zeros(32)) for w in t.split()) + 1e-3 for t in texts]
         return zeroshot.normalise(np.stack(rows)).astype(np.float32)
 
+    tokenize = staticmethod(lambda texts, labels: [np.eye(len(texts))] * 2)
+
     def encode_image(self, images):
         found = [self.records[i.tobytes()] for i in images]
         texts = self.encode_text([scenes.full_caption(s) for s in found])

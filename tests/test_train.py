@@ -45,6 +45,16 @@ def tiny_run(steps=4, **changes):
     return config
 
 
+def test_a_loss_by_a_teacher_that_the_data_lack_is_refused_before_training(tmp_path):
+    config = tiny_run()
+    config.loss.update(imitation_weight=5.0, teacher_width=config.model.embed_dim)
+    with pytest.raises(
+        ValueError, match="^loss.imitation_weight=5: no record of scenes.* has a tea"
+    ):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 COMPARED = ("loss", "contrastive_loss", "captioning_loss", "gradient_norm", "learning_rate")
 
 

@@ -90,7 +90,10 @@ def test_a_model_of_another_size_is_refused_by_its_keys_before_data_are_read(tmp
     with pytest.raises(ValueError, match=line):
         setup.check_start(config(**layers), str(tmp_path / "run"))
     # What does not matter to the image encoder, and what no array has the shape of, may differ.
-    setup.check_start(config(**layers).change({"init_parts": "image"}), str(tmp_path / "run"))
+    image = config(**layers, embed_dim=8).change({"init_parts": "image"})
+    setup.check_start(image, str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="export: model.image.width is 16 there, 48 here; set wh"):
+        setup.check_start(image.change({"model.image.width": 48}), str(tmp_path / "run"))
     fits = {"image_size": 32, "text.max_len": 99, "activation": "relu", "norm_eps": 1e-6}
     setup.check_start(config(**fits), str(tmp_path / "run"))
 

@@ -141,6 +141,34 @@ def test_generative_ties_are_wrong_and_infinite_likelihoods_refused():
         dict(evaluator.run(Fake(text=lambda t: right[t]), records))
 
 
+@pytest.mark.parametrize("of", [zeroshot.ZeroShot, zeroshot.Generative])
+def test_classes_that_the_model_reads_alike_are_named(of, caplog):
+    names, prompts = ["food, fruit", "food, meat", "drink"], ("a {}", "the {}")
+    model = Fake(np.eye(3, dtype=np.float32), lambda t: np.eye(3)[int("drink" in t)])
+    records = [dict(image=picture(0), labels=["drink"])]
+
+    def notes():
+        caplog.clear()
+        evaluator = of("toy", names, prompts)
+        list(evaluator.run(model, records))
+        assert caplog.messages == [f"{of.kind}/toy: {one}" for one in evaluator.examples["notes"]]
+        return evaluator.examples["notes"]
+
+    model.max_len = 9  # "the food,"; with "a " in front one more letter differs
+    assert notes() == []
+    model.max_len = 8
+    (note,) = notes()
+    assert note.startswith(
+        "2 of 3 classes have the text of another one, as 'food, fruit' and 'food, meat', and "
+        "cannot be told apart: the texts are cut at model.text.max_len=8; train with a larger one"
+    )
+    model.max_len = 64
+    assert notes() == []
+    model.tokenize = lambda texts, labels: Fake().tokenize([t.lower() for t in texts])
+    names = ["food", "Food", "drink"]
+    assert "'food' and 'Food', and cannot be told apart: the model's vocabulary does" in notes()[0]
+
+
 def test_zeroshot_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="3 names, 2 distinct"):
         zeroshot.ZeroShot("toy", ["a", "b", "a"])

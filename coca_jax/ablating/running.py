@@ -29,7 +29,7 @@ from coca_jax.config import Config, checks
 from coca_jax.config.section import dotted, plain
 from coca_jax.data import files, kinds, sources
 from coca_jax.evaluators import declarations
-from coca_jax.importers import indexes, own_data
+from coca_jax.importers import asked, indexes, own_data
 from coca_jax.training import lease, setup
 from coca_jax.training import run as training
 
@@ -111,7 +111,8 @@ def indexed(config: Config, folder: pathlib.Path) -> Config:
         return config
     told = json.dumps([[files.absolute(path), *how] for path, *how in read])
     name = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
-    return indexes.of_sources(config, str(folder / "data" / name))
+    with asked.within("--out", str(folder)):
+        return indexes.of_sources(config, str(folder / "data" / name))
 
 
 def check(variant: Variant, minutes: float, folder: pathlib.Path) -> None:
@@ -149,15 +150,16 @@ def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str,
     variants = []
     for number, variant in enumerate(table.variants):
         # What is indexed for the first is told once; the others find it.
-        config = own_data.of_command(
-            variant.config(),
-            named,
-            out,
-            check=setup.check_devices,
-            fields=fields,
-            keep_tasks="eval.tasks" in variant.values,
-            main_process=not number,
-        )
+        with asked.within("--out", out):
+            config = own_data.of_command(
+                variant.config(),
+                named,
+                out,
+                check=setup.check_devices,
+                fields=fields,
+                keep_tasks="eval.tasks" in variant.values,
+                main_process=not number,
+            )
         own = {"data.sources": config.data.sources, "eval.tasks": config.eval.tasks}
         values = {**variant.values, **{key: plain(value) for key, value in own.items()}}
         variants.append(dataclasses.replace(variant, values=values))

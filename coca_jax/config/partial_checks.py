@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coca_jax.config.data import Data
 from coca_jax.config.run import Config
 from coca_jax.models import head_kinds
 
@@ -74,6 +75,11 @@ def check(config: Config) -> None:
         check_features(config)
 
 
+def moving(data: Data) -> bool:
+    """Whether an image, or a clip, is another one at each visit."""
+    return data.augment != "none" or data.flip or bool(data.num_frames and data.frame_jitter)
+
+
 def check_features(config: Config) -> None:
     """Raises ValueError where kept tokens of the image encoder would not be those of each step."""
     data = config.data
@@ -83,8 +89,7 @@ def check_features(config: Config) -> None:
             f"{kept} keeps the tokens of a frozen image encoder; set optimizer.image_learning_rate"
             "=0 (with a task head encoder_learning_rate=0), or data.features=''"
         )
-    moving = data.augment != "none" or data.flip or (data.num_frames and data.frame_jitter)
-    if moving and not data.augmentations:
+    if moving(data) and not data.augmentations:
         raise ValueError(
             f"{kept} keeps each image as it is augmented, and data.augmentations=0 draws a new one "
             "at each visit; set it to 4, say, or data.augment='none' and data.flip=False"

@@ -276,8 +276,8 @@ def head_classes(config: Config, mixture: Mixture | None = None) -> tuple[str, .
     """The classes of the run's task head, in the order of its outputs; () without a head.
 
     They are the lines of `config.head.classes`, or else the class names of the training sources
-    that have labels or answers: as declared, or sorted. `mixture` is that of `config`, where it
-    is open already.
+    that have labels or answers: of each source as declared, or sorted, those of the first before
+    others. `mixture` is that of `config`, where it is open already.
 
     Raises:
         ValueError: no source has labels; names that repeat, or fewer than two.

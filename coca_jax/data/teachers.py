@@ -5,10 +5,53 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from coca_jax.config import Entry, Loss
+from coca_jax.data.random_access import Source, read_all
 from coca_jax.data.records import Record
+
+_AT_ONCE = 256  # records of a source
+
+
+def check(sources: Sequence[Source], entries: Sequence[Entry], loss: Loss) -> None:
+    """Raises ValueError where a loss needs a teacher and no record of any source has embeddings of
+    one of its texts. Reads texts, of the sources in turn, until it finds some; what is drawn or of
+    TFDS has none. entries: of the sources."""
+    if not loss.teacher_width:
+        return
+    able = [source for source, entry in zip(sources, entries) if entry.path]
+    for start in range(0, max(map(len, able), default=0), _AT_ONCE):
+        for source in able:
+            rows = np.arange(start, min(start + _AT_ONCE, len(source)))
+            records, unread = read_all(source, rows, texts=True)
+            for number, (row, record) in enumerate(zip(rows.tolist(), records)):
+                extra, texts = _taught(record)
+                own = source.kind.vocabulary_texts(record, row) if extra else ()
+                if number not in unread and not set(texts).isdisjoint(own):
+                    return
+    weights = dict(affinity_weight=loss.affinity_weight, imitation_weight=loss.imitation_weight)
+    asked = " and ".join(f"loss.{key}={value:g}" for key, value in weights.items() if value)
+    names = ", ".join(dict.fromkeys(source.name for source in sources))
+    raise ValueError(
+        f"{asked}: no record of {names} has a teacher's embeddings of its texts, so nothing would "
+        "be learned from one; write data with `coca-jax recaption --embeddings`, or set 0, and "
+        "loss.teacher_width=0"
+    )
+
+
+def _taught(record: Record) -> tuple[dict[str, Any], list[str]]:
+    """The `extra` of a record that has a teacher's embeddings, and the texts that these are of;
+    ({}, []) of another one."""
+    if '"image_emb"' not in record.extra:
+        return {}, []
+    extra = json.loads(record.extra)
+    made = extra.get("recaption")
+    if not isinstance(made, dict) or not {"originals", "captions"} <= made.keys():
+        return {}, []  # fields of the data's own that have these names
+    return extra, [one["text"] for one in made["originals"] + made["captions"]]
 
 
 def embeddings(
@@ -25,13 +68,7 @@ def embeddings(
     """
     found = np.zeros((2, len(records), width), np.float32)
     for row, (record, text) in enumerate(zip(records, chosen)):
-        if '"image_emb"' not in record.extra:
-            continue
-        extra = json.loads(record.extra)
-        made = extra.get("recaption")
-        if not isinstance(made, dict) or not {"originals", "captions"} <= made.keys():
-            continue  # fields of the data's own that have these names
-        texts = [one["text"] for one in made["originals"] + made["captions"]]
+        extra, texts = _taught(record)
         if text not in texts:
             continue
         image = _array(extra["image_emb"], 1, record, width)

@@ -45,6 +45,11 @@ class Predictor(Protocol):
     def encode_text(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
         """N texts -> float32 [N, E], unit length. labels: they are class names in prompts."""
 
+    def tokenize(
+        self, texts: Sequence[str], *, labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """N texts -> ids int32 and validity bool, [N, max_len], cut where they are longer."""
+
     def caption(self, images: Any, **how: Any) -> list[str]:
         """N images -> N captions; how: options of decoding."""
 

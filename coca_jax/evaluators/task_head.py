@@ -96,7 +96,7 @@ class Classification(OfRecords):
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields what `ZeroShot.run` does, nll (nats, of records that have a class), and
         unknown_labels: records none of whose labels is a class of the head. It cannot name those,
-        so they count as wrong.
+        so they count as wrong, and where they are all there is ValueError is raised.
 
         A record needs `image` (of pairs `second` too), `labels` and, for heads that read a text,
         `text`. Afterwards `examples` and `classes` are as those of ZeroShot.
@@ -120,6 +120,13 @@ class Classification(OfRecords):
             for record, row in zip(batch, found):
                 known = list({number[label] for label in record["labels"] if label in number})
                 surprise += [-np.log(max(float(row[known].sum()), 1e-12))] if known else []
+        if count and not surprise:
+            given = ", ".join(map(repr, list(record["labels"])[:3])) or "none"
+            shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+            raise ValueError(
+                f"{self.name}: none of {count} records has a class of the head; labels of the last "
+                f"are {given}, the head's {len(names)} classes {shown}; give data of these classes"
+            )
         yield from tally.results()
         if surprise:
             yield f"{self.name}/nll", float(np.mean(surprise))

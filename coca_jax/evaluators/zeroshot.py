@@ -3,10 +3,12 @@ class text that the captioner finds most likely."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from coca_jax import renamed
 from coca_jax.config import rules
@@ -54,6 +56,33 @@ def class_embeddings(
     return normalise(embeddings.reshape(len(class_names), len(prompts), -1).mean(1))
 
 
+def read_alike(predict: Predictor, class_names: Sequence[str], prompts: Sequence[str]) -> str:
+    """A warning where the model reads the same tokens in all prompts of two classes, which no score
+    can tell apart, else ''."""
+    groups, whole = [list(class_names)], True
+    for prompt in prompts:
+        found: dict[tuple[int, bytes], list[str]] = defaultdict(list)
+        for number, names in enumerate(groups):
+            tokens, valid = predict.tokenize(class_texts(names, [prompt]), labels=True)
+            for name, row in zip(names, tokens):
+                found[number, row.tobytes()].append(name)
+            whole = whole and not valid[:, -1].any()
+        groups = [names for names in found.values() if len(names) > 1]
+    if not groups:
+        return ""
+    first, second = groups[0][:2]
+    why = "the model's vocabulary does not tell their letters apart; give other class_names"
+    if not whole:
+        why = (
+            f"the texts are cut at model.text.max_len={predict.max_len}; train with a larger one, "
+            "or give shorter prompts or class_names"
+        )
+    return (
+        f"{sum(map(len, groups))} of {len(class_names)} classes have the text of another one, as "
+        f"{first!r} and {second!r}, and cannot be told apart: {why}"
+    )
+
+
 def normalise(x: np.ndarray) -> np.ndarray:
     """Returns x at unit length along its last axis; a zero vector stays zero."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -66,6 +95,15 @@ class ByPrompts(Evaluator):
     options = dict(class_names=class_names.RULE, prompts=rules.TEXT, templates=rules.TEXT)
     default_prompts = "photo"
     several_batches = True
+    class_names: list[str]
+    prompts: Sequence[str]
+
+    def _tell_alike(self, predict: Predictor) -> list[str]:
+        """`read_alike` of the task's classes, said and for the report's notes."""
+        line = read_alike(predict, self.class_names, self.prompts)
+        if line:
+            logging.warning("%s: %s", self.name, line)
+        return [line] if line else []
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
@@ -145,6 +183,7 @@ class ZeroShot(ByPrompts):
         report shows and `classes` accuracy by class and the confusion matrix.
         """
         show = self.name if self.progress else ""
+        notes = self._tell_alike(predict)
         tally, drawn = self._new_tally(), PictureMap(POINTS if self.num_examples else 0)
         classes = class_embeddings(
             predict, self.class_names, self.prompts, self.batch_size, show=show and f"{show} texts"
@@ -156,7 +195,8 @@ class ZeroShot(ByPrompts):
             names = [", ".join(map(str, record["labels"])) for record in batch]
             drawn.add([record["image"] for record in batch], embeddings, names, right.tolist())
         yield from tally.results()
-        self.examples, self.classes = tally.examples() | dict(map=drawn.found()), tally.classes()
+        self.examples = tally.examples() | dict(map=drawn.found(), notes=notes)
+        self.classes = tally.classes()
 
 
 class Generative(ByPrompts):
@@ -197,6 +237,7 @@ class Generative(ByPrompts):
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields what `ZeroShot.run` does, and top1_per_token."""
+        notes = self._tell_alike(predict)
         texts = class_texts(self.class_names, self.prompts)
         shape = (-1, len(self.class_names), len(self.prompts))
         tokens = np.concatenate(
@@ -219,4 +260,4 @@ class Generative(ByPrompts):
             by_token.add((sums / tokens).reshape(shape).mean(2), batch)
         yield from tally.results()
         yield from with_interval(f"{self.name}/top1_per_token", by_token.hits())
-        self.examples, self.classes = tally.examples(), tally.classes()
+        self.examples, self.classes = tally.examples() | dict(notes=notes), tally.classes()

@@ -254,9 +254,9 @@ def _batch(
 def _texts(config: Config, facts: Facts, machine: Machine) -> tuple[Config, str]:
     """How long texts are: whole ones but for the last percent, short ones cheaper."""
     usual, nearly_all, _ = facts.tokens
-    longest = config.model.text.max_len if config.init_from else 64
-    length = min(max(8, 2 * -(-nearly_all // 2)), longest)
-    if not config.init_from:
+    known = config.model.text.max_len if config.init_from else 0
+    length = min(max(8, 2 * -(-nearly_all // 2)), max(64, known))
+    if length > known:  # weights' texts get places behind, which start untrained
         config = config.change({"model.text.max_len": length})
     short = 4 * -(-usual // 4)
     if usual and short <= 0.7 * length and config.batch_size % (4 * machine.devices) == 0:
@@ -264,6 +264,8 @@ def _texts(config: Config, facts: Facts, machine: Machine) -> tuple[Config, str]
     pieces = f"{config.model.text.vocab_size:,} word pieces at most, learned from them"
     if config.init_from:
         pieces = "in the word pieces of the weights"
+        if length > known:
+            pieces += f", which know {known} places"
     cut = f"; {short} are room for most, which saves time" if config.text_lengths else ""
     return config, f"texts: {pieces}; at most {length} a text{cut}"
 

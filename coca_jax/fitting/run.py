@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import compile_cache, inference, recipes
+from coca_jax import compile_cache, inference, out_folder, recipes
 from coca_jax.config import Config
 from coca_jax.data import files, kinds, vocabulary
 from coca_jax.data.mixture import Mixture
@@ -20,7 +20,7 @@ from coca_jax.evaluators.records import Records
 from coca_jax.fitting import choose, look, measure, recipe, sizes, tell, weights
 from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
-from coca_jax.importers import indexes, own_data
+from coca_jax.importers import asked, indexes, own_data
 from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.metadata import MANIFEST
 from coca_jax.inference import export_programs
@@ -52,18 +52,20 @@ def fit(
     returns. Raises ValueError or OSError for data that cannot be read or cannot train, and for a
     workdir that holds something else; Preempted when it was asked to stop and saved.
     """
-    kept = Kept(workdir, request)
+    out_folder.check_apart(workdir, request.folder)
     compile_cache.use()  # measuring, training and captions share programs
     path = pathlib.Path(workdir) / RECIPE
-    with lease.held(workdir):  # whoever trains there, or fits, has its vocabulary there too
-        if path.exists():
-            place = kept.get("data")["path"]
-            if place != request.folder and files.exists(request.folder):
-                own_data.refuse_changed(request.folder, place, options_of(request))
-            say(f"{path} holds the choice that was made before")
-        else:
-            kept.drop_imported()
-            write_recipe(path, request, workdir, kept, change, say)
+    with out_folder.gone_if_refused(workdir):
+        kept = Kept(workdir, request)
+        with lease.held(workdir):  # whoever trains there, or fits, has its vocabulary there too
+            if path.exists():
+                place = kept.get("data")["path"]
+                if place != request.folder and files.exists(request.folder):
+                    own_data.refuse_changed(request.folder, place, options_of(request))
+                say(f"{path} holds the choice that was made before")
+            else:
+                kept.drop_imported()
+                write_recipe(path, request, workdir, kept, change, say)
     result = dict(workdir=str(workdir), recipe=str(path))
     if dry_run:
         return result
@@ -82,7 +84,8 @@ def write_recipe(
     kept.put("facts", dataclasses.asdict(facts))
     kept.put("data", dict(path=place, train=splits[0], held=splits[1], name=name))
     config, why = decide(request, facts, (place, splits, name), start, workdir, kept, change, say)
-    folder = shlex.quote(request.folder)
+    named = f"{request.folder}:{request.kind}" if request.kind else request.folder
+    folder = shlex.quote(named)
     title = f"{name}: the choice of `coca-jax fit {folder} --minutes={request.minutes:g}`."
     new = path.with_suffix(".py.new")
     new.write_text(recipe.source(config, title, why))
@@ -113,7 +116,8 @@ def bring_in(
         if share is None and not layout.held:
             share = look.holdout(scan.places)
             kept.put("holdout", share)
-        own_data.bring_in(layout, place, holdout=share or own_data.HOLDOUT, options=options)
+        with asked.within("--workdir", workdir):
+            own_data.bring_in(layout, place, holdout=share or own_data.HOLDOUT, options=options)
     there = read_manifest(place)["splits"]
     facts = look.with_counts(facts, there[splits[0]], there[splits[1]])
     facts = only(facts, request.kind)
@@ -238,15 +242,17 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
     say("writing the export: weights and programs that need none of this package")
     place = os.path.join(workdir, "export")
     export_programs.export(model, place)
-    constant = (0.0, 0.0)
+    constant, largest = (0.0, 0.0), 0.0
     if facts.test_captions and "caption" in choose.kinds(facts):
         entry = dict(path=data["path"], kind="caption")
         constant = tell.constant_caption(
             dict(entry, split=data["train"]), dict(entry, split=data["held"])
         )
+    if facts.test_labels and "label" in choose.kinds(facts):
+        largest = tell.largest_class(dict(path=data["path"], kind="label", split=data["held"]))
     config = recipes.typed(recipes.load(os.path.join(workdir, RECIPE)))
     chance = tell.retrieval_chance(config, data["name"])
-    for line in tell.score_table(scores, facts, data["name"], chance, constant):
+    for line in tell.score_table(scores, data["name"], chance, constant, largest):
         say(line)
     say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
     for line in tell.next_commands(workdir, data["path"]):

@@ -3,9 +3,10 @@ begun."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from coca_jax import out_folder
@@ -14,6 +15,27 @@ from coca_jax.importers import metadata, shards
 from coca_jax.importers.items import Options, Unit
 
 _BEGUN = ".unfinished-"  # before the name of a split
+
+
+class Otherwise(ValueError):
+    """`place` holds what was asked for otherwise; why: that, in words, remedy: of `prepare`."""
+
+    def __init__(self, place: str, why: str, remedy: str):
+        super().__init__(f"{why}; {remedy}")
+        self.place, self.why = place, why
+
+
+@contextlib.contextmanager
+def within(flag: str, folder: str) -> Iterator[None]:
+    """Data that were brought into a folder otherwise get the remedy of whoever gave that folder by
+    a flag ('--workdir'), not the flags of `prepare`."""
+    try:
+        yield
+    except Otherwise as error:
+        raise ValueError(
+            f"{flag}={folder}: {error.why.removeprefix('--out=')}; give another {flag}, or remove "
+            f"{error.place}"
+        ) from None
 
 
 def request(format: str, input: str, options: Options) -> dict[str, Any]:
@@ -35,7 +57,7 @@ def is_there(out: str, split: str, request: dict[str, Any]) -> bool:
     there = metadata.read_manifest(out)["splits"].get(split)
     if there is not None and whole(there.get("request")) != request:
         why = f"--out={out} already holds a split {split!r} made with other options"
-        raise ValueError(f"{why}; give --overwrite, or another --out or --split")
+        raise Otherwise(out, why, "give --overwrite, or another --out or --split")
     return there is not None
 
 
@@ -52,13 +74,17 @@ def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str])
         if not others or there != request | {"options": asked | held}:
             continue
         if asked["held_out"]:
-            raise ValueError(
+            raise Otherwise(
+                out,
                 f"--out={out} holds a split {name!r} of the same input, in which the images that "
-                "--holdout keeps apart would be too; give another --out"
+                "--holdout keeps apart would be too",
+                "give another --out",
             )
-        raise ValueError(
+        raise Otherwise(
+            out,
             f"--out={out} holds a split {name!r} of images held out of the same input, which "
-            f"would be in both; give --holdout={held['holdout']}, or another --out"
+            "would be in both",
+            f"give --holdout={held['holdout']}, or another --out",
         )
 
 
@@ -96,13 +122,11 @@ def begun(
     where it did so for another request, or of files that have changed since."""
     kept = json.loads(files.read(files.join(work, "plan.json")))
     if whole(kept["request"]) != request:
-        raise ValueError(
-            f"{work} is an unfinished import with other options; give --overwrite, or remove it"
-        )
+        why = f"{work} is an unfinished import with other options"
+        raise Otherwise(work, why, "give --overwrite, or remove it")
     groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
     before, now = kept.get("state"), state([unit for group in groups for unit in group])
     if before and now and metadata.have_changed(before, now):
-        raise ValueError(
-            f"{input} has changed since {work} was begun; give --overwrite, or remove that folder"
-        )
+        why = f"{input} has changed since {work} was begun"
+        raise Otherwise(work, why, "give --overwrite, or remove that folder")
     return groups

@@ -24,7 +24,7 @@ from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import stages
 from coca_jax.data.features import Features
 from coca_jax.evaluators import results
-from coca_jax.importers import indexes
+from coca_jax.importers import asked, indexes
 from coca_jax.training import (
     agreement,
     goodput,
@@ -61,7 +61,9 @@ def train(config: Recipe, workdir: str) -> dict[str, Any]:
             config = typed(config)
             agreement.on_command(config, workdir)
             mesh = setup.check(config, workdir)
-            config = indexes.of_sources(config, workdir, main_process=jax.process_index() == 0)
+            with asked.within("--workdir", workdir):
+                first = jax.process_index() == 0
+                config = indexes.of_sources(config, workdir, main_process=first)
         with jax.set_mesh(mesh):
             return train_on(mesh, config, workdir, buckets)
 

@@ -25,7 +25,7 @@ from coca_jax import (
     warm_start,
 )
 from coca_jax.config import Config, Entry
-from coca_jax.data import files, run_vocabulary, vocabulary
+from coca_jax.data import files, run_vocabulary, teachers, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
@@ -93,6 +93,8 @@ def check(config: Config, workdir: str) -> Mesh:
     out_folder.check_run(workdir)
     checkpoint_places.check_writable(workdir)
     check_start(config, workdir)
+    for source in config.data.sources:
+        out_folder.check_apart(workdir, source.path)
     check_seen(config.data.sources, workdir)
     sources = tuple(
         dataclasses.replace(one, path=indexes.planned(one.path, workdir))
@@ -139,13 +141,27 @@ def check_devices(config: Config) -> Mesh:
     partitioning.readers(mesh)  # which processes read which rows, or why they cannot
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])
-    if config.data.features and jax.process_count() > 1:
-        raise ValueError(
-            f"data.features={config.data.features} is for one process, these are "
-            f"{jax.process_count()}; set it to ''"
-        )
+    check_features(config.data.features)
     check_started(config)
     return mesh
+
+
+def check_features(folder: str) -> None:
+    """Raises ValueError where tokens of the image encoder cannot be kept: in what is no folder of
+    this machine, or by several processes."""
+    if folder and jax.process_count() > 1:
+        raise ValueError(
+            f"data.features={folder} is for one process, these are {jax.process_count()}; set it "
+            "to ''"
+        )
+    if not folder:
+        return
+    if storage.is_remote(folder):
+        raise ValueError(f"data.features={folder} is no folder of this machine; give one")
+    try:
+        storage.check_writable(folder, make=False)
+    except ValueError as error:
+        raise ValueError(f"data.features: {error}") from None
 
 
 def check_started(config: Config) -> None:
@@ -183,6 +199,7 @@ def prepare(
     process = jax.process_index()
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
     config = with_examples(config, mixture)
+    teachers.check(mixture.sources, mixture.entries, config.loss)
     class_names = head_classes(config, mixture)
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)

@@ -1,0 +1,40 @@
+"""Data for losses by a teacher's embeddings: whether a run's sources have any."""
+
+import json
+
+import pytest
+
+from coca_jax.config import Entry, Loss
+from coca_jax.data import random_access, teachers
+from coca_jax.data.records import Record
+
+
+def test_one_record_with_a_teacher_s_embeddings_is_enough():
+    """Among 600 of two sources; of another text than those that train it is none."""
+    made = dict(recaption=dict(originals=[dict(text="a")], captions=[]), image_emb="", text_emb="")
+    plain = Record(b"", ("a",), (), "key", "{}")
+
+    def named(name, text):
+        taught = Record(b"", (text,), (), "key", json.dumps(made))
+        return random_access.Source(
+            name, 600, lambda rows: [taught if r == 599 else plain for r in rows]
+        )
+
+    entries = [Entry(path="mine")] * 2
+    loss = Loss(affinity_weight=0.5, teacher_width=4)
+    teachers.check([named("x", "b"), named("y", "a")], entries, loss)
+    line = (
+        "affinity_weight=0.5: no record of x, z has .*`coca-jax recaption --embeddings`, or set 0"
+    )
+    with pytest.raises(ValueError, match=line):
+        teachers.check([named("x", "b"), named("z", "b")], entries, loss)
+    teachers.check([named("x", "b")], entries, Loss())
+
+
+def test_fields_of_the_data_s_own_are_no_teacher_s():
+    record = Record(b"", ("a",), (), "key", '{"image_emb": [0.5, 1], "recaption": "yes"}')
+    source = random_access.Source("mine", 1, lambda rows: [record for _ in rows])
+    with pytest.raises(ValueError, match="loss.imitation_weight=5: no record of mine has a teach"):
+        teachers.check(
+            [source] * 2, [Entry(path="p")] * 2, Loss(imitation_weight=5.0, teacher_width=4)
+        )
