@@ -180,6 +180,14 @@ def test_variants_of_other_images_read_other_images(tmp_path):
     other = config.change({"data.sources": (entry | dict(image_field="two"),)})
     with pytest.raises(ValueError, match="is of image_field='one', not 'two'; use a new --workdir"):
         indexes.of_sources(other, str(tmp_path / "run"))
+    # The texts of a field that is named no longer would train as if they were the usual ones.
+    named = config.change({"data.sources": (entry | dict(text_field="two"),)})
+    workdir = str(tmp_path / "named")
+    assert indexes.of_sources(named, workdir).data.sources[0].text_field == ""
+    with pytest.raises(ValueError, match="is of text_field='two', not ''; use a new --workdir"):
+        indexes.of_sources(config, workdir)
+    third = config.change({"data.sources": (entry | dict(text_field="text"),)})
+    assert indexes.of_sources(third, workdir).data.sources[0].text_field == "text"
 
 
 def test_runs_that_the_table_no_longer_asks_for_are_named(tmp_path):

@@ -71,7 +71,8 @@ class Kind(abc.ABC):
     @classmethod
     def remedy(cls) -> str:
         """Where a record's field may stand that trains, for messages."""
-        return f"--{cls.wanted}_field=NAME where a field of another name holds it"
+        field = f"{cls.wanted}_field"
+        return f"--{field}=NAME ({field} of a source) where a field of another name holds it"
 
     def check(self, data: Data) -> None:
         """Raises ValueError for what of config.data does not go with this kind."""

@@ -173,14 +173,16 @@ def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
 def of_index(entry: Entry, out: str, split: str) -> Entry:
     """The entry that reads the index of its data in `out`, whose texts and labels are those of its
     fields already, but for fields that the index was not made by. Raises ValueError where that was
-    made by another field of the images, of which its records have one alone."""
+    made by another field of the images, of which its records have one alone, or by a field of texts
+    or labels where the entry names none: the usual ones are not in its records."""
     made_by = metadata.request(out, split).get("options", {})
-    image = made_by.get("image_field", "")
-    if made_by and image != entry.image_field:
-        raise ValueError(
-            f"data source {entry.path}: its index in {out} is of image_field={image!r}, not "
-            f"{entry.image_field!r}; use a new --workdir, or remove that index"
-        )
+    for key in _fields(entry) if made_by else ():
+        had, asked = made_by.get(key, ""), getattr(entry, key)
+        if had != asked and (key == "image_field" or not asked):
+            raise ValueError(
+                f"data source {entry.path}: its index in {out} is of {key}={had!r}, not {asked!r}; "
+                "use a new --workdir, or remove that index"
+            )
     taken = (key for key in _fields(entry) if made_by.get(key, "") == getattr(entry, key))
     changes: dict[str, Any] = dict.fromkeys(taken, "")
     return dataclasses.replace(entry, path=out, **changes)
