@@ -216,7 +216,7 @@ class Progress:
         seconds, steps = max(now - self._time, 1e-9), step - self._step
         pairs = self._pairs(step) - self._pairs(self._step)
         own = [n for n in self._compiled if n <= step]
-        if len(own) < steps:  # else nothing but the compiled steps could tell a rate
+        if told := len(own) < steps:  # else nothing but the compiled steps could tell a rate
             seconds = max(seconds - self._compiling, 1e-9)
             steps -= len(own)
             pairs -= sum(self._pairs(n) - self._pairs(n - 1) for n in own)
@@ -237,7 +237,8 @@ class Progress:
             left = (self._total - step) * seconds / max(steps, 1)
             share = step / max(self._total, 1)
             eta = tqdm.tqdm.format_interval(left)
-            line = f"step {step}/{self._total} ({share:.0%}) {shown} | {eta} left"
+            line = f"step {step}/{self._total} ({share:.0%}) {shown}"
+            line += f" | {eta} left" if told else ""
             print(line, file=self._file, flush=True)
         return rate
 

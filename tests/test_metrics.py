@@ -112,6 +112,7 @@ def test_compilation_is_none_of_the_rate_s_and_of_the_time_left(monkeypatch):
     now[0] += 16.0
     alone.compiled(1, 15.0)
     assert alone.update(1, {}, 0.0) == pytest.approx(0.5)  # no other step tells a rate
+    assert "left" not in file.getvalue().splitlines()[-1]  # nor how long the others take
 
 
 def test_a_run_s_rows_leave_out_the_steps_that_were_compiled(monkeypatch, tmp_path):
