@@ -345,7 +345,7 @@ def score(tasks: list[dict[str, Any]]) -> dict[str, float]:
         tasks = able(model, tasks)
     if not jax.process_index():
         results.save_checkpoint(out, args.checkpoint)
-    return evaluation.run_tasks(model, tasks, out)
+    return evaluation.run_tasks(model, tasks, out, of_step=model.step)
 
 
 if __name__ == "__main__":

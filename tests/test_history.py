@@ -1,6 +1,7 @@
 """Evaluations inside a run: compiled once, each kept once, whatever stops the run."""
 
 import json
+import shutil
 import types
 
 import jax
@@ -9,7 +10,8 @@ from conftest import scenes_words
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import checkpointing
+import coca_jax
+from coca_jax import checkpointing, report
 from coca_jax.config import typed
 from coca_jax.evaluators import history, results, tasks
 from coca_jax.metrics import TimeBuckets
@@ -75,6 +77,24 @@ def test_every_evaluation_is_kept_and_eval_json_is_the_last(whole):
     assert rows[-1]["scores"] | {"step": 4.0} == last
     assert all(summary[name] == value for name, value in last.items())
     assert len({row["scores"]["captioning/s/perplexity"] for row in rows}) == 2  # it learns
+
+
+@pytest.mark.long
+def test_scores_of_an_earlier_step_say_so_in_the_report(whole, tmp_path):
+    """As of `evaluate` while the run went on."""
+    workdir, _, _ = whole
+    out = results.storage.place(shutil.copytree(workdir, tmp_path / "run"))
+    steps = json.loads((out / results.STEPS).read_text())
+    assert steps == {"zeroshot/s": 4, "retrieval/s": 4, "captioning/s": 4}
+    assert "after step" not in report.write_report(out).read_text()
+    model = coca_jax.load(out / "checkpoints/2")
+    assert (model.step, coca_jax.load(out).step) == (2, 4)
+    label = dict(builtin="scenes", split="test", kind="label")
+    task = dict(kind="zeroshot", name="early", data=label, limit=4)
+    found = tasks.run_tasks(model, [task], str(out), of_step=model.step)
+    assert json.loads((out / results.STEPS).read_text()) == steps | {"zeroshot/early": 2}
+    assert report.write_report(out).read_text().count("after step 2") == 1
+    assert json.loads((out / "eval.json").read_text()).items() >= found.items()
 
 
 @pytest.mark.slow  # six runs of a minute each

@@ -21,13 +21,20 @@ from coca_jax.data import bounded_json, files, resizing, videos
 from coca_jax.evaluators import Predictor
 
 _THUMBNAIL = 96
+STEPS = "eval_steps.json"  # task -> step of the run after which it was scored
 CHECKPOINT = "eval_checkpoint.txt"  # beside the scores of a model from elsewhere
 _OF_MODELS = ("config.json", "open_clip_config.json")  # one of these is in a model's folder
 
 
-def save_results(workdir: str | os.PathLike[str], values: Mapping[str, float]) -> None:
-    """Merges name -> value into `workdir`/eval.json; a value that is not finite becomes null."""
+def save_results(
+    workdir: str | os.PathLike[str], values: Mapping[str, float], step: int | None = None
+) -> None:
+    """Merges name -> value into `workdir`/eval.json; a value that is not finite becomes null.
+    step: of the run whose scores they are, by task into eval_steps.json."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+    if step is not None:
+        tasks = {key.rpartition("/")[0] for key in clean} - {""}
+        _merge(storage.place(workdir) / STEPS, dict.fromkeys(tasks, step), sort=True)
     _merge(storage.place(workdir) / "eval.json", clean, sort=True)
 
 

@@ -35,10 +35,16 @@ class Model(Predictor, Protocol):
 
 
 def run_tasks(
-    model: Model, tasks: Sequence[Mapping[str, Any]], workdir: str, *, step: int | None = None
+    model: Model,
+    tasks: Sequence[Mapping[str, Any]],
+    workdir: str,
+    *,
+    step: int | None = None,
+    of_step: int | None = None,
 ) -> dict[str, float]:
     """Runs every task; on process 0 writes eval.json, eval_classes.json, the report's examples and
-    the captions (eval_captions/).
+    the captions (eval_captions/), and of which step of a run the scores are: `step` of one that
+    evaluates itself, `of_step` of one that left the weights.
 
     All processes call this with the same arguments, model and data, which they compare first; each
     computes its share, and all get the scores; with `step` these join the run's history
@@ -76,7 +82,9 @@ def run_tasks(
                 print(_named(task, ": kept from before"), file=sys.stderr)
             continue
         new = run_task(model, task, setting)
-        write(functools.partial(results.save_results, workdir, new))
+        write(
+            functools.partial(results.save_results, workdir, new, of_step if step is None else step)
+        )
         unfinished.add(key, new)
         scores |= new
     of_tasks = dict(scores)

@@ -47,6 +47,7 @@ class Encoders:
         )
         self.config, self.vocabulary = config, vocabulary
         self.stored_dtype: str = model.dtype
+        self.step: int | None = None
         self.batch_size = check_batch_size(batch_size)
         self.image_size: Size = model.image_size
         self.max_len: int = model.text.max_len

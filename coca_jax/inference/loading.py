@@ -58,7 +58,7 @@ def load(
     _check(path, dtype, options)
     path = hub.local(os.fspath(path), pretrained)
     compile_cache.use()
-    place = storage.place(path)
+    place, step = storage.place(path), None
     if not storage.reach(place):
         raise FileNotFoundError(
             f"{path} does not exist; give a run, an export, weights or hf-hub:OWNER/NAME"
@@ -72,7 +72,7 @@ def load(
     elif place.is_dir() and not any((place / name).exists() for name in weights_files.FOREIGN):
         export_format.refuse_half(path)
         weights_files.refuse_shards(path)
-        params, config, words = _read_run(path)
+        params, config, words, step = _read_run(path)
     else:
         with storage.local_copy(path) as copy:
             params, config, words = _read_open_clip(copy)
@@ -83,7 +83,7 @@ def load(
         params = roles.narrow(params)
     kind: Any = CoCaModel if config.model.family == "coca" else TwoTowerModel
     model: CoCaModel = kind(config, params, words, **options)
-    model.stored_dtype = stored
+    model.stored_dtype, model.step = stored, step
     return model
 
 
@@ -132,10 +132,10 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
         raise ValueError(f"{path}: its arrays do not fit its config.json: {'; '.join(problems)}")
 
 
-def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
+def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary, int]:
     from coca_jax import checkpointing  # Orbax: only where a run is read
 
-    directory, _ = checkpointing.find_step(path)
+    directory, step = checkpointing.find_step(path)
     params, config = checkpointing.load_params(path)
     file = directory.parent / "vocabulary.model"
     if not file.exists():
@@ -145,7 +145,7 @@ def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
     words = vocabulary.load(str(file))
     if config.vocabulary_checksum not in ("", words.checksum):
         raise ValueError(f"{file} is not the vocabulary that this run was trained with; restore it")
-    return params, config, words
+    return params, config, words, step
 
 
 def _read_open_clip(path: str) -> tuple[dict, StoredConfig, Vocabulary]:

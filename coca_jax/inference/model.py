@@ -54,6 +54,7 @@ class CoCaModel(Scores):
         class_names: of the task head, in the order of `classify`; empty without one.
         head_kind: what the task head reads; None without one.
         stored_dtype: that of its configuration, whatever `load` was told to compute in.
+        step: of the run, after which `load` found it in a checkpoint; None of other weights.
 
     Raises:
         ValueError: the vocabulary is larger than the model's, or the config impossible.

@@ -49,7 +49,7 @@ def write_report(
         title=run.name,
         summary=summary(run),
         headlines=scores.headlines(run.scores, tasks),
-        tables=scores.tables(run.scores, tasks),
+        tables=scores.tables(run.scores, tasks, run),
         evaluations=[*charts.evaluations([run]), *charts.blended(run.blend.get("curve", []))],
         training=charts.training([run]),
         goodput=goodput(run),

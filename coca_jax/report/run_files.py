@@ -12,7 +12,7 @@ from etils import epath
 from coca_jax import config as typed
 from coca_jax import storage
 from coca_jax.data import bounded_json
-from coca_jax.evaluators import history
+from coca_jax.evaluators import history, results
 from coca_jax.metrics import read_metrics
 from coca_jax.training import goodput
 
@@ -24,7 +24,8 @@ class RunFiles:
     """A run's files, empty where they are missing.
 
     rows: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
-    goodput: as training/goodput.py keeps it over restarts; blend: what `blend` scored.
+    goodput: as training/goodput.py keeps it over restarts; blend: what `blend` scored; steps: after
+    which a task ('retrieval/x') was scored.
     """
 
     folder: epath.Path
@@ -35,6 +36,7 @@ class RunFiles:
     examples: dict[str, Any]
     goodput: dict[str, Any]
     blend: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
     parents: int = 0
 
     @property
@@ -78,6 +80,7 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         evaluations=[row | dict(scores=_scores(row["scores"])) for row in _numbers(evaluations)],
         scores=_scores(_read_json(folder / "eval.json")),
         examples=_read_json(folder / "eval_examples.json"),
+        steps=_steps(_read_json(folder / results.STEPS)),
         goodput=_goodput(folder / goodput.FILE),
         blend=_read_json(folder / "blend.json"),
     )
@@ -92,6 +95,11 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         return bounded_json.parse(path.read_bytes(), _MAX_BYTES) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _steps(found: dict[str, Any]) -> dict[str, int]:
+    """Those that are steps."""
+    return {task: step for task, step in found.items() if isinstance(step, int)}
 
 
 def _goodput(path: epath.Path) -> dict[str, Any]:

@@ -76,10 +76,14 @@ def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, A
     )
 
 
-def tables(scores: Scores, metrics: Mapping[tuple[str, str], list[str]]) -> list[dict[str, Any]]:
-    """A table a task: dict(title, data, rows, note)."""
+def tables(
+    scores: Scores, metrics: Mapping[tuple[str, str], list[str]], run: RunFiles
+) -> list[dict[str, Any]]:
+    """A table a task: dict(title, data, rows, note). Scores of another step than the run's last one
+    say so."""
     found = []
     for (evaluator, data), there in metrics.items():
+        step = run.steps.get(f"{evaluator}/{data}", run.last_step)
         sizes = [
             f"{scores[f'{evaluator}/{data}/{metric}']:,.0f} {metric.removeprefix(_COUNTED)}"
             for metric in there
@@ -91,6 +95,7 @@ def tables(scores: Scores, metrics: Mapping[tuple[str, str], list[str]]) -> list
             if not metric.startswith(_COUNTED)
         ]
         title = numbers.title_of(evaluator)
+        sizes += [f"after step {step:,}"] if step != run.last_step else []
         found.append(dict(title=title, data=data, rows=rows, note=", ".join(sizes)))
     return found
 
