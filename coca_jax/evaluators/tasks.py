@@ -58,7 +58,7 @@ def run_tasks(
     tasks = [_plain(task) for task in tasks]
     check(model, tasks)
     scores: dict[str, float] = {}
-    main_process = jax.process_index() == 0
+    main_process, whose = jax.process_index() == 0, of_step if step is None else step
     request = dict(weights=model.checksum(), step=step, num_frames=model.num_frames)
     if jax.process_count() > 1:
         asked = {_named(t, f".{key}"): json.dumps(t[key]) for t in tasks for key in t}
@@ -82,9 +82,7 @@ def run_tasks(
                 print(_named(task, ": kept from before"), file=sys.stderr)
             continue
         new = run_task(model, task, setting)
-        write(
-            functools.partial(results.save_results, workdir, new, of_step if step is None else step)
-        )
+        write(functools.partial(results.save_results, workdir, new, whose))
         unfinished.add(key, new)
         scores |= new
     of_tasks = dict(scores)
