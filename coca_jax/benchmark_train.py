@@ -13,6 +13,7 @@ import numpy as np
 from coca_jax import benchmark_peer, compile_cache, partitioning, run_config, text_ends
 from coca_jax.benchmark_model import build, random_batch, timed
 from coca_jax.config import Config
+from coca_jax.data import files
 from coca_jax.optimizer import make_schedule
 from coca_jax.training import programs, text_lengths
 from coca_jax.training.state import init_state
@@ -59,14 +60,18 @@ def batches(config: Config, texts: str) -> list[Batch]:
     """Batches of random pixels with captions from a file, or full ones: every caption of the file
     once, at most four batches.
 
-    Raises ValueError for a file with fewer captions than a batch.
+    Raises ValueError for a file that is none of text, or has fewer captions than a batch.
     """
     size, text = config.batch_size, config.model.text
     if not texts:
         full = random_batch(config, size)
         full["text_valid"][:] = True
         return [full]
-    lines = [line for line in pathlib.Path(texts).read_text().splitlines() if line.strip()]
+    try:
+        lines = [line for line in files.read_lines(texts) if line.strip()]
+    except (OSError, ValueError) as error:
+        line = f"--texts={texts}: give a text file, one caption a line"
+        raise ValueError(line) from error
     if len(lines) < size:
         raise ValueError(f"--texts={texts} has {len(lines)} captions, a batch {size}; give more")
     found = []

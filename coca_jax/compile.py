@@ -35,15 +35,15 @@ GIB = 2**30
 def show(result: dict[str, Any], rows: int) -> None:
     """Prints the table for people, with so many rows of costliest places."""
     memory = result["bytes_per_device"]
-    line = "  ".join(f"{k} {v / GIB:.2f}" for k, v in memory.items())
+    line = "  ".join(f"{k} {three_digits(v / GIB)}" for k, v in memory.items())
     print(f"devices {result['devices']}, parameters {result['params'] / 1e6:.1f}M")
     print(f"GiB per device: {line}")
     print(
-        f"model TFLOP: {result['model_flops_per_pair'] / 1e12:.4f} per pair, "
-        f"{result['model_flops_per_device'] / 1e12:.2f} per device and step"
+        f"model TFLOP: {three_digits(result['model_flops_per_pair'] / 1e12)} per pair, "
+        f"{three_digits(result['model_flops_per_device'] / 1e12)} per device and step"
     )
     for kind, size in sorted(result["collective_bytes"].items()):
-        print(f"  {kind:20s} {size / GIB:8.3f} GiB per device and step")
+        print(f"  {kind:20s} {three_digits(size / GIB):>8} GiB per device and step")
     if "hbm_share" not in result:
         return
     print(f"share of HBM {result['hbm_share']:.1%}; {'fits' if result['fits'] else 'DOES NOT FIT'}")
@@ -53,6 +53,11 @@ def show(result: dict[str, Any], rows: int) -> None:
         show_tpu(result)
     for where, share in result["costliest"][:rows]:
         print(f"  {share:6.1%}  {where}")
+
+
+def three_digits(number: float) -> str:
+    """With at least three that say something, however small the model."""
+    return f"{number:.3g}" if number < 999 else f"{number:,.0f}"
 
 
 def show_tpu(result: dict[str, Any]) -> None:

@@ -149,7 +149,8 @@ def test_the_table_and_the_page_show_every_variant(done):
     assert page.count('<circle class="p s1"') == 2  # a dot a seed
     some = dataclasses.replace(found, metrics=("train/batches/loss", "retrieval/y/r1"))
     outcome.write(some, folder, 0, {"again, seed 3": "it diverged"})
-    assert "| again | 2 | 2 | 1.5 | 2 (2 to 2) | - |" in (folder / "results.md").read_text()
+    end = "| again | 2 | 2 | 1.5 | 2 (2 to 2) | - |\n\n- failed: again, seed 3: it diverged\n"
+    assert (folder / "results.md").read_text().endswith(end)
     assert "it diverged" in (folder / "report.html").read_text()
 
 

@@ -104,6 +104,62 @@ def test_a_warm_up_that_its_minutes_do_not_hold_is_told_before_anything_is_train
     assert ran[3:5] == [(".pace", running.PACE), ("seed0", 60)] and len(ran) == 10
 
 
+def test_quick_steps_are_timed_again_and_more_of_them(tmp_path, monkeypatch):
+    """With a stand-in for training, whose first 30 steps take half as long as the others."""
+    ran, said = [], []
+
+    def train(config, workdir):
+        ran.append(config.steps)
+        every = config.log.every_steps
+        took = [0.01 if step <= 30 else 0.02 for step in range(1, config.steps + 1)]
+        rows = [
+            dict(step=step, loss=2.0, processor_time=sum(took[step - every : step]))
+            for step in range(every, config.steps + 1, every)
+        ]
+        pathlib.Path(workdir).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path(workdir, "metrics.jsonl").write_text(lines)
+        return dict(steps=config.steps)
+
+    monkeypatch.setattr(training, "train", train)
+    text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0] + "log.every_steps = 1\n"
+    found = table.read(written(tmp_path, text), {})
+    running.ablate(found, str(tmp_path), 0.1, said.append)  # 6 s: 400 of the timed steps fit in 4
+    assert ran[0] == running.PACE and 402 <= ran[1] <= 403 and 300 <= ran[2] <= 306
+    assert not any("asked for" in line for line in said)
+    assert "asked for" not in (tmp_path / "results.md").read_text()
+    monkeypatch.setattr(running, "PACE_SECONDS", 0.1)  # as if the first steps were all
+    del ran[:]
+    running.ablate(found, str(tmp_path / "short"), 0.1, said.append)
+    assert ran == [running.PACE, 600]
+    line = "both, seed 0: it took 0.19 minutes, 1.9 times the 0.1 asked for"
+    assert line in said
+    assert (tmp_path / "short/results.md").read_text().endswith(f" |\n\n- {line}\n")
+
+
+@pytest.mark.parametrize(("tasks", "end"), [("eval.tasks = []\n", ""), ("", " for the scores")])
+def test_no_scores_are_promised_where_the_table_takes_all_evaluations(tasks, end, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for number in range(40):
+        picture = Image.new("RGB", (24, 24), (6 * number, 90, 90))
+        picture.save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(f"a shade of number {number}")
+    text = TABLE.replace("[variants.both]", f"{tasks}[variants.both]")
+    found = table.read(written(tmp_path, text), {})
+    running.with_data(found, [str(tmp_path / "pictures")], str(tmp_path / "out"), {})
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "are held out" in one]
+    assert line.endswith(f"of 'test' are held out{end}")
+
+
+def test_minutes_have_two_digits_however_few_they_are():
+    runs = {str(n): dict(steps=9, minutes=took) for n, took in enumerate((0.0706, 0.106))}
+    found = dict(variants=dict(a=dict(runs=runs, metrics={})))
+    assert ablation.rows(found, [])[0]["counts"] == ["2", "9", "0.071 to 0.11"]
+    for run, took in zip(runs.values(), (12.4, 1234.5), strict=True):
+        run["minutes"] = took
+    assert ablation.rows(found, [])[0]["counts"][2] == "12 to 1,234"
+
+
 def test_an_ablation_shows_a_metric_that_is_no_share_as_it_is():
     """In all variants alike, and its interval in the scale of its value."""
 

@@ -296,3 +296,14 @@ def test_flags_of_another_benchmark_are_refused(monkeypatch):
 def test_unknown_benchmarks_are_named():
     with pytest.raises(ValueError, match="give one of train"):
         benchmark.main(["benchmark", "fly"])
+
+
+def test_texts_that_are_no_text_file_are_a_line(tmp_path):
+    """Before anything is tokenized, so without open_clip."""
+    config = read(Config, tiny_config().to_dict())
+    picture = tmp_path / "picture.jpg"
+    picture.write_bytes(b"\xff\xd8\xff\xe0 and so on")
+    for path in (picture, tmp_path / "none.txt", tmp_path):
+        with pytest.raises(ValueError) as error:
+            benchmark_train.batches(config, str(path))
+        assert str(error.value) == f"--texts={path}: give a text file, one caption a line"

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from coca_jax import compile as compile_command
 from coca_jax.estimate import chips, hlo, kernels, schedule, tpu
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -352,3 +353,13 @@ def test_a_small_step_compiles_for_a_gpu_with_flash_attention(tmp_path):
     # GELU and its bias are part of the three MLPs' first product.
     assert text.count('"epilogue":"BIAS_GELU_AUX"') == 3
     assert not re.search(r"(bf16|f32)\[16,2,16,16\]", text)  # [B, H, N, M] of the encoder
+
+
+def test_a_small_model_is_shown_with_digits_that_say_something(capsys):
+    told = dict(devices=1, params=2e4, bytes_per_device=dict(arguments=2**21, peak=80 * 2**30))
+    told |= dict(model_flops_per_pair=1.234e7, model_flops_per_device=2.5e15)
+    compile_command.show(told | dict(collective_bytes={"all-gather": 2**20}), 0)
+    text = capsys.readouterr().out
+    assert "GiB per device: arguments 0.00195  peak 80\n" in text
+    assert "model TFLOP: 1.23e-05 per pair, 2,500 per device and step" in text
+    assert "0.000977 GiB per device and step" in text

@@ -281,6 +281,14 @@ def test_a_notebook_s_cells_run_in_their_order(path, walk):
         walk.example(path.name, text)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.name)
+def test_a_notebook_calls_the_package_of_its_own_kernel(path):
+    """Whose environment need not be on PATH."""
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    text = "".join("".join(c["source"]) for c in cells)
+    assert '"coca-jax"' not in text and '[sys.executable, "-m", "coca_jax"]' in text
+
+
 def run(step: Step, walk: Walk) -> None:
     """One step. pip is not run: a test installs nothing into the environment that it runs in."""
     if step.text.startswith(("pip ", "uv ")):

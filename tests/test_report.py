@@ -372,7 +372,8 @@ def test_several_runs_are_laid_over_each_other(run, tmp_path):
         [tmp_path / "a/seed0", tmp_path / "b/seed0"], tmp_path / "seeds.html"
     ).read_text()
     assert "loss · a/seed0" in page and "loss · b/seed0" in page
-    page = report.write_comparison([run] * 13, tmp_path / "many.html").read_text()
+    copies = [shutil.copytree(run, tmp_path / f"copy{number}") for number in range(13)]
+    page = report.write_comparison(copies, tmp_path / "many.html").read_text()
     lines = re.findall(r'<path class="c s5 ([dw0-9 ]+)"', page)
     assert len(lines) == 13 and len(set(lines[:12])) == 12 and lines[12] == lines[0]
     assert all(f'class="c s0 {line}"' in page for line in lines)

@@ -23,6 +23,7 @@ from coca_jax.ablating.table import Table, Variant
 from coca_jax.report import ablation, scores
 
 DONE = "ablation.json"
+MOST_OFF = 0.15  # share of the minutes by which a run may miss them without a word
 _LOSSES = ("loss", "contrastive_loss", "captioning_loss")
 
 
@@ -148,14 +149,28 @@ def headlines(variants: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(found: Mapping[str, Any], shown: Sequence[str]) -> str:
-    """A table with a row a variant: steps, minutes, and each metric with its interval."""
+    """A table with a row a variant: steps, minutes, and each metric with its interval; below it the
+    runs that failed and those of other minutes than were asked for."""
     rows = ablation.rows(found, shown)
     heads = ["variant", "runs", "steps", "minutes", *shown]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [f"{cell['value']} {cell['interval']}".strip() or "-" for cell in row["cells"]]
         lines.append(f"| {' | '.join([row['name'], *row['counts'], *cells])} |")
-    return "\n".join(lines) + "\n"
+    notes = [f"- failed: {name}: {why}" for name, why in found["failed"].items()]
+    for name, one in found["variants"].items():
+        for seed, run in one["runs"].items():
+            if told := off(run["minutes"], found["minutes"] or 0.0):
+                notes.append(f"- {name}, seed {seed}: {told}")
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def off(took: float, asked: float) -> str:
+    """How far the minutes of a run are from those that were asked for, in words; '' where that is
+    at most MOST_OFF, or where none were asked for."""
+    if not asked or abs(took / asked - 1) <= MOST_OFF:
+        return ""
+    return f"it took {took:.2g} minutes, {took / asked:.2g} times the {asked:g} asked for"
 
 
 def commit() -> str:

@@ -14,6 +14,7 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import shutil
 import textwrap
@@ -33,7 +34,10 @@ from coca_jax.importers import asked, indexes, own_data
 from coca_jax.training import lease, setup
 from coca_jax.training import run as training
 
-PACE = 24  # steps that are timed, of which the first two do not count
+PACE = 24  # steps that are timed, of which the first twelfth does not count
+# Where these are over sooner they are timed again, and more of them: the first steps of a process
+# are not as fast as later ones, and the shorter they are the longer that is in steps.
+PACE_SECONDS, PACE_MOST = 4.0, 500
 # A run of any length can be, before it is known how many steps there will be.
 _ANY_LENGTH: dict[str, Any] = {
     "epochs": 0.0,
@@ -90,7 +94,9 @@ def _all_runs(
                 say(f"run {number} of {total}: {variant.name}, seed {seed}")
                 values = dict(seed=seed) | (dict(steps=steps, epochs=0.0) if steps else {})
                 try:
-                    one_run(indexed(variant.config(values), folder), place)
+                    took = one_run(indexed(variant.config(values), folder), place)
+                    if off := outcome.off(took, minutes):
+                        say(f"{variant.name}, seed {seed}: {off}")
                 except (ValueError, OSError) as error:  # a loss that diverges is a result too
                     failed[f"{variant.name}, seed {seed}"] = " ".join(str(error).split())
                     say(f"{variant.name}, seed {seed}: {error}")
@@ -166,22 +172,23 @@ def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str,
     return dataclasses.replace(table, variants=tuple(variants))
 
 
-def one_run(config: Config, place: pathlib.Path) -> None:
-    """Trains, and notes what came out. Raises as `training.run.train`."""
+def one_run(config: Config, place: pathlib.Path) -> float:
+    """Trains, notes what came out and returns its minutes. Raises as `training.run.train`."""
     summary = training.train(config, str(place))
     rows = metrics.read_metrics(place)
     scores = {name: value for name, value in summary.items() if "/" in name}
-    commit = outcome.commit()
+    commit, minutes = outcome.commit(), sum(map(seconds, rows)) / 60
     sealed_json.write(
         place / outcome.DONE,
         dict(
             steps=summary["steps"],
-            minutes=sum(map(seconds, rows)) / 60,
+            minutes=minutes,
             scores=scores | outcome.last_losses(rows),
             **(dict(commit=commit) if commit else {}),
         ),
     )
     gc.collect()  # programs of a run that is over
+    return minutes
 
 
 def seconds(row: Mapping[str, Any]) -> float:
@@ -262,11 +269,19 @@ class Plan:
         return kept["steps"]
 
     def _pace(self, variant: Variant, place: pathlib.Path, say: Say) -> float:
+        """Seconds of a step, over PACE steps or as many as PACE_SECONDS hold, PACE_MOST at most,
+        and no more than a run has."""
+        pace = self._timed(variant, place, PACE, say)
+        enough = math.ceil(min(PACE_SECONDS, 60 * self._minutes) / pace) + 2
+        return pace if enough <= PACE else self._timed(variant, place, min(PACE_MOST, enough), say)
+
+    def _timed(self, variant: Variant, place: pathlib.Path, steps: int, say: Say) -> float:
         """Seconds of a step, of a short run that is thrown away."""
-        say(f"{variant.name}: {PACE} steps, to see how long one takes")
+        say(f"{variant.name}: {steps} steps, to see how long one takes")
         shutil.rmtree(place, ignore_errors=True)
-        values = {"steps": PACE, "eval.tasks": (), "eval.guard": "", "log.every_steps": 1}
+        every = max(2, steps // 12)
+        values = {"steps": steps, "eval.tasks": (), "eval.guard": "", "log.every_steps": every}
         training.train(indexed(variant.config(values | _ANY_LENGTH), place.parent), str(place))
-        rows = metrics.read_metrics(place)[2:]
+        rows = [row for row in metrics.read_metrics(place) if row["step"] > every]
         shutil.rmtree(place, ignore_errors=True)
-        return max(1e-9, sum(map(seconds, rows)) / len(rows))
+        return max(1e-9, sum(map(seconds, rows)) / (steps - every))

@@ -136,9 +136,11 @@ def described(
     train: str,
     held: str,
     left: Mapping[str, str],
+    scored: bool = True,
 ) -> str:
     """A line for people: what trains, as what, and what is held out. source: of `entries_of`;
-    left: the fields of the records of which texts or labels are taken, and not counted."""
+    left: the fields of the records of which texts or labels are taken, and not counted;
+    scored: whether the run has evaluations."""
     entries = metadata.read_manifest(path)["splits"]
     entry, of, field = entries[train], kinds.KINDS[source["kind"]], source.get("questions")
     line = f"{one.path}: {entry['count']} examples of split '{train}' train"
@@ -149,7 +151,8 @@ def described(
         if other.counted and other is not of and entry[f"with_{other.wanted}"]:
             line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
     if held:
-        line += f"; {entries[held]['count']} of '{held}' are held out for the scores"
+        line += f"; {entries[held]['count']} of '{held}' are held out"
+        line += " for the scores" if scored else ""
     else:
         line += (
             "; nothing is held out, so the run ends without scores: "

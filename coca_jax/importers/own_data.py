@@ -42,8 +42,7 @@ def apply(
     main_process: bool = True,
 ) -> Config:
     """The config with the named data in place of its sources, and evaluations on what is held out
-    in place of those on other data, but for the probe of eval.guard; says on standard error what it
-    found.
+    in place of those on other data, but for the probe of eval.guard; says on stderr what it found.
 
     Of data that are not prepared an index (or, see `bring_in`, a copy) is made in
     workdir/data/NAME, by the main process; the others wait for it. A second call finds them there.
@@ -74,7 +73,8 @@ def apply(
             kind = data_flag.kind_of(one, path, train, left)
             entries = data_flag.entries_of(one, path, train, kind, config.data.sources)
             if main_process:
-                line = data_flag.described(one, path, entries[0], train, held, left)
+                scored = not keep_tasks or bool(config.eval.tasks)
+                line = data_flag.described(one, path, entries[0], train, held, left, scored)
                 print(line, file=sys.stderr)
         sources += [dict(place, split=train, **entry) for entry in entries]
         kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]

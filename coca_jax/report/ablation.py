@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coca_jax import storage
@@ -22,8 +22,8 @@ def rows(found: Mapping[str, Any], shown: Sequence[str]) -> list[dict[str, Any]]
             name=name,
             counts=[
                 str(len(one["runs"])),
-                _range([run["steps"] for run in one["runs"].values()], ",.0f"),
-                _range([run["minutes"] for run in one["runs"].values()], ".1f"),
+                _range([run["steps"] for run in one["runs"].values()], "{:,.0f}".format),
+                _range([run["minutes"] for run in one["runs"].values()], _two_digits),
             ],
             cells=[_cell(about[metric], one["metrics"].get(metric)) for metric in shown],
         )
@@ -41,10 +41,15 @@ def metric_of(name: str, found: Mapping[str, Any]) -> Metric:
     return numbers.metric_of(evaluator, metric, [v for there in values for v in there.values()])
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def _two_digits(minutes: float) -> str:
+    """At least two that say something."""
+    return f"{minutes:.2g}" if minutes < 99 else f"{minutes:,.0f}"
+
+
+def _range(values: Sequence[float], form: Callable[[float], str]) -> str:
     if not values:
         return "-"
-    low, high = format(min(values), form), format(max(values), form)
+    low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from etils import epath
 
 from coca_jax import config as typed
-from coca_jax import storage
-from coca_jax.data import bounded_json
+from coca_jax import out_folder, sealed_json, storage
+from coca_jax.data import bounded_json, files
 from coca_jax.evaluators import history, results
 from coca_jax.metrics import read_metrics
 from coca_jax.training import goodput
@@ -53,7 +53,14 @@ class RunFiles:
 
 
 def read_several(workdirs: Sequence[str | os.PathLike[str]]) -> list[RunFiles]:
-    """As `read`, with as many folders in each name as tell all of them apart."""
+    """As `read`, with as many folders in each name as tell all of them apart. Raises ValueError for
+    a run that is given twice as well."""
+    given = set()
+    for workdir in workdirs:
+        place = files.real(os.fspath(workdir))
+        if place in given:
+            raise ValueError(f"workdir {workdir} is given twice; give each run once")
+        given.add(place)
     runs = [read(workdir) for workdir in workdirs]
     most = max(len(run.folder.parts) for run in runs)
     for parents in range(most):
@@ -70,6 +77,7 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
     if not folder.is_dir():
         raise FileNotFoundError(f"workdir {str(folder)!r} is not a folder; give that of a run")
     config = _read_json(folder / "config.json")
+    config.pop(sealed_json.KEY, None)  # of the file, and no key of the run
     if config:  # for its types; what is not said stays unsaid
         typed.read(typed.StoredConfig, config, f"{folder / 'config.json'}: config", old=True)
     evaluations = [row for row in history.read(folder) if isinstance(row.get("scores"), dict)]
@@ -85,6 +93,11 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         blend=_read_json(folder / "blend.json"),
     )
     if not found.rows and not found.scores:
+        if (folder / out_folder.PLAN).exists():
+            raise ValueError(
+                f"{workdir} is the folder of an ablation: its page is {folder / 'report.html'}; "
+                f"a run of it is {folder}/VARIANT/seedN"
+            )
         raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")
     return found
 
