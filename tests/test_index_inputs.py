@@ -42,6 +42,11 @@ def test_a_text_beside_one_picture_of_many_is_its_caption(model, folder):  # noq
     (folder / "below/4.txt").write_text("a blue kite")
     again(model, "s")
     assert (captions()["3.png"], captions()["4.png"]) == ("below", "a blue kite")
+    for name in ("1.txt", "2.txt"):  # most pictures have none again
+        (folder / name).unlink()
+    again(model, "s")
+    (folder / "below/3.json").write_text('{"label": 7}')  # does not rename a class folder
+    assert again(model, "s")[1] == 0 and captions()["3.png"] == "below"
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "no metadata"])

@@ -96,6 +96,17 @@ def test_a_split_of_the_field_that_is_in_an_evaluation_set_is_left_out_with_a_li
             call(**given | dict(out=tmp_path / "none"), **more)
         assert ("--where" in str(error.value)) == ("where" in more)
         assert not (tmp_path / "none/manifest.json").exists()
+    # A split from before would stay, with what is excluded now.
+    call(**given | dict(out=tmp_path / "old"))
+    says = r"nothing is left of \[test\]: 1 in_evaluation; .*old has that split from before: give"
+    with pytest.raises(ValueError, match=says):
+        call(**given | dict(out=tmp_path / "old"), exclude=folder / "5.jpg", overwrite=True)
+    # What is broken is no choice of the user's; the other split is there.
+    (folder / "5.jpg").unlink()
+    says = r"nothing is left of \[test\]: 1 missing_image; the first: .*5.jpg"
+    with pytest.raises(ValueError, match=says):
+        call(**given | dict(out=tmp_path / "broken"))
+    assert list(prepared.read_manifest(str(tmp_path / "broken"))["splits"]) == ["train"]
 
 
 def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_path):

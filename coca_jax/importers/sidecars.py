@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from coca_jax.data import files, formats, named_files
 from coca_jax.data.formats import SIDECARS, TEXTS
@@ -69,13 +69,18 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 
 
-def texts(unit: Unit, options: Options) -> Iterator[tuple[str, Item]]:
-    """The path of each image that a unit names, and what lies beside it: an item whose image is not
-    read."""
-    there = _listing(unit)
-    for name in names_of(unit):
-        path = files.join(unit.path, name)
-        yield path, guarded(path, lambda: _beside(path, name, b"", there, unit, options))  # noqa: B023
+def texts(units: Iterable[Unit], options: Options) -> Iterator[tuple[str, Item]]:
+    """The path of each image of some units that has a text beside it, and that: an item whose image
+    is not read. A folder is listed once, whose images are in many units."""
+    folder, there, stems = "", {}, set()
+    for unit in units:
+        if unit.path != folder:
+            folder, there = unit.path, _listing(unit)
+            stems = {posixpath.splitext(name)[0] for name in there if name.endswith(SIDECARS)}
+        for name in names_of(unit):
+            if posixpath.splitext(name)[0] in stems:
+                path = files.join(unit.path, name)
+                yield path, guarded(path, lambda: _beside(path, name, b"", there, unit, options))  # noqa: B023
 
 
 def _listing(unit: Unit) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, unreachable
-from coca_jax.importers import nothing_left, remarks, shards, splits
+from coca_jax.importers import dedup, metadata, nothing_left, remarks, shards, splits
 from coca_jax.importers.items import Options, Unit, whole_files
 
 FIELD = "split"
@@ -114,14 +114,16 @@ def prepare_each(
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """`splits.prepare(*where, **keywords)` of each split that the field tells, its options
-    narrowed to that: split -> what it returns. A split of which nothing is left, as where all of
-    it is in `exclude`, is said and not written.
+    narrowed to that: split -> what it returns. A split that likeness alone leaves nothing of, as
+    where all of it is in `exclude`, is said and not written.
 
-    Raises ValueError where nothing is left of any; and as `splits.prepare`.
+    Raises ValueError where nothing is left of any, or for another reason, or of one that is there
+    from before; the others are written. And as `splits.prepare`.
     """
     found: dict[str, dict[str, Any]] = {}
     empty: list[nothing_left.NothingLeft] = []
     filtered: Counter[str] = Counter()
+    wrong: list[str] = []
     for split, values in by_field.values.items():
         options = by_field.options(split, keywords["options"])
         try:
@@ -134,7 +136,16 @@ def prepare_each(
             filtered += left_out
             reasons = left_out + Counter(entry["reason"] for entry in error.listed)
             why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            say(f"{where[1]}: nothing is left of [{split}]: {why}")
+            line = f"{where[1]}: nothing is left of [{split}]: {why}"
+            others = [entry for entry in error.listed if entry["reason"] not in dedup.REASONS]
+            if others:
+                wrong.append(f"{line}; the first: {others[0]['key']}: {others[0]['detail']}")
+            elif split in metadata.read_manifest(where[2])["splits"]:
+                wrong.append(f"{line}; {where[2]} has that split from before: give another --out")
+            else:
+                say(line)
+    if found and wrong:
+        raise ValueError(wrong[0])
     if found:
         return found
     listed = [entry for error in empty for entry in error.listed]

@@ -170,19 +170,19 @@ def _captions(path: str, format: str) -> dict[str, str]:
     if files.exists(path) and path.lower().endswith(formats.MEDIA):
         return {}
     options = Options()
-    found: dict[str, Item] = {}
+    found: dict[str, tuple[str, bool]] = {}  # a caption, and whether it is a text
     for unit in imagefolder.plan(path, "", options) if format == "imagefolder" else ():
         for one in imagefolder.located(unit, options):
             if isinstance(one.name, str) and one.name:
-                found[local_files.whole_path(files.join(one.folder, one.name))] = one.item
+                whole = local_files.whole_path(files.join(one.folder, one.name))
+                found[whole] = _caption(one.item), bool(one.item.texts)
     # In a bucket they are a request for each picture in every run.
     if not files.is_remote(path) and (format == "sidecars" or formats.beside(path)):
-        for unit in sidecars.plan(path, "", options):
-            for name, item in sidecars.texts(unit, options):
-                before = found.get(whole := local_files.whole_path(name))
-                if _caption(item) and not (before and before.texts):  # but a class folder's name
-                    found[whole] = item
-    return {whole: _caption(item) for whole, item in found.items()}
+        for name, item in sidecars.texts(sidecars.plan(path, "", options), options):
+            before, is_text = found.get(whole := local_files.whole_path(name), ("", False))
+            if not is_text and (item.texts or not before):  # labels do not rename a class folder
+                found[whole] = _caption(item), bool(item.texts)
+    return {whole: caption for whole, (caption, _) in found.items()}
 
 
 def _caption(item: Item) -> str:
