@@ -190,7 +190,8 @@ def curve(
             "  ".join([f"{row['share']:5g}", *(f"{row['scores'][n]:{len(n)}.4f}" for n in names)])
         )
     summary = dict(out=out, curve=rows)
-    if (storage.place(out) / "report.html").exists():
+    place = storage.place(out)
+    if (place / "report.html").exists() and (place / "metrics.jsonl").exists():  # a run's own
         from coca_jax import report
 
         summary["report"] = str(report.write_report(out))

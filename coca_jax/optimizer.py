@@ -93,12 +93,17 @@ def averages(optimizer: Optimizer) -> bool:
     return optimizer.ema > 0 or optimizer.average_share > 0
 
 
-def average_decay(optimizer: Optimizer, schedule: Schedule, step: jax.Array) -> Any:
+def average_decay(
+    optimizer: Optimizer, schedule: Schedule, step: jax.Array, teaches: bool = False
+) -> Any:
     """The share that the average of step 0, 1, ... has in that of the next one. Over the last part
     of a run (average_share) the average is the mean of the parameters behind each of its steps.
     Else it is `ema`, and at most (1 + step) / (10 + step), as TensorFlow's moving averages have it:
-    after 300 steps of 0.9999 the average would be the start by 97%."""
+    after 300 steps of 0.9999 the average would be the start by 97%. Of an average that teaches
+    (loss.hidden_weight) it is `ema` always: one that is nearly the student teaches nothing."""
     if not optimizer.average_share:
+        if teaches:
+            return optimizer.ema
         done = jnp.asarray(step, jnp.float32)
         return jnp.minimum(optimizer.ema, (1 + done) / (10 + done))
     counted = jnp.maximum(step - schedule.average_from, 0).astype(jnp.float32)

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from coca_jax import run_config
-from coca_jax.evaluators import linear, probes, tasks
+from coca_jax.evaluators import linear, probes, task_head, tasks
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.task_head import Answers, Classification
 from coca_jax.models import head_kinds
@@ -64,16 +65,19 @@ def test_top1_and_top5_equal_a_plain_count():
     assert np.sum(evaluator.classes["count"]) == 299
 
 
-def test_data_of_other_classes_than_the_head_s_are_refused_and_a_part_of_them_counts():
+def test_data_of_other_classes_than_the_head_s_are_warned_of_and_a_part_of_them_counts(monkeypatch):
     rows = np.full((3, 7), 1 / 7, np.float32)
     other = records_of([["bird"], ["tree"], ["fish", "eel"]])
-    line = f"none of 3 records has a class of the head; .* 'fish', 'eel', the head's 7 .*{NAMES[0]}"
-    with pytest.raises(ValueError, match=line):
-        list(Classification("set").run(Fixed(rows), other))
+    line = f"none of 3 records has a class of the head,.* 'fish', 'eel', the head's 7 .*{NAMES[0]}"
+    said = []
+    monkeypatch.setattr(task_head.logging, "warning", lambda text, *more: said.append(text % more))
+    scores = dict(Classification("set").run(Fixed(rows), other))
+    assert scores["classification/set/unknown_labels"] == 3 and re.search(line, said.pop())
     some = [*other[:2], *records_of([[NAMES[0]]])]
     assert (
         dict(Classification("set").run(Fixed(rows), some))["classification/set/unknown_labels"] == 2
     )
+    assert not said
 
 
 def test_small_probabilities_are_ranked_and_are_no_ties():

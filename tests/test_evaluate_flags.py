@@ -320,10 +320,10 @@ def test_flags_of_one_of_several_tasks_are_read(ask, tmp_path):
 
 
 def test_whose_scores_a_folder_holds_is_noted_before_the_first(ask, tmp_path, monkeypatch):
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
-    model = types.SimpleNamespace(config=typed(recipe()))
+    model = types.SimpleNamespace(config=typed(recipe()), step=None)
     monkeypatch.setattr(inference, "load", lambda *_, **__: model)
     monkeypatch.setattr(evaluation, "run_tasks", killed)
     given = dict(data="scenes", tasks="retrieval", out=tmp_path / "scores")

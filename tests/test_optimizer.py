@@ -173,6 +173,11 @@ def test_averages_follow_the_parameters_of_each_step():
         for name, values in flat(state.ema).items():
             np.testing.assert_allclose(values, wanted[name], rtol=0, atol=2e-7, err_msg=name)
     assert ours(make_config(), [gradients_of(0)])[0][-1].ema is None
+    # One that teaches hidden patches follows slowly from the first step on.
+    end = ours(config.change({"loss.hidden_weight": 1.0}), [gradients_of(0)])[0][-1]
+    for name, values in flat(end.ema).items():
+        slow = 0.3 * draw(0, 0.3)[name].astype(np.float64) + 0.7 * flat(end.params)[name]
+        np.testing.assert_allclose(values, slow, rtol=0, atol=2e-7, err_msg=name)
 
 
 def test_the_temperature_falls_no_lower_than_asked_and_rises_again():

@@ -79,9 +79,10 @@ def test_a_model_is_not_written_among_files_of_something_else(tmp_path):
 
 
 def test_a_report_is_written_over_a_report_alone(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    run.mkdir()
-    results.save_results(run, {"zeroshot/data/accuracy": 0.5})
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+        results.save_results(folder, {"zeroshot/data/accuracy": 0.5})
     flags_of("report", monkeypatch)
     monkeypatch.chdir(tmp_path)
 
@@ -102,13 +103,13 @@ def test_a_report_is_written_over_a_report_alone(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == page
     (tmp_path / "comparison.html").write_bytes(page)  # the name that it takes by itself
     with pytest.raises(ValueError, match="--out=comparison.html is there and no report"):
-        call(run, run)
+        call(run, other)
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(ValueError, match="is a folder; .* --out=folder.html/report.html$"):
         call(run, out="folder.html")
     (tmp_path / "empty.html").touch()
     for out in ("new/a.html", "empty.html"):
-        for folders in ((run,), (run, run), (run,)):  # over what it wrote before
+        for folders in ((run,), (run, other), (run,)):  # over what it wrote before
             assert call(*folders, out=out) == str(tmp_path / out)
     old = "<!doctype html>\n<head>\n<title>a &amp; b \u00b7 coca_jax</title>\n"
     (tmp_path / "old.html").write_text(old, "utf-8")

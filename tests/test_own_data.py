@@ -286,13 +286,18 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     assert kept.data.sources == config.data.sources
     assert kept.eval.tasks == typed(recipe()).eval.tasks
     # The probe of a guard stays, which tells what the model could do before.
-    probe = dict(kind="retrieval", name="past", data=dict(path="data/past"))
+    probe = dict(kind="retrieval", name="past", data=dict(path=str(tmp_path / "classes")))
     guarded = recipe()
     guarded.eval.tasks += (probe, dict(probe, kind="captioning"))
     assert own_data.apply(typed(guarded), flags, workdir).eval.tasks == config.eval.tasks
     guarded.eval.guard = "stop"
     tasks = own_data.apply(typed(guarded), flags, workdir).eval.tasks
     assert tasks == (probe, *config.eval.tasks)
+    probe["data"]["path"] = "data/past"
+    guarded.eval.tasks = (*recipe().eval.tasks, probe)
+    assert own_data.apply(typed(guarded), flags, workdir).eval.tasks == config.eval.tasks
+    line = "eval.guard: the recipe's probe retrieval/past is left out, as data/past is not there"
+    assert line in capsys.readouterr().err
     # Another folder of the same name does not pass for the first one.
     captioned(tmp_path / "other" / "mine", 60)
     with pytest.raises(ValueError, match="use another --workdir, or give data of another name"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
 from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
 from coca_jax.evaluators.caption_match import canonical_text
@@ -96,7 +97,7 @@ class Classification(OfRecords):
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields what `ZeroShot.run` does, nll (nats, of records that have a class), and
         unknown_labels: records none of whose labels is a class of the head. It cannot name those,
-        so they count as wrong, and where they are all there is ValueError is raised.
+        so they count as wrong, and where they are all there is a warning says so.
 
         A record needs `image` (of pairs `second` too), `labels` and, for heads that read a text,
         `text`. Afterwards `examples` and `classes` are as those of ZeroShot.
@@ -123,9 +124,10 @@ class Classification(OfRecords):
         if count and not surprise:
             given = ", ".join(map(repr, list(record["labels"])[:3])) or "none"
             shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
-            raise ValueError(
-                f"{self.name}: none of {count} records has a class of the head; labels of the last "
-                f"are {given}, the head's {len(names)} classes {shown}; give data of these classes"
+            logging.warning(
+                "%s: none of %s records has a class of the head, so none can be right; labels of "
+                "the last are %s, the head's %s classes %s; give data of these classes",
+                *(self.name, count, given, len(names), shown),
             )
         yield from tally.results()
         if surprise:

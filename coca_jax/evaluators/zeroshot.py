@@ -59,20 +59,20 @@ def class_embeddings(
 def read_alike(predict: Predictor, class_names: Sequence[str], prompts: Sequence[str]) -> str:
     """A warning where the model reads the same tokens in all prompts of two classes, which no score
     can tell apart, else ''."""
-    groups, whole = [list(class_names)], True
+    groups = [list(class_names)]
     for prompt in prompts:
         found: dict[tuple[int, bytes], list[str]] = defaultdict(list)
         for number, names in enumerate(groups):
-            tokens, valid = predict.tokenize(class_texts(names, [prompt]), labels=True)
+            tokens, _ = predict.tokenize(class_texts(names, [prompt]), labels=True)
             for name, row in zip(names, tokens):
                 found[number, row.tobytes()].append(name)
-            whole = whole and not valid[:, -1].any()
         groups = [names for names in found.values() if len(names) > 1]
     if not groups:
         return ""
     first, second = groups[0][:2]
+    _, valid = predict.tokenize(class_texts([first, second], prompts), labels=True)
     why = "the model's vocabulary does not tell their letters apart; give other class_names"
-    if not whole:
+    if valid[:, -1].any():
         why = (
             f"the texts are cut at model.text.max_len={predict.max_len}; train with a larger one, "
             "or give shorter prompts or class_names"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Entry
-from coca_jax.data import files, kinds, questions, sources
+from coca_jax.data import files, kinds, sources
 from coca_jax.importers import metadata
 
 _LOOKED_AT = 256  # records, for a field that lists questions
@@ -81,26 +81,21 @@ def entries_of(
 ) -> list[dict[str, Any]]:
     """dict(kind, weight) of the source that a flag is, with what else its kind says. Questions are
     looked for, and chosen by their answers, as in those sources of the recipe whose field a
-    prepared split has: one for each of those, which share the weight. Where the data have answers
-    that no source of the recipe chooses, which has others in mind, all questions train.
+    prepared split has: one for each of those, which share the weight.
 
     Raises ValueError naming a field that lists questions where the recipe has no such source.
     """
     if not kinds.KINDS[kind].asks:
         return [dict(kind=kind, weight=one.weight)]
-    fields = _answers_by_field(path, split)
-    like = [e for e in recipe if e.kind == kind and e.questions in fields]
-    listed = next(filter(None, fields), "")
-    if listed and not like:
-        there = f"{{'path': {one.path!r}, 'kind': {kind!r}, 'questions': {listed!r}}}"
+    fields = _lists_of_questions(path, split)
+    like = [e for e in recipe if e.kind == kind and e.questions in (fields or [""])]
+    if fields and not like:
+        there = f"{{'path': {one.path!r}, 'kind': {kind!r}, 'questions': {fields[0]!r}}}"
         raise ValueError(
             f"--data={one.path}:{kind}: its records list questions and answers in the field "
-            f"{listed!r}, which the recipe does not name; in place of --data give "
+            f"{fields[0]!r}, which the recipe does not name; in place of --data give "
             f'--config.data.sources="({there},)"'
         )
-    chosen = {answer for entry in like for answer in entry.answers}
-    if all(e.answers for e in like) and any(not fields[e.questions] <= chosen for e in like):
-        like = [e.change({"answers": ()}) for e in {e.questions: e for e in like}.values()]
     whole = sum(entry.weight for entry in like)
     return [
         dict(
@@ -112,21 +107,16 @@ def entries_of(
     ] or [dict(kind=kind, weight=one.weight)]
 
 
-def _answers_by_field(path: str, split: str) -> dict[str, set[str]]:
-    """The fields in which records of a prepared split list {question, answer}, with the answers of
-    the first records; where there is none '', and the labels, which answer texts."""
+def _lists_of_questions(path: str, split: str) -> list[str]:
+    """The fields in which records of a prepared split list {question, answer}."""
     source = sources.open_whole(Entry(path=path, split=split))
-    found: dict[str, set[str]] = {}
-    records = list(source.read_texts(range(min(len(source), _LOOKED_AT))))
-    for record in records:
+    found: dict[str, None] = {}
+    for record in source.read_texts(range(min(len(source), _LOOKED_AT))):
         for name, value in json.loads(record.extra or "{}").items():
             first = value[0] if isinstance(value, list) and value else None
             if isinstance(first, dict) and {"question", "answer"} <= first.keys():
-                found.setdefault(name, set())
-    found = found or {"": set()}
-    for name, answers in found.items():
-        answers.update(*(given for record in records for _, given in questions.of(record, name)))
-    return found
+                found[name] = None
+    return list(found)
 
 
 def described(
@@ -146,7 +136,7 @@ def described(
     line = f"{one.path}: {entry['count']} examples of split '{train}' train"
     line += of.counted_as({} if left else entry)
     line += f" with the questions of their field {field!r}" if field else ""
-    line += ", chosen by their answers as in the recipe" if source.get("answers") else ""
+    line += ", of which its `answers` in the recipe choose" if source.get("answers") else ""
     for other in () if one.kind or left else kinds.KINDS.values():
         if other.counted and other is not of and entry[f"with_{other.wanted}"]:
             line += f"; --data={one.path}:{other.name} trains on its {other.name}s"

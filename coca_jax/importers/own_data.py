@@ -81,8 +81,7 @@ def apply(
         if held:
             of_all = {k: v for k, v in entries[0].items() if k in ("kind", "questions")}
             tasks += evaluations(config, dict(place, split=held, **of_all), f"{name}_{held}")
-    if len(sources) > config.batch_size:
-        rows = config.batch_size
+    if len(sources) > (rows := config.batch_size):
         raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
     weights = [source["weight"] for source in sources]
     shares = mixture.nearest_shares(weights, config.batch_size)
@@ -90,23 +89,31 @@ def apply(
         _tell_shares(weights, shares)
     for source, rows in zip(sources, shares):
         source["weight"] = float(rows)
-    told = config.eval.tasks if keep_tasks else (*_probes(config, kept), *(kept or tasks))
+    probes = [] if keep_tasks else _probes(config, kept, main_process)
+    told = config.eval.tasks if keep_tasks else (*probes, *(kept or tasks))
     return config.change({"data.sources": tuple(sources), "eval.tasks": tuple(told)})
 
 
-def _probes(config: Config, kept: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _probes(
+    config: Config, kept: Sequence[Mapping[str, Any]], tell: bool
+) -> list[Mapping[str, Any]]:
     """Where eval.guard is set, the tasks that it watches on other data than the recipe's sources:
-    what the model could do before. Those that are `kept` anyway are not among them."""
+    what the model could do before. Those that are `kept` anyway are not among them, nor those whose
+    data are not here, which is told."""
     if not config.eval.guard:
         return []
     sources = [tuple(getattr(entry, k) for k in PLACES) for entry in config.data.sources]
-    return [
-        task
-        for task in config.eval.tasks
-        if task["kind"] in GUARDED
-        and task not in kept
-        and tuple(task["data"].get(k, "") for k in PLACES) not in sources
-    ]
+    found = []
+    for task in config.eval.tasks:
+        place = [task["data"].get(k, "") for k in PLACES]
+        if task["kind"] in GUARDED and task not in kept and tuple(place) not in sources:
+            if (path := task["data"].get("path")) is None or files.exists(path):
+                found.append(task)
+            elif tell:
+                name = f"{task['kind']}/{task['name']}"
+                line = f"eval.guard: the recipe's probe {name} is left out, as {path} is not there"
+                print(line, file=sys.stderr)
+    return found
 
 
 def _tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:

@@ -60,7 +60,7 @@ def run(
     mains = [scores[f"suite/{slug(task.key)}/{task.metric}"] for task in tasks]
     scores[f"suite/{suite}/average"] = sum(mains) / len(mains)
     scores[f"suite/{suite}/num_data_sets"] = float(len(mains))
-    results.save_results(out, scores)
+    results.save_results(out, scores, model.step)
     lines = _lines(tasks, scores, suite)
     storage.write_text(storage.place(out) / "suite.md", "\n".join(lines) + "\n")
     row: dict[str, Any] = {

@@ -80,7 +80,8 @@ def make_update(
             moved = roles.with_temperature(moved, config.loss.min_temperature)
         ema = state.ema
         if averages(config.optimizer):
-            decay = average_decay(config.optimizer, schedule, state.step)
+            teaches = config.loss.hidden_weight > 0
+            decay = average_decay(config.optimizer, schedule, state.step, teaches)
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, moved)
 
         def keep_finite(new: Any, old: Any) -> Any:
