@@ -296,7 +296,7 @@ def test_likelihoods_that_are_no_numbers_choose_nothing(folder):
 class Colours:
     """A model that tells red from blue."""
 
-    params, batch_size, num_frames, step = {"w": np.zeros(3)}, 8, 0, None
+    params, batch_size, num_frames, step = {"w": np.zeros(3)}, 8, 0, 3
 
     def checksum(self):
         return "same-weights"

@@ -26,7 +26,7 @@ from coca_jax.inference import model_checksum
 from coca_jax.suites import measuring, metrics
 from coca_jax.suites.tables import DATACOMP, Task, slug
 
-WRITTEN = ("suite", "eval.json", results.CHECKPOINT, "suite.md", "suite.csv")
+WRITTEN = ("suite", "eval.json", results.STEPS, results.CHECKPOINT, "suite.md", "suite.csv")
 LEADING = ("name", "pretrained", "params (M)", "FLOPs (B)")
 
 
