@@ -77,6 +77,21 @@ def test_an_owner_elsewhere_lives_while_it_beats(tmp_path):
     second.release()
 
 
+def test_leases_of_the_dead_beside_are_looked_at_once_and_those_of_the_living_stay(tmp_path):
+    says = dict(use="captions into it", flag="--out")
+    names = [f"{share}.{lease.FILE}" for share in ("a", "b")]
+    dead, live = (taken(tmp_path / share, beat=0.05, beside=True, **says) for share in "ab")
+    for owner in (dead, live):
+        owner._me["machine"] = "another"
+    time.sleep(0.2)
+    dead._done.set()
+    with pytest.raises(lease.Held, match="b is in use: process .* captions into it"):
+        lease.refuse_held(str(tmp_path), names, **says)
+    live.release()
+    lease.refuse_held(str(tmp_path), names, **says)
+    assert not list(tmp_path.iterdir())
+
+
 def test_who_was_asleep_and_lost_its_workdir_ends(tmp_path):
     told = threading.Event()
     owner = lease.Lease(str(tmp_path), beat=0.1, lost=lambda line: told.set())

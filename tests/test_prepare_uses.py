@@ -1,5 +1,7 @@
 """Each use of `prepare` refuses the flags that it does not read."""
 
+import threading
+
 import pytest
 from conftest import tiny_config
 from prepare_cases import encode, import_data
@@ -8,6 +10,7 @@ from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
 from coca_jax.data import prepared, sources, vocabulary
+from coca_jax.importers import shards
 
 
 @pytest.fixture
@@ -187,3 +190,14 @@ def test_data_are_not_prepared_into_a_folder_of_something_else(call, folder, tmp
             (out / "train-00000-of-00001.array_record").write_bytes(b"")
         for more in ({}, {}, dict(split="other")):  # what is there stays; a second split
             assert call(input=folder, out=out, **more)["written"] == 8
+
+
+def test_many_shards_are_asked_for_at_a_time():
+    """One after the other, ten thousand in a bucket take minutes."""
+    together = threading.Barrier(8, timeout=30)
+
+    def ask(number):
+        together.wait()
+        return number
+
+    assert shards.of_each(ask, range(32)) == list(range(32))

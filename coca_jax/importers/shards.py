@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import glob
@@ -13,8 +14,8 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from array_record.python import array_record_module
 
@@ -36,7 +37,9 @@ MODULES = {
     "tfds": "tfds_name",
     "prepared": "prepared",
 }
+_Answer = TypeVar("_Answer")
 _REPORT_EVERY = 64
+_ASKED_AT_ONCE = 16
 _MAX_CLASSES = 100_000
 _MAX_FIELDS = 8  # that are named
 
@@ -145,6 +148,13 @@ def finished(job: Job) -> dict[str, Any] | None:
     """The account of a shard that an earlier run has finished."""
     path = f"{job.part}.json"
     return json.loads(files.read(path)) if files.exists(path) else None
+
+
+def of_each(ask: Callable[[Job], _Answer], jobs: Sequence[Job]) -> list[_Answer]:
+    """What `ask` says of each job, many asked at once: a bucket takes tens of milliseconds to say
+    whether one of ten thousand files is there."""
+    with concurrent.futures.ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        return list(pool.map(ask, jobs))
 
 
 def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:

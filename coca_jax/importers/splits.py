@@ -210,8 +210,8 @@ def _with_twins(
         return jobs  # the call for that split says what is wrong
     twins = [dataclasses.replace(job, options=options, work=work) for job in jobs]
     return [
-        job if shards.finished(twin) else dataclasses.replace(job, twin=twin)
-        for job, twin in zip(jobs, twins)
+        job if done else dataclasses.replace(job, twin=twin)
+        for job, twin, done in zip(jobs, twins, shards.of_each(shards.finished, twins))
     ]
 
 

@@ -38,12 +38,13 @@ def written(jobs: list[shards.Job], options: Options, hands: Hands) -> list[dict
     None of one that is another's to write, or waits for what others have still to read."""
     if options.dedup != "none" or options.exclude:
         hands.do(shards.scan, hands.engine.own(jobs), "fingerprints")
-        scanned = [shards.scanned(job) for job in jobs]
+        scanned = shards.of_each(shards.scanned, jobs)
         known = [entries for entries in scanned if entries is not None]
         if len(known) < len(jobs):
             return [None] * len(jobs)
         jobs = _deduplicated(jobs, known, options)
-    found = {job.number: shards.finished(job) for job in jobs}
+    numbers = [job.number for job in jobs]
+    found = dict(zip(numbers, shards.of_each(shards.finished, jobs)))
     left = [job for job in hands.engine.own(jobs) if not found[job.number]]
     found |= zip((job.number for job in left), hands.do(shards.write, left, "prepare"))
     return list(found.values())

@@ -8,6 +8,7 @@ from typing import Any
 
 from coca_jax import bars
 from coca_jax.engines import Engine, Report
+from coca_jax.importers import shards
 from coca_jax.importers.shards import Job
 from coca_jax.recaptioning import shard, whole
 from coca_jax.recaptioning.captioner import Captioner
@@ -30,9 +31,9 @@ def run(
     """
     own = engine.own(jobs)
     spent: Counter[str] = Counter()
-    left = [job for job in own if not shard.is_captioned(job)]
+    left = _without(own, shard.is_captioned)
     if left:
-        if lost := [name for job in left if (name := shard.lost(job))]:
+        if lost := list(filter(None, shards.of_each(shard.lost, left))):
             say(
                 f"{request.out}: {len(lost)} of its files are gone or have another size, and are "
                 f"written again: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
@@ -78,8 +79,8 @@ def _write(request: Request, jobs: Sequence[Job], own: Sequence[Job]) -> dict[st
     """Writes shards; what they wait for, or {}."""
     least = whole.threshold(request, jobs)
     if least is None:
-        return dict(waiting=sum(not shard.is_captioned(job) for job in jobs))
-    for job in own:
+        return dict(waiting=len(_without(jobs, shard.is_captioned)))
+    for job in _without(own, shard.account):
         shard.write(job, request, least, whole.name(request, jobs, job))
     return {}
 
@@ -88,5 +89,10 @@ def _end(request: Request, jobs: Sequence[Job]) -> dict[str, Any]:
     least = whole.threshold(request, jobs)
     told = None if least is None else whole.finish(request, jobs, least)
     if told is None:
-        return dict(waiting=sum(shard.account(job) is None for job in jobs))
+        return dict(waiting=len(_without(jobs, shard.account)))
     return told
+
+
+def _without(jobs: Sequence[Job], there: Callable[[Job], Any]) -> list[Job]:
+    """Those of which what is asked for is not there."""
+    return [job for job, found in zip(jobs, shards.of_each(there, jobs)) if not found]

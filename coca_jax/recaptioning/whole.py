@@ -134,7 +134,7 @@ def threshold(request: Request, jobs: Sequence[Job]) -> float | None:
     if files.exists(path):
         found = sealed_json.read(path)["threshold"]
         return float("-inf") if found is None else found
-    if not all(shard.is_captioned(job) for job in jobs):
+    if not all(shards.of_each(shard.is_captioned, jobs)):
         return None
     value = shard.threshold(list(jobs), request)
     sealed_json.write(path, dict(threshold=shard.as_number(value)))
@@ -146,7 +146,7 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
 
     Raises ValueError where no image was written: why. `out` may then be begun anew, otherwise too.
     """
-    accounts = [shard.account(job) for job in jobs]
+    accounts = shards.of_each(shard.account, jobs)
     if not all(accounts):
         return None
     known = [account for account in accounts if account]

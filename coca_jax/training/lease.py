@@ -268,12 +268,16 @@ def alone(place: str, *, use: str, flag: str, beside: bool = False) -> Iterator[
 
 def refuse_held(folder: str, names: Collection[str], *, use: str, flag: str) -> None:
     """Raises Held where another process has one of the leases in a folder, given by the names of
-    their files; owners on other machines are watched at the same time. use, flag: as of `Lease`."""
+    their files; owners on other machines are watched at the same time. Those of the dead go.
+    use, flag: as of `Lease`."""
 
     def look(name: str) -> None:
         beside = name.removesuffix(FILE).removesuffix(".")
         place = f"{folder}/{beside}" if beside else folder
-        Lease(place, use=use, flag=flag, beside=bool(beside))._wait_for_the_dead()
+        found = Lease(place, use=use, flag=flag, beside=bool(beside))
+        found._wait_for_the_dead()
+        with contextlib.suppress(OSError):  # gone already, or not ours to take away
+            found._path.unlink()  # who has taken it since writes it again at the next beat
 
     with concurrent.futures.ThreadPoolExecutor(len(names) or 1) as pool:
         list(pool.map(look, names))
