@@ -62,8 +62,10 @@ def by_xla(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int) -> jax
     return y + bias
 
 
-def by_kernels(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int) -> jax.Array:
-    return conv_kernels.convolve(x, kernel, bias, stride, True)
+def by_kernels(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int, halves: bool = False
+) -> jax.Array:
+    return conv_kernels.convolve(x, kernel, bias, stride, True, halves)
 
 
 def convolutions() -> dict[str, dict[str, float]]:
@@ -76,7 +78,10 @@ def convolutions() -> dict[str, dict[str, float]]:
         g = drawn(IMAGES, pixels // stride, pixels // stride, features)
         gflop = 2 * 9 * channels * features * IMAGES * (pixels // stride) ** 2 / 1e9
         ways: dict[str, dict[str, Callable[[], Any]]] = {}
-        for way, convolve in (("xla", by_xla), ("kernels", by_kernels)):
+        forms: dict[str, Any] = dict(xla=by_xla, kernels=by_kernels)
+        if conv_kernels.available_in_bfloat16():
+            forms["bfloat16"] = functools.partial(by_kernels, halves=True)
+        for way, convolve in forms.items():
             one = functools.partial(convolve, stride=stride)
 
             def of_input(x: Any, w: Any, b: Any, g: Any, one: Any = one) -> Any:

@@ -31,17 +31,18 @@ import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from coca_jax import compile_cache, partitioning  # noqa: E402
+from coca_jax import partitioning  # noqa: E402
 from coca_jax.config import Config, typed  # noqa: E402
 from coca_jax.configs import base  # noqa: E402
 from coca_jax.data import run_vocabulary  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
+from coca_jax.ops.cpu import build  # noqa: E402
 from coca_jax.optimizer import make_schedule  # noqa: E402
 from coca_jax.training import programs, state, step  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 needs_bfloat16 = pytest.mark.skipif(
-    not shutil.which("c++") or "avx512_bf16" not in compile_cache.processor().split(),
+    not shutil.which("c++") or not build.multiplies_bfloat16(),
     reason="needs a C++ compiler and a processor with AVX512_BF16",
 )
 

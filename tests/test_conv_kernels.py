@@ -1,9 +1,12 @@
 """The convolutions of a CPU's own against the definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs_bfloat16
 
 from coca_jax import ops, partitioning
 from coca_jax.ops.cpu import Cpu, conv_kernels
@@ -23,7 +26,7 @@ def _gradients(form, x, kernel, bias, stride, before, dtype=jnp.float32):
     """Result and gradients of a weighted sum of it."""
     x, kernel, bias = (jnp.asarray(a, jnp.float32) for a in (x, kernel, bias))
     shape = (x.shape[0], x.shape[1] // stride, x.shape[2] // stride, kernel.shape[3])
-    weights = jax.random.normal(jax.random.key(7), shape)
+    weights = jax.random.normal(jax.random.key(7), shape).astype(dtype).astype(jnp.float32)
 
     def loss(x, kernel, bias):
         y = form.convolve(x, kernel, bias, stride, dtype, before)
@@ -40,29 +43,60 @@ def _arrays(batch, height, width, channels, features):
     return x, rng.normal(size=(3, 3, channels, features)), rng.normal(size=features)
 
 
-@pytest.mark.parametrize("before", [None, RELU, GELU])
-@pytest.mark.parametrize(
-    "batch,height,width,channels,features,stride",
-    [
-        (2, 48, 48, 3, 32, 2),  # pixels
-        (3, 12, 12, 64, 128, 2),
-        (5, 6, 6, 128, 128, 1),  # channels in two pieces, two panels
-        (40, 4, 4, 16, 16, 1),  # more images than are summed together, one vector of columns
-        (2, 10, 26, 24, 80, 1),  # not square; a panel and a narrower one
-        (2, 10, 26, 7, 176, 2),  # 2 panels, 48 more columns; channels of no whole line
-        (1, 2, 2, 5, 16, 2),  # a row whose every tap but one lies outside
-        (1, 2, 2, 70, 16, 1),
-    ],
-)
-def test_convolution_and_its_gradients_equal_the_reference(
-    batch, height, width, channels, features, stride, before
-):
-    arrays = _arrays(batch, height, width, channels, features)
-    want = _gradients(Reference(), *arrays, stride, before)
-    got = _gradients(Cpu(), *arrays, stride, before)
+SHAPES = [  # batch, height, width, channels, features, stride
+    (2, 48, 48, 3, 32, 2),  # pixels
+    (3, 12, 12, 64, 128, 2),
+    (5, 6, 6, 128, 128, 1),  # channels in two pieces, two panels
+    (40, 4, 4, 16, 16, 1),  # more images than are summed together, one vector of columns
+    (2, 10, 26, 24, 80, 1),  # not square; a panel and a narrower one
+    (2, 10, 26, 7, 176, 2),  # 2 panels, 48 more columns; channels of no whole line
+    (1, 2, 2, 5, 16, 2),  # a row whose every tap but one lies outside
+    (1, 2, 2, 70, 16, 1),
+]
+
+
+def assert_equal(got, want, rounded=0.0):
+    """rounded: relative error of the gradients of the operands."""
     for of, (a, b) in enumerate(zip(want, got, strict=True)):
-        assert a.shape == b.shape
-        np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max(), err_msg=str(of))
+        assert a.shape == b.shape and b.dtype == jnp.float32
+        rtol = rounded if of in (1, 2) else 0.0
+        np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-5 * abs(a).max(), err_msg=str(of))
+
+
+@pytest.mark.parametrize("before", [None, RELU, GELU])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_convolution_and_its_gradients_equal_the_reference(shape, before):
+    *shape, stride = shape
+    arrays = _arrays(*shape)
+    want = _gradients(Reference(), *arrays, stride, before)
+    assert_equal(_gradients(Cpu(), *arrays, stride, before), want)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("before", [None, Before("relu", 0.5, 4.0), GELU])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_rounds_operands_alone(shape, before):
+    """Those of the gradients' products too, whose g here needs none; the plain form rounds their
+    results as well. Factors that are a power of two change no rounding of the kernel, whose they
+    become."""
+    *shape, stride = shape
+    arrays = _arrays(*shape)
+    want = _gradients(Cpu(kernels=False), *arrays, stride, before, jnp.bfloat16)
+    assert_equal(_gradients(Cpu(), *arrays, stride, before, jnp.bfloat16), want, 2**-8)
+
+
+@needs_bfloat16
+def test_a_gradient_in_bfloat16_is_rounded():
+    """To the nearest of it, ties to even, also of an odd number of images."""
+    g = jnp.float32(1) + jnp.float32([1, 3, 4, 5]) / 256  # halves of a step, and less, and more
+    x, kernel = jnp.zeros((3, 2, 2, 1)).at[:, 0, 0].set(1.0), jnp.zeros((3, 3, 1, 16))
+    run = functools.partial(conv_kernels.convolve, stride=1, rectify=False, halves=True)
+    _, back = jax.vjp(run, x, kernel, jnp.zeros(16))
+    _, of_kernel, of_bias = back(jnp.zeros((3, 2, 2, 16)).at[:, 0, 0, :4].set(g))
+    np.testing.assert_array_equal(
+        of_kernel[1, 1, 0, :4], 3 * g.astype(jnp.bfloat16).astype(jnp.float32)
+    )
+    np.testing.assert_array_equal(of_bias[:4], 3 * g)  # a sum, no product
 
 
 def test_results_do_not_depend_on_the_batch_nor_on_the_run():
@@ -76,22 +110,14 @@ def test_results_do_not_depend_on_the_batch_nor_on_the_run():
     np.testing.assert_array_equal(few, first[0][4:6])
 
 
-def test_bfloat16_rounds_operands_alone():
-    arrays = _arrays(2, 8, 8, 16, 32)
-    got = _gradients(Cpu(), *arrays, 1, RELU, jnp.bfloat16)
-    plain = _gradients(Cpu(kernels=False), *arrays, 1, RELU, jnp.bfloat16)
-    assert got[0].dtype == jnp.float32
-    for a, b in zip(plain, got):
-        np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max())
-
-
-def test_nan_in_gives_nan_out():
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=needs_bfloat16)])
+def test_nan_in_gives_nan_out(dtype):
     """Where the reference has it, in the result and in the gradient of the kernel: what goes wrong
     is seen."""
     x, kernel, bias = _arrays(2, 4, 4, 16, 16)
     x[1, 1, 1, 3] = np.nan
     want = _gradients(Reference(), x, kernel, bias, 1, RELU)
-    got = _gradients(Cpu(), x, kernel, bias, 1, RELU)
+    got = _gradients(Cpu(), x, kernel, bias, 1, RELU, dtype)
     for a, b in zip(want, got):
         np.testing.assert_array_equal(np.isnan(b), np.isnan(a))
     assert np.isnan(got[0]).sum() == 9 * 16 and np.isnan(got[2]).any()

@@ -181,7 +181,10 @@ def told():
     counts = [len(ops.choose("cpu", kind).begin_kernels(*how)) for kind, *how in some]
     with jax.set_mesh(partitioning.make_mesh(8, 1, 1)):  # others need one device
         counts.append(len(ops.choose("cpu").begin_kernels("bfloat16", True)))
-    return *counts, *[one.available() for one in (attention_kernels, conv_kernels, turn_kernels)]
+    of_step = [attention_kernels.available, conv_kernels.available, turn_kernels.available]
+    if build.multiplies_bfloat16():
+        of_step[1] = conv_kernels.available_in_bfloat16
+    return *counts, *[available() for available in of_step]
 
 os.environ["COCA_JAX_CPU_KERNELS"] = "0"
 print(*told())

@@ -199,8 +199,11 @@ class Cpu(Reference):
             return ()
         halves = jnp.dtype(dtype) == jnp.bfloat16
         used = [attention_kernels, *[turn_kernels] * halves] if _alone() else []
-        used += [conv_kernels] * convolutions
-        return [build.begin(kernels.SOURCE, "") for kernels in used]
+        begun = [build.begin(kernels.SOURCE, "") for kernels in used]
+        if convolutions:
+            define = build.BFLOAT16 if halves and build.multiplies_bfloat16() else ""
+            begun.append(build.begin(conv_kernels.SOURCE, define))
+        return begun
 
     def stream_dtype(self, dtype: Any) -> Any:
         return wide(dtype)
@@ -235,23 +238,27 @@ class Cpu(Reference):
         dtype: Any,
         before: Before | None = None,
     ) -> jax.Array:
-        # In float32 also of rounded operands, and of an image's few channels too: XLA would convert
-        # bfloat16 to and fro.
+        # With float32 results also of rounded operands, and of an image's few channels too: XLA
+        # would convert bfloat16 to and fro.
         result = wide(dtype)
-        rectify = before is not None and before.name == "relu" and x.dtype == dtype == jnp.float32
         kernels = self.kernels and result == jnp.float32 and conv_kernels.fits(x, kernel, stride)
-        run = functools.partial(conv_kernels.convolve, stride=stride, rectify=rectify)
-        run = _by_images(run, x.shape[0]) if kernels and conv_kernels.available() else None
-        if run is None:
-            x = before(x) if before else x
-            x, kernel = (a.astype(dtype).astype(result) for a in (x, kernel))
-            return self.add_bias(convolve(x, kernel, stride), bias.astype(result))
-        if rectify:  # a ReLU commutes with its factors, which are the kernel's as well
+        halves = kernels and dtype == jnp.bfloat16 and conv_kernels.available_in_bfloat16()
+        relu = before is not None and before.name == "relu" and x.dtype == jnp.float32
+        rectify = relu and (halves or dtype == jnp.float32)
+        run = functools.partial(
+            conv_kernels.convolve, stride=stride, rectify=rectify, halves=halves
+        )
+        there = kernels and (halves or conv_kernels.available())
+        run = _by_images(run, x.shape[0]) if there else None
+        if run is not None and rectify:  # a ReLU commutes with its factors, the kernel's as well
             kernel = kernel * (before.scale * before.gain)
         elif before:
             x = before(x)
-        x, kernel = (a.astype(dtype).astype(result) for a in (x, kernel))
-        return run(x, kernel, bias.astype(result))
+        if not halves or run is None:
+            x, kernel = (a.astype(dtype).astype(result) for a in (x, kernel))
+        if run is None:
+            return self.add_bias(convolve(x, kernel, stride), bias.astype(result))
+        return run(*(a.astype(result) for a in (x, kernel, bias)))
 
     def add_bias(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         return add_bias(x, bias)

@@ -29,6 +29,7 @@ FLAGS = (
     " -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
 )
 
+BFLOAT16 = "COCA_JAX_BFLOAT16"  # defined for kernels whose products are of that
 SCRATCH = "compiling-"  # folders in which compilers write
 ABANDONED = 3600.0  # seconds: none takes so long
 
@@ -40,6 +41,11 @@ _compilers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
 def begin(source: pathlib.Path, define: str) -> Library:
     """Begins to compile a source file and does not wait; no failure is told before `register`."""
     return _compilers.submit(_build, source, define)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies pairs of bfloat16 and adds them up in float32."""
+    return "avx512_bf16" in compile_cache.processor().split()
 
 
 def switched_off() -> bool:

@@ -1,31 +1,24 @@
-// 3 x 3 convolutions on a CPU, forward and backward, float32; see conv_kernels.py.
+// 3 x 3 convolutions on a CPU, forward and backward; see conv_kernels.py.
+//
+// All is float32; with COCA_JAX_BFLOAT16 both operands of each product are rounded to bfloat16, of
+// which a word holds a pair that one instruction multiplies, and sums are float32.
 //
 // All three are products whose sums stay in registers while the other operand comes from the first
 // two levels of cache: a convolution is a sum over the nine taps of a kernel, and the pixels that a
 // tap sees of a zero-padded image lie at an offset that is the same for all of a row.
 
-#include "team.h"
+#include "numbers.h"
 #include "tiles.h"
 
 namespace {
 
 constexpr int64_t kPanel = 64;    // columns of a panel of weights
-constexpr int64_t kDepth = 64;    // rows of a panel used at a time: 16 KiB of the first cache
-constexpr int64_t kPixels = 144;  // of images whose share of a kernel's gradient is summed together
-constexpr int64_t kChannels = 64;  // of a kernel's gradient that one part of the work sums
+constexpr int64_t kDepth = 64;    // words of a panel used at a time: 16 KiB of the first cache
+constexpr int64_t kPixels = 144;  // words of images that are summed together for a kernel's gradient
+constexpr int64_t kChannels = 16;  // of a kernel's gradient that one part of the work sums
 
-inline float Rectified(float x) { return x < 0 ? 0 : x; }  // of NaN it is NaN
-
-// Copies `count` floats, negative ones as 0 if asked to.
-inline void Copy(const float* from, int64_t count, bool rectify, float* to) {
-  if (rectify)
-    for (int64_t i = 0; i < count; ++i) to[i] = Rectified(from[i]);
-  else
-    std::memcpy(to, from, 4 * count);
-}
-
-// A piece of a product: `depth` numbers of the input at an offset from a pixel's, and their rows of
-// a panel.
+// A piece of a product: `depth` words of the input at an offset from a pixel's, and their rows of a
+// panel.
 struct Piece {
   int64_t offset, depth;
   const float* weights;
@@ -48,8 +41,8 @@ struct Pixels {
         Vector weight[V];
         for (int v = 0; v < V; ++v) weight[v] = Load(weights + v * kLanes);
         for (int r = 0; r < R; ++r) {
-          const Vector factor = x[r * step + k] - Vector{};
-          for (int v = 0; v < V; ++v) sum[r][v] += weight[v] * factor;
+          const Vector factor = Broadcast(x + r * step + k);
+          for (int v = 0; v < V; ++v) sum[r][v] = AddProduct(sum[r][v], weight[v], factor);
         }
       }
     }
@@ -69,10 +62,10 @@ struct Phase {
   Tap taps[9];
 };
 
-// The result [images, *, result_width, features] of an input [images, height, width, depth].
+// The result [images, *, result_width, features] of an input [images, height, width, channels].
 struct Product {
   const float* in;
-  int64_t images, height, width, depth;
+  int64_t images, height, width, channels, depth;  // depth: the words of a pixel
   bool rectify;        // the input
   int64_t step;        // pixels of the input from one pixel of a phase to the next
   const float* start;  // [features], of the sums
@@ -85,17 +78,20 @@ struct Product {
   const float* positive;  // like the result: where it is not above 0 the result is 0; or null
 };
 
-// An image with zeros around it, in scratch memory.
+// An image, in words, with zeros around it, in scratch memory.
 float* Padded(const Product& p, int64_t image) {
-  const int64_t row = (p.width + 2) * p.depth, inside = p.width * p.depth;
+  const int64_t row = (p.width + 2) * p.depth, inside = p.width * p.channels;
+  // Pixels whose last word is not full are written one by one.
+  const int64_t pieces = p.channels % kPair ? p.width : 1, piece = inside / pieces;
   float* padded = Scratch<0>((p.height + 2) * row);
   const float* in = p.in + image * p.height * inside;
   std::fill_n(padded, row, 0.0f);
   for (int64_t y = 0; y < p.height; ++y) {
     float* to = padded + (y + 1) * row;
     std::fill_n(to, p.depth, 0.0f);
-    Copy(in + y * inside, inside, p.rectify, to + p.depth);
-    std::fill_n(to + p.depth + inside, p.depth, 0.0f);
+    for (int64_t i = 0; i < pieces; ++i)
+      Copy(in + y * inside + i * piece, piece, p.rectify, to + (i + 1) * p.depth);
+    std::fill_n(to + row - p.depth, p.depth, 0.0f);
   }
   std::fill_n(padded + (p.height + 1) * row, row, 0.0f);
   return padded;
@@ -166,11 +162,11 @@ void Multiply(Member& member, const Product& p) {
 }
 
 // y = the convolution of x (rectified or not), plus bias.
-ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats panels, Floats bias, bool rectify,
+ffi::Error Forward(ffi::ThreadPool pool, Floats x, Numbers panels, Floats bias, bool rectify,
                    ffi::Result<Floats> y) {
   const auto in = x.dimensions(), out = y->dimensions();
-  Product p{x.typed_data(), in[0], in[1], in[2], in[3], rectify, in[1] / out[1],
-            bias.typed_data(), panels.typed_data(), y->typed_data(), out[1], out[2], out[3],
+  Product p{x.typed_data(), in[0], in[1], in[2], in[3], WordsOf(in[3]), rectify, in[1] / out[1],
+            bias.typed_data(), Words(Data(panels)), y->typed_data(), out[1], out[2], out[3],
             out[1], out[2], 1, 1, {}, nullptr};
   p.phase[0].count = 9;
   for (int64_t i = 0; i < 9; ++i) p.phase[0].taps[i] = {i / 3, i % 3, i};
@@ -181,12 +177,12 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats panels, Floats bias, b
 // The gradient of x from g, that of y; panels: of the kernel with channels and features exchanged.
 // Row i of x is read by kernel row a at row (i + 1 - a) / stride of y, if that is whole: for stride
 // 1 by all three, for stride 2 by a = 1 for an even i and by 0 and 2 for an odd one.
-ffi::Error Input(ffi::ThreadPool pool, Floats g, Floats panels, Floats zeros, Floats x,
+ffi::Error Input(ffi::ThreadPool pool, Floats g, Numbers panels, Floats zeros, Floats x,
                  bool rectify, ffi::Result<Floats> dx) {
   const auto in = g.dimensions(), out = dx->dimensions();
   const int64_t stride = out[1] / in[1];
-  Product p{g.typed_data(), in[0], in[1], in[2], in[3], false, 1,
-            zeros.typed_data(), panels.typed_data(), dx->typed_data(), out[1], out[2], out[3],
+  Product p{g.typed_data(), in[0], in[1], in[2], in[3], WordsOf(in[3]), false, 1,
+            zeros.typed_data(), Words(Data(panels)), dx->typed_data(), out[1], out[2], out[3],
             in[1], in[2], stride, stride * stride, {}, rectify ? x.typed_data() : nullptr};
   for (int64_t i = 0; i < p.phases; ++i) {
     Phase& phase = p.phase[i];
@@ -202,10 +198,11 @@ ffi::Error Input(ffi::ThreadPool pool, Floats g, Floats panels, Floats zeros, Fl
   return ffi::Error::Success();
 }
 
-// The pixels of a group of images that one tap sees, and of the gradient that they meet.
+// The pixels of a group of images that one tap sees, and of the gradient that they meet. A word
+// holds a number of each of kPair images.
 struct Sight {
   int64_t images, rows, columns;
-  int64_t x_image, x_row, x_step, g_image, g_row, g_step;  // in floats
+  int64_t x_image, x_row, x_step, g_image, g_row, g_step;  // in words
 };
 
 // out[r, :] = (fresh: 0, or its own) + the sum over pixels of x[pixel, r] * g[pixel, :].
@@ -226,8 +223,8 @@ struct Channels {
           Vector gradient[V];
           for (int v = 0; v < V; ++v) gradient[v] = Load(b + v * kLanes);
           for (int r = 0; r < R; ++r) {
-            const Vector factor = a[r] - Vector{};
-            for (int v = 0; v < V; ++v) sum[r][v] += gradient[v] * factor;
+            const Vector factor = Broadcast(a + r);
+            for (int v = 0; v < V; ++v) sum[r][v] = AddProduct(sum[r][v], gradient[v], factor);
           }
         }
       }
@@ -243,32 +240,50 @@ struct KernelGradient {
   float *kernel, *bias;
 };
 
-// The gradient of channels `from` to `to` and of `columns` features from f on, over all images.
+// Pixels of which a tap sees one inside the image: from .first on, below .second.
+std::pair<int64_t, int64_t> Seen(int64_t tap, int64_t pixels, int64_t size, int64_t stride) {
+  return {tap == 0, std::min(pixels, (size - tap) / stride + 1)};
+}
+
+// The gradient of channels `from` to `to` and of `vectors` of features from f on, over all images.
 void SumChannels(const KernelGradient& k, int64_t from, int64_t to, int64_t f, int64_t vectors) {
-  const int64_t channels = to - from, most = Most(vectors);
+  const int64_t channels = to - from, features = vectors * kLanes, most = Most(vectors);
   const int64_t splits = (channels + most - 1) / most;
-  const int64_t group = std::max<int64_t>(1, kPixels / (k.rows * k.columns));
-  const int64_t in_pixels = k.height * k.width;
+  const int64_t in_pixels = k.height * k.width, out_pixels = k.rows * k.columns;
+  const int64_t group = std::max<int64_t>(1, kPixels / out_pixels);
   float* seen = Scratch<0>(group * in_pixels * channels);
-  for (int64_t first = 0; first < k.images; first += group) {
-    const int64_t images = std::min(group, k.images - first);
-    const float* in = k.x + first * in_pixels * k.depth + from;
-    for (int64_t i = 0; i < images * in_pixels; ++i)
-      Copy(in + i * k.depth, channels, k.rectify, seen + i * channels);
+  float* met = Scratch<1>(group * out_pixels * features);
+  for (int64_t first = 0; first < k.images; first += group * kPair) {
+    const int64_t images = std::min(group, WordsOf(k.images - first));
+    const float* g = k.g + first * out_pixels * k.features + f;
+    for (int64_t n = 0; n < images; ++n) {
+      const bool other = first + n * kPair + 1 < k.images;
+      const auto words = [&](const float* image, int64_t pixels, int64_t step, int64_t count,
+                             bool rectify, float* to) {
+        for (int64_t i = 0; i < pixels; ++i, image += step, to += count)
+          Copy(image, other ? image + pixels * step : nullptr, count, rectify, to);
+      };
+      words(k.x + (first + n * kPair) * in_pixels * k.depth + from, in_pixels, k.depth, channels,
+            k.rectify, seen + n * in_pixels * channels);
+      if (kPair > 1)
+        words(g + n * kPair * out_pixels * k.features, out_pixels, k.features, features, false,
+              met + n * out_pixels * features);
+    }
+    const float* gradient = kPair > 1 ? met : g;  // floats are read where they lie
+    const int64_t g_step = kPair > 1 ? features : k.features;
     for (int64_t tap = 0; tap < 9; ++tap) {
       const int64_t a = tap / 3, b = tap % 3;
-      // Pixels of which the tap sees one inside the image.
-      const int64_t top = a == 0, bottom = std::min(k.rows, (k.height - a) / k.stride + 1);
-      const int64_t left = b == 0, right = std::min(k.columns, (k.width - b) / k.stride + 1);
+      const auto [top, bottom] = Seen(a, k.rows, k.height, k.stride);
+      const auto [left, right] = Seen(b, k.columns, k.width, k.stride);
       const Sight sight{images, bottom - top, right - left, in_pixels * channels,
                         k.stride * k.width * channels, k.stride * channels,
-                        k.rows * k.columns * k.features, k.columns * k.features, k.features};
+                        out_pixels * g_step, k.columns * g_step, g_step};
       const int64_t row = top * k.stride + a - 1, column = left * k.stride + b - 1;
       const float* x = seen + (row * k.width + column) * channels;
-      const float* g = k.g + ((first * k.rows + top) * k.columns + left) * k.features + f;
       for (int64_t s = 0; s < splits; ++s) {
         const int64_t c = s * channels / splits, few = (s + 1) * channels / splits - c;
-        Instance<Channels>(few, vectors)(x + c, g, sight, first == 0,
+        Instance<Channels>(few, vectors)(x + c, gradient + (top * k.columns + left) * g_step, sight,
+                                         first == 0,
                                          k.kernel + (tap * k.depth + from + c) * k.features + f,
                                          k.features);
       }
@@ -315,24 +330,24 @@ constexpr char kRectify[] = "rectify";
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_convolution, Forward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(convolution), Forward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
+                                  .Arg<Numbers>()
+                                  .Arg<Floats>()
+                                  .Attr<bool>(kRectify)
+                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(convolution_input), Input,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Numbers>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Attr<bool>(kRectify)
                                   .Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_convolution_input, Input,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Attr<bool>(kRectify)
-                                  .Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(coca_jax_convolution_kernel, Kernel,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(convolution_kernel), Kernel,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()

@@ -12,12 +12,6 @@
 #include "attention.h"
 #include "products.h"
 
-#ifdef COCA_JAX_BFLOAT16
-#define SYMBOL(name) coca_jax_bfloat16_##name
-#else
-#define SYMBOL(name) coca_jax_##name
-#endif
-
 namespace {
 
 // ops.reference.ACTIVATIONS, by name.

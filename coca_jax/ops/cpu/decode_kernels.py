@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax import compile_cache
 from coca_jax.ops.cpu import build
 
 PANEL = 32  # columns of a panel
@@ -35,11 +34,11 @@ def available() -> bool:
 
 def available_in_bfloat16() -> bool:
     """The same of those for bfloat16; False without a word on a processor that lacks it."""
-    if "avx512_bf16" not in compile_cache.processor().split():
+    if not build.multiplies_bfloat16():
         return False
     names = tuple(f"bfloat16_{name}" for name in KERNELS)
     without = "Captions of bfloat16 models on this CPU are computed in float32, which takes longer"
-    return build.register(SOURCE, names, without, "COCA_JAX_BFLOAT16")
+    return build.register(SOURCE, names, without, build.BFLOAT16)
 
 
 def panels(kernel: jax.Array, dtype: Any = jnp.float32) -> jax.Array:

@@ -1,72 +1,14 @@
 // Products of the few rows of a step with weights in panels, and what stands around them: norms,
-// sums, biases. What a number is, float32 or bfloat16, is said here.
+// sums, biases.
 #pragma once
 
 #include <array>
 #include <cmath>
 #include <utility>
 
-#include "team.h"
-
-#ifdef COCA_JAX_BFLOAT16
-#ifndef __AVX512BF16__
-#error "bfloat16 kernels are for a processor, and a compiler, with AVX512_BF16"
-#endif
-#include <immintrin.h>
-#endif
+#include "numbers.h"
 
 namespace {
-
-// Number: of an operand of a product; a word of 32 bits holds kPair of them. Below, panels and the
-// rows that they multiply are words, passed as floats whatever is in them.
-#ifdef COCA_JAX_BFLOAT16
-constexpr int kPair = 2;
-struct __attribute__((may_alias)) Number {
-  uint16_t bits;
-};
-using Numbers = ffi::Buffer<ffi::BF16>;
-
-inline Vector AddProduct(Vector sum, Vector a, Vector b) {
-  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-}
-
-inline Vector Broadcast(const float* word) {
-  int32_t bits;
-  std::memcpy(&bits, word, sizeof(bits));
-  return (Vector)_mm512_set1_epi32(bits);
-}
-
-inline void Store(Number* to, Vector v) {
-  const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
-}
-
-// The first `count` of `from`, whole vectors.
-inline void Put(Number* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)Load(from + i));
-    const int64_t few = std::min<int64_t>(kLanes, count - i);
-    _mm256_mask_storeu_epi16(to + i, static_cast<__mmask16>((1u << few) - 1), rounded);
-  }
-}
-#else
-constexpr int kPair = 1;
-using Number = float;
-using Numbers = Floats;
-
-inline Vector AddProduct(Vector sum, Vector a, Vector b) { return sum + a * b; }
-
-inline Vector Broadcast(const float* word) { return *word - Vector{}; }
-
-#endif
-
-inline void Put(float* to, const float* from, int64_t count) { std::copy_n(from, count, to); }
-
-inline const float* Words(const Number* numbers) { return reinterpret_cast<const float*>(numbers); }
-
-inline const Number* Data(Numbers& buffer) {
-  return reinterpret_cast<const Number*>(buffer.typed_data());
-}
 
 constexpr int kPanel = 32;   // columns of a panel
 constexpr int kDepth = 128;  // words of a panel, multiplied at a time: 16 KiB
