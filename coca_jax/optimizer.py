@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from coca_jax.config import Optimizer, checks
 from coca_jax.models.part import TOP
 from coca_jax.models.roles import Role, depths, map_with_roles
+from coca_jax.ops.reference import Reference
 
 MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4
 MUON_RMS = 0.2  # of its updates: about AdamW's, so that the learning rates are alike
@@ -110,15 +112,23 @@ def average_decay(
     return counted / (counted + 1)
 
 
-def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
-    """The update rule of `_rule`, and with l2_to_start the pull to where the run started."""
-    rule = _rule(optimizer)
+def make_optimizer(
+    optimizer: Optimizer, ops: Reference | None = None, dtype: Any = jnp.float32
+) -> optax.GradientTransformation:
+    """The update rule of `_rule`, and with l2_to_start the pull to where the run started. ops: the
+    form of the operations, the reference by default; dtype: the model's."""
+    rule = _rule(optimizer, ops or Reference(), dtype)
     if not optimizer.l2_to_start:
         return rule
     return optax.chain(rule, pull_to_start(optimizer.l2_to_start))
 
 
-def _rule(optimizer: Optimizer) -> optax.GradientTransformation:
+def orthogonalises(optimizer: Optimizer) -> bool:
+    """Whether the rule calls `Reference.orthogonalise`."""
+    return optimizer.name == "muon"
+
+
+def _rule(optimizer: Optimizer, ops: Reference, dtype: Any) -> optax.GradientTransformation:
     """The update rule without learning rate: `train_step` multiplies by minus the schedule.
 
     Adafactor: factored second moment with decay min(beta2, 1 - t^-0.8), first moment beta1 kept in
@@ -145,11 +155,11 @@ def _rule(optimizer: Optimizer) -> optax.GradientTransformation:
     if optimizer.name == "adamw":
         adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(adam, decay)
-    if optimizer.name == "muon":
+    if orthogonalises(optimizer):
         momentum = scale_by_muon(
-            ns_steps=MUON_ITERATIONS, beta=MUON_MOMENTUM, weight_dimension_numbers=kernel_axes
+            ns_steps=0, beta=MUON_MOMENTUM, weight_dimension_numbers=kernel_axes
         )
-        kernels = optax.chain(_in_a_loop(momentum), optax.stateless(_equal_rms))
+        kernels = optax.chain(_iterated(momentum, ops, dtype), optax.stateless(_equal_rms))
         rest = optax.scale_by_adam(optimizer.beta1, optimizer.beta2)
         return optax.chain(optax.partition(dict(kernel=kernels, rest=rest), _parts), decay)
     raise ValueError(f"optimizer.name={optimizer.name!r}; choose 'adafactor', 'adamw' or 'muon'")
@@ -210,15 +220,23 @@ def _clip_by_layer(updates: Any, params: Any = None) -> Any:
     return map_with_roles(one, updates)
 
 
-def _in_a_loop(muon: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Muon with its iterations as a loop, not one after the other in the program: those of a small
-    model were half of what its step compiled. optax loops where each has coefficients of its own;
-    the state keeps the three that it always had."""
+def _iterated(
+    muon: optax.GradientTransformation, ops: Reference, dtype: Any
+) -> optax.GradientTransformation:
+    """Muon by the iterations of `ops`. muon: optax's without any, which gives the momentum of each
+    matrix with norm 1."""
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        each = jnp.tile(state.ns_coeffs, (MUON_ITERATIONS, 1))
-        updates, new = muon.update(updates, state._replace(ns_coeffs=each), params)
-        return updates, new._replace(ns_coeffs=state.ns_coeffs)
+        momentum, new = muon.update(updates, state, params)
+
+        def one(x: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
+            rows, columns = (math.prod(x.shape[i] for i in side) for side in axes)
+            matrices = x.reshape(-1, rows, columns)
+            wide = matrices if rows <= columns else matrices.swapaxes(1, 2)
+            wide = ops.orthogonalise(wide, state.ns_coeffs, MUON_ITERATIONS, dtype)
+            return (wide if rows <= columns else wide.swapaxes(1, 2)).reshape(x.shape)
+
+        return jax.tree.map(one, momentum, kernel_axes(momentum)), new
 
     return optax.GradientTransformation(muon.init, update)
 

@@ -157,13 +157,13 @@ def test_it_is_compiled_once_and_again_where_others_may_have_changed_it(place, t
 @needs_compiler
 @pytest.mark.long
 def test_those_of_a_step_are_compiled_at_the_same_time(tmp_path):
-    """Each compiler waits until all three have been started."""
+    """Each compiler waits until all four have been started."""
     together = tmp_path / "together-c++"
     together.write_text(
         f"""#!/bin/sh
 touch {tmp_path}/started-$$
 for i in $(seq 300); do
-  [ $(ls {tmp_path} | grep -c started) -ge 3 ] && exec c++ "$@" -O0
+  [ $(ls {tmp_path} | grep -c started) -ge 4 ] && exec c++ "$@" -O0
   sleep 0.1
 done
 exit 1
@@ -174,16 +174,18 @@ exit 1
 import os
 import jax
 from coca_jax import ops, partitioning
-from coca_jax.ops.cpu import attention_kernels, build, conv_kernels, turn_kernels
+from coca_jax.ops.cpu import attention_kernels, build, conv_kernels, muon_kernels, turn_kernels
 
 def told():
-    some = ("xla", "bfloat16", True), ("auto", "bfloat16", True), ("auto", "float32", False)
+    some = ("xla", "bfloat16", True, True), ("auto", "bfloat16", True, True)
+    some += (("auto", "float32", False),)
     counts = [len(ops.choose("cpu", kind).begin_kernels(*how)) for kind, *how in some]
     with jax.set_mesh(partitioning.make_mesh(8, 1, 1)):  # others need one device
-        counts.append(len(ops.choose("cpu").begin_kernels("bfloat16", True)))
-    of_step = [attention_kernels.available, conv_kernels.available, turn_kernels.available]
-    if build.multiplies_bfloat16():
-        of_step[1] = conv_kernels.available_in_bfloat16
+        counts.append(len(ops.choose("cpu").begin_kernels("bfloat16", True, True)))
+    of_step = [attention_kernels.available, turn_kernels.available]
+    for either in (conv_kernels, muon_kernels):
+        halves = build.multiplies_bfloat16()
+        of_step.append(either.available_in_bfloat16 if halves else either.available)
     return *counts, *[available() for available in of_step]
 
 os.environ["COCA_JAX_CPU_KERNELS"] = "0"
@@ -196,8 +198,8 @@ print(*told())
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["0 0 0 0 False False False", "0 3 1 1 True True True"]
-    assert len(list(tmp_path.glob("started-*"))) == 3  # none twice
+    assert done.stdout.splitlines() == ["0 0 0 0" + 4 * " False", "0 4 1 1" + 4 * " True"]
+    assert len(list(tmp_path.glob("started-*"))) == 4  # none twice
 
 
 def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):
@@ -209,7 +211,9 @@ def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):
     asked = []
 
     def lines(workdir: str, compiled: futures.Future) -> list[str]:
-        monkeypatch.setattr(Cpu, "begin_kernels", lambda _, *how: asked.append(how) or [compiled])
+        monkeypatch.setattr(
+            Cpu, "begin_kernels", lambda _, *of, **how: asked.append((of, how)) or [compiled]
+        )
         mesh = partitioning.make_mesh(8, 1, 1)
         setup.prepare(mesh, config, workdir, TimeBuckets(), stopping.current())
         assert compiled.done()
@@ -229,4 +233,4 @@ def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(setup, "begin", begin)
     said = lines(str(tmp_path / "b"), late)
     assert said == ["reading data ...", "compiling kernels for this processor, once ..."]
-    assert asked == [("float32", False)] * 2
+    assert asked == [(("float32",), dict(convolutions=False, muon=False))] * 2

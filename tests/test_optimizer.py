@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import update_rules
-from conftest import tiny
+from conftest import tiny, tiny_config
 from optimizer_cases import (
     ENCODER,
     KERNELS,
@@ -31,6 +31,7 @@ from optimizer_cases import (
 )
 
 from coca_jax import optimizer
+from coca_jax.models import coca
 from coca_jax.training import step as train_steps
 from coca_jax.training.state import TrainState
 
@@ -257,11 +258,12 @@ def test_muon_updates_of_kernels_are_orthogonal_and_of_one_size():
 
 def test_every_step_and_every_seed_draw_anew(monkeypatch):
     """What drops out by chance in a step; the same where the step is done again."""
+    model = coca.build(tiny_config().model)
 
     def drawn(seed, number):
         state = TrainState(jnp.int32(number), jnp.int32(0), {}, (), None)
         batch = dict(tokens=jnp.zeros((1, 8), jnp.int32), text_valid=jnp.ones((1, 8), bool))
-        train_step = train_steps.make_train_step(None, tiny(seed=seed))
+        train_step = train_steps.make_train_step(model, tiny(seed=seed))
         return tuple(train_step(state, batch, None)[1]["drawn"].tolist())
 
     def gradients(params, model, config, batch, rng, lengths):

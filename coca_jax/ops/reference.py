@@ -315,11 +315,29 @@ class Reference:
         x, g = x.astype(dtype), g.astype(dtype)
         return jax.lax.dot_general(x, g, sums, preferred_element_type=wide(dtype))
 
-    def begin_kernels(self, dtype: Any, convolutions: bool) -> Sequence[Future[Any]]:
+    def orthogonalise(
+        self, x: jax.Array, coefficients: jax.Array, iterations: int, dtype: Any
+    ) -> jax.Array:
+        """x [L, M, N], M <= N, each matrix of norm 1 -> nearly orthogonal ones of the same singular
+        vectors, by Muon's iterations (Jordan et al. 2024): x <- a x + (b s + c s s) x of s = x x^T
+        and coefficients a, b, c. dtype: the model's; a form may round operands of products to it.
+        """
+        del dtype
+        a, b, c = coefficients.astype(x.dtype)
+
+        def iterate(_: Any, x: jax.Array) -> jax.Array:
+            square = x @ x.swapaxes(1, 2)
+            return a * x + (b * square + c * square @ square) @ x
+
+        return jax.lax.fori_loop(0, iterations, iterate, x)
+
+    def begin_kernels(
+        self, dtype: Any, convolutions: bool, muon: bool = False
+    ) -> Sequence[Future[Any]]:
         """Begins to compile, beside other work, the kernels that are compiled on this machine and
-        that a train step of a model in `dtype` calls. convolutions: whether its stem has some. What
-        it gives is done when they are."""
-        del dtype, convolutions
+        that a train step of a model in `dtype` calls. convolutions: whether its stem has some;
+        muon: whether the optimizer calls `orthogonalise`. What it gives is done when they are."""
+        del dtype, convolutions, muon
         return ()
 
     def caption_chunk(self, tokens: int, vocab: int) -> int:

@@ -31,6 +31,7 @@ from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
 from coca_jax.importers import indexes
 from coca_jax.models import coca
+from coca_jax.optimizer import orthogonalises
 from coca_jax.training import best, guard, replicas
 from coca_jax.training.state import build_model
 from coca_jax.training.stopping import Stop
@@ -258,7 +259,11 @@ Kernels = Sequence[futures.Future[Any]]
 def begin_kernels(config: Config, platform: str) -> Kernels:
     """See `Reference.begin_kernels`: of the config's train step."""
     form = ops.choose(platform, config.model.implementation)
-    return form.begin_kernels(config.model.dtype, bool(config.model.image.conv_widths))
+    return form.begin_kernels(
+        config.model.dtype,
+        convolutions=bool(config.model.image.conv_widths),
+        muon=orthogonalises(config.optimizer),
+    )
 
 
 def wait_for_kernels(kernels: Kernels, stop: Stop) -> None:

@@ -19,6 +19,7 @@ from coca_jax.models import roles
 from coca_jax.models.coca import CoCa
 from coca_jax.models.pixels import normalise_pixels, shrink
 from coca_jax.ops import packed
+from coca_jax.ops.reference import Reference
 from coca_jax.optimizer import (
     Schedule,
     average_decay,
@@ -48,6 +49,7 @@ def size_at(config: Config, step: int, steps: int) -> Size:
 
 def make_update(
     config: Config,
+    ops: Reference | None = None,
 ) -> Callable[[TrainState, Any, Schedule], tuple[TrainState, Metrics]]:
     """(state, gradients of what is trained, schedule) -> (the next state, metrics of the update).
 
@@ -59,7 +61,7 @@ def make_update(
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps.
     """
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, ops, config.model.dtype)
 
     def update(state: TrainState, gradients: Any, schedule: Schedule) -> tuple[TrainState, Metrics]:
         norm = optax.global_norm(gradients)
@@ -112,7 +114,7 @@ def make_train_step(
     image_size: of a stage of the size curriculum; default: the model's.
     lengths: of captions, from text_lengths.choose; default: the model's max_len.
     """
-    update = make_update(config)
+    update = make_update(config, model.options.ops)
     image_size = image_size or config.model.image_size
     length = lengths[1] if lengths else config.model.text.max_len
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax import partitioning
-from coca_jax.ops.cpu import attention_kernels, build, conv_kernels, turn_kernels
+from coca_jax.ops.cpu import attention_kernels, build, conv_kernels, muon_kernels, turn_kernels
 from coca_jax.ops.reference import (
     NORM_EPSILON,
     Before,
@@ -194,16 +194,17 @@ class Cpu(Reference):
     def remat(self) -> str:
         return "named"  # writing and reading the stacks costs more than computing again
 
-    def begin_kernels(self, dtype: Any, convolutions: bool) -> Sequence[Future[Any]]:
+    def begin_kernels(
+        self, dtype: Any, convolutions: bool, muon: bool = False
+    ) -> Sequence[Future[Any]]:
         if not self.kernels or build.switched_off():
             return ()
         halves = jnp.dtype(dtype) == jnp.bfloat16
         used = [attention_kernels, *[turn_kernels] * halves] if _alone() else []
+        either = [conv_kernels] * convolutions + [muon_kernels] * (muon and _alone())
+        define = build.BFLOAT16 if halves and build.multiplies_bfloat16() else ""
         begun = [build.begin(kernels.SOURCE, "") for kernels in used]
-        if convolutions:
-            define = build.BFLOAT16 if halves and build.multiplies_bfloat16() else ""
-            begun.append(build.begin(conv_kernels.SOURCE, define))
-        return begun
+        return [*begun, *(build.begin(kernels.SOURCE, define) for kernels in either)]
 
     def stream_dtype(self, dtype: Any) -> Any:
         return wide(dtype)
@@ -224,6 +225,15 @@ class Cpu(Reference):
         if self.kernels and halves and turn_kernels.available():
             return turn_kernels.weight_gradient(x, g)
         return super().weight_gradient(x, g, dtype)
+
+    def orthogonalise(
+        self, x: jax.Array, coefficients: jax.Array, iterations: int, dtype: Any
+    ) -> jax.Array:
+        if self.kernels and _alone() and muon_kernels.fits(x):
+            halves = dtype == jnp.bfloat16 and muon_kernels.available_in_bfloat16()
+            if halves or muon_kernels.available():
+                return muon_kernels.orthogonalise(x, coefficients, iterations, halves)
+        return super().orthogonalise(x, coefficients, iterations, dtype)
 
     def caption_chunk(self, tokens: int, vocab: int) -> int:
         parts = max(1, -(-tokens * vocab // MOST_LOGITS))

@@ -1,0 +1,119 @@
+// Muon's iterations on a CPU; see muon_kernels.py.
+//
+// All is float32; with COCA_JAX_BFLOAT16 both operands of each product are rounded to bfloat16, of
+// which a word holds a pair that one instruction multiplies, and sums and what is kept between
+// products are float32. A matrix is small enough for a core's second cache, and one core's work.
+
+#include "matrix.h"
+#include "numbers.h"
+#include "tiles.h"
+
+namespace {
+
+// out[r, :] = keep times its own (0: it has none yet) + scale times the sum over k of
+// x[r, k] * w[k, :], for R rows and V vectors of columns; words, and floats of `out`.
+template <int R, int V>
+struct Rows {
+  static void Run(const float* x, int64_t x_row, const float* w, int64_t w_row, int64_t depth,
+                  float scale, const float* add, float keep, float* out, int64_t row) {
+    Vector sum[R][V] = {};
+    for (int64_t k = 0; k < depth; ++k, w += w_row) {
+      Vector weight[V];
+      for (int v = 0; v < V; ++v) weight[v] = Load(w + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Vector factor = Broadcast(x + r * x_row + k);
+        for (int v = 0; v < V; ++v) sum[r][v] = AddProduct(sum[r][v], weight[v], factor);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = r * row + v * kLanes;
+        Store(out + at, add ? keep * Load(add + at) + scale * sum[r][v] : scale * sum[r][v]);
+      }
+  }
+};
+
+// out [rows, whole lines] = scale * x [rows, depth] @ w [depth, whole lines], plus keep * add if
+// there is such, which lies as `out` does.
+void Multiply(Block x, Block w, int64_t rows, int64_t depth, float scale, const float* add,
+              float keep, Block out) {
+  for (int64_t c = 0, vectors; c < out.row; c += vectors * kLanes) {
+    vectors = VectorsAt(c, out.row);
+    const int64_t most = Most(vectors), splits = (rows + most - 1) / most;
+    for (int64_t s = 0; s < splits; ++s) {
+      const int64_t r = s * rows / splits, few = (s + 1) * rows / splits - r;
+      const int64_t at = r * out.row + c;
+      Instance<Rows>(few, vectors)(x.data + r * x.row, x.row, w.data + c, w.row, depth, scale,
+                                   add ? add + at : nullptr, keep, out.data + at, out.row);
+    }
+  }
+}
+
+// A matrix of whole lines, zeros where none is written.
+template <int use>
+Block Zeros(int64_t rows, int64_t columns) {
+  const Block found{Scratch<use>(rows * columns), columns};
+  std::fill_n(found.data, rows * columns, 0.0f);
+  return found;
+}
+
+// The rows of x as left operands: words of numbers side by side.
+void Left(Block x, int64_t rows, Block to) {
+  for (int64_t r = 0; r < rows; ++r) Copy(x.data + r * x.row, x.row, false, to.data + r * to.row);
+}
+
+// The rows of x as a right operand: words of numbers below each other.
+void Right(Block x, int64_t rows, Block to) {
+  for (int64_t r = 0; r < rows; r += kPair) {
+    const float* row = x.data + r * x.row;
+    Copy(row, row + x.row, x.row, false, to.data + r / kPair * to.row);
+  }
+}
+
+// Iterates x [rows, columns], rows <= columns: x <- a x + (b s + c s s) x with s = x turned x.
+void Iterate(const float* in, int64_t rows, int64_t columns, const float* abc, int64_t iterations,
+             float* out) {
+  const int64_t high = Whole(rows), wide = Whole(columns), words = wide / kPair;
+  const Block x = Zeros<0>(high, wide), left = Zeros<1>(high, words), turned = Zeros<2>(words, high);
+  const Block right = Zeros<3>(WordsOf(high), wide), square = Zeros<4>(high, high);
+  const Block sum = Zeros<5>(high, high), narrow = Zeros<6>(high, high / kPair);
+  const Block deep = Zeros<7>(WordsOf(high), high);
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(in + r * columns, columns, x.data + r * wide);
+  for (int64_t i = 0; i < iterations; ++i) {
+    Left(x, rows, left);
+    CopyTurned(left, rows, words, turned);
+    Multiply(left, turned, rows, words, 1.0f, nullptr, 0.0f, square);
+    Left(square, rows, narrow);
+    Right(square, rows, deep);
+    Multiply(narrow, deep, rows, high / kPair, abc[2], square.data, abc[1], sum);
+    Left(sum, rows, narrow);
+    Right(x, rows, right);
+    Multiply(narrow, right, rows, high / kPair, 1.0f, x.data, abc[0], x);
+  }
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(x.data + r * wide, columns, out + r * columns);
+}
+
+// x [L, M, N], of each matrix so many iterations; abc [3].
+ffi::Error Orthogonalise(ffi::ThreadPool pool, Floats x, Floats abc, int64_t iterations,
+                         ffi::Result<Floats> y) {
+  const auto dims = x.dimensions();
+  const int64_t layers = dims[0], rows = dims[1], columns = dims[2], size = rows * columns;
+  const float *in = x.typed_data(), *factors = abc.typed_data();
+  float* out = y->typed_data();
+  Together(pool, layers, [=](Member& member) {
+    member.Each(layers, [&](int64_t layer, int64_t) {
+      Iterate(in + layer * size, rows, columns, factors, iterations, out + layer * size);
+    });
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SYMBOL(orthogonalise), Orthogonalise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Attr<int64_t>("iterations")
+                                  .Ret<Floats>());
