@@ -77,6 +77,15 @@ def test_what_the_kernel_is_called_for():
         assert not calls(Cpu(), small)  # XLA cannot split the call of a kernel
 
 
+@needs_bfloat16
+def test_a_bfloat16_model_s_updates_are_multiplied_in_it():
+    config = tiny(**{"optimizer.name": "muon", "model.dtype": "bfloat16"})
+    params = nested(draw(0, 0.3))
+    rule = make_optimizer(config.optimizer, Cpu(), config.model.dtype)
+    text = jax.jit(rule.update).lower(params, rule.init(params), params).as_text()
+    assert "coca_jax_bfloat16_orthogonalise" in text and "coca_jax_orthogonalise" not in text
+
+
 def test_updates_of_a_run_are_those_of_the_reference():
     config = tiny(**{"optimizer.name": "muon"})
     gradients = nested(gradients_of(0))

@@ -230,7 +230,7 @@ class Cpu(Reference):
         self, x: jax.Array, coefficients: jax.Array, iterations: int, dtype: Any
     ) -> jax.Array:
         if self.kernels and _alone() and muon_kernels.fits(x):
-            halves = dtype == jnp.bfloat16 and muon_kernels.available_in_bfloat16()
+            halves = jnp.dtype(dtype) == jnp.bfloat16 and muon_kernels.available_in_bfloat16()
             if halves or muon_kernels.available():
                 return muon_kernels.orthogonalise(x, coefficients, iterations, halves)
         return super().orthogonalise(x, coefficients, iterations, dtype)
