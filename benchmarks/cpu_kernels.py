@@ -80,7 +80,7 @@ def convolutions() -> dict[str, dict[str, float]]:
         ways: dict[str, dict[str, Callable[[], Any]]] = {}
         forms: dict[str, Any] = dict(xla=by_xla, kernels=by_kernels)
         if conv_kernels.available_in_bfloat16():
-            forms["bfloat16"] = functools.partial(by_kernels, halves=True)
+            forms["bfloat16_kernels"] = functools.partial(by_kernels, halves=True)
         for way, convolve in forms.items():
             one = functools.partial(convolve, stride=stride)
 

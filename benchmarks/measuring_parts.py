@@ -184,7 +184,7 @@ def step_dtypes(given: Given) -> Rows:
 
 ATTENTION = ("36_by_36", "50_by_50", "76_by_255", "197_by_197")
 WEIGHTS = ("4608_640_160", "800_768_3072", "304_520_49408")
-WAYS = ("xla", "kernels")
+WAYS = ("xla", "kernels", "bfloat16_kernels")
 CONVOLUTIONS = ("32_64_24_s2", "64_64_12", "64_128_12_s2", "128_128_6")
 DECODING = ("mlp", "self_attention", "image_attention", "logits")
 WITHOUT = {"batch_1": (1, 1), "batch_16": (16, 1), "beams_6": (1, 6)}
