@@ -110,7 +110,10 @@ def test_results_do_not_depend_on_the_batch_nor_on_the_run():
     np.testing.assert_array_equal(few, first[0][4:6])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=needs_bfloat16)])
+DTYPES = [jnp.float32, pytest.param(jnp.bfloat16, marks=needs_bfloat16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_in_gives_nan_out(dtype):
     """Where the reference has it, in the result and in the gradient of the kernel: what goes wrong
     is seen."""
@@ -123,13 +126,14 @@ def test_nan_in_gives_nan_out(dtype):
     assert np.isnan(got[0]).sum() == 9 * 16 and np.isnan(got[2]).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 1), (1, 2, 2)])
-def test_each_device_convolves_its_own_images(shape):
+def test_each_device_convolves_its_own_images(shape, dtype):
     """As one device does, gradients of what all devices share included."""
     x, kernel, bias = _arrays(8, 8, 8, 16, 32)
-    alone = _gradients(Cpu(), x, kernel, bias, 2, RELU)
+    alone = _gradients(Cpu(), x, kernel, bias, 2, RELU, dtype)
     with jax.set_mesh(partitioning.make_mesh(*shape, jax.devices()[: np.prod(shape)])):
-        split = _gradients(Cpu(), x, kernel, bias, 2, RELU)
+        split = _gradients(Cpu(), x, kernel, bias, 2, RELU, dtype)
     for a, b in zip(alone, split):
         np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max())
 

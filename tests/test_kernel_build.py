@@ -23,7 +23,10 @@ from coca_jax.training import setup, stopping
 
 @pytest.mark.long
 def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
-    code = "from coca_jax.ops.cpu import decode_kernels as k; print(k.available(), k.available())"
+    code = """
+from coca_jax.ops.cpu import conv_kernels, decode_kernels
+print(decode_kernels.available(), conv_kernels.available())
+"""
     env = dict(os.environ, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr

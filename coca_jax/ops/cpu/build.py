@@ -34,6 +34,7 @@ SCRATCH = "compiling-"  # folders in which compilers write
 ABANDONED = 3600.0  # seconds: none takes so long
 
 Library = concurrent.futures.Future[ctypes.CDLL]
+_told: set[str] = set()  # why kernels are not there: one warning for all that lack a compiler
 _compilers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
 
 
@@ -56,7 +57,7 @@ def switched_off() -> bool:
 @functools.cache
 def register(source: pathlib.Path, names: tuple[str, ...], without: str, define: str = "") -> bool:
     """Compiles a source file and registers its kernels, coca_jax_{name}, with JAX; False, with a
-    warning that says why, where it cannot.
+    warning that says why, once for each cause, where it cannot.
 
     without: what the kernels' lack costs, for the warning. define: a macro to compile it with.
     The compiler is CXX of the environment, or c++. COCA_JAX_CPU_KERNELS=0 switches all kernels off.
@@ -66,6 +67,9 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
     try:
         library = begin(source, define).result()
     except (OSError, ValueError) as error:
+        if str(error) in _told:
+            return False
+        _told.add(str(error))
         remedy = "Name a folder in XDG_CACHE_HOME that has room, and from which programs may run"
         if isinstance(error, ValueError):
             remedy = "Install g++ or clang++, or name a C++ compiler in CXX"
@@ -77,6 +81,19 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
         name = f"coca_jax_{name}"
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
+
+
+def register_bfloat16(source: pathlib.Path, names: tuple[str, ...], without: str) -> bool:
+    """`register` of the same kernels for bfloat16, by the names that `target` gives; False without
+    a word on a processor that lacks it."""
+    if not multiplies_bfloat16():
+        return False
+    return register(source, tuple(f"bfloat16_{name}" for name in names), without, BFLOAT16)
+
+
+def target(name: str, halves: bool) -> str:
+    """What JAX knows a kernel by that is compiled for both; halves: that for bfloat16."""
+    return f"coca_jax_{'bfloat16_' * halves}{name}"
 
 
 def _build(source: pathlib.Path, define: str) -> ctypes.CDLL:

@@ -36,11 +36,8 @@ def available() -> bool:
 
 def available_in_bfloat16() -> bool:
     """The same of those for bfloat16; False without a word on a processor that lacks it."""
-    if not build.multiplies_bfloat16():
-        return False
-    names = tuple(f"bfloat16_{name}" for name in KERNELS)
-    without = "Convolutions in bfloat16 on this CPU are computed in float32, which takes longer"
-    return build.register(SOURCE, names, without, build.BFLOAT16)
+    without = "Training a convolutional stem in bfloat16 on this CPU will take longer than it needs"
+    return build.register_bfloat16(SOURCE, KERNELS, without)
 
 
 def fits(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
@@ -78,7 +75,7 @@ convolve.defvjp(_forward, _backward)
 
 
 def _call(name: str, halves: bool, results: Any) -> Callable[..., Any]:
-    return jax.ffi.ffi_call(f"coca_jax_{'bfloat16_' * halves}{name}", results)
+    return jax.ffi.ffi_call(build.target(name, halves), results)
 
 
 def _input_gradient(x, kernel, g, rectify: bool, halves: bool) -> jax.Array:

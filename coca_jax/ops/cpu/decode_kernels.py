@@ -34,11 +34,8 @@ def available() -> bool:
 
 def available_in_bfloat16() -> bool:
     """The same of those for bfloat16; False without a word on a processor that lacks it."""
-    if not build.multiplies_bfloat16():
-        return False
-    names = tuple(f"bfloat16_{name}" for name in KERNELS)
     without = "Captions of bfloat16 models on this CPU are computed in float32, which takes longer"
-    return build.register(SOURCE, names, without, build.BFLOAT16)
+    return build.register_bfloat16(SOURCE, KERNELS, without)
 
 
 def panels(kernel: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -125,8 +122,7 @@ def log_probs(x: jax.Array, norm: dict, head: dict) -> jax.Array:
 
 def _target(name: str, layer: dict) -> str:
     """The kernel of that name for the panels of a layer."""
-    halves = layer["panels"].dtype == jnp.bfloat16
-    return f"coca_jax_bfloat16_{name}" if halves else f"coca_jax_{name}"
+    return build.target(name, layer["panels"].dtype == jnp.bfloat16)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -10,8 +10,8 @@
 
 namespace {
 
-// out[r, :] = keep times its own (0: it has none yet) + scale times the sum over k of
-// x[r, k] * w[k, :], for R rows and V vectors of columns; words, and floats of `out`.
+// out[r, :] = keep * add[r, :] (null: 0) + scale * the sum over k of x[r, k] * w[k, :], for R rows
+// and V vectors of columns; x and w are words, the others floats. `add` may be `out`.
 template <int R, int V>
 struct Rows {
   static void Run(const float* x, int64_t x_row, const float* w, int64_t w_row, int64_t depth,

@@ -25,11 +25,8 @@ def available() -> bool:
 
 def available_in_bfloat16() -> bool:
     """The same of that for bfloat16; False without a word on a processor that lacks it."""
-    if not build.multiplies_bfloat16():
-        return False
-    names = tuple(f"bfloat16_{name}" for name in KERNELS)
-    without = "Muon on this CPU is computed in float32, which takes longer"
-    return build.register(SOURCE, names, without, build.BFLOAT16)
+    without = "Muon in bfloat16 on this CPU will take longer than it needs"
+    return build.register_bfloat16(SOURCE, KERNELS, without)
 
 
 def fits(x: jax.Array) -> bool:
@@ -43,6 +40,6 @@ def orthogonalise(
 ) -> jax.Array:
     """`Reference.orthogonalise` of x [L, M, N], M <= N. halves: round the operands of products to
     bfloat16; `available_in_bfloat16`."""
-    name = f"coca_jax_{'bfloat16_' * halves}orthogonalise"
-    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    call = jax.ffi.ffi_call(build.target("orthogonalise", halves), result)
     return call(x, coefficients.astype(jnp.float32), iterations=iterations)
