@@ -54,6 +54,12 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
             )
         elif _environment_has_processes():
             jax.distributed.initialize(heartbeat_timeout_seconds=PEER_SECONDS)
+        else:
+            return
+    if jax.default_backend() == "cpu":
+        # One process would read a program that another compiles, as their keys differ: both do its
+        # collectives, but each in an order of its own, and XLA ends them where sizes do not agree.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _tell() -> None:

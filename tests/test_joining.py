@@ -28,6 +28,7 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def set_all(env):
         for name, value in env.items():

@@ -151,6 +151,7 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     started = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: started.append(a))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     for workers, platform, want in (
