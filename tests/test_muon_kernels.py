@@ -47,7 +47,7 @@ def test_iterations_equal_the_reference(shape):
 @pytest.mark.parametrize("shape", SIZES)
 def test_bfloat16_rounds_the_operands_of_products_alone(shape):
     """As the definition with rounded operands is, but for sums in another order, some of which are
-    then rounded to the other side."""
+    then rounded to the other side: by less than half of what rounding itself changes."""
     x = matrices(*shape)
     want, got = np.asarray(x), np.asarray(iterated(Cpu(), x, jnp.bfloat16))
 
@@ -60,7 +60,7 @@ def test_bfloat16_rounds_the_operands_of_products_alone(shape):
         factors = ABC[1] * square + ABC[2] * product(square, square)
         want = np.asarray(ABC[0] * want + product(factors, want))
     exact = np.asarray(iterated(Reference(), x))
-    assert np.linalg.norm(got - want) < 3e-3 * np.linalg.norm(want)
+    assert np.linalg.norm(got - want) < 5e-3 * np.linalg.norm(want)
     assert 1e-2 < np.linalg.norm(got - exact) / np.linalg.norm(exact) < 4e-2
 
 
