@@ -224,6 +224,8 @@ class Stack(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.depth,
             unroll=ops.unroll(self.depth),
+            # Checked, a block is traced once more; to draw the same parameters it must be there.
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(name=STACKED, options=self.options, **fields)
         return layers(x, mask, context, rotation)[0][:, :length]
