@@ -20,5 +20,5 @@ export PATH="$bin:$PATH" # the tests call tools that are installed there
 "$bin/ruff" check .
 "$bin/mypy"
 # A worker that dies (XLA ends its process) ends the suite, which would wait for it for ever else.
-exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
+exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder \
   --max-worker-restart=0 -m "$marks" --durations=10 "$@"

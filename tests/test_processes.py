@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import COMPILE_FAST
 
-from coca_jax import checkpointing
+from coca_jax import checkpointing, checksums
 from coca_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -93,7 +93,7 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
 SHARES = """
 import contextlib, json, resource, sys
 import jax, numpy as np
-from coca_jax import checkpointing, partitioning, processes, quiet
+from coca_jax import checkpointing, checksums, partitioning, processes, quiet
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.evaluators.writing import NotWritten, Writing
 from coca_jax.config import typed
@@ -144,6 +144,7 @@ try:
 except ValueError as error:
     refused = str(error)
 told = dict(batches=batches, unwritten=unwritten, refused=refused)
+told["sums"] = checksums.of_tree(dict(split=weights, here=np.arange(5.0), everywhere=one))
 told["keeps_programs"] = jax.config.jax_enable_compilation_cache
 told |= dict(failures=failures, steps=checkpoints.steps())
 checkpoints.close()
@@ -179,6 +180,15 @@ def test_programs_of_several_processes_on_cpus_are_not_kept(shares):
     """Process 0 read those of an earlier run while process 1 compiled: their collectives came in
     two orders, and XLA ended both with "Received data size doesn't match expected size"."""
     assert [one["keeps_programs"] for one in shares] == [False, False]
+
+
+def test_checksums_of_two_processes_are_those_of_one(shares):
+    """Of a split array each sums its parts; what both have whole counts once."""
+    arrays = dict(
+        split=np.arange(1024, dtype=np.float32), here=np.arange(5.0), everywhere=np.int32(1)
+    )
+    want = checksums.of_tree({name: np.asarray(x) for name, x in arrays.items()})
+    assert [one["sums"] for one in shares] == [want, want]
 
 
 def test_rows_of_a_training_batch_are_dealt_to_the_processes_that_hold_them(shares):
