@@ -19,6 +19,10 @@ export PATH="$bin:$PATH" # the tests call tools that are installed there
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
+# Three workers fill two cores, of which two leave one idle for a tenth of the time; each grows to
+# some 4 GiB.
+memory=$(awk '/^MemTotal/ {print $2}' /proc/meminfo 2>/dev/null || true)
+workers=$((${memory:-0} > 14000000 ? 3 : 2))
 # A worker that dies (XLA ends its process) ends the suite, which would wait for it for ever else.
-exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder \
+exec "$bin/python" -m pytest -q -n "${TEST_PROCESSES:-$workers}" --dist loadfile --no-loadscope-reorder \
   --max-worker-restart=0 -m "$marks" --durations=10 "$@"
