@@ -34,8 +34,9 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
     """Joins the other processes of this run, before anything touches a device.
 
     With no arguments it does so only where the environment (Cloud TPU, SLURM, GKE, MPI) describes
-    several processes. Raises ValueError when only some of the three are given, or when the
-    environment says how many processes there are and not which one this is.
+    several processes. Of those on CPUs none keeps compiled programs. Raises ValueError when only
+    some of the three are given, or when the environment says how many processes there are and not
+    which one this is.
     """
     import jax
 

@@ -106,7 +106,8 @@ def test_checksums_of_every_type_agree_with_the_compiled_ones(dtype):
     x = np.random.default_rng(0).integers(0, 2, (5, 3)).astype(jnp.dtype(dtype))
     with jax.enable_x64(True):
         compiled = int(jax.jit(lambda x: checksums.sum_of(x, jnp))(jnp.asarray(x)))
-    assert checksums.of_tree({"x": x}) == {"x": compiled}
+        split = jax.device_put(x, NamedSharding(Mesh(np.asarray(jax.devices()[:5]), "a"), P("a")))
+    assert checksums.of_tree({"x": x, "split": split}) == dict(x=compiled, split=compiled)
 
 
 def test_a_save_leaves_no_memory_behind(tmp_path):
