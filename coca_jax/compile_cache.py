@@ -8,7 +8,7 @@ import pathlib
 import platform
 import sys
 
-from coca_jax import cache_folder
+from coca_jax import cache_folder, cores
 
 MOST_BYTES = 4 << 30  # kept; beyond it the programs used least recently go
 
@@ -29,7 +29,8 @@ def use() -> None:
     has set jax_enable_compilation_cache to false; what else the user has set in the environment
     stays.
     """
-    kind = hashlib.sha256(processor().encode()).hexdigest()[:8]
+    # A program for a CPU is split for the cores that there were, which JAX's own key leaves out.
+    kind = hashlib.sha256(f"{processor()} {cores.count()}".encode()).hexdigest()[:8]
     settings = dict(
         jax_compilation_cache_dir=str(cache_folder.folder() / f"compiled-{kind}"),
         jax_compilation_cache_max_size=MOST_BYTES,

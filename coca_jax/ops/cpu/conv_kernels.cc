@@ -7,14 +7,13 @@
 // two levels of cache: a convolution is a sum over the nine taps of a kernel, and the pixels that a
 // tap sees of a zero-padded image lie at an offset that is the same for all of a row.
 
-#include "numbers.h"
+#include "conv.h"
+#include "conv_amx.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t kPanel = 64;    // columns of a panel of weights
 constexpr int64_t kDepth = 64;    // words of a panel used at a time: 16 KiB of the first cache
-constexpr int64_t kPixels = 144;  // words of images that are summed together for a kernel's gradient
 constexpr int64_t kChannels = 16;  // of a kernel's gradient that one part of the work sums
 
 // A piece of a product: `depth` words of the input at an offset from a pixel's, and their rows of a
@@ -50,52 +49,6 @@ struct Pixels {
       for (int v = 0; v < V; ++v) Store(out + r * out_step + v * kLanes, sum[r][v]);
   }
 };
-
-struct Tap {
-  int64_t row, column;  // of the padded input, for the first pixel
-  int64_t weight;       // which of a panel's nine
-};
-
-// The pixels of a result that see the same taps: (row + i * spacing, column + j * spacing).
-struct Phase {
-  int64_t row, column, count;
-  Tap taps[9];
-};
-
-// The result [images, *, result_width, features] of an input [images, height, width, channels].
-struct Product {
-  const float* in;
-  int64_t images, height, width, channels, depth;  // depth: the words of a pixel
-  bool rectify;        // the input
-  int64_t step;        // pixels of the input from one pixel of a phase to the next
-  const float* start;  // [features], of the sums
-  const float* panels;
-  float* out;
-  int64_t result_height, result_width, features;
-  int64_t rows, columns, spacing;  // of a phase
-  int64_t phases;
-  Phase phase[4];
-  const float* positive;  // like the result: where it is not above 0 the result is 0; or null
-};
-
-// An image, in words, with zeros around it, in scratch memory.
-float* Padded(const Product& p, int64_t image) {
-  const int64_t row = (p.width + 2) * p.depth, inside = p.width * p.channels;
-  // Pixels whose last word is not full are written one by one.
-  const int64_t pieces = p.channels % kPair ? p.width : 1, piece = inside / pieces;
-  float* padded = Scratch<0>((p.height + 2) * row);
-  const float* in = p.in + image * p.height * inside;
-  std::fill_n(padded, row, 0.0f);
-  for (int64_t y = 0; y < p.height; ++y) {
-    float* to = padded + (y + 1) * row;
-    std::fill_n(to, p.depth, 0.0f);
-    for (int64_t i = 0; i < pieces; ++i)
-      Copy(in + y * inside + i * piece, piece, p.rectify, to + (i + 1) * p.depth);
-    std::fill_n(to + row - p.depth, p.depth, 0.0f);
-  }
-  std::fill_n(padded + (p.height + 1) * row, row, 0.0f);
-  return padded;
-}
 
 // One row of a phase, with the weights of `pieces` alone.
 void MultiplyRow(const Product& p, const float* in, const Piece* pieces, int64_t count,
@@ -154,11 +107,20 @@ void Multiply(Member& member, const Product& p) {
         }
       }
     }
-    if (p.positive) {
-      const float* positive = p.positive + image * size;
-      for (int64_t i = 0; i < size; ++i) out[i] = positive[i] > 0 ? out[i] : 0;
-    }
+    Mask(p, image);
   });
+}
+
+// The product by the threads of the pool, on tiles where there are such.
+void Run(ffi::ThreadPool& pool, const Product& p) {
+#ifdef COCA_JAX_TILES
+  if (TilesAllowed()) {
+    float* packed = Scratch<2>(9 * p.depth * p.features);
+    return Together(pool, std::max(p.images, p.features / kSide),
+                    [p, packed](Member& member) { MultiplyOnTiles(member, p, packed); });
+  }
+#endif
+  Together(pool, p.images, [p](Member& member) { Multiply(member, p); });
 }
 
 // y = the convolution of x (rectified or not), plus bias.
@@ -170,7 +132,7 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Numbers panels, Floats bias, 
             out[1], out[2], 1, 1, {}, nullptr};
   p.phase[0].count = 9;
   for (int64_t i = 0; i < 9; ++i) p.phase[0].taps[i] = {i / 3, i % 3, i};
-  Together(pool, p.images, [p](Member& member) { Multiply(member, p); });
+  Run(pool, p);
   return ffi::Error::Success();
 }
 
@@ -194,7 +156,7 @@ ffi::Error Input(ffi::ThreadPool pool, Floats g, Numbers panels, Floats zeros, F
           phase.taps[phase.count++] = {row / stride + 1, column / stride + 1, 3 * a + b};
       }
   }
-  Together(pool, p.images, [p](Member& member) { Multiply(member, p); });
+  Run(pool, p);
   return ffi::Error::Success();
 }
 
@@ -231,13 +193,6 @@ struct Channels {
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) Store(out + r * out_step + v * kLanes, sum[r][v]);
   }
-};
-
-struct KernelGradient {
-  const float *x, *g;
-  int64_t images, height, width, depth, rows, columns, features, stride;
-  bool rectify;
-  float *kernel, *bias;
 };
 
 // Pixels of which a tap sees one inside the image: from .first on, below .second.
@@ -310,6 +265,19 @@ ffi::Error Kernel(ffi::ThreadPool pool, Floats x, Floats g, bool rectify,
   const KernelGradient k{x.typed_data(), g.typed_data(), in[0], in[1], in[2], in[3],
                          out[1], out[2], out[3], in[1] / out[1], rectify,
                          kernel->typed_data(), bias->typed_data()};
+#ifdef COCA_JAX_TILES
+  if (TilesAllowed()) {
+    const int64_t bands = (k.features + kBand - 1) / kBand;
+    Together(pool, 4 * bands, [=](Member& member) {
+      member.Each(4 * bands, [&](int64_t part, int64_t) {
+        const int64_t f = part % bands * kBand, columns = std::min(kBand, k.features - f);
+        if (part / bands == 3) return SumBias(k, f, columns);
+        SumKernelRow(k, part / bands, f, columns);
+      });
+    });
+    return ffi::Error::Success();
+  }
+#endif
   const int64_t panels = (k.features + kPanel - 1) / kPanel;
   const int64_t blocks = (k.depth + kChannels - 1) / kChannels, parts = panels * (blocks + 1);
   Together(pool, parts, [=](Member& member) {

@@ -4,6 +4,7 @@
 // which a word holds a pair that one instruction multiplies, and sums and what is kept between
 // products are float32. A matrix is small enough for a core's second cache, and one core's work.
 
+#include "amx.h"
 #include "matrix.h"
 #include "numbers.h"
 #include "tiles.h"
@@ -33,10 +34,42 @@ struct Rows {
   }
 };
 
+#ifdef COCA_JAX_TILES
+// As `Multiply` below, whose blocks must have whole lines of rows too.
+void MultiplyOnTiles(Block x, Block w, int64_t rows, int64_t depth, float scale, const float* add,
+                     float keep, Block out) {
+  const int64_t words = TileWords(depth), high = Whole(rows);
+  std::vector<int64_t> offsets;
+  for (int64_t at = 0; at < depth; at += words) offsets.push_back(at);
+  float sums[4 * kSide * kSide];
+  TileProduct product{};
+  product.x_row = x.row, product.offsets = offsets.data(), product.steps = depth / words;
+  product.w_row = w.row, product.w_step = words * w.row, product.w_column = kSide;
+  product.out[0] = sums, product.out[1] = sums + 2 * kSide * kSide, product.out_row = 2 * kSide;
+  const Tiles tiles(kSide, words);
+  for (int64_t c = 0; c < out.row; c += 2 * kSide)
+    for (int64_t r = 0; r < high; r += 2 * kSide) {
+      const bool two_rows = r + kSide < high, two_columns = c + kSide < out.row;
+      product.x[0] = x.data + r * x.row, product.x[1] = product.x[0] + kSide * x.row;
+      product.w = w.data + c;
+      MultiplyTiles(product, two_rows, two_columns);
+      for (int64_t i = 0; i < (1 + two_rows) * kSide; ++i)
+        for (int64_t j = 0; j < (1 + two_columns) * kSide; j += kLanes) {
+          const int64_t at = (r + i) * out.row + c + j;
+          const Vector sum = scale * Load(sums + i * 2 * kSide + j);
+          Store(out.data + at, add ? keep * Load(add + at) + sum : sum);
+        }
+    }
+}
+#endif
+
 // out [rows, whole lines] = scale * x [rows, depth] @ w [depth, whole lines], plus keep * add if
 // there is such, which lies as `out` does.
 void Multiply(Block x, Block w, int64_t rows, int64_t depth, float scale, const float* add,
               float keep, Block out) {
+#ifdef COCA_JAX_TILES
+  if (TilesAllowed()) return MultiplyOnTiles(x, w, rows, depth, scale, add, keep, out);
+#endif
   for (int64_t c = 0, vectors; c < out.row; c += vectors * kLanes) {
     vectors = VectorsAt(c, out.row);
     const int64_t most = Most(vectors), splits = (rows + most - 1) / most;
