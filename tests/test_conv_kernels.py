@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import needs_bfloat16
+from kernel_forms import TILES, VECTORS, chosen
 
 from coca_jax import ops, partitioning
 from coca_jax.ops.cpu import Cpu, conv_kernels
@@ -52,6 +53,7 @@ SHAPES = [  # batch, height, width, channels, features, stride
     (2, 10, 26, 7, 176, 2),  # 2 panels, 48 more columns; channels of no whole line
     (1, 2, 2, 5, 16, 2),  # a row whose every tap but one lies outside
     (1, 2, 2, 70, 16, 1),
+    (3, 6, 34, 16, 48, 2),  # rows of 17 pixels, in which two tiles have one in common
 ]
 
 
@@ -73,16 +75,18 @@ def test_convolution_and_its_gradients_equal_the_reference(shape, before):
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("before", [None, Before("relu", 0.5, 4.0), GELU])
+@pytest.mark.parametrize("form", [TILES, VECTORS])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_rounds_operands_alone(shape, before):
+def test_bfloat16_rounds_operands_alone(shape, form):
     """Those of the gradients' products too, whose g here needs none; the plain form rounds their
     results as well. Factors that are a power of two change no rounding of the kernel, whose they
     become."""
     *shape, stride = shape
     arrays = _arrays(*shape)
-    want = _gradients(Cpu(kernels=False), *arrays, stride, before, jnp.bfloat16)
-    assert_equal(_gradients(Cpu(), *arrays, stride, before, jnp.bfloat16), want, 2**-8)
+    with chosen(form, conv_kernels):
+        for before in (None, Before("relu", 0.5, 4.0), GELU):
+            want = _gradients(Cpu(kernels=False), *arrays, stride, before, jnp.bfloat16)
+            assert_equal(_gradients(Cpu(), *arrays, stride, before, jnp.bfloat16), want, 2**-8)
 
 
 @needs_bfloat16
@@ -99,18 +103,19 @@ def test_a_gradient_in_bfloat16_is_rounded():
     np.testing.assert_array_equal(of_bias[:4], 3 * g)  # a sum, no product
 
 
-def test_results_do_not_depend_on_the_batch_nor_on_the_run():
+DTYPES = [jnp.float32, pytest.param(jnp.bfloat16, marks=needs_bfloat16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_batch_nor_on_the_run(dtype):
     """An image's own result is the same in any batch; a gradient the same at each call."""
     x, kernel, bias = _arrays(9, 12, 12, 32, 64)
-    first = _gradients(Cpu(), x, kernel, bias, 1, RELU)
+    first = _gradients(Cpu(), x, kernel, bias, 1, RELU, dtype)
     for _again in range(3):
-        for a, b in zip(first, _gradients(Cpu(), x, kernel, bias, 1, RELU)):
+        for a, b in zip(first, _gradients(Cpu(), x, kernel, bias, 1, RELU, dtype)):
             np.testing.assert_array_equal(a, b)
-    few = Cpu().convolve(jnp.float32(x[4:6]), jnp.float32(kernel), bias, 1, jnp.float32, RELU)
+    few = Cpu().convolve(jnp.float32(x[4:6]), jnp.float32(kernel), bias, 1, dtype, RELU)
     np.testing.assert_array_equal(few, first[0][4:6])
-
-
-DTYPES = [jnp.float32, pytest.param(jnp.bfloat16, marks=needs_bfloat16)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

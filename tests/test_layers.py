@@ -136,3 +136,14 @@ def test_convolutional_stem_keeps_the_variance_of_its_features(activation):
     features = np.asarray(draw(pixels))
     assert features.shape == (8, 8, 8, 64)
     assert 0.6 < features.std((0, 1, 2)).mean() < 1.4
+
+
+def test_a_parameter_of_another_shape_is_named():
+    """By its path and both shapes; the model's own ones are taken as they are."""
+    projection = layers.Projection((6,), axes=("embed", "mlp"), name="out")
+    x = jnp.ones((2, 4))
+    params = partitioning.unbox(projection.init(jax.random.key(0), x)["params"])
+    assert projection.apply({"params": params}, x).shape == (2, 6)
+    params["kernel"] = jnp.zeros((4, 5))
+    with pytest.raises(ValueError, match=r"kernel is \[4, 5\], and the model's \[4, 6\]"):
+        projection.apply({"params": params}, x)

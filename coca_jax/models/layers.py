@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.config import BLOCK, Model
 from coca_jax.models import draws
+from coca_jax.models.parameter import parameter
 from coca_jax.ops import packed
 from coca_jax.ops.reference import (
     ACTIVATIONS,
@@ -30,7 +31,7 @@ from coca_jax.ops.reference import (
     split_heads,
     wide,
 )
-from coca_jax.partitioning import constrain, with_axes
+from coca_jax.partitioning import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +109,12 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         options, shape = self.options, x.shape[-1:]
-        scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), shape)
+        scale = parameter(self, "scale", nn.initializers.ones, shape, "norm")
         if options.norm == "rms":
             return options.ops.rms_norm(x, scale, options.dtype, options.norm_eps)
         bias = None
         if options.bias:
-            bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), shape)
+            bias = parameter(self, "bias", nn.initializers.zeros, shape, "norm")
         return options.ops.layer_norm(x, scale, bias, options.dtype, options.norm_eps)
 
 
@@ -125,7 +126,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.constant(self.initial)
-        gain = self.param("gain", with_axes(init, "norm"), x.shape[-1:])
+        gain = parameter(self, "gain", init, x.shape[-1:], "norm")
         return x * gain.astype(x.dtype)
 
 
@@ -261,10 +262,10 @@ class HeadNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         heads = split_heads(x, self.num_heads)
-        scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), heads.shape[-1:])
+        scale = parameter(self, "scale", nn.initializers.ones, heads.shape[-1:], "norm")
         exact = heads.astype(wide(x.dtype))
         if self.options.qk_norm_kind == "layer":
-            bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), heads.shape[-1:])
+            bias = parameter(self, "bias", nn.initializers.zeros, heads.shape[-1:], "norm")
             bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
             plain, epsilon = Reference(), self.options.norm_eps
             return merge_heads(plain.layer_norm(exact, scale, bias, x.dtype, epsilon))
@@ -296,11 +297,8 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         in_shape = self.in_shape or (width,)
-        kernel = self.param(
-            "kernel",
-            with_axes(draws.truncated_normal(self.init_scale * width**-0.5), *self.axes),
-            in_shape + self.features,
-        )
+        init = draws.truncated_normal(self.init_scale * width**-0.5)
+        kernel = parameter(self, "kernel", init, in_shape + self.features, *self.axes)
         # Else what the environment says counts: None here would take its place.
         exact = jax.default_matmul_precision("highest") if self.exact else contextlib.nullcontext()
         with exact:
@@ -310,7 +308,7 @@ class Projection(nn.Module):
             return y if act is None else act(checkpoint_name(y, "mlp"))
         names = self.axes[len(in_shape) :]
         names = ("norm",) if names == ("embed",) else names  # as small as a norm: replicate
-        bias = self.param("bias", with_axes(nn.initializers.zeros, *names), self.features)
+        bias = parameter(self, "bias", nn.initializers.zeros, self.features, *names)
         bias = bias if self.train_bias else jax.lax.stop_gradient(bias)
         bias = bias.astype(y.dtype).reshape(-1)
         if self.activation:
@@ -355,7 +353,7 @@ class Table(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         init = self.initializer or draws.normal(self.init_std)
-        return self.param("value", with_axes(init, *self.axes), self.shape)
+        return parameter(self, "value", init, self.shape, *self.axes)
 
 
 def grid_waves(extra: int, grid: tuple[int, int]) -> Callable[..., jax.Array]:

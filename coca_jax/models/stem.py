@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.models import draws
+from coca_jax.models.parameter import parameter
 from coca_jax.ops.reference import Before, Reference
-from coca_jax.partitioning import with_axes
 
 
 class Convolution(nn.Module):
@@ -34,17 +34,12 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        kernel = self.param(
-            "kernel",
-            with_axes(
-                draws.truncated_normal((9 * channels) ** -0.5),
-                *("kernel_row", "kernel_column", "channel", "embed"),
-            ),
-            (3, 3, channels, self.features),
-        )
-        gain_init = nn.initializers.constant(self.gain)
-        gain = self.param("gain", with_axes(gain_init, "norm"), (self.features,))
-        bias = self.param("bias", with_axes(nn.initializers.zeros, "norm"), (self.features,))
+        shape = (3, 3, channels, self.features)
+        axes = ("kernel_row", "kernel_column", "channel", "embed")
+        init = draws.truncated_normal((9 * channels) ** -0.5)
+        kernel = parameter(self, "kernel", init, shape, *axes)
+        gain = parameter(self, "gain", nn.initializers.constant(self.gain), shape[3:], "norm")
+        bias = parameter(self, "bias", nn.initializers.zeros, shape[3:], "norm")
         kernel = kernel - kernel.mean((0, 1, 2))
         kernel = kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
         return self.ops.convolve(x, kernel, bias, self.stride, self.dtype, self.before)

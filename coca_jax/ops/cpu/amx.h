@@ -46,15 +46,18 @@ class Tiles {
 };
 
 // M x N tiles of sums: out = start (null: 0) + x @ w. Block m of rows of x begins at x[m], and those
-// of start and out likewise; column n of tiles is 16 floats on in `start` and `out`. Step t of
-// `steps` multiplies the words from x[m] + offsets[t] on with those of w + t * w_step + n * w_column.
+// of start and out likewise; column n of tiles is 16 floats on in `start` and `out`. Each of
+// `steps` multiplies the words from x[m] + step.x on with those from w + step.w + n * w_column on.
+struct TileStep {
+  int64_t x, w;
+};
+
 struct TileProduct {
   const float* x[2];
   int64_t x_row;
-  const int64_t* offsets;
-  int64_t steps;
   const float* w;
-  int64_t w_row, w_step, w_column;
+  int64_t w_row, w_column;
+  const std::vector<TileStep>* steps;
   const float* start[2];
   int64_t start_row;  // 0: the same for all rows
   float* out[2];
@@ -77,11 +80,11 @@ void MultiplyTiles(const TileProduct& p) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  const float* w = p.w;
-  for (int64_t t = 0; t < p.steps; ++t, w += p.w_step) {
-    _tile_loadd(4, p.x[0] + p.offsets[t], x_row);
+  for (const TileStep& step : *p.steps) {
+    const float* w = p.w + step.w;
+    _tile_loadd(4, p.x[0] + step.x, x_row);
     _tile_loadd(6, w, w_row);
-    if (M > 1) _tile_loadd(5, p.x[1] + p.offsets[t], x_row);
+    if (M > 1) _tile_loadd(5, p.x[1] + step.x, x_row);
     if (N > 1) _tile_loadd(7, w + p.w_column, w_row);
     _tile_dpbf16ps(0, 4, 6);
     if (N > 1) _tile_dpbf16ps(1, 4, 7);

@@ -11,7 +11,9 @@
 namespace {
 
 constexpr int64_t kMostPieces = 9;
-constexpr int64_t kBand = 2 * kSide;  // features whose gradient one part of the work sums
+constexpr int64_t kBand = 2 * kSide;    // features whose gradient one part of the work sums
+constexpr int64_t kChunks = 8;          // of images at most, which are summed apart
+constexpr int64_t kMostSums = 1 << 20;  // numbers of such sums
 
 // What a pixel of a phase is multiplied with: pieces of `depth` words of the input, at offsets from
 // the pixel's own, each with its rows of a panel. Taps that lie side by side are one piece.
@@ -32,7 +34,6 @@ struct Pieces {
     depth = phase.count / count * p.depth;
     words = TileWords(depth);
   }
-  int64_t Steps() const { return count * (depth / words); }
 };
 
 // All weights as tiles of 16 columns, one step's after the other: for each phase its columns.
@@ -59,19 +60,18 @@ inline void PackWeights(Member& member, const Product& p, float* packed) {
 inline void MultiplyPhase(const Product& p, const Phase& phase, const Pieces& pieces,
                           const float* padded, const float* weights, float* out) {
   const int64_t splits = (p.columns + kSide - 1) / kSide, few = (p.columns + splits - 1) / splits;
-  const int64_t line = (p.width + 2) * p.depth, blocks = p.rows * splits, steps = pieces.Steps();
-  std::vector<int64_t> offsets;
+  const int64_t line = (p.width + 2) * p.depth, blocks = p.rows * splits;
+  std::vector<TileStep> steps;
   for (int64_t n = 0; n < pieces.count; ++n)
     for (int64_t k = 0; k < pieces.depth; k += pieces.words)
-      offsets.push_back(pieces.offset[n] + k);
+      steps.push_back({pieces.offset[n] + k, (n * pieces.depth + k) * kSide});
   TileProduct product{};
   product.x_row = p.step * p.depth, product.out_row = p.spacing * p.features;
-  product.offsets = offsets.data(), product.steps = steps;
-  product.w_row = kSide, product.w_step = pieces.words * kSide;
-  product.w_column = steps * product.w_step;
+  product.w_row = kSide, product.w_column = pieces.count * pieces.depth * kSide;
+  product.steps = &steps;
   const Tiles tiles(few, pieces.words);
   for (int64_t f = 0; f < p.features; f += 2 * kSide) {
-    product.w = weights + f * steps * pieces.words;
+    product.w = weights + f * pieces.count * pieces.depth;
     product.start[0] = product.start[1] = p.start + f;
     for (int64_t b = 0; b < blocks; b += 2) {
       for (int64_t m = 0; m < 2; ++m) {
@@ -102,81 +102,128 @@ inline void MultiplyOnTiles(Member& member, const Product& p, float* packed) {
   });
 }
 
-// The input's rows that row `a` of the kernel sees in a pair of images, with zeros at both ends:
-// [rows, pitch * stride, channels] in words of one number of either.
-inline void PackSeen(const KernelGradient& k, int64_t a, int64_t first, int64_t pitch, float* to) {
-  const int64_t size = k.height * k.width * k.depth, inside = k.width * k.depth;
-  const int64_t line = pitch * k.stride * k.depth;
-  const float* image = k.x + first * size;
-  for (int64_t i = 0; i < k.rows; ++i, to += line) {
-    const int64_t y = i * k.stride + a - 1;
-    if (y < 0 || y >= k.height) {
-      std::fill_n(to, line, 0.0f);
-      continue;
-    }
-    const float* row = image + y * inside;
-    std::fill_n(to, k.depth, 0.0f);
-    Copy(row, first + 1 < k.images ? row + size : nullptr, inside, k.rectify, to + k.depth);
-    std::fill(to + k.depth + inside, to + line, 0.0f);
+// How the gradient of a kernel is summed on tiles: as a product of the result's gradient g, turned,
+// with the pixels seen, in which the three taps of a row of the kernel are the next three pixels.
+// Pixels are numbered through an image with zeros at a row's end, where g is 0, so that a tap's pixel
+// lies at the same distance from g's everywhere. Of the input, every stride-th row lies together.
+// Images are summed in `chunks`, and then those, however many threads there are.
+struct KernelSums {
+  int64_t pitch, pixels, pairs, group, chunks, bands, width, row, lines, seen_row, seen_image;
+
+  explicit KernelSums(const KernelGradient& k) {
+    pitch = (k.width + 2) / k.stride, pixels = Whole(k.rows * pitch), width = 3 * k.depth;
+    pairs = WordsOf(k.images), group = std::max<int64_t>(1, kPixels / (k.rows * k.columns));
+    row = Whole(width), bands = (k.features + kBand - 1) / kBand;
+    chunks = std::clamp<int64_t>(kMostSums / (3 * row * k.features), 1, std::min(pairs, kChunks));
+    lines = k.rows + 2 / k.stride;  // of each of `stride` planes of rows
+    seen_row = pitch * k.stride * k.depth;
+    // What lies behind is multiplied by 0, or is no sum that is used.
+    seen_image = k.stride * lines * seen_row + (pixels - k.rows * pitch) * k.stride * k.depth + row;
   }
+  int64_t Size() const { return chunks * bands * 3 * kBand * row; }  // of all sums
+  int64_t At(int64_t chunk, int64_t band) const { return (chunk * bands + band) * 3 * kBand * row; }
+};
+
+// A pair of images in words of one number of either, with zeros around, in planes of rows.
+inline void PackSeen(const KernelGradient& k, const KernelSums& s, int64_t first, float* to) {
+  const int64_t inside = k.width * k.depth, size = k.height * inside;
+  const float* image = k.x + first * size;
+  std::fill(to + k.stride * s.lines * s.seen_row, to + s.seen_image, 0.0f);
+  for (int64_t plane = 0; plane < k.stride; ++plane)
+    for (int64_t i = 0; i < s.lines; ++i, to += s.seen_row) {
+      const int64_t y = i * k.stride + plane - 1;
+      if (y < 0 || y >= k.height) {
+        std::fill_n(to, s.seen_row, 0.0f);
+        continue;
+      }
+      const float* row = image + y * inside;
+      std::fill_n(to, k.depth, 0.0f);
+      Copy(row, first + 1 < k.images ? row + size : nullptr, inside, k.rectify, to + k.depth);
+      std::fill(to + k.depth + inside, to + s.seen_row, 0.0f);
+    }
 }
 
-// The gradient of `columns` features from f on, of a pair of images: [rows, pitch, columns] in words
-// of one number of either, zeros where a row has no pixel.
-inline void PackMet(const KernelGradient& k, int64_t f, int64_t columns, int64_t first,
-                    int64_t pitch, float* to) {
+// The gradient of `columns` features from f on, of a pair of images: [pixels, columns] in words of
+// one number of either, zeros where an image has no pixel.
+inline void PackMet(const KernelGradient& k, const KernelSums& s, int64_t f, int64_t columns,
+                    int64_t first, float* to) {
   const int64_t size = k.rows * k.columns * k.features;
   const float* from = k.g + first * size + f;
+  float* end = to + s.pixels * columns;
   for (int64_t i = 0; i < k.rows; ++i) {
     for (int64_t j = 0; j < k.columns; ++j, from += k.features, to += columns)
       Copy(from, first + 1 < k.images ? from + size : nullptr, columns, false, to);
-    std::fill_n(to, (pitch - k.columns) * columns, 0.0f);
-    to += (pitch - k.columns) * columns;
+    std::fill_n(to, (s.pitch - k.columns) * columns, 0.0f);
+    to += (s.pitch - k.columns) * columns;
+  }
+  std::fill(to, end, 0.0f);
+}
+
+// The sums of a chunk of images for a band of features: [3, kBand, row].
+inline void SumChunk(const KernelGradient& k, const KernelSums& s, int64_t chunk, int64_t band,
+                     float* sums) {
+  const int64_t f = band * kBand, columns = std::min(kBand, k.features - f);
+  const int64_t turned_row = s.group * s.pixels + kLine, pixel = k.stride * k.depth;
+  float* seen = Scratch<0>(s.group * s.seen_image);
+  float* met = Scratch<1>(s.group * s.pixels * columns);
+  float* turned = Scratch<2>(columns * turned_row);
+  const int64_t begin = chunk * s.pairs / s.chunks, end = (chunk + 1) * s.pairs / s.chunks;
+  const Tiles tiles(kSide, kSide);
+  for (int64_t first = begin; first < end; first += s.group) {
+    const int64_t count = std::min(s.group, end - first);
+    std::vector<TileStep> steps;
+    for (int64_t n = 0; n < count; ++n) {
+      PackSeen(k, s, (first + n) * kPair, seen + n * s.seen_image);
+      PackMet(k, s, f, columns, (first + n) * kPair, met + n * s.pixels * columns);
+      for (int64_t at = 0; at < s.pixels; at += kSide)
+        steps.push_back({n * s.pixels + at, n * s.seen_image + at * pixel});
+    }
+    CopyTurned({met, columns}, count * s.pixels, columns, {turned, turned_row});
+    TileProduct product{};
+    product.x[0] = turned, product.x[1] = turned + kSide * turned_row, product.x_row = turned_row;
+    product.w_row = pixel, product.w_column = kSide, product.steps = &steps;
+    product.start_row = product.out_row = s.row;
+    for (int64_t a = 0; a < 3; ++a)
+      for (int64_t n = 0; n < s.row; n += 2 * kSide) {
+        product.w = seen + (a % k.stride * s.lines + a / k.stride) * s.seen_row + n;
+        for (int64_t m = 0; m < 2; ++m) {
+          product.out[m] = sums + (a * kBand + m * kSide) * s.row + n;
+          product.start[m] = first > begin ? product.out[m] : nullptr;
+        }
+        MultiplyTiles(product, columns > kSide, n + kSide < s.row);
+      }
   }
 }
 
-// The gradient of row `a` of the kernel for `columns` features from f on, over all images: a product
-// of the result's gradient, turned, with the pixels seen, in which the three taps of a row are the
-// next three pixels. Pixels are numbered through images with zeros at a row's end, where g is 0, so
-// that a tap's pixel lies at the same distance from g's everywhere.
-inline void SumKernelRow(const KernelGradient& k, int64_t a, int64_t f, int64_t columns) {
-  const int64_t pitch = (k.width + 2) / k.stride, pixels = k.rows * pitch, width = 3 * k.depth;
-  const int64_t group = std::max<int64_t>(1, kPixels / (k.rows * k.columns));
-  const int64_t most = Whole(group * pixels), turned_row = most + kLine;
-  const int64_t sums_row = Whole(width), seen_row = k.stride * k.depth;
-  // What lies behind the last pixel is multiplied by 0, or is no sum that is used.
-  float* seen = Scratch<0>(most * seen_row + sums_row);
-  float* met = Scratch<1>(most * columns);
-  float* turned = Scratch<2>(columns * turned_row);
-  float* sums = Scratch<3>(columns * sums_row);
-  std::vector<int64_t> offsets;
-  for (int64_t at = 0; at < most; at += kSide) offsets.push_back(at);
-  const Tiles tiles(kSide, kSide);
-  for (int64_t first = 0; first < k.images; first += group * kPair) {
-    const int64_t pairs = std::min(group, WordsOf(k.images - first)), depth = Whole(pairs * pixels);
-    for (int64_t n = 0; n < pairs; ++n) {
-      PackSeen(k, a, first + n * kPair, pitch, seen + n * pixels * seen_row);
-      PackMet(k, f, columns, first + n * kPair, pitch, met + n * pixels * columns);
-    }
-    std::fill(seen + pairs * pixels * seen_row, seen + depth * seen_row + sums_row, 0.0f);
-    CopyTurned({met, columns}, pairs * pixels, columns, {turned, turned_row});
-    TileProduct product{};
-    product.x[0] = turned, product.x[1] = turned + kSide * turned_row;
-    product.x_row = turned_row, product.offsets = offsets.data(), product.steps = depth / kSide;
-    product.w_row = seen_row, product.w_step = kSide * seen_row, product.w_column = kSide;
-    product.start_row = product.out_row = sums_row;
-    for (int64_t n = 0; n < sums_row; n += 2 * kSide) {
-      product.w = seen + n;
-      for (int64_t m = 0; m < 2; ++m) {
-        product.out[m] = sums + m * kSide * sums_row + n;
-        product.start[m] = first ? product.out[m] : nullptr;
-      }
-      MultiplyTiles(product, columns > kSide, n + kSide < sums_row);
-    }
+// Adds up the chunks of a band: the gradient of row `a` of the kernel.
+inline void SumChunks(const KernelGradient& k, const KernelSums& s, const float* sums, int64_t band,
+                      int64_t a) {
+  const int64_t f = band * kBand, columns = std::min(kBand, k.features - f);
+  float* kernel = k.kernel + a * s.width * k.features + f;
+  float* total = Scratch<0>(columns * s.row);
+  std::copy_n(sums + s.At(0, band) + a * kBand * s.row, columns * s.row, total);
+  for (int64_t chunk = 1; chunk < s.chunks; ++chunk) {
+    const float* more = sums + s.At(chunk, band) + a * kBand * s.row;
+    for (int64_t i = 0; i < columns * s.row; ++i) total[i] += more[i];
   }
-  float* kernel = k.kernel + a * width * k.features + f;
-  for (int64_t n = 0; n < width; ++n)
-    for (int64_t c = 0; c < columns; ++c) kernel[n * k.features + c] = sums[c * sums_row + n];
+  for (int64_t n = 0; n < s.width; ++n)
+    for (int64_t c = 0; c < columns; ++c) kernel[n * k.features + c] = total[c * s.row + n];
+}
+
+// The gradient of the kernel; sums: room for `KernelSums::Size` numbers that all members share.
+// bias(part): work of `biases` parts that is done beside it.
+template <typename Bias>
+void SumOnTiles(Member& member, const KernelGradient& k, const KernelSums& s, float* sums,
+                int64_t biases, const Bias& bias) {
+  const int64_t parts = s.chunks * s.bands;
+  member.Each(parts + biases, [&](int64_t part, int64_t) {
+    if (part >= parts) return bias(part - parts);
+    const int64_t chunk = part / s.bands, band = part % s.bands;
+    SumChunk(k, s, chunk, band, sums + s.At(chunk, band));
+  });
+  member.Each(3 * s.bands, [&](int64_t part, int64_t) {
+    SumChunks(k, s, sums, part / 3, part % 3);
+  });
 }
 
 }  // namespace

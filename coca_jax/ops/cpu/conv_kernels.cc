@@ -265,20 +265,19 @@ ffi::Error Kernel(ffi::ThreadPool pool, Floats x, Floats g, bool rectify,
   const KernelGradient k{x.typed_data(), g.typed_data(), in[0], in[1], in[2], in[3],
                          out[1], out[2], out[3], in[1] / out[1], rectify,
                          kernel->typed_data(), bias->typed_data()};
+  const int64_t panels = (k.features + kPanel - 1) / kPanel;
 #ifdef COCA_JAX_TILES
   if (TilesAllowed()) {
-    const int64_t bands = (k.features + kBand - 1) / kBand;
-    Together(pool, 4 * bands, [=](Member& member) {
-      member.Each(4 * bands, [&](int64_t part, int64_t) {
-        const int64_t f = part % bands * kBand, columns = std::min(kBand, k.features - f);
-        if (part / bands == 3) return SumBias(k, f, columns);
-        SumKernelRow(k, part / bands, f, columns);
+    const KernelSums s(k);
+    float* sums = Scratch<4>(s.Size());
+    Together(pool, s.chunks * s.bands, [=](Member& member) {
+      SumOnTiles(member, k, s, sums, panels, [&](int64_t panel) {
+        SumBias(k, panel * kPanel, std::min(kPanel, k.features - panel * kPanel));
       });
     });
     return ffi::Error::Success();
   }
 #endif
-  const int64_t panels = (k.features + kPanel - 1) / kPanel;
   const int64_t blocks = (k.depth + kChannels - 1) / kChannels, parts = panels * (blocks + 1);
   Together(pool, parts, [=](Member& member) {
     member.Each(parts, [&](int64_t part, int64_t) {

@@ -39,12 +39,11 @@ struct Rows {
 void MultiplyOnTiles(Block x, Block w, int64_t rows, int64_t depth, float scale, const float* add,
                      float keep, Block out) {
   const int64_t words = TileWords(depth), high = Whole(rows);
-  std::vector<int64_t> offsets;
-  for (int64_t at = 0; at < depth; at += words) offsets.push_back(at);
+  std::vector<TileStep> steps;
+  for (int64_t at = 0; at < depth; at += words) steps.push_back({at, at * w.row});
   float sums[4 * kSide * kSide];
   TileProduct product{};
-  product.x_row = x.row, product.offsets = offsets.data(), product.steps = depth / words;
-  product.w_row = w.row, product.w_step = words * w.row, product.w_column = kSide;
+  product.x_row = x.row, product.w_row = w.row, product.w_column = kSide, product.steps = &steps;
   product.out[0] = sums, product.out[1] = sums + 2 * kSide * kSide, product.out_row = 2 * kSide;
   const Tiles tiles(kSide, words);
   for (int64_t c = 0; c < out.row; c += 2 * kSide)

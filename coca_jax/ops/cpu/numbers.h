@@ -83,6 +83,12 @@ inline __m512 Few(const float* from, int64_t few, bool rectify) {
 
 // Writes the words of `count` floats, negative ones as 0 if asked to; an odd one's last ends in 0.
 inline void Copy(const float* from, int64_t count, bool rectify, float* to) {
+  if (count <= 4) {  // a pixel of an image, of which there are many
+    __m128 x = _mm_maskz_loadu_ps((1u << count) - 1, from);
+    if (rectify) x = _mm_mask_blend_ps(_mm_cmp_ps_mask(x, _mm_setzero_ps(), _CMP_LT_OQ), x,
+                                       _mm_setzero_ps());
+    return _mm_mask_storeu_epi32(to, (1u << WordsOf(count)) - 1, (__m128i)_mm_cvtneps_pbh(x));
+  }
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t few = std::min<int64_t>(kLanes, count - i);
     const auto words = (__m256)_mm512_cvtneps_pbh(Few(from + i, few, rectify));
