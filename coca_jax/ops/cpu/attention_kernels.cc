@@ -7,37 +7,12 @@
 
 #include <limits>
 
-#include "matrix.h"
-#include "team.h"
 #include "tiles.h"
 
 namespace {
 
 constexpr int64_t kQueries = 64;  // whose weights exist at a time
 constexpr float kLowest = std::numeric_limits<float>::lowest();
-
-// out[r, :] = (fresh: 0, or its own) + the sum over k of x[r * row + k * step] * w[k, :], for R rows
-// and V vectors of columns.
-template <int R, int V>
-struct Rows {
-  static void Run(const float* x, int64_t row, int64_t step, const float* w, int64_t w_row,
-                  int64_t depth, bool fresh, float* out, int64_t out_row) {
-    Vector sum[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v)
-        sum[r][v] = fresh ? Vector{} : Load(out + r * out_row + v * kLanes);
-    for (int64_t k = 0; k < depth; ++k, x += step, w += w_row) {
-      Vector weight[V];
-      for (int v = 0; v < V; ++v) weight[v] = Load(w + v * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Vector factor = x[r * row] - Vector{};
-        for (int v = 0; v < V; ++v) sum[r][v] += weight[v] * factor;
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) Store(out + r * out_row + v * kLanes, sum[r][v]);
-  }
-};
 
 template <int use>
 Block ScratchBlock(int64_t rows, int64_t columns) {
@@ -46,15 +21,10 @@ Block ScratchBlock(int64_t rows, int64_t columns) {
 
 // out [rows, whole lines] = (fresh: 0, or its own) + x [rows, depth] @ w [depth, whole lines].
 void Multiply(Matrix x, Block w, int64_t rows, int64_t depth, bool fresh, Block out) {
-  for (int64_t c = 0, vectors; c < out.row; c += vectors * kLanes) {
-    vectors = VectorsAt(c, out.row);
-    const int64_t most = Most(vectors), splits = (rows + most - 1) / most;
-    for (int64_t s = 0; s < splits; ++s) {
-      const int64_t r = s * rows / splits, few = (s + 1) * rows / splits - r;
-      Instance<Rows>(few, vectors)(x.data + r * x.row, x.row, x.step, w.data + c, w.row, depth,
-                                   fresh, out.data + r * out.row + c, out.row);
-    }
-  }
+  MultiplyRows(x, w, rows, depth, out.row, [=](int64_t r, int64_t c, Vector sum) {
+    float* to = out.data + r * out.row + c;
+    Store(to, fresh ? sum : Load(to) + sum);
+  });
 }
 
 // Copies x [rows, columns] to rows of whole lines, zeros behind.

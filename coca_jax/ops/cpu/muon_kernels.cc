@@ -5,34 +5,9 @@
 // products are float32. A matrix is small enough for a core's second cache, and one core's work.
 
 #include "amx.h"
-#include "matrix.h"
-#include "numbers.h"
 #include "tiles.h"
 
 namespace {
-
-// out[r, :] = keep * add[r, :] (null: 0) + scale * the sum over k of x[r, k] * w[k, :], for R rows
-// and V vectors of columns; x and w are words, the others floats. `add` may be `out`.
-template <int R, int V>
-struct Rows {
-  static void Run(const float* x, int64_t x_row, const float* w, int64_t w_row, int64_t depth,
-                  float scale, const float* add, float keep, float* out, int64_t row) {
-    Vector sum[R][V] = {};
-    for (int64_t k = 0; k < depth; ++k, w += w_row) {
-      Vector weight[V];
-      for (int v = 0; v < V; ++v) weight[v] = Load(w + v * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Vector factor = Broadcast(x + r * x_row + k);
-        for (int v = 0; v < V; ++v) sum[r][v] = AddProduct(sum[r][v], weight[v], factor);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) {
-        const int64_t at = r * row + v * kLanes;
-        Store(out + at, add ? keep * Load(add + at) + scale * sum[r][v] : scale * sum[r][v]);
-      }
-  }
-};
 
 #ifdef COCA_JAX_TILES
 // As `Multiply` below, whose blocks must have whole lines of rows too.
@@ -69,16 +44,10 @@ void Multiply(Block x, Block w, int64_t rows, int64_t depth, float scale, const 
 #ifdef COCA_JAX_TILES
   if (TilesAllowed()) return MultiplyOnTiles(x, w, rows, depth, scale, add, keep, out);
 #endif
-  for (int64_t c = 0, vectors; c < out.row; c += vectors * kLanes) {
-    vectors = VectorsAt(c, out.row);
-    const int64_t most = Most(vectors), splits = (rows + most - 1) / most;
-    for (int64_t s = 0; s < splits; ++s) {
-      const int64_t r = s * rows / splits, few = (s + 1) * rows / splits - r;
-      const int64_t at = r * out.row + c;
-      Instance<Rows>(few, vectors)(x.data + r * x.row, x.row, w.data + c, w.row, depth, scale,
-                                   add ? add + at : nullptr, keep, out.data + at, out.row);
-    }
-  }
+  MultiplyRows(x, w, rows, depth, out.row, [=](int64_t r, int64_t c, Vector sum) {
+    const int64_t at = r * out.row + c;
+    Store(out.data + at, add ? keep * Load(add + at) + scale * sum : scale * sum);
+  });
 }
 
 // A matrix of whole lines, zeros where none is written.
