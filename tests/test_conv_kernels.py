@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import needs_bfloat16
-from kernel_forms import TILES, VECTORS, chosen
+from kernel_forms import forms
 
 from coca_jax import ops, partitioning
 from coca_jax.ops.cpu import Cpu, conv_kernels
@@ -75,18 +75,20 @@ def test_convolution_and_its_gradients_equal_the_reference(shape, before):
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("form", [TILES, VECTORS])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_rounds_operands_alone(shape, form):
+def test_bfloat16_rounds_operands_alone(shape):
     """Those of the gradients' products too, whose g here needs none; the plain form rounds their
     results as well. Factors that are a power of two change no rounding of the kernel, whose they
     become."""
     *shape, stride = shape
     arrays = _arrays(*shape)
-    with chosen(form, conv_kernels):
-        for before in (None, Before("relu", 0.5, 4.0), GELU):
-            want = _gradients(Cpu(kernels=False), *arrays, stride, before, jnp.bfloat16)
-            assert_equal(_gradients(Cpu(), *arrays, stride, before, jnp.bfloat16), want, 2**-8)
+    steps = (None, Before("relu", 0.5, 4.0), GELU)
+    plain = [_gradients(Cpu(kernels=False), *arrays, stride, s, jnp.bfloat16) for s in steps]
+    for form in forms(conv_kernels):
+        with form:
+            for before, want in zip(steps, plain):
+                got = _gradients(Cpu(), *arrays, stride, before, jnp.bfloat16)
+                assert_equal(got, want, 2**-8)
 
 
 @needs_bfloat16
