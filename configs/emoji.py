@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     small, and every row is a name, in tokens of which names have 2.8.
     """
     config = base.get_config()
-    config.batch_size, config.steps = 128, 7200
+    config.batch_size, config.steps = 128, 5500
     config.image_sizes = ((0.3, 32),)
     config.text_lengths, config.text_parts = (7,), 4  # three names in four have at most six tokens
     config.model.update(
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         mlp_dim=640,
         num_heads=4,
         conv_widths=(32, 64, 128),
-        conv_depths=(0, 1, 0),
+        conv_depths=(0, 2, 1),
     )
     config.model.text.update(
         width=160,
