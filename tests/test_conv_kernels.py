@@ -49,6 +49,7 @@ SHAPES = [  # batch, height, width, channels, features, stride
     (3, 12, 12, 64, 128, 2),
     (5, 6, 6, 128, 128, 1),  # channels in two pieces, two panels
     (40, 4, 4, 16, 16, 1),  # more images than are summed together, one vector of columns
+    (18, 12, 12, 16, 16, 1),  # the same where images are summed in chunks
     (2, 10, 26, 24, 80, 1),  # not square; a panel and a narrower one
     (2, 10, 26, 7, 176, 2),  # 2 panels, 48 more columns; channels of no whole line
     (1, 2, 2, 5, 16, 2),  # a row whose every tap but one lies outside
