@@ -1,5 +1,6 @@
 """The kernels of decoding in bfloat16 against those in float32, which have their own tests."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import test_cpu_kernels
 from conftest import needs_bfloat16, needs_compiler, tiny_config
 from decoding_cases import EOS, LENGTH, PROMPT, own, run, text_decoder
+from kernel_forms import HAS_TILES, without_tiles
 from test_cpu_kernels import packed, panels_of_heads
 
 from coca_jax import compile_cache
@@ -24,6 +26,16 @@ HALVES = jnp.bfloat16
 def kernels():
     assert cpu_kernels.available() and cpu_kernels.available_in_bfloat16()
     return cpu_kernels
+
+
+@pytest.fixture(params=["own", "vectors"])
+def form(request):
+    """Of the kernels: the processor's own, and that of one without tiles where it has such."""
+    other = request.param == "vectors"
+    if other and not HAS_TILES:
+        pytest.skip("the processor has no tiles: that is its own form")
+    with without_tiles(cpu_kernels) if other else contextlib.nullcontext():
+        yield request.param
 
 
 class Numbers(test_cpu_kernels.Numbers):
@@ -57,7 +69,7 @@ SHAPES = [(1, 1, 16, 1), (2, 3, 48, 3), (16, 1, 80, 5), (3, 40, 64, 1), (9, 1, 5
 
 @needs_bfloat16
 @pytest.mark.parametrize("batch, queries, width, heads", SHAPES)
-def test_parts_equal_those_in_float32(kernels, batch, queries, width, heads):
+def test_parts_equal_those_in_float32(kernels, form, batch, queries, width, heads):
     numbers = Numbers(width)
     x, norm, head = numbers(batch, queries, width), numbers.norm(width), width // heads
     for vocabulary in (17, 513):

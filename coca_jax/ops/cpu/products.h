@@ -6,13 +6,14 @@
 #include <cmath>
 #include <utility>
 
-#include "numbers.h"
+#include "amx.h"
 
 namespace {
 
 constexpr int kPanel = 32;   // columns of a panel
 constexpr int kDepth = 128;  // words of a panel, multiplied at a time: 16 KiB
 constexpr int kTile = 32;    // rows for which a panel's sums are kept
+constexpr int kFewest = 6;   // rows for which tiles are quicker than a pass that asks ahead
 constexpr float kNormEpsilon = 1e-5f;  // ops.reference.NORM_EPSILON
 
 // Rows and columns whose sums stay in registers.
@@ -100,6 +101,43 @@ struct Product {
   int64_t groups = 1, group_offset = 0;  // of x, from group to group
 };
 
+#ifdef COCA_JAX_TILES
+// As `Multiply` below, on tiles.
+template <typename Finish>
+void MultiplyOnTiles(Member& member, const Product& product, int64_t chunk, const Finish& finish) {
+  const int64_t count = Panels(product.width), depth = product.depth / kPair;
+  const int64_t words = TileWords(depth), rows = product.rows, all = product.groups * count;
+  // Blocks of equally many rows; the last one may begin within the one before.
+  const int64_t blocks = (rows + kSide - 1) / kSide, few = (rows + blocks - 1) / blocks;
+  std::vector<TileStep> steps;
+  for (int64_t at = 0; at < depth; at += words) steps.push_back({at, at * kPanel});
+  member.Each((all + chunk - 1) / chunk, [&](int64_t part, int64_t) {
+    const Tiles tiles(few, words);
+    float sums[2 * kSide * kPanel];
+    TileProduct tile{};
+    tile.x_row = product.x.stride / kPair, tile.steps = &steps;
+    tile.w_row = kPanel, tile.w_column = kSide, tile.out_row = kPanel;
+    for (int64_t i = part * chunk; i < std::min(all, (part + 1) * chunk); ++i) {
+      const int64_t group = i / count, column = i % count * kPanel;
+      const int64_t columns = std::min<int64_t>(kPanel, product.width - column);
+      const float* x = Words(product.x.data + group * product.group_offset);
+      tile.w = product.panels + i * depth * kPanel;
+      for (int64_t b = 0; b < blocks; b += 2) {
+        int64_t first[2];
+        for (int64_t m = 0; m < 2; ++m) {
+          first[m] = std::min((b + m) * few, rows - few);
+          tile.x[m] = x + first[m] * tile.x_row, tile.out[m] = sums + m * kSide * kPanel;
+        }
+        MultiplyTiles(tile, b + 1 < blocks, true);
+        for (int64_t m = 0; m < 2; ++m)
+          for (int64_t r = (b + m) * few; r < std::min(rows, (b + m + 1) * few); ++r)
+            finish(r, group, column, tile.out[m] + (r - first[m]) * kPanel, columns);
+      }
+    }
+  });
+}
+#endif
+
 // One phase: finish(row, group, column, sums, columns) gets up to 32 columns of a row at a time.
 template <typename Finish>
 void Multiply(Member& member, const Product& product, const Finish& finish) {
@@ -108,6 +146,10 @@ void Multiply(Member& member, const Product& product, const Finish& finish) {
   const int64_t all = product.groups * count;
   // Panels claimed at once: 64 KiB of them.
   const int64_t chunk = std::max<int64_t>(1, 4 * kDepth / depth);
+#ifdef COCA_JAX_TILES
+  if (product.rows >= kFewest && TilesAllowed())
+    return MultiplyOnTiles(member, product, chunk, finish);
+#endif
   member.Each((all + chunk - 1) / chunk, [&](int64_t part, int64_t following) {
     float* sums = Scratch<0>(kTile * kPanel);
     const int64_t end = std::min(all, (part + 1) * chunk);
