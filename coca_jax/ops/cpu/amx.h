@@ -39,6 +39,7 @@ class Tiles {
       shapes.bytes[i] = 4 * (i == 4 || i == 5 ? words : kSide);
       shapes.rows[i] = i < 6 ? rows : words;
     }
+    asm volatile("" ::"r"(&shapes) : "memory");  // of which compilers see the first word read
     _tile_loadconfig(&shapes);
   }
   Tiles(const Tiles&) = delete;
