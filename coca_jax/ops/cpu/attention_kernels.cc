@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "tiles.h"
+#include "registers.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 
 #include "conv.h"
 #include "conv_amx.h"
-#include "tiles.h"
+#include "registers.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 // products are float32. A matrix is small enough for a core's second cache, and one core's work.
 
 #include "amx.h"
-#include "tiles.h"
+#include "registers.h"
 
 namespace {
 
