@@ -84,6 +84,7 @@ def _all_runs(
 ) -> dict[str, str]:
     """Makes those that are not done. Returns the name of each that failed and why it did."""
     failed: dict[str, str] = {}
+    missed: set[str] = set()
     total, number = len(table.seeds) * len(table.variants), 0
     for seed in table.seeds:
         for variant in table.variants:
@@ -101,8 +102,13 @@ def _all_runs(
                     failed[f"{variant.name}, seed {seed}"] = " ".join(str(error).split())
                     say(f"{variant.name}, seed {seed}: {error}")
                 outcome.write(table, folder, minutes, failed)
-    for name, near in outcome.missing(table, folder).items():
-        say(f"metrics: no run has {name!r}; {near}: mend the table and give the command again")
+            for name, near in outcome.missing(table, folder).items():
+                if name not in missed:  # told behind the first run, in case it is misspelt
+                    say(
+                        f"metrics: no run so far has {name!r}; {near}: where that is meant, mend "
+                        "the table and give the command again; what is done stays"
+                    )
+                missed.add(name)
     if others := outcome.unasked(table, folder):
         say(f"left out of the results, as the table does not ask for them: {', '.join(others)}")
     return failed
