@@ -31,10 +31,10 @@ def means(values: Values) -> Values:
     return dict(mean=statistics.mean(each), mean_low=min(each), mean_high=max(each)) | rest
 
 
-def direction(one: Measurement | None, name: str) -> int:
+def direction(one: Measurement, name: str) -> int:
     """1 where more is better, -1 where less is, 0 where it is neither; name: row:key."""
     key = name.partition(":")[2]
-    for sign, patterns in ((1, one.higher), (-1, one.lower)) if one else ():
+    for sign, patterns in ((1, one.higher), (-1, one.lower)):
         if any(fnmatch.fnmatch(key, p) or fnmatch.fnmatch(name, p) for p in patterns):
             return sign
     return 0
@@ -51,7 +51,7 @@ def worse(before: Values, after: Values, key: str, sign: int, slack: float) -> b
 
 def compared(rows: dict[str, Row], of_row: Any) -> list[tuple[str, str, str, str, str]]:
     """(row:key, before, after, change, mark) of every value that was measured again; of_row: the
-    measurement of a row, if there is one. The mark is '', 'worse', or 'worse: ' and its reason."""
+    measurement of a row. The mark is '', 'worse', or 'worse: ' and its reason."""
     found = []
     for name, row in rows.items():
         if "before" not in row:

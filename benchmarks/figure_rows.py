@@ -1,4 +1,4 @@
-"""Which rows of docs/results.json are measured again, and how; which are not, and why.
+"""How each row of docs/results.json is measured again.
 
 Rows of the clock that take minutes come first, so that a quiet hour gets through them.
 """
@@ -251,6 +251,15 @@ COUNTED = (
         )
         for row, name in TOWERS.items()
     ),
+    Measurement(
+        ("clip_benchmark",),
+        peers.suites,
+        2,
+        "python benchmarks/suite_peer.py CHECKPOINT FOLDER, of a run of the demo",
+        more=dict(peer="CLIP_benchmark 1.6.2, in the same run"),
+        lower=("difference",),
+        slack=1.0,
+    ),
     *(
         Measurement(
             (f"parity/{row}", *more),
@@ -314,19 +323,7 @@ COUNTED = (
 )
 MEASUREMENTS = (*CLOCK, *COUNTED, *estimates.MEASUREMENTS, *long.TRAINED, *long.FAULTS)
 
-# Rows that no measurement gives, by the beginnings of their names.
-NOT_AGAIN = {
-    "clip_benchmark": "needs CLIP_benchmark 1.6.2 and five sets in its layout",
-}
 
-
-def of_row(row: str) -> Measurement | None:
-    """What measures a row; None for those of NOT_AGAIN."""
-    return next((one for one in MEASUREMENTS if row in one.rows), None)
-
-
-def why_not(row: str) -> str:
-    """Why a row is not measured again; '' where it is, or where nobody has said."""
-    if of_row(row):
-        return ""
-    return next((why for begin, why in NOT_AGAIN.items() if row.startswith(begin)), "")
+def of_row(row: str) -> Measurement:
+    """What measures a row."""
+    return next(one for one in MEASUREMENTS if row in one.rows)

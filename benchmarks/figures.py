@@ -14,8 +14,7 @@ it those of the very same files. What was measured while the program changed is 
 what was there and what came. `--quick` leaves out what takes more than three minutes of two cores;
 without it and --only it takes hours. What the clock measures is left out while the machine has
 other work, unless --busy; --clock takes such rows alone. With --minutes it begins nothing that
-would not be done by then, and the next call goes on. What it cannot measure keeps its entry, with
-its origin; `list` says why.
+would not be done by then, and the next call goes on.
 
 docs/results.json has a line a row: `values` (with `low` and `high` where there is an interval),
 `unit`, `how` (measured, or estimated: `command` says how), `seeds`, `commit` of the program (null:
@@ -39,7 +38,7 @@ from typing import Any
 
 import changes
 import marks
-from figure_rows import MEASUREMENTS, of_row, why_not
+from figure_rows import MEASUREMENTS, of_row
 from machine import busy, commit, machine, versions
 from measuring import ROOT, Given, Measurement
 
@@ -177,12 +176,11 @@ def show() -> None:
     rows = read()
     for name, row in rows.items():
         one = of_row(name)
-        again = f"{'quick' if one.quick else 'long'}: {one.command}" if one else why_not(name)
+        again = f"{'quick' if one.quick else 'long'}: {one.command}"
         on = " ".join(page for page, names in places.items() if name in names)
         origin = f"{row['how']} {row['date']} {row['commit'] or 'commit unknown'}"
         print(f"{name:34} {row.get('unit', ''):8} {origin:36} {on}\n    {again}")
-    without = sum(of_row(name) is None for name in rows)
-    print(f"{len(rows)} rows, {len(rows) - without} with a command")
+    print(f"{len(rows)} rows")
 
 
 def main() -> None:

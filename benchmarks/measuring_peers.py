@@ -61,6 +61,13 @@ def towers(row: str, name: str) -> Callable[[Given], Rows]:
     return lambda given: {f"towers/{row}": given.script("towers.py", name)}
 
 
+def suites(given: Given) -> Rows:
+    """Figures of five drawn sets by our suite and by CLIP_benchmark, of the demo's model."""
+    folder = given.runs / "suites"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"clip_benchmark": given.script("suite_peer.py", str(given.demo()), str(folder))}
+
+
 def parity(row: str, name: str) -> Callable[[Given], Rows]:
     """Outputs of a size of CoCa; of B/32 gradients too, and of L/14 what converting it takes."""
 
