@@ -309,7 +309,8 @@ def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
     has image_learning_rate / learning_rate and all else 1. layer_decay d multiplies layer i
     of a tower of L by d^(L - i) and what lies below its first layer by d^(L + 1); in the decoder
     the two halves count as one tower; the norms at the end, the poolers and the projections are at
-    the top, with d^0 (as in BEiT, Bao et al. 2022).
+    the top, with d^0 (as in BEiT, Bao et al. 2022). The projections into the joint space have
+    projection_rate of what they had.
     """
     encoder, decay = 1.0, optimizer.layer_decay
     if has_head and optimizer.encoder_learning_rate >= 0:
@@ -323,6 +324,8 @@ def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
         if role.part.serves == "head":
             return 1.0
         own = image if role.part.serves == "image" else encoder
+        if role.part.wide and role.kind != "table":  # beside them single numbers alone are wide
+            own *= optimizer.projection_rate
         if role.part.place == TOP or decay == 1.0:
             return own
         stacks = towers.get(role.part.tower, {})

@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
         average_share=0.4,
         weight_decay=0.1,
         beta2=0.98,
+        projection_rate=0.0,  # a random map into the joint space: the towers learn, not it
     )
     path, where = "data/emoji", {"vendor": VENDORS}
     names = dict(path=path, split="train", where=where)

@@ -133,10 +133,12 @@ def rule_of(options):
     return update_rules.AdamW(*betas)
 
 
-def factor(name, param, encoder=1.0, decay=1.0):
+def factor(name, param, encoder=1.0, decay=1.0, projections=1.0):
     """The rate of a parameter over that of the head."""
     if name.startswith("head/"):
         return 1.0
+    if name == "image_to_joint/kernel":
+        return encoder * projections
     depth = next((d for prefix, d in DEPTHS.items() if name.startswith(prefix)), 0)
     if isinstance(depth, int):
         return encoder * decay**depth

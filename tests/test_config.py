@@ -237,6 +237,8 @@ KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
         ({"model.pooler.project": False}, "model.embed_dim=16: without .* model.text.width=24"),
         (LORA | {"optimizer.layer_decay": 0.5}, "layer_decay=0.5 has no effect .*lora_rank=2"),
         (LORA | {"loss.min_temperature": 0.05}, "min_temperature=0.05 has no effect"),
+        (LORA | {"optimizer.projection_rate": 0.5}, "projection_rate=0.5 has no effect"),
+        (KEPT | {"optimizer.projection_rate": 0.5}, "projection_rate=0.5 does not go .*set 1.0"),
         (LORA | {"loss.bag_weight": 1.0}, "bag_weight=1.0 reads a layer of its own, .*rank=2"),
         (
             LORA | {"loss.hidden_weight": 0.5, "optimizer.ema": 0.9},

@@ -86,6 +86,7 @@ ABSURD = {
     "optimizer.learning_rate": (1e6, NAN, INF, -1e-3, "fast"),
     "optimizer.encoder_learning_rate": (-0.5, 2.0, NAN),
     "optimizer.layer_decay": (0.0, 1.5),
+    "optimizer.projection_rate": (-0.1, 1.5),
     "optimizer.warmup_steps": (-1,),
     "optimizer.schedule": ("step",),
     "optimizer.decay_share": (0.0, 1.5),

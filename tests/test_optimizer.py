@@ -123,6 +123,27 @@ def test_decay_head_and_layers_each_have_their_own_rate():
     assert_steps_are_those_of_the_definition(config, gradients[:2], TOLERANCE, factors)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_projections_have_their_share_of_the_rate(name):
+    """Decay's as well; as embeddings have unit length, an eighth of it is what projections that are
+    drawn eight times as large have at the whole one."""
+    config = make_config(name=name, weight_decay=0.3, projection_rate=0.125)
+    gradients = [gradients_of(step) for step in range(3)]
+    factors = functools.partial(factor, projections=0.125)
+    states, _ = assert_steps_are_those_of_the_definition(config, gradients, TOLERANCE, factors)
+    fixed, _ = ours(config.change({"optimizer.projection_rate": 0.0}), gradients)
+    kernel = "image_to_joint/kernel"
+    np.testing.assert_array_equal(flat(fixed[-1].params)[kernel], draw(0, 0.3)[kernel])
+    undecayed = {"optimizer.weight_decay": 0.0, "optimizer.clip_norm": 0.0}
+    slow, _ = ours(config.change(undecayed), gradients)
+    start = draw(0, 0.3)
+    large = start | {kernel: 8 * start[kernel]}
+    whole, _ = ours(config.change(undecayed | {"optimizer.projection_rate": 1.0}), gradients, large)
+    found, wanted = flat(whole[-1].params)[kernel] / 8, flat(slow[-1].params)[kernel]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert abs(wanted - start[kernel]).max() > 1e-3
+
+
 def test_frozen_parts_keep_every_bit_and_have_no_state():
     """The clipped norm is that of the head alone."""
     config = make_config(encoder_learning_rate=0.0, weight_decay=0.3, ema=0.5)

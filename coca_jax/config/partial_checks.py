@@ -28,6 +28,7 @@ def check(config: Config) -> None:
     if optimizer.lora_rank:
         for key, number, none in (
             ("optimizer.layer_decay", optimizer.layer_decay, 1.0),
+            ("optimizer.projection_rate", optimizer.projection_rate, 1.0),
             ("loss.min_temperature", config.loss.min_temperature, 0.0),
         ):
             if number != none:
@@ -49,6 +50,7 @@ def check(config: Config) -> None:
             ("config.head.kind", config.head.kind, ""),
             ("optimizer.lora_rank", optimizer.lora_rank, 0),
             ("optimizer.image_learning_rate", rate, -1.0),
+            ("optimizer.projection_rate", optimizer.projection_rate, 1.0),
         ]
         of_embeddings = ("contrastive", "bag", "hidden", "affinity", "imitation")
         for loss in (f"{name}_weight" for name in of_embeddings):
