@@ -63,8 +63,7 @@ def get_config() -> ConfigDict:
     path, where = "data/emoji", {"vendor": VENDORS}
     names = dict(path=path, split="train", where=where)
     config.data.sources = (dict(names, kind="caption"),)
-    config.data.vocabulary_kind = "bpe"
-    config.data.augment = "drawing"
+    config.data.vocabulary_kind, config.data.augment = "bpe", "drawing"
     config.data.resize = "trim"  # vendors leave more or less room around the same thing
     unseen = dict(path=path, split="train", where={"vendor": [UNSEEN]})
     task = dict(name=f"emoji_{UNSEEN}", data=unseen, candidates=names, known_only=True)

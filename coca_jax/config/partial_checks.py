@@ -26,25 +26,7 @@ def check(config: Config) -> None:
             "set optimizer.encoder_learning_rate"
         )
     if optimizer.lora_rank:
-        for key, number, none in (
-            ("optimizer.layer_decay", optimizer.layer_decay, 1.0),
-            ("optimizer.projection_rate", optimizer.projection_rate, 1.0),
-            ("loss.min_temperature", config.loss.min_temperature, 0.0),
-        ):
-            if number != none:
-                raise ValueError(
-                    f"{key}={number} has no effect with optimizer.lora_rank={optimizer.lora_rank}, "
-                    f"which trains factors of the products alone; set {none}"
-                )
-        for key, weight in (
-            ("loss.bag_weight", config.loss.bag_weight),
-            ("loss.hidden_weight", config.loss.hidden_weight),
-        ):
-            if weight:
-                raise ValueError(
-                    f"{key}={weight} reads a layer of its own, which optimizer.lora_rank="
-                    f"{optimizer.lora_rank} leaves as it is drawn; set 0"
-                )
+        _check_lora(config)
     if optimizer.keep_embeddings:
         wanted: list[tuple[str, object, object]] = [
             ("config.head.kind", config.head.kind, ""),
@@ -107,3 +89,27 @@ def check_features(config: Config) -> None:
     kind = head_kinds.of(config.head.kind)
     if kind is not None and kind.images > 1:
         raise ValueError(f"head.kind={kind.name!r} does not go with {kept}; set data.features=''")
+
+
+def _check_lora(config: Config) -> None:
+    """Raises ValueError for what factors of products do not go with."""
+    optimizer = config.optimizer
+    for key, number, none in (
+        ("optimizer.layer_decay", optimizer.layer_decay, 1.0),
+        ("optimizer.projection_rate", optimizer.projection_rate, 1.0),
+        ("loss.min_temperature", config.loss.min_temperature, 0.0),
+    ):
+        if number != none:
+            raise ValueError(
+                f"{key}={number} has no effect with optimizer.lora_rank={optimizer.lora_rank}, "
+                f"which trains factors of the products alone; set {none}"
+            )
+    for key, weight in (
+        ("loss.bag_weight", config.loss.bag_weight),
+        ("loss.hidden_weight", config.loss.hidden_weight),
+    ):
+        if weight:
+            raise ValueError(
+                f"{key}={weight} reads a layer of its own, which optimizer.lora_rank="
+                f"{optimizer.lora_rank} leaves as it is drawn; set 0"
+            )
