@@ -12,7 +12,7 @@ def get_config(name: str) -> ConfigDict:
     """Raises KeyError for a name that is none of the three."""
     recipes = {"demo": demo, "emoji": emoji, "emoji_reinforced": emoji_reinforced}
     config = recipes[name].get_config()
-    config.optimizer.update(schedule="cosine", average_share=0.0)
+    config.optimizer.update(schedule="cosine", average_share=0.0, projection_rate=1.0)
     if name == "demo":
         config.steps = 2600
         config.model.text.max_len = 34

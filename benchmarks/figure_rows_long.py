@@ -88,7 +88,7 @@ TRAINED = (
         tuple(f"margins/{row}" for row in runs.DRAWINGS),
         runs.margins,
         25,
-        f"{TRAIN}=emoji --config.steps=1200 {' '.join(runs.FREE)}, and {' '.join(runs.SQUASHED)}",
+        f"{TRAIN}=emoji {' '.join(runs.EARLY)}, and {' '.join(runs.SQUASHED)}",
         more=FIRST,
         **SCORES,
     ),

@@ -19,7 +19,8 @@ def get_config(given: str) -> ConfigDict:
     config.image_sizes, config.text_lengths = (), ()
     config.data.resize = "squash"  # as it was when this was measured, as the next two
     config.loss.min_temperature, config.model.temperature = 0.0, 0.07
-    config.optimizer.update(warmup_steps=60, schedule="cosine", average_share=0.0)
+    rule = dict(warmup_steps=60, schedule="cosine", average_share=0.0, projection_rate=1.0)
+    config.optimizer.update(rule)
     config.checkpoint.every_steps = 10_000
     if kind == "contrastive":
         config.loss.captioning_weight = 0.0

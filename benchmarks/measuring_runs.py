@@ -49,7 +49,8 @@ DRAWINGS = {
 }
 SHORT = ("--config.steps=1200",)
 FREE = ("--config.loss.min_temperature=0", "--config.model.temperature=0.07")
-SQUASHED = (*SHORT, *FREE, "--config.data.resize=squash")  # the emoji recipe as it was
+EARLY = (*SHORT, *FREE, "--config.optimizer.projection_rate=1")  # the emoji recipe as it was
+SQUASHED = (*EARLY, "--config.data.resize=squash")  # and before that
 EARLIER = f"{HERE}/earlier_recipe.py"
 EARLIER_STEPS = 3600  # of its emoji
 COSINE = ("--config.optimizer.schedule=cosine", "--config.optimizer.average_share=0")
@@ -206,10 +207,9 @@ def averaging(given: Given) -> Rows:
 
 def margins(given: Given) -> Rows:
     """Drawings with their margins and without, equal steps, seed 0, one core."""
-    trim = (*SHORT, *FREE)
     ways = dict(
         squash=scores(run_of(given, "emoji", "emoji_1200_squash", SQUASHED, one_core=True)),
-        trim=scores(run_of(given, "emoji", "emoji_1200_trim", trim, one_core=True)),
+        trim=scores(run_of(given, "emoji", "emoji_1200_trim", EARLY, one_core=True)),
     )
     return beside("margins", ways)
 

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     """A ninth of the steps: what both towers are to give is known from the first step."""
     config = emoji.get_config()
     config.steps = 600
-    config.optimizer.schedule, config.optimizer.average_share = "cosine", 0.0
+    config.optimizer.update(schedule="cosine", average_share=0.0, projection_rate=1.0)
     reinforced = dict(path="data/emoji_rich", captions="scored", synthetic=0.1)
     config.data.sources = (config.data.sources[0] | reinforced,)
     config.loss.update(imitation_weight=5.0, teacher_width=config.model.embed_dim)

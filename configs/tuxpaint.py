@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     config.model.text.update(vocab_size=3000, max_len=40, unimodal_depth=1, multimodal_depth=2)
     config.loss.update(captioning_weight=1.0, min_temperature=0.0)
     config.model.temperature = 0.07
-    config.optimizer.update(learning_rate=1.5e-3, schedule="cosine", average_share=0.0)
+    config.optimizer.update(
+        learning_rate=1.5e-3, schedule="cosine", average_share=0.0, projection_rate=1.0
+    )
     path = "data/tuxpaint"
     config.data.sources = (dict(path=path, split="train", kind="caption"),)
     config.data.vocabulary_kind, config.data.resize = "auto", "squash"

@@ -157,6 +157,7 @@ def test_the_recipes_of_benchmarks_are_whole():
         emoji = typed(earlier_recipe.get_config(name))
         assert (emoji.data.resize, emoji.model.dtype) == ("squash", "float32")
         assert (emoji.loss.min_temperature, emoji.model.temperature) == (0.0, 0.07)
+        assert emoji.optimizer.projection_rate == 1.0
     demo = typed(earlier_recipe.get_config("demo"))
     assert demo.optimizer.schedule == "cosine" and demo.optimizer.average_share == 0
     assert [source.scenery for source in demo.data.sources] == ["plain", "plain"]
