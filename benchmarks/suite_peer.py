@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -99,6 +100,7 @@ def write(root: pathlib.Path) -> None:
     if root.exists():
         return
     half = root.with_name(f"{root.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
     write_classes(half / "colours", pictures.COLOURS, 1, 0)
     write_classes(half / "shapes", pictures.SHAPES, 2, 1)
     write_several(half / "several")
@@ -140,11 +142,9 @@ def main() -> None:
     ours = json.loads((out / "eval.json").read_text())
     differences = {}
     for folder in sorted(root.iterdir()):
-        name, kind = (
-            folder.name,
-            "classification" if (folder / "classnames.txt").exists() else "retrieval",
-        )
-        found = theirs(given.checkpoint, root, name, f"zeroshot_{kind}", out)
+        name, labels = folder.name, (folder / "classnames.txt").exists()
+        task = "zeroshot_classification" if labels else "zeroshot_retrieval"
+        found = theirs(given.checkpoint, root, name, task, out)
         for figure, value in found.items():
             if math.isnan(value):  # the best five of four classes
                 continue

@@ -118,7 +118,9 @@ class Optimizer(Section):
         "of the image encoder, without a head; 0: frozen, -1: as learning_rate",
     )
     projection_rate: float = key(
-        1.0, number(0, 1), "share of the rate that the two projections into the joint space have"
+        1.0,
+        number(0, 1),
+        "share of the rate that the two projections into the joint space have; 0: they stay",
     )
     layer_decay: float = key(
         1.0,
