@@ -292,7 +292,12 @@ def stepper(config: Config) -> tuple[Alike, Callable[[dict[str, np.ndarray]], fl
     ]
     betas = (options.beta1, options.beta2)
     adam = torch.optim.AdamW(groups, betas=betas, fused=True)
-    muon = Muon(kernels, options.weight_decay)
+    ends = [twin.image_to_joint.weight, twin.text_to_joint.weight]
+    towers = [p for p in kernels if all(p is not end for end in ends)]
+    muons = [
+        (Muon(towers, options.weight_decay), 1.0),
+        (Muon(ends, options.weight_decay), options.projection_rate),
+    ]
     schedule = make_schedule(options, config.steps)
     rates = np.asarray(learning_rate(options.schedule, schedule, jnp.arange(config.steps)))
     taken = 0
@@ -310,7 +315,8 @@ def stepper(config: Config) -> tuple[Alike, Callable[[dict[str, np.ndarray]], fl
         for group in adam.param_groups:
             group["lr"] = rate
         adam.step()
-        muon.step(rate)
+        for muon, share in muons:
+            muon.step(rate * share)
         taken += 1
         return loss.item()
 
