@@ -84,15 +84,16 @@ def write_several(folder: pathlib.Path) -> None:
 
 
 def write_captions(folder: pathlib.Path, count: int, each: int) -> None:
-    """Pictures with as many captions each."""
+    """Pictures with as many captions each, no two alike: between equal ones either answer is right,
+    and which of them is taken is left to rounding."""
     folder.mkdir(parents=True)
     (folder / "dataset_type.txt").write_text("retrieval\n")
-    rng, examples = np.random.default_rng(3 + each), []
-    for _ in range(count):
-        image, text, colour = pictures.shapes(rng)
-        texts = [text, f"a drawing: {text}", f"something {colour} and another thing"][:each]
-        examples.append(dict(png=png(image), txt="\n".join(texts).encode()))
-    pack(folder, examples)
+    rng, examples = np.random.default_rng(3 + each), {}
+    while len(examples) < count:
+        image, text, _ = pictures.shapes(rng)
+        texts = [text, f"a drawing: {text}", f"{text}, on white"][:each]
+        examples[text] = dict(png=png(image), txt="\n".join(texts).encode())
+    pack(folder, [*examples.values()])
 
 
 def write(root: pathlib.Path) -> None:
