@@ -255,7 +255,7 @@ COUNTED = (
         ("clip_benchmark",),
         peers.suites,
         2,
-        "python benchmarks/suite_peer.py CHECKPOINT FOLDER, of a run of the demo",
+        "python benchmarks/suite_peer.py CHECKPOINT, of a run of the demo",
         more=dict(peer="CLIP_benchmark 1.6.2, in the same run"),
         lower=("difference",),
         slack=1.0,

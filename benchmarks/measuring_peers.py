@@ -63,9 +63,7 @@ def towers(row: str, name: str) -> Callable[[Given], Rows]:
 
 def suites(given: Given) -> Rows:
     """Figures of five drawn sets by our suite and by CLIP_benchmark, of the demo's model."""
-    folder = given.runs / "suites"
-    folder.mkdir(parents=True, exist_ok=True)
-    return {"clip_benchmark": given.script("suite_peer.py", str(given.demo()), str(folder))}
+    return {"clip_benchmark": given.script("suite_peer.py", str(given.demo()))}
 
 
 def parity(row: str, name: str) -> Callable[[Given], Rows]:

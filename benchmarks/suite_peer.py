@@ -1,8 +1,8 @@
 """The largest difference between our figures of five sets and CLIP_benchmark's own, of one model.
 
-    python benchmarks/suite_peer.py CHECKPOINT FOLDER
+    python benchmarks/suite_peer.py CHECKPOINT
 
-Writes the sets into FOLDER/sets in CLIP_benchmark's layout, of the pictures that pictures.py draws:
+Writes the sets, for its run alone, in CLIP_benchmark's layout, of pictures that pictures.py draws:
 the first shape's colour and its kind (400 test pictures each), which colours there are (400 with
 several labels each), and pictures with one caption (130) and three (89). Both programs score them,
 ours by `--suite`, CLIP_benchmark with our model through its adapter; the last line is JSON: the
@@ -18,10 +18,10 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -97,17 +97,12 @@ def write_captions(folder: pathlib.Path, count: int, each: int) -> None:
 
 
 def write(root: pathlib.Path) -> None:
-    """The five sets, unless they are there."""
-    if root.exists():
-        return
-    half = root.with_name(f"{root.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
-    write_classes(half / "colours", pictures.COLOURS, 1, 0)
-    write_classes(half / "shapes", pictures.SHAPES, 2, 1)
-    write_several(half / "several")
-    write_captions(half / "captions", 130, 1)
-    write_captions(half / "three_captions", 89, 3)
-    half.rename(root)
+    """The five sets, into a new folder."""
+    write_classes(root / "colours", pictures.COLOURS, 1, 0)
+    write_classes(root / "shapes", pictures.SHAPES, 2, 1)
+    write_several(root / "several")
+    write_captions(root / "captions", 130, 1)
+    write_captions(root / "three_captions", 89, 3)
 
 
 def run(*words: str) -> None:
@@ -129,28 +124,31 @@ def theirs(checkpoint: str, root: pathlib.Path, name: str, task: str, out: pathl
     return json.loads(file.read_text())["metrics"]
 
 
+def differences(checkpoint: str, folder: pathlib.Path) -> dict[tuple[str, str], float]:
+    """{(figure, set): how far ours is from theirs}; folder: an empty one."""
+    root, out = folder / "sets", folder / "scores"
+    write(root)
+    flags = ("--suite=clip_benchmark", f"--root={root}", f"--out={out}")
+    run("coca_jax", "evaluate", f"--checkpoint={checkpoint}", *flags)
+    ours = json.loads((out / "eval.json").read_text())
+    found = {}
+    for one in sorted(root.iterdir()):
+        labels = (one / "classnames.txt").exists()
+        task = "zeroshot_classification" if labels else "zeroshot_retrieval"
+        for figure, value in theirs(checkpoint, root, one.name, task, out).items():
+            if not math.isnan(value):  # as the best five of four classes
+                found[figure, one.name] = abs(ours[f"suite/{one.name}/{figure}"] - value)
+    return found
+
+
 def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("folder", type=pathlib.Path)
-    given = parser.parse_args()
-    root, out = given.folder / "sets", given.folder / "scores"
-    write(root)
-    out.mkdir(exist_ok=True)
-    flags = ("--suite=clip_benchmark", f"--root={root}", f"--out={out}")
-    run("coca_jax", "evaluate", f"--checkpoint={given.checkpoint}", *flags)
-    ours = json.loads((out / "eval.json").read_text())
-    differences = {}
-    for folder in sorted(root.iterdir()):
-        name, labels = folder.name, (folder / "classnames.txt").exists()
-        task = "zeroshot_classification" if labels else "zeroshot_retrieval"
-        found = theirs(given.checkpoint, root, name, task, out)
-        for figure, value in found.items():
-            if math.isnan(value):  # the best five of four classes
-                continue
-            differences[figure, name] = abs(ours[f"suite/{name}/{figure}"] - value)
-    print(json.dumps(dict(difference=max(differences.values()), figures=len(differences))))
+    checkpoint = parser.parse_args().checkpoint
+    with tempfile.TemporaryDirectory() as folder:
+        found = differences(checkpoint, pathlib.Path(folder))
+    print(json.dumps(dict(difference=max(found.values()), figures=len(found))))
 
 
 if __name__ == "__main__":

@@ -292,11 +292,12 @@ def stepper(config: Config) -> tuple[Alike, Callable[[dict[str, np.ndarray]], fl
     ]
     betas = (options.beta1, options.beta2)
     adam = torch.optim.AdamW(groups, betas=betas, fused=True)
-    ends = [twin.image_to_joint.weight, twin.text_to_joint.weight]
-    towers = [p for p in kernels if all(p is not end for end in ends)]
+    projections = [twin.image_to_joint.weight, twin.text_to_joint.weight]
+    joint = {id(p) for p in projections}
+    others = [p for p in kernels if id(p) not in joint]
     muons = [
-        (Muon(towers, options.weight_decay), 1.0),
-        (Muon(ends, options.weight_decay), options.projection_rate),
+        (Muon(others, options.weight_decay), 1.0),
+        (Muon(projections, options.weight_decay), options.projection_rate),
     ]
     schedule = make_schedule(options, config.steps)
     rates = np.asarray(learning_rate(options.schedule, schedule, jnp.arange(config.steps)))

@@ -30,7 +30,7 @@ from optimizer_cases import (
     ours,
 )
 
-from coca_jax import optimizer
+from coca_jax import optimizer, partitioning
 from coca_jax.models import coca
 from coca_jax.training import step as train_steps
 from coca_jax.training.state import TrainState
@@ -142,6 +142,15 @@ def test_projections_have_their_share_of_the_rate(name):
     found, wanted = flat(whole[-1].params)[kernel] / 8, flat(slow[-1].params)[kernel]
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert abs(wanted - start[kernel]).max() > 1e-3
+
+
+def test_the_projections_of_a_model_are_the_two_into_the_joint_space():
+    """The temperature beside them keeps the whole rate."""
+    names = {"image_to_joint/kernel", "text_to_joint/kernel"}
+    config = make_config(projection_rate=0.5)
+    params = jax.eval_shape(lambda: coca.init(coca.build(config.model), jax.random.key(0)))
+    rates = flat(optimizer.rate_factors(partitioning.unbox(params), config.optimizer, False))
+    assert {name for name, rate in rates.items() if rate != 1} == names
 
 
 def test_frozen_parts_keep_every_bit_and_have_no_state():

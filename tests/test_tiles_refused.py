@@ -18,8 +18,9 @@ rules = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x10
 filter = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
 program = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(filter))
 libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-assert libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0) == 0  # PR_SET_SECCOMP, a filter
+libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+if libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0):  # PR_SET_SECCOMP, a filter
+    sys.exit(77)
 assert libc.syscall(158, 0x1023, 18) == -1 and ctypes.get_errno() == 1
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
@@ -40,5 +41,7 @@ def test_products_are_right_where_the_system_refuses_tiles():
         text=True,
         cwd=TESTS.parent,
     )
+    if run.returncode == 77:
+        pytest.skip("the system lets no process filter its calls")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout
