@@ -1,13 +1,13 @@
 """A train step of ours and of PyTorch's model that is alike layer for layer, call by call in turn.
 
     taskset -c 0 python benchmarks/alike.py --repeats=7
-    taskset -c 0 python benchmarks/alike.py --config=emoji --lengths 16 8
+    taskset -c 0 python benchmarks/alike.py --config=emoji --lengths 16 8 --dtype=bfloat16
 
-One core, or as many as it is given. Random pixels and captions at the config's sizes; for each of
---lengths captions of 3 tokens to so many, padded alike in both; and the convolutional stem alone,
-forward and backward. Prints a JSON line: of each {cpu_seconds, peer_cpu_seconds: medians of
-processor time, cpu_times_peer: the quotient, above 1 where ours is faster; seconds...: wall time},
-and the parameters of both.
+One core, or as many as it is given. Random pixels and captions at the config's sizes, both models
+in --dtype, PyTorch's in bfloat16 by its autocast; for each of --lengths captions of 3 tokens to so
+many, padded alike in both; and the convolutional stem alone, forward and backward. Prints a JSON
+line: of each {cpu_seconds, peer_cpu_seconds: medians of processor time, cpu_times_peer: the
+quotient, above 1 where ours is faster; seconds...: wall time}, and the parameters of both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from torch_alike import Alike, normalised, stepper
+from torch_alike import Alike, normalised, rounded, stepper
 
 from coca_jax import benchmark_train, huge_pages, ops, recipes
 from coca_jax.benchmark_model import build, make_params, random_batch, timed
@@ -86,7 +86,9 @@ def stem(config: Config, repeats: int) -> dict[str, float]:
 
     def theirs() -> int:
         twin.zero_grad()
-        twin(seen).backward(back)
+        with rounded(config):
+            found = twin(seen)
+        found.float().backward(back)
         return 0
 
     return timed(lambda: run(params, normal, placed), repeats, theirs)
@@ -99,10 +101,11 @@ def main() -> None:
     )
     parser.add_argument("--config", default="emoji")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 8])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    changed = {"text_lengths": tuple(given.lengths), "text_parts": 1, "model.dtype": "float32"}
+    changed = {"text_lengths": tuple(given.lengths), "text_parts": 1, "model.dtype": given.dtype}
     config = typed(recipes.load(given.config)).change(changed)
     found = steps(config, given.lengths, given.repeats)
     found["stem"] = stem(config, 3 * given.repeats)

@@ -56,10 +56,10 @@ CLOCK = (
         lower=("ours_mib", "time_share*", "mib*"),
     ),
     Measurement(
-        tuple(f"alike/{row}" for row in peers.ALIKE),
+        tuple(f"alike/{row}{suffix}" for row, suffix in peers.ALIKE),
         peers.alike,
         2,
-        "taskset -c 0 python benchmarks/alike.py --repeats=7",
+        "taskset -c 0 python benchmarks/alike.py --repeats=7, also --dtype=bfloat16",
         more=dict(unit="s", peer="PyTorch's model of the same layers, eager, in turn"),
         clock=True,
         higher=("torch_ours",),

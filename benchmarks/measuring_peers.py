@@ -42,18 +42,23 @@ def captions(batch: int, beams: int, times: int = 1) -> Callable[[Given], Rows]:
     return run
 
 
-ALIKE = ("step_16", "step_8", "stem")
+ALIKE = tuple(
+    (row, suffix) for suffix in ("", "_bfloat16") for row in ("step_16", "step_8", "stem")
+)
 
 
 def alike(given: Given) -> Rows:
     """Seconds of a core of the emoji recipe's step, and of its stem, and of PyTorch's alike."""
-    told = given.script("alike.py", one_core=True)
+    told = {
+        "": given.script("alike.py", one_core=True),
+        "_bfloat16": given.script("alike.py", "--dtype=bfloat16", one_core=True),
+    }
 
     def one(times: Values) -> Values:
         ours, torch = times["cpu_seconds"], times["peer_cpu_seconds"]
         return dict(ours=ours, torch=torch, torch_ours=torch / ours)
 
-    return {f"alike/{row}": one(told[row]) for row in ALIKE}
+    return {f"alike/{row}{suffix}": one(told[suffix][row]) for row, suffix in ALIKE}
 
 
 def towers(row: str, name: str) -> Callable[[Given], Rows]:

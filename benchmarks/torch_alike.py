@@ -227,11 +227,19 @@ def normalised(pixels: np.ndarray, model: Model) -> torch.Tensor:
     return ((torch.from_numpy(pixels) - mean) / std).permute(0, 3, 1, 2)
 
 
+def rounded(config: Config) -> torch.autocast:
+    """Where the config computes in bfloat16, PyTorch's products do so too, by its autocast."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+
+
 def loss_of(twin: Alike, config: Config, batch: dict[str, np.ndarray]) -> torch.Tensor:
     """Both losses of a batch, weighted: equal texts are positives, the captions' is the mean over
     their tokens."""
     tokens, valid = torch.from_numpy(batch["tokens"]).long(), torch.from_numpy(batch["text_valid"])
-    image, text, logits = twin(normalised(batch["image"], config.model), tokens, valid)
+    pixels = normalised(batch["image"], config.model)
+    with rounded(config):
+        found = twin(pixels, tokens, valid)
+    image, text, logits = (part.float() for part in found)
     ids = torch.from_numpy(batch["text_id"])
     same = (ids[:, None] == ids[None]).all(-1).float()
     target = same / same.sum(1, keepdim=True)
@@ -240,8 +248,8 @@ def loss_of(twin: Alike, config: Config, batch: dict[str, np.ndarray]) -> torch.
     wanted = tokens.where(valid, -1)[:, 1:]
     words = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1)
     contrastive = config.loss.contrastive_weight * (0.5 if config.loss.reduction == "mean" else 1)
-    found: torch.Tensor = contrastive * pairs + config.loss.captioning_weight * words
-    return found
+    loss: torch.Tensor = contrastive * pairs + config.loss.captioning_weight * words
+    return loss
 
 
 class Muon:
@@ -316,8 +324,9 @@ def stepper(config: Config) -> tuple[Alike, Callable[[dict[str, np.ndarray]], fl
         for group in adam.param_groups:
             group["lr"] = rate
         adam.step()
-        for muon, share in muons:
-            muon.step(rate * share)
+        with rounded(config):
+            for muon, share in muons:
+                muon.step(rate * share)
         taken += 1
         return loss.item()
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from coca_jax import run_config
-from coca_jax.evaluators import linear, probes, task_head, tasks
+from coca_jax import evaluators, run_config
+from coca_jax.evaluators import linear, probes, tasks
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.task_head import Answers, Classification
 from coca_jax.models import head_kinds
@@ -70,7 +70,7 @@ def test_data_of_other_classes_than_the_head_s_are_warned_of_and_a_part_of_them_
     other = records_of([["bird"], ["tree"], ["fish", "eel"]])
     line = f"none of 3 records has a class of the head,.* 'fish', 'eel', the head's 7 .*{NAMES[0]}"
     said = []
-    monkeypatch.setattr(task_head.logging, "warning", lambda text, *more: said.append(text % more))
+    monkeypatch.setattr(evaluators.logging, "warning", lambda text, *more: said.append(text % more))
     scores = dict(Classification("set").run(Fixed(rows), other))
     assert scores["classification/set/unknown_labels"] == 3 and re.search(line, said.pop())
     some = [*other[:2], *records_of([[NAMES[0]]])]

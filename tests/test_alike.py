@@ -97,6 +97,11 @@ def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monk
     ours = benchmark_train.ours(config)
     batch = alike.captions(config, 6)
     batch["text_id"][1] = batch["text_id"][0]
+    exact, near = (
+        torch_alike.loss_of(twin, config.change({"model.dtype": dtype}), batch).item()
+        for dtype in ("float32", "bfloat16")
+    )
+    assert near != exact and near == pytest.approx(exact, rel=0.01)  # products are rounded
     losses = [(float(ours(batch)["loss"]), theirs(batch)) for _ in range(3)]
     own, other = np.array(losses).T
     np.testing.assert_allclose(own[0], other[0], rtol=1e-5)

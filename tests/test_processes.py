@@ -93,7 +93,7 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
 SHARES = """
 import contextlib, json, resource, sys
 import jax, numpy as np
-from coca_jax import checkpointing, checksums, partitioning, processes, quiet
+from coca_jax import checkpointing, checksums, evaluators, partitioning, processes, quiet
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.evaluators.writing import NotWritten, Writing
 from coca_jax.config import typed
@@ -143,6 +143,7 @@ try:
     refused = str(setup.check_devices(typed(config)))
 except ValueError as error:
     refused = str(error)
+evaluators.warn("scenes", "found by both")
 told = dict(batches=batches, unwritten=unwritten, refused=refused)
 told["sums"] = checksums.of_tree(dict(split=weights, here=np.arange(5.0), everywhere=one))
 told["keeps_programs"] = jax.config.jax_enable_compilation_cache
@@ -173,7 +174,7 @@ def shares(tmp_path_factory):
     ]
     said = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    return [json.loads(out) for out, _ in said]
+    return [json.loads(out) | dict(warned=err.count("scenes: found by both")) for out, err in said]
 
 
 def test_programs_of_several_processes_on_cpus_are_not_kept(shares):
@@ -220,6 +221,10 @@ def test_a_save_that_one_process_cannot_write_fails_on_both_and_the_next_succeed
         for process, (_, line) in zip((1, 0), one["failures"]):
             assert "File too large" in line
             assert (f"/checkpoints: process {process}: " in line) == (number != process)
+
+
+def test_what_all_evaluators_find_is_said_once(shares):
+    assert [one["warned"] for one in shares] == [1, 0]
 
 
 def test_scores_that_process_0_cannot_write_are_told_to_all(shares):

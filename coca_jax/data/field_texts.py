@@ -6,18 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coca_jax.data import conversations
+
 INNER_TEXTS = ("raw", "caption", "text", "sentence")  # where an object in a field has its text
 INNER_LABELS = ("name", "label")
 
 
 def strings(value: Any, inner: Sequence[str] = INNER_TEXTS) -> list[str]:
     """A field that holds one text, a list of them, or texts by name (of a language), or nothing. Of
-    an object that says more about a text, only the text counts.
+    an object that says more about a text, only the text counts; of a conversation the first answer.
 
     inner: names, of which the first that an object has is its text.
 
     Raises:
-        ValueError: an object has none of these names, and not only texts.
+        ValueError: an object has none of these names, and not only texts; or as
+            `conversations.answer`.
     """
     if value is None:
         return []
@@ -28,6 +31,8 @@ def strings(value: Any, inner: Sequence[str] = INNER_TEXTS) -> list[str]:
             raise ValueError(f"an object of {there}: none of them is called {' or '.join(inner)}")
         found = value.values() if name is None else [value[name]]
         return [text for one in found for text in strings(one, inner)]
+    if conversations.is_conversation(value):
+        return strings(conversations.answer(value), inner)
     if isinstance(value, (list, tuple)):
         return [text for one in value for text in strings(one, inner)]
     if isinstance(value, float) and value != value:  # NaN: how tables say 'nothing'

@@ -21,7 +21,7 @@ METADATA = (  # of an imagefolder
 )
 TEXTS = (".txt", ".caption")  # of captions in files beside the images; the first that is there
 SIDECARS = (*TEXTS, ".json", ".cls")  # of all that is read beside them
-IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
+IMAGE_COLUMNS = ("file_name", "filepath", "image", "path", "images")  # of lists of image files
 
 SEPARATORS = {
     ",": "commas",

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
 import numpy as np
+from absl import logging
 
 from coca_jax import bars
 from coca_jax.image_shape import Size
@@ -72,6 +74,13 @@ class Predictor(Protocol):
     def explain(self, images: Any, texts: Sequence[str]) -> list[Explanation]:
         """N images, N texts -> the words of each, with attention over the image as `resize` has
         made it."""
+
+
+def warn(name: str, line: str) -> None:
+    """Says what an evaluator finds about the data or the model. name: of the evaluator. Every
+    process of a run finds the same: the first says it."""
+    if jax.process_index() == 0:
+        logging.warning("%s: %s", name, line)
 
 
 def in_batches(records: Iterable[Any], size: int, *, show: str = "") -> Iterator[list[Any]]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from coca_jax import image_shape, storage
 from coca_jax.config import rules
@@ -22,6 +21,7 @@ from coca_jax.evaluators import (
     in_batches,
     record_texts,
     stack_images,
+    warn,
 )
 from coca_jax.evaluators.caption_match import Scorer, score_references, score_scene
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting, called
@@ -285,7 +285,7 @@ class Captioning(Evaluator):
                 f"{full} of {len(counts)} references fill all model.text.max_len={max_len} tokens, "
                 "and what is longer loses its end: perplexity is of what is left"
             )
-            logging.warning("%s: %s", self.name, self.cut)
+            warn(self.name, self.cut)
         nats = bootstrap(-np.asarray(sums), np.asarray([sum(one) for one in tokens]))
         with np.errstate(over="ignore"):  # above 709 nats a token it is infinite
             found, low, high = np.exp(nats).tolist()
@@ -311,7 +311,7 @@ class Captioning(Evaluator):
         of_references = float(collapse.distinct(first).mean())
         self.warning = collapse.warning(figures, len(captions), of_references)
         if self.warning:
-            logging.warning("%s: %s", self.name, self.warning)
+            warn(self.name, self.warning)
 
     def _corpus_metrics(
         self, captions: Sequence[str], references: Sequence[Sequence[str]]

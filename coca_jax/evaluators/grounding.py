@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from coca_jax.data import regions
 from coca_jax.data.regions import Region
-from coca_jax.evaluators import Predictor, Record, in_batches, stack_images
+from coca_jax.evaluators import Predictor, Record, in_batches, stack_images, warn
 from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.declarations import Metric, Pictured, Setting
 from coca_jax.evaluators.intervals import with_interval
@@ -70,16 +69,16 @@ class Grounding(Pictured):
                 right = canonical_text(after(name, give)) == canonical_text(region.text)
                 found.append((score, box is not None, right))
                 shown.offer(functools.partial(_item, record, region, place, score))
-        why = f"{self.name}: no record has a region; check the data and its split"
+        why = "no record has a region; check the data and its split"
         if left:
             why = (
-                f"{self.name}: {len(left)} of {len(left) + len(found)} regions left out, whose "
+                f"{len(left)} of {len(left) + len(found)} regions left out, whose "
                 f"texts leave no room for a place within model.text.max_len={predict.max_len}; "
                 f"the first is {left[0].text[:60]!r}"
             )
-            logging.warning("%s", why)
+            warn(self.name, why)
         if not found:
-            raise ValueError(why)
+            raise ValueError(f"{self.name}: {why}")
         overlap, boxes, named = (np.asarray(column, np.float64) for column in zip(*found))
         yield from with_interval(f"{self.name}/accuracy_50", (overlap >= RIGHT).astype(float))
         yield from with_interval(f"{self.name}/overlap", overlap)

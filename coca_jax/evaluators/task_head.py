@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from absl import logging
 
-from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images
+from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images, warn
 from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
@@ -124,10 +123,11 @@ class Classification(OfRecords):
         if count and not surprise:
             given = ", ".join(map(repr, list(record["labels"])[:3])) or "none"
             shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
-            logging.warning(
-                "%s: none of %s records has a class of the head, so none can be right; labels of "
-                "the last are %s, the head's %s classes %s; give data of these classes",
-                *(self.name, count, given, len(names), shown),
+            warn(
+                self.name,
+                f"none of {count} records has a class of the head, so none can be right; labels "
+                f"of the last are {given}, the head's {len(names)} classes {shown}; give data of "
+                "these classes",
             )
         yield from tally.results()
         if surprise:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from coca_jax import renamed
 from coca_jax.config import rules
@@ -22,6 +21,7 @@ from coca_jax.evaluators import (
     encode_texts,
     in_batches,
     stack_images,
+    warn,
 )
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Setting
@@ -102,7 +102,7 @@ class ByPrompts(Evaluator):
         """`read_alike` of the task's classes, said and for the report's notes."""
         line = read_alike(predict, self.class_names, self.prompts)
         if line:
-            logging.warning("%s: %s", self.name, line)
+            warn(self.name, line)
         return [line] if line else []
 
     @classmethod

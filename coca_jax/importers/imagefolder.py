@@ -26,6 +26,7 @@ from coca_jax.importers.items import (
     named_units,
     names,
     names_of,
+    only,
     split_units,
     strings,
     take,
@@ -367,12 +368,14 @@ def _located(where: str, folder: str, fields: dict[str, Any], options: Options) 
     usual = (column for column in formats.IMAGE_COLUMNS if column in fields)
     column = first or formats.image_field(fields) or next(usual, "")
     is_there = is_field(fields, column)
-    name = take(fields, column, ())
+    name = only(take(fields, column, ()))
     if not isinstance(name, str) or not name:
         there = ", ".join(sorted(map(str, fields)))
         detail = f"no column of an image file; give --image_field=NAME, one of {there}"
         if is_there and name in (None, ""):
             detail = f"its {column!r} is empty"
+        elif isinstance(name, list):
+            detail = f"its {column!r} has {len(name)} images, and an example has one"
         return Located(Item(where, problem="missing_image", detail=detail))
     second = fields.pop(other, None) if other else ""
     if other and (not isinstance(second, str) or not second):

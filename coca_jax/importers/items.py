@@ -14,8 +14,8 @@ from coca_jax.data.field_texts import INNER_LABELS, strings
 from coca_jax.data.references import Span
 
 TEXT_FIELDS = ("text", "caption", "title")
-LISTED_TEXTS = (  # in lists and tables: of many sets on the hub, of Karpathy, of Flickr30k
-    *(*TEXT_FIELDS, "captions", "sentences", "comment"),
+LISTED_TEXTS = (  # in lists and tables: of sets on the hub, of Karpathy, of Flickr30k, of chats
+    *(*TEXT_FIELDS, "captions", "sentences", "comment", "conversations", "messages"),
 )
 LABEL_FIELDS = ("label", "labels")
 
@@ -180,6 +180,11 @@ def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options)
     except Exception as error:  # file systems have types of their own
         item.problem, item.detail = "missing_image", f"{type(error).__name__}: {error}"
     return item
+
+
+def only(value: Any) -> Any:
+    """The one image of a field that lists a row's images; another value as it is."""
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
 def printable(text: str) -> str:

@@ -24,6 +24,7 @@ from coca_jax.importers.items import (
     guarded,
     load_image,
     names,
+    only,
     split_units,
     strings,
     take,
@@ -31,7 +32,9 @@ from coca_jax.importers.items import (
 )
 
 ROWS_PER_UNIT = 4096
-IMAGE_FIELDS = ("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path")
+IMAGE_FIELDS = (
+    *("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path", "images"),
+)
 PATTERNS = formats.PATTERNS["parquet"]
 _BATCH_BYTES = 256 << 20  # of a batch, were each of its rows as large as its whole row group
 _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100  # of a row group that is more of a bomb than pictures
@@ -227,7 +230,8 @@ def _row(
 
 
 def _load(item: Item, image: Any, unit: Unit, options: Options) -> Item:
-    """Puts an image into the item: HF's struct, bytes, or the path of a file."""
+    """Puts an image into the item: HF's struct, bytes, the path of a file, or a list of one."""
+    image = only(image)
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -236,5 +240,8 @@ def _load(item: Item, image: Any, unit: Unit, options: Options) -> Item:
         load_image(item, posixpath.dirname(unit.path), image, unit, options)
     else:
         item.problem = "missing_image"
-        item.detail = f"the image of the row is {type(image).__name__}: neither bytes nor a path"
+        what = f"{type(image).__name__}: neither bytes nor a path"
+        if isinstance(image, list):
+            what = f"a list of {len(image)}, and an example has one"
+        item.detail = f"the image of the row is {what}"
     return item

@@ -22,6 +22,7 @@ _MAX_FOOTER, _MAX_HEADER = 100 << 20, 16 << 20  # bytes
 _MAX_PAGE = 128 << 20  # bytes of a page, packed or not; writers make them of about one MiB
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # kinds of pages
 _BYTE_ARRAY = 6
+_OF_LISTS = ("list", "element", "item")  # of pyarrow's, by version
 _NEEDLE = 64  # bytes that are looked for before a whole value is compared
 _MAX_DEPTH, _MAX_ITEMS = 16, 10_000_000
 
@@ -133,14 +134,15 @@ class Columns:
 
     def values(self, group: int, name: str) -> Values:
         """The values of a column that the group has as bytes; a struct's field `bytes` counts as
-        the struct."""
+        the struct, what is in a list as the list."""
         if self._handle is None:
             self._open()
         try:
             chunks = [chunk[3] for chunk in self._groups[group][1]]
             for chunk in chunks:
-                told = [part.decode() for part in chunk[3]]
-                if told in ([name], [name, "bytes"]) and chunk[1] == _BYTE_ARRAY:
+                told, *within = [part.decode() for part in chunk[3]]
+                field = [part for part in within if part not in _OF_LISTS]
+                if told == name and field in ([], ["bytes"]) and chunk[1] == _BYTE_ARRAY:
                     return Values(_pages(self._handle, chunk), self._path, self._bytes)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError):
             pass  # damaged, which the reader of the rows says

@@ -1,0 +1,97 @@
+"""Sets for chat models: the first answer about an image is its caption."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from prepare_cases import encode, import_data, reasons_of
+
+from coca_jax.data import field_texts, sources
+
+
+def said(*turns):
+    """LLaVA's turns."""
+    return [{"from": who, "value": what} for who, what in turns]
+
+
+ASKED = said(
+    ("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "On?"), ("gpt", "A mat")
+)
+PARTS = [dict(type="image", text=None), dict(type="text", text="Describe.")]
+ANSWER = [dict(type="text", text="A cat.")]
+
+
+@pytest.mark.parametrize(
+    "value, texts",
+    [
+        (ASKED, ["A cat."]),
+        ([dict(role="user", content="hm"), dict(role="assistant", content="A dog.")], ["A dog."]),
+        ([dict(role="user", content=PARTS), dict(role="assistant", content=ANSWER)], ["A cat."]),
+        ([dict(role="assistant", content=["A", "B"])], ["A", "B"]),
+        (said(("system", "s"), ("model", " ")), []),
+        # Of other objects the texts count, as before.
+        ([{"raw": "a", "from": "x"}, {"raw": "b"}], ["a", "b"]),
+        ({"from": "a", "value": "b"}, ["a", "b"]),
+        ([], []),
+    ],
+)
+def test_the_first_answer_is_the_caption(value, texts):
+    assert field_texts.strings(value) == texts
+
+
+@pytest.mark.parametrize("value", [said(("human", "a"), ("human", "b")), said(("gpt", None))])
+def test_a_conversation_without_an_answer_is_no_caption(value):
+    who = value[0]["from"]
+    with pytest.raises(
+        ValueError, match=f"conversation of {who}, without an answer of gpt, assist"
+    ):
+        field_texts.strings(value)
+
+
+def write_llava(folder):
+    rows = [dict(id=i, image=f"{i}.jpg", conversations=ASKED) for i in range(3)]
+    rows.append(dict(id=3, image="0.jpg", conversations=said(("human", "a"))))
+    (folder / "llava.json").write_text(json.dumps(rows))
+    return "json", folder / "llava.json", {"0.jpg": "bad_record"}
+
+
+def write_messages(folder):
+    turns = [dict(role="user", content="<image>"), dict(role="assistant", content="A cat.")]
+    rows = [dict(images=[f"{i}.jpg"], messages=turns) for i in range(3)]
+    rows.append(dict(images=["0.jpg", "1.jpg"], messages=turns))
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return "jsonl", folder / "m.jsonl", {"m.jsonl@0+3": "missing_image"}
+
+
+def write_parquet(folder):
+    turns = [dict(role="user", content=PARTS), dict(role="assistant", content=ANSWER)]
+    images = [[dict(bytes=encode(i), path=f"{i}.jpg")] for i in range(3)]
+    images.append([images[0][0], images[1][0]])
+    table = pa.table({"images": images, "messages": [turns] * 4})
+    pq.write_table(table, folder / "m.parquet")
+    return "parquet", folder / "m.parquet", {"m.parquet#3": "missing_image"}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("write", [write_llava, write_messages, write_parquet])
+def test_conversations_and_lists_of_one_image_are_read(tmp_path, write, in_place):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.jpg").write_bytes(encode(i))
+    format, path, reasons = write(tmp_path / "in")
+    result = import_data(format, path, tmp_path / "out", in_place=in_place)
+    assert (result["read"], result["written"], result["with_text"]) == (4, 3, 3)
+    found = list(sources.open_source(str(tmp_path / "out"), "train"))
+    assert [(one.image, one.texts) for one in found] == [(encode(i), ("A cat.",)) for i in range(3)]
+    assert reasons_of(tmp_path / "out") == reasons
+
+
+def test_an_image_is_one_of_several(tmp_path):
+    """A field that is named may list images too, and says how many it has."""
+    (tmp_path / "0.jpg").write_bytes(encode(0))
+    rows = [dict(photos=names, caption="a") for names in (["0.jpg"], ["0.jpg", "0.jpg"])]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    import_data("jsonl", tmp_path / "m.jsonl", tmp_path / "out", image_field="photos")
+    told = json.loads((tmp_path / "out/train-quarantine.jsonl").read_text())
+    assert told["detail"] == "its 'photos' has 2 images, and an example has one"
