@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.data import field_texts, sources
+from coca_jax.data import field_texts, formats, sources
 
 
 def said(*turns):
@@ -73,6 +73,15 @@ def write_parquet(folder):
     return "parquet", folder / "m.parquet", {"m.parquet#3": "missing_image"}
 
 
+def test_a_list_names_lists_of_one_image_from_the_folder_above(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "0.jpg").write_bytes(encode(0))
+    rows = [dict(images=["0.jpg"], conversations=ASKED)]
+    (tmp_path / "annotations/chat.json").write_text(json.dumps(rows))
+    result = import_data("json", tmp_path / "annotations/chat.json", tmp_path / "out")
+    assert (result["written"], result["with_text"]) == (1, 1)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("write", [write_llava, write_messages, write_parquet])
 def test_conversations_and_lists_of_one_image_are_read(tmp_path, write, in_place):
@@ -85,6 +94,21 @@ def test_conversations_and_lists_of_one_image_are_read(tmp_path, write, in_place
     found = list(sources.open_source(str(tmp_path / "out"), "train"))
     assert [(one.image, one.texts) for one in found] == [(encode(i), ("A cat.",)) for i in range(3)]
     assert reasons_of(tmp_path / "out") == reasons
+
+
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        (dict(images=["a.jpg"], messages=[]), "images"),
+        (dict(photos=["a.jpg", "b.PNG"], n=["c"]), "photos"),  # which is one too many, and told
+        (dict(images="3", photo="a.jpg"), "photo"),
+        (dict(images=["a.jpg"], file_name="b.jpg"), "file_name"),
+        (dict(images=[], captions=["a cat"]), ""),
+        (dict(images=["a.jpg"], others=["b.jpg"]), ""),
+    ],
+)
+def test_the_field_of_the_images_is_found_by_their_names(row, field):
+    assert formats.image_field(row) == field
 
 
 def test_an_image_is_one_of_several(tmp_path):

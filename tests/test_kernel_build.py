@@ -66,17 +66,14 @@ def test_a_compiler_that_may_not_be_run_is_named(place, tmp_path, monkeypatch):
 
 EXPONENTIALS = """
 #include "vectors.h"
-extern "C" void exponentials(const float* x, float* alone, float* together, int count) {
-  for (int i = 0; i < count; i += kLanes) Store(together + i, Exp(Load(x + i)));
-  for (int i = 0; i < count; ++i) alone[i] = Exp(x[i]);
-}
+extern "C" void exponentials(float* x, int count) { Map(x, count, Exp); }
 """
 
 
 @needs_compiler
 @pytest.mark.parametrize("machine", ["native", "x86-64"])
 def test_exponentials_are_exact_to_the_last_places(machine, tmp_path):
-    """Though the compiler may regroup sums. Without products and sums in one, vectors' are."""
+    """Though the compiler may regroup sums; whole vectors, and what is left behind them."""
     if machine == "x86-64" and platform.machine() != "x86_64":
         pytest.skip("needs a processor of that kind")
     (tmp_path / "e.cc").write_text(EXPONENTIALS)
@@ -84,12 +81,17 @@ def test_exponentials_are_exact_to_the_last_places(machine, tmp_path):
     headers = pathlib.Path(build.__file__).parent
     command = ["c++", *flags, f"-I{headers}", "e.cc", "-o", "e.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
+    exponentials = ctypes.CDLL(str(tmp_path / "e.so")).exponentials
     x = np.linspace(-87, 80, 1 << 16, dtype=np.float32)
-    found = [np.zeros_like(x) for _ in range(2)]
-    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (x, *found)]
-    ctypes.CDLL(str(tmp_path / "e.so")).exponentials(*pointers, x.size)
-    for values in found[machine == "x86-64" :]:
-        np.testing.assert_allclose(values, np.exp(x.astype(np.float64)), rtol=2.5e-7)
+    for count in (x.size, 1, 7, 19):
+        found = np.append(x[-count:], np.float32(5))
+        exponentials(found.ctypes.data_as(ctypes.c_void_p), count)
+        want = np.exp(x[-count:].astype(np.float64))
+        np.testing.assert_allclose(found[:-1], want, rtol=2.5e-7)
+        assert found[-1] == 5
+    lowest = np.asarray([-87.5, -1e30, -np.inf], np.float32)
+    exponentials(lowest.ctypes.data_as(ctypes.c_void_p), 3)
+    assert lowest.tolist() == [0, 0, 0]
 
 
 @needs_compiler

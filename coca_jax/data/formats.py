@@ -21,7 +21,7 @@ METADATA = (  # of an imagefolder
 )
 TEXTS = (".txt", ".caption")  # of captions in files beside the images; the first that is there
 SIDECARS = (*TEXTS, ".json", ".cls")  # of all that is read beside them
-IMAGE_COLUMNS = ("file_name", "filepath", "image", "path", "images")  # of lists of image files
+IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
 
 SEPARATORS = {
     ",": "commas",
@@ -201,14 +201,15 @@ def _cells(line: str, way: dict[str, Any]) -> list[str]:
 
 def image_field(row: Mapping[str, Any]) -> str:
     """The field of a list's row that names an image: one of the usual names, else the only one
-    whose text ends as the names of pictures do; '' where there is none."""
+    whose text, or each text of which, ends as the names of pictures do; '' where there is none."""
     usual = [name for name in IMAGE_COLUMNS if row.get(name) not in (None, "", [])]
-    by_text = [
-        name
-        for name, value in row.items()
-        if isinstance(value, str) and value.strip().lower().endswith(MEDIA)
-    ]
+    by_text = [name for name, value in row.items() if _names_pictures(value)]
     return usual[0] if usual else by_text[0] if len(by_text) == 1 else ""
+
+
+def _names_pictures(value: Any) -> bool:
+    texts = value if isinstance(value, list) and value else [value]
+    return all(isinstance(one, str) and one.strip().lower().endswith(MEDIA) for one in texts)
 
 
 def beside(path: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from coca_jax.data import bounded_json, files, formats, named_files
 from coca_jax.importers import imagefolder, named_fields
-from coca_jax.importers.items import Item, Options, Unit, split_units
+from coca_jax.importers.items import Item, Options, Unit, only, split_units
 
 PATTERNS = formats.PATTERNS["json"]
 _MAX_BYTES = 1 << 30  # of a list, which is read as a whole
@@ -140,7 +140,7 @@ def _folder(path: str, root: str, mark: str) -> str:
     (train2017 of captions_train2017.json), or else the root."""
     told = posixpath.splitext(posixpath.basename(path))[0].rpartition("_")[2]
     rows = [dict(row) for row in _rows(path, mark)[:_LOOK_AT] if not isinstance(row, csv.Error)]
-    names = [row[formats.image_field(row)] for row in rows if formats.image_field(row)]
+    names = [only(row[formats.image_field(row)]) for row in rows if formats.image_field(row)]
     named = [name for name in names if isinstance(name, str)]
     within = [name for name in named if not posixpath.isabs(name) and "://" not in name]
     for folder in (posixpath.dirname(path) or ".", files.join(root, told)):

@@ -24,7 +24,7 @@ void Attend(const float* query, const float* keys, const float* values, const bo
     scores[m] = Sum(dot);
     highest = std::max(highest, scores[m]);
   }
-  for (int64_t m = 0; m < slots; ++m) scores[m] = Exp(scores[m] - highest);
+  Map(scores, slots, [=](Vector score) { return Exp(score - highest); });
   for (int64_t m = 0; m < slots; ++m) {
     if (mask && !mask[m]) continue;
     total += scores[m];
@@ -59,6 +59,40 @@ inline void AllScores(const Number* turned, const Number* tokens, int64_t count,
                     ahead + m / 2 * width);
   for (; m < count; ++m)
     Scores<1>(turned, tokens + m * width, width, scores + m * kQueries, ahead);
+}
+
+constexpr int kRound = std::max(kQueries, kLanes);  // scores of whole tokens in whole vectors
+
+// Replaces scores [count, 8] by their exponentials, the highest of each query's being 1; factors
+// [8] make the sum of a query's 1. Scores behind them, of one token, are overwritten.
+inline void Soften(float* scores, int64_t count, float* factors) {
+  constexpr int kParts = kRound / kLanes;
+  const int64_t all = (count * kQueries + kRound - 1) / kRound * kRound;
+  std::fill(scores + count * kQueries, scores + all, -INFINITY);
+  Vector most[kParts], total[kParts] = {};
+  std::memcpy(most, scores, sizeof(most));
+  for (int64_t i = kRound; i < all; i += kRound)
+    for (int p = 0; p < kParts; ++p) most[p] = Larger(most[p], Load(scores + i + p * kLanes));
+  float parts[kRound];
+  std::memcpy(parts, most, sizeof(parts));
+  for (int r = 0; r < kQueries; ++r) {
+    for (int i = r; i < kRound; i += kQueries) parts[r] = std::max(parts[r], parts[i]);
+    for (int i = r; i < kRound; i += kQueries) parts[i] = parts[r];
+  }
+  std::memcpy(most, parts, sizeof(parts));
+  for (int64_t i = 0; i < all; i += kRound)
+    for (int p = 0; p < kParts; ++p) {
+      float* at = scores + i + p * kLanes;
+      const Vector weights = Exp(Load(at) - most[p]);
+      Store(at, weights);
+      total[p] += weights;
+    }
+  std::memcpy(parts, total, sizeof(parts));
+  for (int r = 0; r < kQueries; ++r) {
+    float sum = 0.0f;
+    for (int i = r; i < kRound; i += kQueries) sum += parts[i];
+    factors[r] = 1.0f / sum;
+  }
 }
 
 #ifdef COCA_JAX_BFLOAT16
@@ -134,26 +168,14 @@ void AttendTokens(const Number* tokens, int64_t count, int64_t width, Operands q
     for (int64_t k = 0; k < width; k += 4)
       std::memcpy(turned + k * kQueries + 4 * r, queries[r] + k, 4 * sizeof(Number));
   AllScores(turned, tokens, count, width, scores, ahead);
-  // Of an odd count the last row has a partner without weight.
-  std::fill_n(scores + count * kQueries, kQueries, -INFINITY);
-  float highest[2 * kQueries], total[2 * kQueries] = {}, factors[kQueries];
-  std::fill_n(highest, 2 * kQueries, -INFINITY);
-  for (int64_t m = 0; m < count; m += 2)
-    for (int i = 0; i < 2 * kQueries; ++i)
-      highest[i] = std::max(highest[i], scores[m * kQueries + i]);
-  for (int r = 0; r < kQueries; ++r)
-    highest[r] = highest[r + kQueries] = std::max(highest[r], highest[r + kQueries]);
+  float factors[kQueries];
+  Soften(scores, count, factors);  // of an odd count the last row has a partner without weight
   const __m512i paired = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   for (int64_t m = 0; m < count; m += 2) {
-    float* two = scores + m * kQueries;
-    for (int i = 0; i < 2 * kQueries; ++i) {
-      two[i] = Exp(two[i] - highest[i]);
-      total[i] += two[i];
-    }
-    const Vector pairs = (Vector)_mm512_permutexvar_ps(paired, (__m512)Load(two));
+    const __m512 two = (__m512)Load(scores + m * kQueries);
+    const Vector pairs = (Vector)_mm512_permutexvar_ps(paired, two);
     Store(reinterpret_cast<Number*>(weights + m / 2 * kQueries), pairs);
   }
-  for (int r = 0; r < kQueries; ++r) factors[r] = 1.0f / (total[r] + total[r + kQueries]);
   static constexpr auto weighted = WeightedOf(std::make_integer_sequence<int, kQueries>());
   for (int64_t k = 0; k < width; k += kPanel)
     weighted[few - 1](weights, factors, tokens + k, count, width, queries[0] + k, queries.stride,
@@ -185,25 +207,17 @@ void AttendTokens(const float* tokens, int64_t count, int64_t width, Operands qu
                   const float* ahead) {
   const int64_t padded = Stride(count);
   float* turned = Scratch<3>(width * kQueries);
-  float* scores = Scratch<4>(count * kQueries);
+  float* scores = Scratch<4>((count + 1) * kQueries);
   float* weights = Scratch<5>(kQueries * padded);
   std::fill_n(turned, width * kQueries, 0.0f);
   for (int r = 0; r < few; ++r)
     for (int64_t k = 0; k < width; ++k) turned[k * kQueries + r] = queries[r][k];
   AllScores(turned, tokens, count, width, scores, ahead);
-  float highest[kQueries], total[kQueries] = {};
-  std::fill_n(highest, kQueries, -INFINITY);
-  for (int64_t m = 0; m < count; ++m)
-    for (int r = 0; r < kQueries; ++r)
-      highest[r] = std::max(highest[r], scores[m * kQueries + r]);
-  for (int64_t m = 0; m < count; ++m)
-    for (int r = 0; r < kQueries; ++r) {
-      float& score = scores[m * kQueries + r];
-      score = Exp(score - highest[r]);
-      total[r] += score;
-    }
+  float factors[kQueries];
+  Soften(scores, count, factors);
   for (int r = 0; r < few; ++r)
-    for (int64_t m = 0; m < count; ++m) weights[r * padded + m] = scores[m * kQueries + r] / total[r];
+    for (int64_t m = 0; m < count; ++m)
+      weights[r * padded + m] = scores[m * kQueries + r] * factors[r];
   for (int r = 0; r < few; ++r) std::fill_n(queries[r], width, 0.0f);
   for (int64_t m = 0; m < count; m += kDepth) {
     const int64_t depth = std::min<int64_t>(kDepth, count - m);

@@ -17,24 +17,26 @@ namespace {
 // ops.reference.ACTIVATIONS, by name.
 enum class Activation { kGelu, kGeluExact, kRelu, kQuickGelu };
 
-inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(std::min(-x, 80.0f))); }
+inline Vector Sigmoid(Vector x) {
+  return 1.0f / (1.0f + Exp(-x > 80.0f ? Vector{} + 80.0f : -x));
+}
 
 // Half of erfc(x / sqrt 2) for x >= 0, to 8e-8: Abramowitz and Stegun 7.1.26.
-inline float UpperTail(float x) {
-  const float z = x * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
-  float series = 1.061405429f;
+inline Vector UpperTail(Vector x) {
+  const Vector z = x * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+  Vector series = Vector{} + 1.061405429f;
   for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
     series = series * t + c;
   return 0.5f * t * series * Exp(-z * z);
 }
 
 template <Activation kind>
-inline float Activate(float x) {
-  if (kind == Activation::kRelu) return std::max(x, 0.0f);
+inline Vector Activate(Vector x) {
+  if (kind == Activation::kRelu) return x < 0.0f ? Vector{} : x;
   if (kind == Activation::kQuickGelu) return x * Sigmoid(1.702f * x);
   // (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
   if (kind == Activation::kGelu) return x * Sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
-  const float tail = UpperTail(std::fabs(x));
+  const Vector tail = UpperTail(x < 0.0f ? -x : x);
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
@@ -202,8 +204,8 @@ void Mlp(ffi::ThreadPool& pool, const Input& in, int64_t hidden, const float* up
     Multiply(member, {normed, in.rows, in.width, hidden, up},
              [&](int64_t row, int64_t, int64_t column, const float* sums, int64_t columns) {
                float part[kPanel];
-               for (int64_t i = 0; i < columns; ++i)
-                 part[i] = Activate<kind>(sums[i] + up_bias[column + i]);
+               for (int64_t i = 0; i < columns; ++i) part[i] = sums[i] + up_bias[column + i];
+               Map(part, columns, Activate<kind>);
                Put(inner[row] + column, part, columns);
              });
     Multiply(member, {inner, in.rows, hidden, in.width, down}, Residual(in, down_bias, y));
@@ -250,10 +252,12 @@ ffi::Error Logits(ffi::ThreadPool pool, Floats x, Floats scale, Floats shift, Nu
     Multiply(member, {normed, in.rows, in.width, vocabulary, weights}, Biased(out, add));
     member.Each(in.rows, [&](int64_t row, int64_t) {
       const float* logits = out[row];
-      float highest = -INFINITY, total = 0.0f;
-      for (int64_t i = 0; i < vocabulary; ++i) highest = std::max(highest, logits[i]);
-      for (int64_t i = 0; i < vocabulary; ++i) total += Exp(logits[i] - highest);
-      sums[row] = highest + std::log(total);
+      const auto at = [=](int64_t i) { return Load(logits + i, vocabulary - i, -INFINITY); };
+      Vector most = at(0), total = {};
+      for (int64_t i = kLanes; i < vocabulary; i += kLanes) most = Larger(most, at(i));
+      const float highest = Largest(most);
+      for (int64_t i = 0; i < vocabulary; i += kLanes) total += Exp(at(i) - highest);
+      sums[row] = highest + std::log(Sum(total));
     });
   });
   return ffi::Error::Success();

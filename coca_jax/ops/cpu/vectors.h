@@ -29,30 +29,35 @@ inline Vector Load(const float* from) {
 
 inline void Store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
 
-inline float Sum(Vector v) {
+// The next floats, of which `left` are there; `rest` in place of others.
+inline Vector Load(const float* from, int64_t left, float rest) {
+  if (left >= kLanes) return Load(from);
+  Vector v = rest - Vector{};
+  std::memcpy(&v, from, left * sizeof(float));
+  return v;
+}
+
+inline Vector Larger(Vector a, Vector b) { return a < b ? b : a; }
+
+// The float that `pair` makes of all those of a vector, two at a time.
+template <typename Pair>
+float Fold(Vector v, const Pair& pair) {
   float part[kLanes];
   std::memcpy(part, &v, sizeof(part));
   for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    for (int i = 0; i < half; ++i) part[i] = pair(part[i], part[i + half]);
   return part[0];
 }
 
-inline int32_t Truncated(float x) { return static_cast<int32_t>(x); }
-inline Integers Truncated(Vector x) { return __builtin_convertvector(x, Integers); }
-inline float Exact(int32_t x) { return static_cast<float>(x); }
-inline Vector Exact(Integers x) { return __builtin_convertvector(x, Vector); }
-
-// A value that the compiler, which may regroup sums, takes as it is. Loops over numbers stay loops
-// that it can do in vectors, in which without products and sums in one it regroups all the same.
-inline float AsWritten(float x) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(x);
-#endif
-#endif
-  return x;
+inline float Sum(Vector v) {
+  return Fold(v, [](float a, float b) { return a + b; });
 }
 
+inline float Largest(Vector v) {
+  return Fold(v, [](float a, float b) { return std::max(a, b); });
+}
+
+// A value that the compiler, which may regroup sums, takes as it is.
 inline Vector AsWritten(Vector x) {
 #if defined(__x86_64__)
   asm("" : "+v"(x));
@@ -62,23 +67,32 @@ inline Vector AsWritten(Vector x) {
   return x;
 }
 
-// exp(x) for x <= 88, a number or a vector of them, to a few units in the last place; below -87, 0:
-// a product with a number too small for its exponent takes a hundred times as long.
-template <typename T>
-inline T Exp(T given) {
-  const T x = given < -87.0f ? T{} - 87.0f : given;
-  const T turns = x * 1.44269504f + (x < 0.0f ? T{} - 0.5f : T{} + 0.5f);
-  const auto nearest = Truncated(turns);
-  const T n = Exact(nearest);
+// exp(x) for x <= 88, to a few units in the last place; below -87, 0: a product with a number too
+// small for its exponent takes a hundred times as long. Of vectors alone: a loop over numbers is one
+// that a compiler may leave as it is, and then takes several times as long.
+inline Vector Exp(Vector given) {
+  const Vector x = given < -87.0f ? Vector{} - 87.0f : given;
+  const Vector turns = x * 1.44269504f + (x < 0.0f ? Vector{} - 0.5f : Vector{} + 0.5f);
+  const Integers nearest = __builtin_convertvector(turns, Integers);
+  const Vector n = __builtin_convertvector(nearest, Vector);
   // ln 2 in two parts, the first of few bits, so that n times it is exact.
-  const T r = AsWritten(x - n * 0.693359375f) + n * 2.12194440e-4f;
-  T series = T{} + 1.0f / 5040.0f;
+  const Vector r = AsWritten(x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector series = Vector{} + 1.0f / 5040.0f;
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
     series = series * r + c;
-  const auto bits = (nearest + 127) << 23;
-  T power;
+  const Integers bits = (nearest + 127) << 23;
+  Vector power;
   std::memcpy(&power, &bits, sizeof(power));
-  return given < -87.0f ? T{} : series * power;
+  return given < -87.0f ? Vector{} : series * power;
+}
+
+// Replaces `count` floats by function(vector) of them, the last vector filled up with zeros.
+template <typename Function>
+void Map(float* values, int64_t count, const Function& function) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vector made = function(Load(values + i, count - i, 0.0f));
+    std::memcpy(values + i, &made, std::min<int64_t>(kLanes, count - i) * sizeof(float));
+  }
 }
 
 }  // namespace
