@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.data import field_texts, formats, sources
+from coca_jax.data import conversations, field_texts, formats, sources
 
 
 def said(*turns):
@@ -18,6 +18,7 @@ def said(*turns):
 ASKED = said(
     ("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "On?"), ("gpt", "A mat")
 )
+ROLES = [dict(role="user", content="hm")]
 PARTS = [dict(type="image", text=None), dict(type="text", text="Describe.")]
 ANSWER = [dict(type="text", text="A cat.")]
 
@@ -30,6 +31,7 @@ ANSWER = [dict(type="text", text="A cat.")]
         ([dict(role="user", content=PARTS), dict(role="assistant", content=ANSWER)], ["A cat."]),
         ([dict(role="assistant", content=["A", "B"])], ["A", "B"]),
         (said(("system", "s"), ("model", " ")), []),
+        ([{"from": "x", "value": "y", "role": "assistant", "content": "A"}, *ROLES], ["A"]),
         # Of other objects the texts count, as before.
         ([{"raw": "a", "from": "x"}, {"raw": "b"}], ["a", "b"]),
         ({"from": "a", "value": "b"}, ["a", "b"]),
@@ -47,6 +49,11 @@ def test_a_conversation_without_an_answer_is_no_caption(value):
         ValueError, match=f"conversation of {who}, without an answer of gpt, assist"
     ):
         field_texts.strings(value)
+
+
+def test_what_is_no_conversation_has_no_answer():
+    with pytest.raises(ValueError, match="no conversation: not all of 2 turns say who speaks"):
+        conversations.answer([*ROLES, dict(text="hm")])
 
 
 def write_llava(folder):

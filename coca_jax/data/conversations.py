@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _TURNS = (("from", "value"), ("role", "content"))  # who speaks, what is said
@@ -12,22 +12,28 @@ _ANSWERS = ("gpt", "assistant", "model")
 
 def is_conversation(value: Any) -> bool:
     """Whether a field is a list of turns, each with a speaker and what is said."""
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    return any(
-        all(isinstance(turn, Mapping) and turn.keys() >= {*names} for turn in value)
-        for names in _TURNS
-    )
+    return isinstance(value, (list, tuple)) and bool(value) and _names(value) is not None
 
 
-def answer(turns: Any) -> Any:
+def _names(turns: Sequence[Any]) -> tuple[str, str] | None:
+    """What all turns call the speaker and what is said."""
+    for names in _TURNS:
+        if all(isinstance(turn, Mapping) and turn.keys() >= {*names} for turn in turns):
+            return names
+    return None
+
+
+def answer(turns: Sequence[Mapping[str, Any]]) -> Any:
     """What the model of a conversation says first, which is the caption: later turns ask about
     parts of the image. A text, or a list of the texts among its parts.
 
     Raises:
-        ValueError: no turn is the model's.
+        ValueError: it is no conversation, or no turn is the model's.
     """
-    who, said = next(names for names in _TURNS if turns[0].keys() >= {*names})
+    names = _names(turns)
+    if names is None:
+        raise ValueError(f"no conversation: not all of {len(turns)} turns say who speaks")
+    who, said = names
     found = next((turn[said] for turn in turns if turn[who] in _ANSWERS), None)
     if found is None:
         there = " and ".join(dict.fromkeys(str(turn[who]) for turn in turns))

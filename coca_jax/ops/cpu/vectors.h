@@ -89,10 +89,11 @@ inline Vector Exp(Vector given) {
 // Replaces `count` floats by function(vector) of them, the last vector filled up with zeros.
 template <typename Function>
 void Map(float* values, int64_t count, const Function& function) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vector made = function(Load(values + i, count - i, 0.0f));
-    std::memcpy(values + i, &made, std::min<int64_t>(kLanes, count - i) * sizeof(float));
-  }
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) Store(values + i, function(Load(values + i)));
+  if (whole == count) return;
+  const Vector made = function(Load(values + whole, count - whole, 0.0f));
+  std::memcpy(values + whole, &made, (count - whole) * sizeof(float));
 }
 
 }  // namespace
