@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -79,6 +78,8 @@ class Predictor(Protocol):
 def warn(name: str, line: str) -> None:
     """Says what an evaluator finds about the data or the model. name: of the evaluator. Every
     process of a run finds the same: the first says it."""
+    import jax  # `--help` of a command that evaluates does without
+
     if jax.process_index() == 0:
         logging.warning("%s: %s", name, line)
 
