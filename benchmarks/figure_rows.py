@@ -58,7 +58,7 @@ CLOCK = (
     Measurement(
         tuple(f"alike/{row}{suffix}" for row, suffix in peers.ALIKE),
         peers.alike,
-        2,
+        3,
         "taskset -c 0 python benchmarks/alike.py --repeats=7, also --dtype=bfloat16",
         more=dict(unit="s", peer="PyTorch's model of the same layers, eager, in turn"),
         clock=True,
