@@ -140,7 +140,7 @@ CLOCK = (
     Measurement(
         ("demo_resumed",),
         parts.resumed,
-        2,
+        1,
         f"{TRAIN}=demo --config.log.every_steps=1, killed and started again",
         more=dict(unit="s"),
         clock=True,
