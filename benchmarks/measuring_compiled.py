@@ -28,14 +28,14 @@ TPU = {
     "base/v6e": "--config=coca_base --topology=v6e:16x16",
     "coca_2026_base/v4": "--config=coca_2026_base --topology=v4:8x8x8",
 }
-ONE = "--topology=h100:1 --config.batch_size=256 --config.remat=none"
+ONE = "--topology=h100:1 --config.batch_size=256 --config.remat=none --config.mesh.fsdp=1"
 H100 = {
     "h100_base/padded": f"--config=coca_base {ONE}",
     "h100_vit_l_14/padded": "--config=benchmarks/released_recipe.py:coca_ViT-L-14 "
     "--topology=h100:1 --config.batch_size=192 --config.remat=none --config.mesh.fsdp=1",
     "h100_others/2b": "--config=coca_2b --topology=h100:8 --config.batch_size=512 "
     "--config.mesh.fsdp=8 --config.remat=named",
-    "h100_others/coca_2026_base": f"--config=coca_2026_base {ONE} --config.mesh.fsdp=1",
+    "h100_others/coca_2026_base": f"--config=coca_2026_base {ONE}",
 }
 SHARE = "--config=coca_224 --topology=cpu:1 --config.batch_size=64 --config.remat"
 MEMORY = {

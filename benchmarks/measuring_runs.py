@@ -255,7 +255,8 @@ def fits(given: Given) -> Rows:
         took, spent = time.perf_counter() - start, children() - spent
         told, rows = scores(run), (run / "metrics.jsonl").read_text().splitlines()
         values: Values = dict(steps=json.loads(rows[-1])["step"], minutes=int(took // 60))
-        values |= dict(seconds=round(took % 60), cpu_seconds=spent)
+        batch = json.loads((run / "config.json").read_text())["batch_size"]
+        values |= dict(batch=batch, seconds=round(took % 60), cpu_seconds=spent)
         for name, (begin, end) in FITTED[kind].items():
             of = (v for key, v in told.items() if key.startswith(begin) and key.endswith(end))
             values[name] = 100 * next(of)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax import cores, run_config
+from coca_jax import compile_cache, cores, run_config
 from coca_jax.config import Config
 from coca_jax.data.mixture import shares
 from coca_jax.data.pixels import Pixels
@@ -18,9 +18,9 @@ from coca_jax.fitting import choose, look, machine, sizes, tell
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
 
-LAPTOP = Machine("cpu", 1, 16e9, 1e11, 2)
-TINY = Machine("cpu", 1, 2e9, 2e10, 1)
-EIGHT = Machine("gpu", 8, 80e9, 8 * 4e14, 64)
+LAPTOP = Machine("cpu", 1, 16e9, 1e11, 2, "float32")
+TINY = Machine("cpu", 1, 2e9, 2e10, 1, "float32")
+EIGHT = Machine("gpu", 8, 80e9, 8 * 4e14, 64, "bfloat16")
 CAPTIONS = Facts(
     train=5000,
     test=500,
@@ -107,6 +107,20 @@ def test_models_grow_with_data_and_time_and_machine():
         names = [s.name for s in sizes.sizes_for(many, EIGHT, minutes)]
         order = [s.name for s in sizes.SIZES]
         assert names == sorted(names, key=order.index, reverse=True) and names[-1] == "small"
+
+
+def test_models_compute_in_what_the_machine_multiplies_fastest():
+    halves = dataclasses.replace(LAPTOP, dtype="bfloat16")
+    released = choose.Weights("runs/demo", chosen(CAPTIONS).config.model, 2_000_000, "crop")
+    for own, weights in itertools.product((LAPTOP, halves, EIGHT), (None, released)):
+        found = chosen(CAPTIONS, own, weights=weights)
+        assert found.config.model.dtype == own.dtype
+        assert f", {own.dtype}, " in found.why[0]
+    one, more = (sizes.affordable(sizes.SIZES[1], CAPTIONS, m, 30) for m in (LAPTOP, halves))
+    assert more == pytest.approx(1.5 * one)  # a GPU was measured in bfloat16
+    assert sizes.step_flops(EIGHT) == sizes.EFFICIENCY * EIGHT.flops
+    flags = compile_cache.processor().split()
+    assert machine.look().dtype == ("bfloat16" if "avx512_bf16" in flags else "float32")
 
 
 def test_pictures_are_not_made_larger_than_they_are():

@@ -16,7 +16,7 @@ from coca_jax import image_shape
 from coca_jax.config import Config, Model
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
-from coca_jax.fitting.sizes import EFFICIENCY, Size, affordable, vocabulary_size
+from coca_jax.fitting.sizes import Size, affordable, step_flops, vocabulary_size
 
 FEW = 2000  # pictures to train on; below, a model from scratch remembers more than it learns
 LEAST = 20  # pictures in all, with which there is anything to hold out and to tell apart
@@ -148,13 +148,12 @@ def check(facts: Facts) -> None:
 def _from_scratch(
     config: Config, facts: Facts, machine: Machine, size: Size, minutes: float
 ) -> tuple[Config, str]:
-    accelerated = machine.platform != "cpu"
     large = size.width >= 512
     model = dict(
         image_size=size.image_size,
         patch_size=size.patch_size,
         embed_dim=size.width,
-        dtype="bfloat16" if accelerated else "float32",
+        dtype=machine.dtype,
         activation="gelu" if large else "relu",
         image=dict(
             width=size.width,
@@ -191,13 +190,12 @@ def _from_scratch(
         side = f"{first}, later {size.image_size} px"
     return config, (
         f"model: {size.name}, {side}, {stem}, width {size.width}, "
-        f"{size.depth} + {size.unimodal} + {size.multimodal} layers, from scratch"
+        f"{size.depth} + {size.unimodal} + {size.multimodal} layers, {machine.dtype}, from scratch"
     )
 
 
 def _from_weights(config: Config, machine: Machine, weights: Weights) -> tuple[Config, str]:
     small = weights.parameters < 30e6
-    dtype = "bfloat16" if machine.platform != "cpu" else "float32"
     optimizer = dict(
         name="muon" if small else "adamw",
         learning_rate=5e-4 if small else 1e-5,
@@ -212,7 +210,7 @@ def _from_weights(config: Config, machine: Machine, weights: Weights) -> tuple[C
     config = config.change(
         dict(
             init_from=weights.path,
-            model=weights.model.change(dict(dtype=dtype)),
+            model=weights.model.change(dict(dtype=machine.dtype)),
             data=dict(resize=weights.resize, label_token=weights.label_token),
             loss=loss,
             optimizer=optimizer,
@@ -220,8 +218,8 @@ def _from_weights(config: Config, machine: Machine, weights: Weights) -> tuple[C
     )
     return config, (
         f"model: that of {weights.path}, {weights.parameters / 1e6:.1f}M parameters, "
-        f"{image_shape.words(config.model.image_size)} px, fine-tuned at a rate of "
-        f"{config.optimizer.learning_rate:g}"
+        f"{image_shape.words(config.model.image_size)} px, {machine.dtype}, fine-tuned "
+        f"at a rate of {config.optimizer.learning_rate:g}"
     )
 
 
@@ -238,7 +236,7 @@ def _batch(
     pairs = affordable(size, facts, machine, minutes)
     if weights:  # six operations a parameter and token, the parameters seen once a token
         tokens = config.model.num_patches + 32
-        pairs = 60 * minutes * machine.flops * EFFICIENCY / (6 * weights.parameters * tokens)
+        pairs = 60 * minutes * step_flops(machine) / (6 * weights.parameters * tokens)
         most = 128
     steps = _USUAL_STEPS / (4 if weights else 1)
     batch = machine.devices  # times a power of two, so that it splits
