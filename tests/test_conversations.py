@@ -1,6 +1,7 @@
 """Sets for chat models: the first answer about an image is its caption."""
 
 import json
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,6 +81,18 @@ def write_parquet(folder):
     return "parquet", folder / "m.parquet", {"m.parquet#3": "missing_image"}
 
 
+def write_tar(folder):
+    turns = [*[ASKED] * 3, said(("human", "a"))]
+    for i, one in enumerate(turns):
+        (folder / f"{i}.jpg").write_bytes(encode(i))
+        (folder / f"{i}.json").write_text(json.dumps(dict(id=i, conversations=one)))
+    with tarfile.open(folder / "chat-0.tar", "w") as tar:
+        for path in sorted(folder.glob("[0-9].*")):
+            tar.add(path, path.name)
+            path.unlink()
+    return "webdataset", folder / "chat-0.tar", {"chat-0.tar/3": "bad_record"}
+
+
 def test_a_list_names_lists_of_one_image_from_the_folder_above(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "0.jpg").write_bytes(encode(0))
@@ -90,7 +103,7 @@ def test_a_list_names_lists_of_one_image_from_the_folder_above(tmp_path):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("write", [write_llava, write_messages, write_parquet])
+@pytest.mark.parametrize("write", [write_llava, write_messages, write_parquet, write_tar])
 def test_conversations_and_lists_of_one_image_are_read(tmp_path, write, in_place):
     (tmp_path / "in").mkdir()
     for i in range(3):

@@ -14,8 +14,9 @@ from coca_jax.data.field_texts import INNER_LABELS, strings
 from coca_jax.data.references import Span
 
 TEXT_FIELDS = ("text", "caption", "title")
+CHATS = ("conversations", "messages")  # of sets for chat models
 LISTED_TEXTS = (  # in lists and tables: of sets on the hub, of Karpathy, of Flickr30k, of chats
-    *(*TEXT_FIELDS, "captions", "sentences", "comment", "conversations", "messages"),
+    *(*TEXT_FIELDS, "captions", "sentences", "comment", *CHATS),
 )
 LABEL_FIELDS = ("label", "labels")
 

@@ -9,6 +9,7 @@ from coca_jax.data import bounded_json, files, formats, images, videos
 from coca_jax.data.references import Span
 from coca_jax.importers import lines, tar_members
 from coca_jax.importers.items import (
+    CHATS,
     LABEL_FIELDS,
     TEXT_FIELDS,
     Item,
@@ -136,7 +137,7 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
     except ValueError as error:
         found.problem, found.detail = "bad_json", str(error)
         return found
-    taken = take(fields, options.text_field, TEXT_FIELDS)
+    taken = take(fields, options.text_field, (*TEXT_FIELDS, *CHATS))
     found.texts = strings(text.strip() if text is not None else taken)
     try:
         taken = take(fields, options.label_field, LABEL_FIELDS)
