@@ -18,7 +18,6 @@ from coca_jax.data import scenes
 from coca_jax.evaluators import (
     caption_match,
     captioning,
-    classification,
     history,
     picture_map,
     results,
@@ -170,21 +169,6 @@ def test_words_of_captions_carry_their_maps(tmp_path):
     (button,) = re.findall(r'<button class="word".*?</button>', page)
     assert 'data-map="/4AA/w=="' in button and 'title="25.0%"' in button
     assert button.endswith(">&lt;a&gt;</button>") and page.count('data-fit="crop"') == 1
-
-
-def test_every_class_is_listed_and_what_was_skipped_is_said(tmp_path):
-    names = [f"class {i}" for i in range(20)]
-    tally = classification.Tally("generative/x", names)
-    image = np.zeros((8, 8, 3), np.uint8)
-    tally.add(np.eye(20)[::-1], [dict(image=image, labels=[name]) for name in names])
-    results.save_examples(tmp_path, "generative/x", tally.examples())
-    skipped = dict(kind="captioning", items=[], notes=["SPICE skipped: java is not installed"])
-    results.save_examples(tmp_path, "captioning/x", skipped)
-    results.save_results(tmp_path, dict(tally.results()) | {"captioning/x/cider_d": 1.234})
-    text = Reader(report.write_report(tmp_path).read_text()).text
-    assert "All 20 classes" in text and text.count("class 19 0.0% 1") >= 1
-    assert "SPICE skipped: java is not installed" in text
-    assert "CIDEr-D 123.4" in text and "Classification by caption likelihood: x" in text
 
 
 def test_parts_without_a_file_are_left_out(tmp_path):

@@ -49,8 +49,8 @@ def _by_class(found: Found) -> dict[str, Any]:
     classes = sorted(found["per_class"].items(), key=lambda item: item[1]["accuracy"])
     shown["hardest"] = classes[:12]
     shown["all_classes"] = sorted(found["per_class"].items()) if len(classes) > 12 else []
-    if found.get("confusion"):
-        shown["grid"] = confusion(found["confusion"])
+    table = found.get("confusion")  # not there where classes are too many, or none was seen
+    shown["grid"] = confusion(table) if table and table["rows"] else None
     return shown
 
 
