@@ -60,6 +60,7 @@ def few_steps(config):
         {
             **dict(steps=6, batch_size=16, text_lengths=(), text_parts=1, log=every),
             **{"optimizer.warmup_steps": 1, "data.sources": sources, "checkpoint": every},
+            "model.dtype": "bfloat16",
         }
     )
 
@@ -121,7 +122,10 @@ def test_a_fit_leaves_a_model_that_captions(done, folder):
     for name in ("retrieval", "captioning", "zeroshot"):
         assert scores[f"{name}/shapes_test/num_examples"] == 8
     one, picture = jax.devices()[:1], [str(folder / "00.png")]
-    models = [coca_jax.load(place, devices=one) for place in (workdir, f"{workdir}/export")]
+    places = (workdir, f"{workdir}/export")
+    models = [coca_jax.load(place, devices=one, narrow=False) for place in places]
+    assert models[0].config.model.dtype == "bfloat16"
+    jax.tree.map(np.testing.assert_array_equal, *(model.params for model in models))
     captions, again = (model.caption(picture, max_tokens=4) for model in models)
     assert captions == again and len(captions) == 1
 

@@ -234,7 +234,7 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
     """Shows captions and scores, writes the export, says what comes next; returns a summary."""
     facts = facts_of(kept)
     data = kept.get("data")
-    model = inference.load(workdir)
+    model = inference.load(workdir, narrow=False)  # an export has the weights as they are
     stopping.current().stage("captioning and exporting")
     say("the first pictures that were held out, and what the model writes of them:")
     for line in tell.shown_captions(list(captions(model, data))):
