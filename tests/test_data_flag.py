@@ -41,6 +41,16 @@ def test_flags_that_cannot_be(tmp_path):
         data_flag.parse(":label")
 
 
+def test_places_with_commas_between_them_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c,d"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="=a,b:label: a .* one place; write --data=a --data=b:la"):
+        data_flag.parse("a,b:label")
+    assert data_flag.parse("c,d:label").path == "c,d"
+    assert data_flag.parse("a,x").path == "a,x"  # not there, and told so where it is opened
+
+
 def words(folder, count):
     """An imagefolder whose captions have an unusual name."""
     captioned(folder, count, words=lambda i: f"words {i}")
