@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import measuring_ablations as ablations
 import measuring_faults as faults
+import measuring_fits as fits
 import measuring_runs as runs
 from measuring import SEEDS, Measurement
 
@@ -139,10 +140,19 @@ TRAINED = (
     ),
     Measurement(
         ("fit/captions", "fit/labels"),
-        runs.fits,
+        fits.folders,
         14,
         "coca-jax fit FOLDER --minutes=5, on what benchmarks/pictures.py draws",
         higher=("image_to_text", "text_to_image", "word_f1", "top1"),
+        slack=0.1,
+    ),
+    Measurement(
+        ("fit_types/float32", "fit_types/bfloat16"),
+        fits.types,
+        28,
+        "taskset -c 0 coca-jax fit data/emoji --minutes=10 --config.model.dtype=DTYPE",
+        more=FIRST,
+        higher=("image_to_text", "text_to_image", "exact"),
         slack=0.1,
     ),
     Measurement(

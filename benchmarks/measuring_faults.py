@@ -42,7 +42,8 @@ def kills(given: Given) -> Rows:
         for row, moment in MOMENTS.items()
     }
     median = told["median_seconds_from_kill_to_first_new_step"]
-    return found | {"kills/recovery": dict(median_seconds=median, most_seconds=told["longest"])}
+    recovery = dict(kills=told["kills"], median_seconds=median, most_seconds=told["longest"])
+    return found | {"kills/recovery": recovery}
 
 
 SIGNALS = dict(sigkill="SIGKILL", sigterm="SIGTERM", ctrl_c="SIGINT")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 
-import pictures
-from measuring import HERE, SEEDS, Given, Rows, Values, children
+from measuring import HERE, SEEDS, Given, Rows, Values
 
 DEMO = {
     "demo/zeroshot": "zeroshot/scenes_heldout/top1",
@@ -242,37 +240,6 @@ def optimizers(given: Given) -> Rows:
             for row, key in OPTIMIZERS.items():
                 found[f"optimizers/{row}"][f"{rule}_{seed}"] = shown(told, key)
     return found
-
-
-def fits(given: Given) -> Rows:
-    """`fit` on drawn pictures of two shapes, with captions and in folders of colours."""
-    found: Rows = {}
-    for kind in ("captions", "labels"):
-        place = pictures.drawn(kind, given.drawn / kind, 500)
-        run = given.runs / f"fit_{kind}_{time.time_ns()}"
-        start, spent = time.perf_counter(), children()
-        given.coca("fit", str(place), "--minutes=5", f"--workdir={run}")
-        took, spent = time.perf_counter() - start, children() - spent
-        told, rows = scores(run), (run / "metrics.jsonl").read_text().splitlines()
-        values: Values = dict(steps=json.loads(rows[-1])["step"], minutes=int(took // 60))
-        batch = json.loads((run / "config.json").read_text())["batch_size"]
-        values |= dict(batch=batch, seconds=round(took % 60), cpu_seconds=spent)
-        for name, (begin, end) in FITTED[kind].items():
-            of = (v for key, v in told.items() if key.startswith(begin) and key.endswith(end))
-            values[name] = 100 * next(of)
-        found[f"fit/{kind}"] = values
-    return found
-
-
-FITTED = dict(
-    captions=dict(
-        image_to_text=("retrieval/", "image_to_text_r1"),
-        text_to_image=("retrieval/", "text_to_image_r1"),
-        word_f1=("captioning/", "word_f1"),
-        exact=("captioning/", "exact_match"),
-    ),
-    labels=dict(top1=("zeroshot/", "top1")),
-)
 
 
 def reinforced(given: Given) -> Rows:

@@ -267,7 +267,7 @@ def test_data_that_cannot_train_say_what_would():
         with pytest.raises(ValueError, match=message):
             choose.check(facts)
     few = sized(CAPTIONS, 795)
-    assert "for 3.8% of new pictures" in tell.warnings(few, from_weights=False)[0]
+    assert "for 8.3% of new pictures" in tell.warnings(few, from_weights=False)[0]
     assert tell.warnings(few, from_weights=True) == tell.warnings(CAPTIONS, False) == []
     numbers = dataclasses.replace(LABELS, classes=("0", "1", "2"))
     assert "--class_names=FILE" in tell.warnings(numbers, False)[0]

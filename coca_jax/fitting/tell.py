@@ -69,7 +69,7 @@ def warnings(facts: Facts, from_weights: bool) -> list[str]:
         lines.append(
             f"Few pictures: {facts.train:,}. A model that begins from nothing learns most of them "
             "by heart: after 795 photographs and drawings of Tux Paint it put the right caption "
-            "first of 156 for 3.8% of new pictures (chance 0.6%). Give --init_from= (a run, an "
+            "first of 156 for 8.3% of new pictures (chance 0.6%). Give --init_from= (a run, an "
             "export or converted open_clip weights: docs/open_clip.md), or some thousands of "
             "pictures."
         )
