@@ -2,7 +2,7 @@
 
 python benchmarks/pictures.py jpegs FOLDER --count=2000      # 375 to 640 pixels a side, ~62 kB
 python benchmarks/pictures.py captions FOLDER --count=500    # two shapes, a sentence each
-python benchmarks/pictures.py labels FOLDER --count=500      # the same in six folders
+python benchmarks/pictures.py labels FOLDER --count=500      # two of a colour, in its folder
 python benchmarks/pictures.py tar FILE --count=795           # JPEGs with a sentence each
 """
 
@@ -46,11 +46,12 @@ def sentences(count: int) -> list[str]:
     return [sentence(rng) for _ in range(count)]
 
 
-def shapes(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
-    """(picture of 96 pixels, its caption, the colour of the first shape)."""
+def shapes(rng: np.random.Generator, *, alike: bool = False) -> tuple[Image.Image, str, str]:
+    """(picture of 96 pixels, its caption, the colour of the first shape). alike: of both."""
     image = Image.new("RGB", (96, 96), "white")
     draw, colours = ImageDraw.Draw(image), rng.choice(COLOURS, 2)
     kinds, place = rng.choice(SHAPES, 2), rng.choice(PLACES)
+    colours = colours[[0, 0]] if alike else colours
     x, y = {"left of": (24, 48), "right of": (72, 48), "above": (48, 24), "below": (48, 72)}[place]
     for kind, colour, (a, b) in zip(kinds, colours, ((x, y), (96 - x, 96 - y)), strict=True):
         r = int(rng.integers(12, 20))
@@ -94,7 +95,7 @@ def draw_captions(folder: pathlib.Path, count: int) -> None:
 def draw_labels(folder: pathlib.Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for number in range(count):
-        image, _, colour = shapes(rng)
+        image, _, colour = shapes(rng, alike=True)  # else none could tell the folder by the picture
         (folder / colour).mkdir(exist_ok=True)
         image.save(folder / colour / f"{number:05d}.png")
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -59,6 +59,12 @@ def test_pictures_are_drawn_once_and_alike(tmp_path):
     assert (pictures.drawn("jpegs", folder, 3) / "00001.jpg").read_bytes() == b""  # it is there
     again = pictures.drawn("jpegs", tmp_path / "again", 3)
     assert [path.read_bytes() for path in sorted(again.glob("*.jpg"))] == data
+
+
+def test_a_folder_is_told_by_its_pictures(tmp_path):
+    for path in pictures.drawn("labels", tmp_path / "labels", 30).glob("*/*.png"):
+        colours = {colour for _, colour in Image.open(path).getcolors()}
+        assert colours == {(255, 255, 255), ImageColor.getrgb(path.parent.name)}
 
 
 @pytest.mark.parametrize("kind, other", [("captions", "jpegs"), ("labels", "captions")])
