@@ -34,10 +34,9 @@ def folders(given: Given) -> Rows:
         start, spent = time.perf_counter(), children()
         given.coca("fit", str(place), "--minutes=5", f"--workdir={run}")
         took, spent = time.perf_counter() - start, children() - spent
-        told, rows = scores(run), (run / "metrics.jsonl").read_text().splitlines()
-        values: Values = dict(steps=json.loads(rows[-1])["step"], minutes=int(took // 60))
-        batch = json.loads((run / "config.json").read_text())["batch_size"]
-        values |= dict(batch=batch, seconds=round(took % 60), cpu_seconds=spent)
+        told, config = scores(run), json.loads((run / "config.json").read_text())
+        values: Values = dict(steps=told["step"], batch=config["batch_size"])
+        values |= dict(minutes=int(took // 60), seconds=round(took % 60), cpu_seconds=spent)
         for name, (begin, end) in FITTED[kind].items():
             of = (v for key, v in told.items() if key.startswith(begin) and key.endswith(end))
             values[name] = 100 * next(of)
@@ -53,8 +52,8 @@ def types(given: Given) -> Rows:
         run = given.runs / f"fit_{dtype}_{time.time_ns()}"
         flags = ("--minutes=10", f"--workdir={run}", f"--config.model.dtype={dtype}")
         given.coca("fit", "data/emoji", *flags, one_core=True)
-        told, rows = scores(run), (run / "metrics.jsonl").read_text().splitlines()
-        values: Values = dict(steps=json.loads(rows[-1])["step"])
+        told = scores(run)
+        values: Values = dict(steps=told["step"])
         for name, key in TYPES.items():
             values |= interval(told, key, name)
         found[f"fit_types/{dtype}"] = values

@@ -47,6 +47,11 @@ def test_places_with_commas_between_them_are_told_apart(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="=a,b:label: a .* one place; write --data=a --data=b:la"):
         data_flag.parse("a,b:label")
+    urls = [f"file://{tmp_path}/a:label:2", f"file://{tmp_path}/b"]
+    with pytest.raises(ValueError, match=f"write --data={urls[0]} --data={urls[1]}$"):
+        data_flag.parse(",".join(urls))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "d").mkdir()
     assert data_flag.parse("c,d:label").path == "c,d"
     assert data_flag.parse("a,x").path == "a,x"  # not there, and told so where it is opened
 

@@ -31,10 +31,6 @@ def parse(text: str) -> Named:
     Raises ValueError for an unknown kind behind a path that is there, for several paths with commas
     between them, or a weight that is not above 0, or not finite.
     """
-    several = text.split(",")
-    if len(several) > 1 and not files.exists(text) and all(map(_is_there, several)):
-        each = " ".join(f"--data={one}" for one in several)
-        raise ValueError(f"--data={text}: a flag names one place; write {each}")
     path, kind, weight = text, "", 1.0
     before, _, last = text.rpartition(":")
     earlier, _, middle = before.rpartition(":")
@@ -49,14 +45,14 @@ def parse(text: str) -> Named:
         )
     if not path:
         raise ValueError(f"--data={text}: it names no path; write PATH, PATH:KIND:WEIGHT ...")
+    several = [one for one in text.split(",") if one]
+    if len(several) > 1 and (path.count("://") > 1 or not files.exists(path)):
+        if all(files.exists(parse(one).path) for one in several):
+            each = " ".join(f"--data={one}" for one in several)
+            raise ValueError(f"--data={text}: a flag names one place; write {each}")
     if not 0 < weight < float("inf"):
         raise ValueError(f"--data={text}: the weight is a share of the batch, above 0 and finite")
     return Named(path, kind, weight)
-
-
-def _is_there(text: str) -> bool:
-    """Whether a path is there, or what stands before a kind and a weight."""
-    return any(part and files.exists(part) for part in (text, *text.split(":")[:1]))
 
 
 def _is_number(text: str) -> bool:
