@@ -1,13 +1,14 @@
 """Evaluations inside a run: compiled once, each kept once, whatever stops the run."""
 
 import json
+import re
 import shutil
 import types
 
 import jax
 import pytest
 from conftest import scenes_words
-from one_device import train_alone
+from one_device import smallest_run, train_alone
 from test_train import tiny_run
 
 import coca_jax
@@ -171,3 +172,18 @@ def test_a_step_occurs_once_and_damage_is_left_out(tmp_path):
     file.write_text(file.read_text().replace("0.5", "0.9") + '{"step": 30')
     assert [row["step"] for row in history.read(tmp_path)] == [10]
     assert history.has(tmp_path, 10) and not history.has(tmp_path, 20)
+
+
+def test_a_report_that_cannot_be_written_costs_the_run_nothing_else(tmp_path, capsys):
+    """The run is done and says why; without what was in the way the same command writes it."""
+    config, workdir = smallest_run(), tmp_path / "run"
+    config.data.vocabulary = scenes_words()
+    (workdir / "report.html").mkdir(parents=True)
+    summary = train_alone(config, workdir)
+    assert summary["steps"] == 4 and "report" not in summary
+    said = capsys.readouterr().err
+    assert re.search(r"report\.html was not written \(IsADirectoryError: .*\); all else of", said)
+    assert f"`coca-jax report {workdir}` writes it again" in said
+    assert {"seconds.json", "goodput.json"} <= {path.name for path in workdir.iterdir()}
+    (workdir / "report.html").rmdir()
+    assert train_alone(config, workdir)["report"] == str(workdir / "report.html")

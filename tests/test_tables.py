@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import sys
-import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,22 +121,6 @@ def test_texts_beside_class_folders_are_no_lists(tmp_path):
     assert formats.guess(str(tmp_path)) == "imagefolder"
     (tmp_path / "sizes.csv").unlink()
     assert formats.guess(str(tmp_path)) == "imagefolder"
-
-
-def test_names_in_folders_below_and_with_the_other_form_of_accents(tmp_path):
-    folder = pictures(tmp_path / "a", 3, unicodedata.normalize("NFD", "Müller {}.jpg"))
-    for place in ("x", "y/z"):
-        pictures(folder / place, 1, "twice.jpg")
-    pictures(folder / "y/z", 1, "once.jpg")
-    names = [*(f"Müller {i}.jpg" for i in range(3)), "once.jpg", "twice.jpg", "y/once.jpg"]
-    assert names[0] == unicodedata.normalize("NFC", names[0])
-    (folder / "list.csv").write_text(
-        "file_name,text\n" + "".join(f"{name},text {i}\n" for i, name in enumerate(names))
-    )
-    import_data("csv", folder, tmp_path / "out")
-    assert texts_of(tmp_path / "out") == [[f"text {i}"] for i in range(4)]
-    missing = {"twice.jpg": "missing_image", "y/once.jpg": "missing_image"}
-    assert reasons_of(tmp_path / "out") == missing
 
 
 def test_of_objects_in_a_field_only_the_text_counts(tmp_path):

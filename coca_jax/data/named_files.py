@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
+
 from coca_jax import sealed_json
 from coca_jax.data import files, formats
 
@@ -120,7 +122,8 @@ def _meant(folder: str, name: str) -> str:
 def _pictures_below(folder: str) -> dict[str, str]:
     """Names of the pictures in a folder and below -> their paths; '' for a name that several have,
     hidden folders left out.
-    Of a folder with more than half a million files nothing: a list may lie above all that is there.
+    Of a folder with more than half a million files nothing, which a warning says: a list may lie
+    above all that is there.
     """
     found: dict[str, str] = {}
     seen = 0
@@ -128,6 +131,12 @@ def _pictures_below(folder: str) -> dict[str, str]:
         folders[:] = [name for name in folders if not files.is_hidden(name)]
         seen += len(names)
         if seen > _MOST_BELOW:
+            logging.warning(
+                "%s and the folders below have more than %s files; pictures that are named without "
+                "their folders are looked for in no folder below: name them as FOLDER/PICTURE",
+                folder,
+                f"{_MOST_BELOW:,}",
+            )
             return {}
         for name in names:
             if name.lower().endswith(formats.MEDIA):

@@ -254,7 +254,9 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
     chance = tell.retrieval_chance(config, data["name"])
     for line in tell.score_table(scores, data["name"], chance, constant, largest):
         say(line)
-    say(f"report: {workdir}/report.html   recipe: {workdir}/{RECIPE}   export: {place}")
+    page = os.path.join(workdir, "report.html")
+    report = f"report: {page}   " if os.path.exists(page) else ""  # `train` said why it is not
+    say(f"{report}recipe: {workdir}/{RECIPE}   export: {place}")
     for line in tell.next_commands(workdir, data["path"]):
         say(line)
     return dict(export=place)

@@ -306,15 +306,23 @@ def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[
 
 
 def report(run: Run) -> dict[str, Any]:
-    """Writes report.html and seconds.json on process 0; returns what the summary says of it."""
+    """Writes report.html and seconds.json on process 0; returns what the summary says of it. The
+    page comes last and all that it shows is kept, so that where it fails the run is told why and
+    stays done."""
     if not run.main_process:
         return {}
     from coca_jax import report as reports
 
-    path = reports.write_report(run.workdir)
     seconds = {k: round(v, 1) for k, v in run.buckets.total().items()}
     storage.write_text(storage.place(run.workdir) / "seconds.json", json.dumps(seconds))
-    return {"report": str(path)}
+    try:
+        return {"report": str(reports.write_report(run.workdir))}
+    except Exception as error:
+        run.say(
+            f"report.html was not written ({type(error).__name__}: {error}); all else of the run "
+            f"is saved, and `coca-jax report {run.workdir}` writes it again"
+        )
+        return {}
 
 
 def announce(run: Run, state: TrainState, start: int) -> None:
