@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from coca_jax import local_files
 from coca_jax.data import files, formats, images, own_folders, videos
@@ -24,9 +24,9 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
         extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
     found: dict[str, None] = {}
     for path in map(local_files.plain, paths):
-        for name in _below(path):
+        for name, within in _below(path):
             image = posixpath.splitext(name)[1].lower() in extensions
-            if name == path or (image and not files.is_hidden(posixpath.relpath(name, path))):
+            if not within or (image and not files.is_hidden(within)):
                 found[name] = None
     if not found:
         links = next(filter(None, map(files.linked_folders, paths)), "give images or folders")
@@ -46,30 +46,38 @@ def others(paths: Sequence[str]) -> list[str]:
     known, found = (*formats.MEDIA, *formats.SIDECARS, *formats.TABLES), []
     for path in map(local_files.plain, paths):
         if not files.is_remote(path) and os.path.isdir(path):
-            names = own_folders.without_ours([os.path.relpath(n, path) for n in _below(path)])
+            names = own_folders.without_ours([within for _, within in _below(path)])
             left = (name for name in names if not name.lower().endswith(known))
             found += [name for name in left if not files.is_hidden(name)]
     return found
 
 
-def _below(path: str) -> list[str]:
-    """The file itself, or all files of a folder and below, each folder's own first."""
+def _below(path: str) -> Iterator[tuple[str, str]]:
+    """(path, its name within the folder) of all files of a folder and below, each folder's own
+    first; of a file itself (path, '').
+
+    Raises FileNotFoundError for what does not exist.
+    """
     if path.startswith(("http://", "https://")):
-        return [path]
-    if files.is_remote(path):
+        yield path, ""
+    elif files.is_remote(path):
         system, plain = files.filesystem(path)
         scheme = path.split("://", 1)[0]
         if system.isdir(plain):
-            return [f"{scheme}://{name.lstrip('/')}" for name in sorted(system.find(plain))]
-        if not system.exists(plain):
+            for name in sorted(system.find(plain)):
+                yield f"{scheme}://{name.lstrip('/')}", posixpath.relpath(name, plain)
+        elif system.exists(plain):
+            yield path, ""
+        else:
             raise FileNotFoundError(f"{path} does not exist; give images or folders of them")
-        return [path]
-    if not os.path.exists(path):
+    elif not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; give images or folders of them")
-    if not os.path.isdir(path):
-        return [path]
-    found = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders.sort()
-        found += [os.path.join(folder, name) for name in sorted(names)]
-    return found
+    elif not os.path.isdir(path):
+        yield path, ""
+    else:
+        for folder, subfolders, names in os.walk(path):
+            subfolders.sort()
+            inside = os.path.relpath(folder, path)  # a file's would take longer than to find it
+            prefix = "" if inside == "." else f"{inside}/"
+            for name in sorted(names):
+                yield os.path.join(folder, name), prefix + name
