@@ -304,3 +304,13 @@ def test_a_recipe_that_keeps_its_best_step_has_minutes_too(timed, tmp_path):
     best = "retrieval/x/mean_recall"
     told = [(one.steps, one.checkpoint.best, len(one.eval.tasks)) for one in timed]
     assert told == [(running.PACE, "", 0), (60, best, 1)]
+
+
+def test_no_tracker_is_told_of_steps_that_are_only_timed(timed, tmp_path):
+    """A service would list a run '.pace-...' beside those of the table, for each variant."""
+    text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0]
+    running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    assert [(one.steps, one.log.trackers) for one in timed] == [
+        (running.PACE, ()),
+        (60, ("tensorboard",)),
+    ]

@@ -44,8 +44,13 @@ _ANY_LENGTH: dict[str, Any] = {
     "optimizer.warmup_steps": 0,
     "log.profile_steps": (),
 }
-# Of a run that is only timed: what compares evaluations goes with them.
-_ALONE: dict[str, Any] = {"eval.tasks": (), "eval.guard": "", "checkpoint.best": ""}
+# Of a run that is only timed: what compares evaluations goes with them, and no service lists it.
+_ALONE: dict[str, Any] = {
+    "eval.tasks": (),
+    "eval.guard": "",
+    "checkpoint.best": "",
+    "log.trackers": (),
+}
 Say = Callable[[str], None]
 
 
