@@ -143,8 +143,7 @@ def check_model(config: Config) -> None:
     """Raises ValueError where parameters at config.init_from have other shapes than this model's,
     with the keys of the model that are others there: before any data are read."""
     path, parts = config.init_from, config.init_parts
-    export = export_format.is_export(path)
-    there = (export_format.read_config if export else checkpointing.load_config)(path).model
+    there = _model_of(path)
     if {there.family, config.model.family} != {"coca"}:
         return
     old, new = (flatten(model.to_dict()) for model in (there, config.model))
@@ -158,6 +157,39 @@ def check_model(config: Config) -> None:
         return
     told = (f"model.{key} is {old.get(key)} there, {new[key]} here" for key in keys)
     raise ValueError(f"init_from={path}: {'; '.join(told)}; set what the weights have")
+
+
+# Keys of config.model by which the same parameters are another model; those of blocks besides.
+_MEANINGS = (
+    *("activation", "norm", "norm_eps", "positions", "image_mean", "image_std", "pooler.kind"),
+    *("image.rope_theta", "image.rope_start", "text.rope_theta", "text.cls_mask"),
+)
+
+
+def remark(config: Config) -> str:
+    """A warning where config.model computes otherwise with parameters at config.init_from than
+    they were trained, which no shape tells, else ''."""
+    there, parts = _model_of(config.init_from), config.init_parts
+    old, new = (flatten(model.to_dict()) for model in (there, config.model))
+    told = [
+        f"model.{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and (key in _MEANINGS or "block." in key)
+        if parts == "all" or not key.startswith(_NOT_OF_IMAGES)
+        if "rope" not in key or config.model.positions != "learned"
+    ]
+    if not told:
+        return ""
+    return (
+        f"warning: init_from={config.init_from}: {'; '.join(told)}: the same weights are another "
+        "model then; set what they have, unless it is meant"
+    )
+
+
+def _model_of(path: str) -> Model:
+    """config.model of the weights at `path`."""
+    export = export_format.is_export(path)
+    return (export_format.read_config if export else checkpointing.load_config)(path).model
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
