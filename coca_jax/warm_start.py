@@ -13,6 +13,7 @@ from absl import logging
 from coca_jax import checkpointing, export_format, partitioning, storage
 from coca_jax.config import Config, Model
 from coca_jax.config.section import flatten
+from coca_jax.interop import open_clip_config
 from coca_jax.models import coca, roles
 from coca_jax.training.state import TrainState
 
@@ -113,11 +114,22 @@ def _averages(ema: Any, params: Any) -> Any:
 
 
 def check_place(path: str) -> None:
-    """Raises ValueError where the weights are a file, which has to be converted first."""
-    place = storage.place(path)
-    if place.exists() and not place.is_dir():
+    """Raises ValueError where the weights have to be converted first, a file or open_clip's folder,
+    FileNotFoundError for weights by a name, which `convert` takes as well."""
+    place, what = storage.place(path), ""
+    if not place.exists():
+        if ":" in path and not storage.is_remote(path):
+            raise FileNotFoundError(
+                f"init_from={path} is no folder; weights by a name become one with python -m "
+                f"coca_jax.convert --input={path} --out=DIR"
+            )
+    elif not place.is_dir():
+        what = "a file"
+    elif (place / open_clip_config.CONFIG_FILE).exists() and not export_format.is_export(path):
+        what = "open_clip's"
+    if what:
         raise ValueError(
-            f"init_from={path} is a file: convert it first with python -m coca_jax.convert "
+            f"init_from={path} is {what}: convert it first with python -m coca_jax.convert "
             f"--input={path} --out=DIR"
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import params_of, tiny, tiny_config
 
-from coca_jax import export_format, warm_start
+from coca_jax import export_format, recipes, warm_start
 from coca_jax.config import typed
 from coca_jax.fitting import weights
 from coca_jax.models import coca
@@ -194,3 +194,24 @@ def test_what_a_fit_reads_of_weights(tmp_path):
     export_format.write_export(tmp_path / "native", host, given, words)
     with pytest.raises(ValueError, match="its images keep their aspect ratio"):
         weights.read(str(tmp_path / "native"))
+
+
+def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path, monkeypatch):
+    """A recipe read them for its values first, and found "no checkpoint" under them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "open_clip_model.bin").write_bytes(b"-")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "open_clip_config.json").write_text("{}")
+    for place, says in (
+        ("open_clip_model.bin", "is a file: convert it first with"),
+        ("theirs", "is open_clip's: convert it first with"),
+        ("hf-hub:org/name", "is no folder; weights by a name become one with"),
+        ("coca_ViT-L-14:tag", "is no folder; weights by a name become one with"),
+    ):
+        line = f"init_from={place} {says} python -m coca_jax.convert --input={place} --out=DIR"
+        with pytest.raises(ValueError, match=f": {line}$"):
+            recipes.load(f"finetune_open_clip:{place}")
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^{line}$"):
+            setup.check_start(tiny(init_from=place), "run")
+    with pytest.raises(ValueError, match="no checkpoint under nowhere; give a run's workdir or"):
+        recipes.load("finetune_open_clip:nowhere")
