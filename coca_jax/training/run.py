@@ -213,7 +213,7 @@ def steps_from(
         feed = Feed(batches, run.config, run.mesh, run.buckets)
     log = hooks.Log(run, start, feed, batches, good)
     save = saving.Save(run, checkpoints, state, start)
-    trace = hooks.Trace(run)
+    trace = hooks.Trace(run, start)
     ended: stopping.Preempted | WentUp | guard.LostTooMuch | None = None
     run.stop.listen()
     try:
