@@ -8,7 +8,7 @@ import pytest
 from conftest import scenes_words
 from one_device import smallest_run
 
-from coca_jax import partitioning
+from coca_jax import benchmark_input, partitioning
 from coca_jax.config import typed
 from coca_jax.fitting import measure
 
@@ -37,3 +37,12 @@ def test_steps_on_kept_tokens_are_timed_before_any_are_kept(features, monkeypatc
     assert speed.step > 0 and len(seen) == 4
     tokens = ("encoded", ((4, 1, 4), False)) if features else ("image", ((4, 8, 8, 3), True))
     assert all(one[tokens[0]] == tokens[1] for one in seen)
+
+
+def test_the_benchmark_of_input_refuses_what_reads_no_pictures():
+    """It ended in an IndexError of a thread, behind the vocabulary."""
+    config = typed(smallest_run()).change(
+        {"data.features": "kept", "optimizer.image_learning_rate": 0.0}
+    )
+    with pytest.raises(ValueError, match="data.features=kept: this times the reading of pictures"):
+        benchmark_input.read_input(config, 1.0, 0.0, 1)
