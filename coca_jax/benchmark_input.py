@@ -28,9 +28,14 @@ def read_input(
     PEER_EXAMPLES records of the first source, all pinned to one core. The rates are then medians
     of images per second of processor time, with their extremes: {images_per_second_per_core,
     ..._low, ..._high, peer_images_per_second_per_core, ..., times_peer: the medians' quotient}.
-    Raises ValueError on a system that cannot pin.
+    Raises ValueError on a system that cannot pin, and for a config that reads no pictures.
     """
     config = typed(config)
+    if config.data.features:
+        raise ValueError(
+            f"data.features={config.data.features}: this times the reading of pictures, and this "
+            "config reads what an image encoder has made of them; give --config.data.features=''"
+        )
     if not compare:
         return measure(config, seconds, every)
     if not hasattr(os, "sched_setaffinity"):

@@ -40,7 +40,7 @@ def fill(config: ConfigDict, workdir: str = "") -> ConfigDict:
 
     Raises:
         FileNotFoundError: no run and no export at `init_from`.
-        ValueError: it is damaged, or not named.
+        ValueError: it is damaged, not named, or has to be converted first.
     """
     left = list(_left(config, ""))
     if not left:
@@ -72,9 +72,11 @@ def _place(config: ConfigDict | Section, key: str) -> tuple[Any, str]:
 
 def _found(path: str, workdir: str) -> dict[str, Any]:
     """{key: value} of the weights at `path`, or of the run in `workdir` that began from them."""
-    from coca_jax import checkpointing, export_format  # JAX and Orbax take seconds to import
+    # JAX and Orbax take seconds to import.
+    from coca_jax import checkpointing, export_format, warm_start
 
     try:
+        warm_start.check_place(path)
         if export_format.is_export(path):
             return _values(export_format.read_config(path), export_format.vocabulary_path(path))
         return _values(checkpointing.load_config(path), "")  # its vocabulary is found by itself

@@ -88,7 +88,7 @@ def check_batch(config: Config, parts: int) -> None:
 def remarks(config: Config, num_examples: int) -> list[str]:
     """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
     found = [remark_batch(config, num_examples), remark_losses(config), remark_tiles(config)]
-    return [one for one in (*found, remark_augmentations(config)) if one]
+    return [one for one in (*found, remark_augmentations(config), remark_start(config)) if one]
 
 
 def remark_batch(config: Config, num_examples: int) -> str:
@@ -111,6 +111,24 @@ def remark_losses(config: Config) -> str:
     return (
         f"warning: {named} cost time and train nothing, as optimizer.encoder_learning_rate=0 "
         "leaves the head alone; set 0"
+    )
+
+
+def remark_start(config: Config) -> str:
+    """A warning where a part that is drawn at random stays as it is, else ''."""
+    optimizer = config.optimizer
+    if config.head.kind and optimizer.encoder_learning_rate == 0 and not config.init_from:
+        return (
+            "warning: optimizer.encoder_learning_rate=0 without init_from: the head learns from a "
+            "model that is drawn at random and stays so; give init_from, the weights that it has"
+        )
+    few = {"lora_rank": optimizer.lora_rank, "keep_embeddings": optimizer.keep_embeddings}
+    given = [f"optimizer.{name}={value}" for name, value in few.items() if value]
+    if config.init_parts == "all" or not given:
+        return ""
+    return (
+        f"warning: init_parts={config.init_parts!r} leaves all but the image encoder as it is "
+        f"drawn at random, and {given[0]} trains a part of that alone; set 'all'"
     )
 
 

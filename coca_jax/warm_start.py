@@ -13,6 +13,7 @@ from absl import logging
 from coca_jax import checkpointing, export_format, partitioning, storage
 from coca_jax.config import Config, Model
 from coca_jax.config.section import flatten
+from coca_jax.interop import open_clip_config
 from coca_jax.models import coca, roles
 from coca_jax.training.state import TrainState
 
@@ -113,11 +114,22 @@ def _averages(ema: Any, params: Any) -> Any:
 
 
 def check_place(path: str) -> None:
-    """Raises ValueError where the weights are a file, which has to be converted first."""
-    place = storage.place(path)
-    if place.exists() and not place.is_dir():
+    """Raises ValueError where the weights have to be converted first, a file or open_clip's folder,
+    FileNotFoundError for weights by a name, which `convert` takes as well."""
+    place, what = storage.place(path), ""
+    if not place.exists():
+        if ":" in path and not storage.is_remote(path):
+            raise FileNotFoundError(
+                f"init_from={path} is no folder; weights by a name become one with python -m "
+                f"coca_jax.convert --input={path} --out=DIR"
+            )
+    elif not place.is_dir():
+        what = "a file"
+    elif (place / open_clip_config.CONFIG_FILE).exists() and not export_format.is_export(path):
+        what = "open_clip's"
+    if what:
         raise ValueError(
-            f"init_from={path} is a file: convert it first with python -m coca_jax.convert "
+            f"init_from={path} is {what}: convert it first with python -m coca_jax.convert "
             f"--input={path} --out=DIR"
         )
 
@@ -143,8 +155,7 @@ def check_model(config: Config) -> None:
     """Raises ValueError where parameters at config.init_from have other shapes than this model's,
     with the keys of the model that are others there: before any data are read."""
     path, parts = config.init_from, config.init_parts
-    export = export_format.is_export(path)
-    there = (export_format.read_config if export else checkpointing.load_config)(path).model
+    there = _model_of(path)
     if {there.family, config.model.family} != {"coca"}:
         return
     old, new = (flatten(model.to_dict()) for model in (there, config.model))
@@ -158,6 +169,39 @@ def check_model(config: Config) -> None:
         return
     told = (f"model.{key} is {old.get(key)} there, {new[key]} here" for key in keys)
     raise ValueError(f"init_from={path}: {'; '.join(told)}; set what the weights have")
+
+
+# Keys of config.model by which the same parameters are another model; those of blocks besides.
+_MEANINGS = (
+    *("activation", "norm", "norm_eps", "positions", "image_mean", "image_std", "pooler.kind"),
+    *("image.rope_theta", "image.rope_start", "text.rope_theta", "text.cls_mask"),
+)
+
+
+def remark(config: Config) -> str:
+    """A warning where config.model computes otherwise with parameters at config.init_from than
+    they were trained, which no shape tells, else ''."""
+    there, parts = _model_of(config.init_from), config.init_parts
+    old, new = (flatten(model.to_dict()) for model in (there, config.model))
+    told = [
+        f"model.{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and (key in _MEANINGS or "block." in key)
+        if parts == "all" or not key.startswith(_NOT_OF_IMAGES)
+        if "rope" not in key or config.model.positions != "learned"
+    ]
+    if not told:
+        return ""
+    return (
+        f"warning: init_from={config.init_from}: {'; '.join(told)}: the same weights are another "
+        "model then; set what they have, unless it is meant"
+    )
+
+
+def _model_of(path: str) -> Model:
+    """config.model of the weights at `path`."""
+    export = export_format.is_export(path)
+    return (export_format.read_config if export else checkpointing.load_config)(path).model
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

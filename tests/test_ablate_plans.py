@@ -15,6 +15,7 @@ from coca_jax.data import sources
 from coca_jax.importers import indexes
 from coca_jax.report import ablation
 from coca_jax.training import run as training
+from coca_jax.training import setup
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):
@@ -269,3 +270,47 @@ def test_runs_that_the_table_no_longer_asks_for_are_named(tmp_path):
         assert done["runs"] == len(found.seeds) * variants
         said.clear()
     assert len([*out.glob("*/seed*")]) == 4
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Configs of runs that take half a second a step, by a stand-in for training that checks them
+    as training does."""
+    ran = []
+
+    def train(config, workdir):
+        setup.check_config(config)
+        ran.append(config)
+        rows = [dict(step=n + 1, loss=2.0, processor_time=0.5) for n in range(config.steps)]
+        pathlib.Path(workdir).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path(workdir, "metrics.jsonl").write_text(lines)
+        return dict(steps=config.steps)
+
+    monkeypatch.setattr(training, "train", train)
+    return ran
+
+
+def test_a_recipe_that_keeps_its_best_step_has_minutes_too(timed, tmp_path):
+    """The steps that are timed have no evaluation that could be compared."""
+    text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0]
+    text += """
+    eval.every_steps = 20
+    eval.tasks = [{kind = "retrieval", name = "x", data = {builtin = "scenes"}}]
+    checkpoint.best = "retrieval/x/mean_recall"
+    """
+    found = running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    assert found["runs"] == 1 and not found["failed"]
+    best = "retrieval/x/mean_recall"
+    told = [(one.steps, one.checkpoint.best, len(one.eval.tasks)) for one in timed]
+    assert told == [(running.PACE, "", 0), (60, best, 1)]
+
+
+def test_no_tracker_is_told_of_steps_that_are_only_timed(timed, tmp_path):
+    """A service would list a run '.pace-...' beside those of the table, for each variant."""
+    text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0]
+    running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    assert [(one.steps, one.log.trackers) for one in timed] == [
+        (running.PACE, ()),
+        (60, ("tensorboard",)),
+    ]

@@ -17,6 +17,7 @@ from coca_jax.data import augment
 from coca_jax.ops import reference
 
 OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"
+NO_LOSSES = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
 
 
 def test_defaults_are_those_of_the_first_release_and_of_the_base_recipe():
@@ -142,15 +143,29 @@ def test_the_page_of_keys_is_current():
     assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == page.page()
 
 
+def test_what_stays_as_it_is_drawn_at_random_is_told():
+    frozen = {"head.kind": "classification", "optimizer.encoder_learning_rate": 0.0, **NO_LOSSES}
+    (line,) = run_config.remarks(tiny(**frozen), 1000)
+    assert line.startswith("warning: optimizer.encoder_learning_rate=0 without init_from: the head")
+    assert not run_config.remarks(tiny(**frozen, init_from="runs/coca"), 1000)
+    for key, value in (("lora_rank", 4), ("keep_embeddings", True)):
+        part = tiny(init_from="weights", init_parts="image", **{f"optimizer.{key}": value})
+        (line,) = run_config.remarks(part, 1000)
+        assert f"at random, and optimizer.{key}={value} trains a part of that alone" in line
+        assert not run_config.remarks(part.change({"init_parts": "all"}), 1000)
+    locked = {"optimizer.image_learning_rate": 0.0, "init_parts": "image"}  # the rest is learned
+    assert not run_config.remarks(tiny(init_from="weights", **locked), 1000)
+
+
 def test_losses_beside_a_head_that_train_nothing_are_told():
     frozen = tiny(**{"head.kind": "classification", "optimizer.encoder_learning_rate": 0.0})
+    frozen = frozen.change({"init_from": "runs/coca"})
     assert run_config.remarks(frozen, 1000) == [
         "warning: loss.contrastive_weight=1.0 and loss.captioning_weight=2.0 cost time and train "
         "nothing, as optimizer.encoder_learning_rate=0 leaves the head alone; set 0"
     ]
     assert not run_config.remarks(frozen.change({"optimizer.encoder_learning_rate": 1e-4}), 1000)
-    weights = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
-    assert not run_config.remarks(frozen.change(weights), 1000)
+    assert not run_config.remarks(frozen.change(NO_LOSSES), 1000)
 
 
 def test_a_batch_that_no_wide_tile_divides_is_told():
@@ -225,7 +240,7 @@ def test_a_pooler_s_block_has_no_keys_that_it_does_not_read(key, value):
         checks.check(config.change({"model.pooler.block": {key: value}}))
 
 
-PAIR = {"head.kind": "pair", "loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
+PAIR = {"head.kind": "pair"} | NO_LOSSES
 LORA = {"optimizer.lora_rank": 2, "optimizer.name": "adamw"}
 KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
 

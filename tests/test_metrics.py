@@ -163,3 +163,28 @@ def test_progress_prints_rate_losses_and_waiting_share():
     assert silent.update(1, {}, 0.0) > 0
     silent.write("x")
     assert quiet.getvalue() == ""
+
+
+def test_a_run_that_goes_on_traces_the_steps_that_are_to_come(tmp_path, monkeypatch):
+    """It traced nothing, without a word, where it went on behind the first of them."""
+    at, traced = [0], []
+    monkeypatch.setattr(hooks.jax.profiler, "start_trace", lambda _: traced.append(at[0]))
+    monkeypatch.setattr(hooks.jax.profiler, "stop_trace", lambda: traced.append(at[0]))
+    config = typed(tiny_config()).change({"log.profile_steps": (20, 22)})
+    said: list[str] = []
+    run = types.SimpleNamespace(
+        config=config, workdir=tmp_path, main_process=True, steps=40, say=said.append
+    )
+    for start, steps in ((40, []), (30, []), (0, [20, 23]), (20, [21, 23]), (21, [22, 23])):
+        trace = hooks.Trace(run, start)
+        for at[0] in range(start + 1, 41):
+            trace(at[0])
+        trace.close()
+        assert traced == steps
+        traced.clear()
+    assert said == [
+        "warning: log.profile_steps=(20, 22) is behind step 30, from which the run goes on, and "
+        "traces nothing; name steps to come"
+    ]
+    hooks.Trace(run, 30)  # the same command again, once they are traced
+    assert len(said) == 1

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from conftest import tiny
 from test_checkpointing import assert_equal, restore, state_of
+from test_version_0_1 import flags_of
 
-from coca_jax import checkpointing, sealed_json
+from coca_jax import ablate, checkpointing, fit, recipes, sealed_json
+from coca_jax.ablating import running
 from coca_jax.data.mixture import Mixture
+from coca_jax.fitting import run as fitting
 from coca_jax.metrics import TimeBuckets
-from coca_jax.training import saving, skipping, spikes
+from coca_jax.training import replicas, saving, skipping, spikes, stopping
 
 
 @contextlib.contextmanager
@@ -172,3 +175,29 @@ def test_a_save_under_way_is_finished_before_an_error_ends_the_run(commands, tmp
     assert done.returncode == 2 and "error: a shard is damaged" in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     checkpointing.load_params(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["ablate", "fit"])
+@pytest.mark.parametrize(
+    "error", [checkpointing.SaveFailed("step 9 could not be saved"), replicas.Corrupted("after 8")]
+)
+def test_fit_and_ablate_end_with_a_line_as_train_does(name, error, tmp_path, monkeypatch):
+    for function in ("define_overrides", "changes"):  # which read the command line of the tests
+        monkeypatch.setattr(recipes, function, lambda *_: {})
+    flags_of(name, monkeypatch)
+    (tmp_path / "table.toml").write_text("config = 'tiny'\n[variants.a]\n")
+    command, folder, place = dict(
+        ablate=(ablate, "--out", f"{tmp_path}/table.toml"), fit=(fit, "--workdir", str(tmp_path))
+    )[name]
+
+    def fail(*_, **__):
+        raise error
+
+    def leave(line, status):
+        raise SystemExit(f"{status} {line}")
+
+    monkeypatch.setattr(running if name == "ablate" else fitting, name, fail)
+    monkeypatch.setattr(stopping, "leave", leave)
+    command.flags.FLAGS([name, f"{folder}={tmp_path}/out"])
+    with pytest.raises(SystemExit, match=f"1 error: {error}"):
+        command.main([name, place])

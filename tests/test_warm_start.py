@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import params_of, tiny, tiny_config
 
-from coca_jax import export_format, warm_start
+from coca_jax import export_format, recipes, warm_start
 from coca_jax.config import typed
 from coca_jax.fitting import weights
 from coca_jax.models import coca
@@ -96,6 +96,17 @@ def test_a_model_of_another_size_is_refused_by_its_keys_before_data_are_read(tmp
         setup.check_start(image.change({"model.image.width": 48}), str(tmp_path / "run"))
     fits = {"image_size": 32, "text.max_len": 99, "activation": "relu", "norm_eps": 1e-6}
     setup.check_start(config(**fits), str(tmp_path / "run"))
+    free = {"image_size": 32, "text.max_len": 99, "temperature": 0.1}
+    assert warm_start.remark(config(**free)) == ""
+    others = {"activation": "relu", "image.rope_theta": 20.0, "text.cls_mask": "shifted"}
+    assert warm_start.remark(config(**others)) == (
+        f"warning: init_from={tmp_path / 'export'}: model.activation is gelu there, relu here; "
+        "model.text.cls_mask is exact there, shifted here: the same weights are another model "
+        "then; set what they have, unless it is meant"
+    )
+    image = config(**others, **{"image.block": {"norm_eps": 1e-6}}).change({"init_parts": "image"})
+    line = warm_start.remark(image)
+    assert "relu here; model.image.block.norm_eps is not set there, 1e-06 here: the" in line
 
 
 def test_weights_start_a_model_of_another_image_size(tmp_path, one_device_mesh, caplog):
@@ -152,11 +163,13 @@ def test_a_run_starts_from_weights_as_its_keys_say(monkeypatch):
     config.init_from, config.init_positions, config.init_parts = "weights", "interpolate", "image"
     monkeypatch.setattr(run, "init_state", lambda *_: "fresh")
     monkeypatch.setattr(warm_start, "apply", lambda *given: given)
+    monkeypatch.setattr(warm_start, "remark", lambda config: f"warning: {config.init_from}")
     of = types.SimpleNamespace(config=typed(config), model=None, mesh=None, class_names=("cat",))
-    of.begin = lambda text: None
+    said: list[str] = []
+    of.begin, of.say = (lambda text: None), said.append
     none = types.SimpleNamespace(steps=lambda: [])
     given, start = run.restore_or_begin(of, none)
-    assert start == 0
+    assert start == 0 and said == ["warning: weights"]
     assert given == ("fresh", "weights", ("cat",), "interpolate", "image", (2, 2))
 
 
@@ -181,3 +194,26 @@ def test_what_a_fit_reads_of_weights(tmp_path):
     export_format.write_export(tmp_path / "native", host, given, words)
     with pytest.raises(ValueError, match="its images keep their aspect ratio"):
         weights.read(str(tmp_path / "native"))
+
+
+def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path, monkeypatch):
+    """A recipe read them for its values first, and found "no checkpoint" under them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "open_clip_model.bin").write_bytes(b"-")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "open_clip_config.json").write_text("{}")
+    for place, says in (
+        ("open_clip_model.bin", "is a file: convert it first with"),
+        ("theirs", "is open_clip's: convert it first with"),
+        ("hf-hub:org/name", "is no folder; weights by a name become one with"),
+        ("coca_ViT-L-14:tag", "is no folder; weights by a name become one with"),
+    ):
+        line = f"init_from={place} {says} python -m coca_jax.convert --input={place} --out=DIR"
+        with pytest.raises(ValueError, match=f": {line}$"):
+            recipes.load(f"finetune_open_clip:{place}")
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^{line}$"):
+            setup.check_start(tiny(init_from=place), "run")
+    with pytest.raises(ValueError, match="init_from=theirs is open_clip's: convert it first with"):
+        weights.read("theirs")
+    with pytest.raises(ValueError, match="no checkpoint under nowhere; give a run's workdir or"):
+        recipes.load("finetune_open_clip:nowhere")

@@ -44,6 +44,13 @@ _ANY_LENGTH: dict[str, Any] = {
     "optimizer.warmup_steps": 0,
     "log.profile_steps": (),
 }
+# Of a run that is only timed: what compares evaluations goes with them, and no service lists it.
+_ALONE: dict[str, Any] = {
+    "eval.tasks": (),
+    "eval.guard": "",
+    "checkpoint.best": "",
+    "log.trackers": (),
+}
 Say = Callable[[str], None]
 
 
@@ -286,8 +293,8 @@ class Plan:
         say(f"{variant.name}: {steps} steps, to see how long one takes")
         shutil.rmtree(place, ignore_errors=True)
         every = max(2, steps // 12)
-        values = {"steps": steps, "eval.tasks": (), "eval.guard": "", "log.every_steps": every}
-        training.train(indexed(variant.config(values | _ANY_LENGTH), place.parent), str(place))
+        values = {"steps": steps, "log.every_steps": every} | _ALONE | _ANY_LENGTH
+        training.train(indexed(variant.config(values), place.parent), str(place))
         rows = [row for row in metrics.read_metrics(place) if row["step"] > every]
         shutil.rmtree(place, ignore_errors=True)
         return max(1e-9, sum(map(seconds, rows)) / (steps - every))

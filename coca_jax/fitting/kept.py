@@ -10,6 +10,7 @@ import shutil
 from typing import Any
 
 from coca_jax import out_folder, storage
+from coca_jax.data import bounded_json
 
 FILE = "fit.json"
 RECIPE = "recipe.py"
@@ -44,7 +45,7 @@ class Kept:
     is imported again: see `drop_imported`.
 
     Raises ValueError for a workdir that holds a fit of other data or with a recipe made otherwise,
-    or a run that no fit began, or that cannot be written.
+    or a run or a recipe that is no fit's, or that cannot be written, and for a damaged fit.json.
     """
 
     def __init__(self, workdir: str, request: Request):
@@ -53,6 +54,11 @@ class Kept:
         self._state: dict[str, Any] = {"request": wanted}
         self._imported: list[str] = []
         if not self._path.exists():
+            if (self._path.parent / RECIPE).exists():
+                raise ValueError(
+                    f"--workdir={workdir} holds a {RECIPE} that fit did not write there; give "
+                    f"another, or coca-jax train --config={workdir}/{RECIPE} --workdir=DIR"
+                )
             if (self._path.parent / "config.json").exists():
                 raise ValueError(
                     f"--workdir={workdir} holds a run that fit did not begin; give another, or go "
@@ -61,7 +67,7 @@ class Kept:
             out_folder.check_run(workdir)
             storage.check_writable(workdir)
             return
-        state = json.loads(self._path.read_text())
+        state = _read(self._path)
         there = state["request"]
         if there["folder"] != wanted["folder"]:
             raise ValueError(
@@ -117,3 +123,15 @@ class Kept:
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps(self._state, indent=1) + "\n")
         os.replace(new, self._path)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The state in a fit.json. Raises ValueError for a file that holds none."""
+    try:
+        state = bounded_json.loads(path.read_bytes())
+        state["request"]["folder"]
+        return state
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is damaged, or no fit wrote it; restore it, or give another --workdir"
+        ) from None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
+import numpy as np
 
 from coca_jax import metrics, partitioning
 from coca_jax.config import Config
+from coca_jax.data import features
 from coca_jax.data.loaders import open_stream
-from coca_jax.data.mixture import Mixture
+from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.data.stages import rest
 from coca_jax.data.vocabulary import load
 from coca_jax.training import setup, stopping
@@ -42,21 +45,24 @@ def measure(config: Config, *, least_seconds: float = 4.0) -> Speed:
     begun = time.perf_counter()
     mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
+        mixture = Mixture(config)
+        classes = head_classes(config, mixture)
         run = setup.Run(
             config=config,
             workdir="",
             mesh=mesh,
-            mixture=Mixture(config),
+            mixture=mixture,
             vocabulary=load(config.data.vocabulary),
-            class_names=(),
+            class_names=classes,
             steps=100 * (config.optimizer.warmup_steps + 10),  # longer than any warm-up
-            model=setup.build_model(config, mesh),
+            model=setup.build_model(config, mesh, len(classes)),
             buckets=buckets,
             stop=stopping.current(),
         )
         run.begin("making the model, to see how long a step takes")
         state = init_state(run.model, config, mesh)
-        batches = open_stream(config, run.vocabulary, run.mixture)
+        kept: Any = [Blank(config)] * len(mixture.sources) if config.data.features else ()
+        batches = open_stream(config, run.vocabulary, mixture, class_names=classes, features=kept)
         feed = Feed(batches, config, mesh, buckets)
         step_fn = Programs(run)
         total = 0.0
@@ -82,6 +88,19 @@ def measure(config: Config, *, least_seconds: float = 4.0) -> Speed:
             feed.close()
             batches.close()
     return Speed(total, compiled, start)
+
+
+class Blank:
+    """Stands for what `data.features` keeps of a source, which the run computes of the weights that
+    it starts from: a step on zeros takes as long."""
+
+    def __init__(self, config: Config):
+        self._tokens = np.zeros(features.shape(config), config.model.dtype)
+
+    def read(self, row: int, record: Any) -> np.ndarray:
+        """See `Features.read`."""
+        del row, record
+        return self._tokens
 
 
 def stages(config: Config, steps: int) -> list[tuple[float, int]]:

@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from coca_jax import checkpointing, export_format
+from coca_jax import checkpointing, export_format, warm_start
 from coca_jax.fitting.choose import Weights
 from coca_jax.models import coca
 
@@ -17,7 +17,7 @@ def read(path: str) -> Weights:
 
     Raises:
         FileNotFoundError: no run and no export there.
-        ValueError: a file, which needs converting first.
+        ValueError: a file, or open_clip's folder, which needs converting first.
     """
     if os.path.isfile(path):
         raise ValueError(
@@ -29,6 +29,7 @@ def read(path: str) -> Weights:
             f"--init_from={path}: no such folder here; give a run or an export on this machine "
             "(coca-jax export --checkpoint=NAME_OR_URL --out=DIR brings others here)"
         )
+    warm_start.check_place(path)
     if export_format.is_export(path):
         config = export_format.read_config(path)
         words = export_format.vocabulary_path(path)

@@ -227,17 +227,25 @@ def evaluation_due(run: Run, step: int) -> bool:
 
 
 class Trace:
-    """Traces the steps [first, last] of config.log.profile_steps into workdir/profile."""
+    """Traces the steps [first, last] of config.log.profile_steps into workdir/profile; of a run
+    that goes on from `start` those that are to come. Where none is, and none was traced before, it
+    says so."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, start: int):
         first, last = run.config.log.profile_steps or (0, 0)
-        self._first, self._last, self._main = int(first), int(last), run.main_process
-        self._folder = storage.place(run.workdir) / "profile"
+        self._first, self._last = max(int(first), start + 1) if last else 0, int(last)
+        self._main, self._folder = run.main_process, storage.place(run.workdir) / "profile"
         self._open = contextlib.ExitStack()
+        behind = 0 < self._last <= start < run.steps
+        if behind and self._main and not self._folder.exists():  # else they were traced
+            run.say(
+                f"warning: log.profile_steps={run.config.log.profile_steps} is behind step {start},"
+                " from which the run goes on, and traces nothing; name steps to come"
+            )
 
     def __call__(self, step: int) -> None:
         """To be called before each step."""
-        if step == self._first and self._main:
+        if step == self._first <= self._last and self._main:
             jax.profiler.start_trace(self._open.enter_context(storage.local_folder(self._folder)))
             self._open.callback(jax.profiler.stop_trace)  # before what is there goes to a bucket
         elif step == self._last + 1:

@@ -213,7 +213,7 @@ def steps_from(
         feed = Feed(batches, run.config, run.mesh, run.buckets)
     log = hooks.Log(run, start, feed, batches, good)
     save = saving.Save(run, checkpoints, state, start)
-    trace = hooks.Trace(run)
+    trace = hooks.Trace(run, start)
     ended: stopping.Preempted | WentUp | guard.LostTooMuch | None = None
     run.stop.listen()
     try:
@@ -299,6 +299,8 @@ def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[
         from coca_jax import warm_start
 
         config, model = run.config, run.config.model
+        if line := warm_start.remark(config):
+            run.say(line)
         grid = image_shape.grid(model.image_size, model.patch_size)
         how = (config.init_positions, config.init_parts, grid)
         state = warm_start.apply(state, config.init_from, run.class_names, *how)
