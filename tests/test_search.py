@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import time
 import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.cluster.vq
 from absl import flags
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
@@ -297,6 +299,22 @@ def test_clusters_are_the_groups_that_there_are():
     ]
     with pytest.raises(ValueError, match="--clusters=61 of 60"):
         alike.clusters(Pictures(x), 61, seed=0)
+
+
+def test_hundreds_of_clusters_are_those_of_scipy_in_a_pass_each_to_begin_with():
+    x = clustered(4000, 64)
+    begun = time.process_time()
+    assert len(alike.clusters(Pictures(x), 400, seed=0)) > 300
+    assert time.process_time() - begun < 4  # by SciPy's own beginning 10 s and more
+    for seed in range(5):
+        whole = x[:500].astype(np.float32)
+        kept = dict(iter=50, minit="++", seed=seed)
+        chosen = scipy.cluster.vq.kmeans2(whole, 9, **kept)[1]
+        found = [sorted(one["rows"]) for one in alike.clusters(Pictures(whole), 9, seed)]
+        wanted = [np.flatnonzero(chosen == number).tolist() for number in range(9)]
+        assert found == sorted(filter(None, wanted), key=len, reverse=True)
+    same = alike.clusters(Pictures(np.full((4, 2), 0.5**0.5)), 3, 0)
+    assert [sorted(one["rows"]) for one in same] == [[0, 1, 2, 3]]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
