@@ -215,6 +215,18 @@ def test_the_graph_finds_what_exact_search_finds(tmp_path):
             nearest.open_nearest(x, str(tmp_path))
 
 
+def test_pictures_behind_the_last_of_the_graph_are_compared_one_by_one(tmp_path):
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    x = clustered(3000, 32)
+    nearest.build(x[:2000], str(tmp_path))
+    graph, exact = nearest.open_nearest(x, str(tmp_path)), nearest.Exact(x)
+    queries = clustered(3200, 32)[3000:].astype(np.float32)
+    for asked, k in ((queries, 10), (queries[:1], 1), (queries[:3], 2500)):
+        near, wanted = graph(asked, k)[1], exact(asked, k)[1]
+        assert near.shape == (len(asked), k) and all(len({*row}) == k for row in near.tolist())
+        assert np.mean([len({*a} & {*b}) / k for a, b in zip(near, wanted)]) >= 0.99
+
+
 def test_where_the_walk_ends_early_every_picture_is_compared(tmp_path):
     pytest.importorskip("usearch", reason="needs the extra 'search'")
     x = clustered(1500, 16)
@@ -306,10 +318,9 @@ def test_hundreds_of_clusters_are_those_of_scipy_in_a_pass_each_to_begin_with():
     begun = time.process_time()
     assert len(alike.clusters(Pictures(x), 400, seed=0)) > 300
     assert time.process_time() - begun < 4  # by SciPy's own beginning 10 s and more
+    whole = x[:500].astype(np.float32)
     for seed in range(5):
-        whole = x[:500].astype(np.float32)
-        kept = dict(iter=50, minit="++", seed=seed)
-        chosen = scipy.cluster.vq.kmeans2(whole, 9, **kept)[1]
+        _, chosen = scipy.cluster.vq.kmeans2(whole, 9, iter=50, minit="++", seed=seed)
         found = [sorted(one["rows"]) for one in alike.clusters(Pictures(whole), 9, seed)]
         wanted = [np.flatnonzero(chosen == number).tolist() for number in range(9)]
         assert found == sorted(filter(None, wanted), key=len, reverse=True)
