@@ -174,11 +174,12 @@ def finish(parts: Parts, *, progress: bool = False) -> str:
     or removes that of one which is large no more.
 
     Returns:
-        'exact' or 'graph', how it is searched.
+        'exact' or 'graph', how it is searched. One in a bucket has no graph, which is read from a
+        local folder.
     """
     storage.remove(files.join(parts.folder, STAGED))
     count = len(parts.names())
-    if count < nearest.EXACT_BELOW:
+    if count < nearest.EXACT_BELOW or storage.is_remote(parts.folder):
         storage.remove(files.join(parts.folder, nearest.FILE))
         return "exact"
     nearest.build(parts.embeddings(), parts.folder, progress=progress)
