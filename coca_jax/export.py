@@ -92,6 +92,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     export_format.refuse_other(args.out, model.params)
     if args.format == "hub":
         return _to_hub(model)
+    if not hasattr(model, "captions"):
+        raise ValueError(
+            f"--checkpoint={args.checkpoint}: a model without a decoder has no program for "
+            "captions; give --format=hub"
+        )
     if model.head_kind:
         cli.say(
             "the programs leave out the task head, whose weights are written too: "
@@ -99,11 +104,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         )
     if args.format == "onnx":
         return _to_onnx(model)
-    if not hasattr(model, "captions"):
-        raise ValueError(
-            f"--checkpoint={args.checkpoint}: a model without a decoder has no program for "
-            "captions; give --format=hub"
-        )
     import jax.export
 
     from coca_jax.inference import export_programs

@@ -169,7 +169,12 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
     done = index.add(model, groups, parts, gone=gone, say=cli.say, **_how())
     other = done["new"] + done["changed"] + done["gone"]
     if other and done["pictures"] >= index.nearest.EXACT_BELOW:
-        cli.say(f"building the graph of {done['pictures']} pictures")
+        cli.say(
+            f"--out={out} is in a bucket and gets no graph: each picture is compared with a query; "
+            "for a graph copy it to a local folder and run the same there"
+            if storage.is_remote(out)
+            else f"building the graph of {done['pictures']} pictures"
+        )
     result = dict(out=out) | {key: done[key] for key in done if key != "already_there"}
     return result | dict(search=index.finish(parts, progress=True))
 

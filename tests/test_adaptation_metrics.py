@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -211,6 +212,21 @@ def test_nearest_neighbours_equal_a_plain_vote():
         np.testing.assert_allclose(found[row], votes, rtol=1e-4)
     few = linear.knn_scores(test, train[:3], classes[:3], 7, k=10)
     assert set(np.flatnonzero(few.sum(0))) == set(classes[:3])
+
+
+def test_nearest_of_many_neighbours_are_found_in_bounded_memory(monkeypatch):
+    """By fewer rows at a time: 1,024 rows of a million cosines would be 20 GB."""
+    rng = np.random.default_rng(0)
+    train, test = (rng.standard_normal((n, 4)).astype(np.float32) for n in (100_000, 120))
+    classes = rng.integers(0, 7, len(train))
+    monkeypatch.setattr(linear, "_AT_ONCE", 1 << 20)
+    tracemalloc.start()
+    found = linear.knn_scores(test, train, classes, 7)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 40 << 20  # those of all rows at once are 190 MB
+    monkeypatch.setattr(linear, "_AT_ONCE", 1 << 10)  # a row at a time
+    np.testing.assert_allclose(linear.knn_scores(test[:3], train, classes, 7), found[:3], rtol=1e-4)
 
 
 @pytest.mark.parametrize("maker", [probes.LinearProbe, probes.NearestNeighbours])

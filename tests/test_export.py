@@ -370,5 +370,6 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
         call(kind, f"--format={kind}")
         assert (f"{told}'{tmp_path / kind}') has" in capsys.readouterr().err) == says
     del loaded.captions
-    with pytest.raises(ValueError, match="a model without a decoder has no program for captions"):
-        call("no")
+    for kind in ("folder", "onnx"):
+        with pytest.raises(ValueError, match="without a decoder has no program for captions; give"):
+            call("no", f"--format={kind}")

@@ -74,6 +74,20 @@ def test_a_changed_picture_is_embedded_anew_and_one_that_is_gone_is_not_found(mo
         )
 
 
+def test_an_index_is_searched_while_it_grows_beyond_its_graph(model, folder, monkeypatch):  # noqa: F811
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    monkeypatch.setattr(nearest, "EXACT_BELOW", 5)
+    again(model, "s")
+    assert index.finish(parts.Parts("i")) == "graph"
+    (folder / "new.png").write_bytes(encoded(99))
+    assert again(model, "s")[0] == 1  # and the graph is not built yet: it was stopped there
+    found = index.Index("i")
+    assert isinstance(found.nearest, nearest.Graph)
+    for name in ("new.png", "2.png"):
+        (first, *_) = found.search(found.query(model, images=[f"s/{name}"]), 3)
+        assert first["image"] == f"s/{name}" and first["score"] > 0.999
+
+
 def test_an_index_that_gets_small_is_searched_without_its_graph(model, folder, monkeypatch):  # noqa: F811
     pytest.importorskip("usearch", reason="needs the extra 'search'")
     monkeypatch.setattr(nearest, "EXACT_BELOW", 5)

@@ -12,7 +12,7 @@ from test_search import tree
 
 from coca_jax.data import files, formats
 from coca_jax.engines import Engine
-from coca_jax.searching import index, parts, staged
+from coca_jax.searching import index, nearest, parts, staged
 
 
 def test_an_index_in_the_indexed_folder_is_no_part_of_it(model, folder):  # noqa: F811
@@ -68,3 +68,23 @@ def test_what_is_said_of_a_damaged_index_mends_it(model, folder, call, harm):  #
     with pytest.raises(FileNotFoundError, match="--index=i: no index there; make it: search index"):
         call("duplicates", index="i")
     assert again(model, "s") == (6, 0, 0, 1, 6) and tree("i") == whole
+
+
+def test_a_large_index_in_a_bucket_is_searched_without_a_graph(
+    model,  # noqa: F811
+    folder,  # noqa: F811
+    call,  # noqa: F811
+    s3,
+    monkeypatch,
+    capsys,
+):
+    """The graph is read from a local folder: what is embedded is not refused in the end."""
+    monkeypatch.setattr(nearest, "EXACT_BELOW", 5)
+    for new in (6, 0):
+        done = call("index", "s", checkpoint="here", out=f"{s3}/large")
+        assert (done["new"], done["pictures"], done["search"]) == (new, 6, "exact")
+    told = f"--out={s3}/large is in a bucket and gets no graph: each picture is compared"
+    assert capsys.readouterr().err.count(told) == 1
+    found = index.Index(f"{s3}/large")
+    assert isinstance(found.nearest, nearest.Exact)
+    assert found.search(found.query(model, images=["s/3.png"]), 1)[0]["image"] == "s/3.png"

@@ -281,8 +281,9 @@ def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, mon
 
 
 @pytest.mark.parametrize("to", ["tar", "parquet", "array_record"])
-def test_embeddings_of_an_earlier_work_are_not_those_of_the_new_captions(tmp_path, to):
-    extra = dict(image_emb="older", text_emb="older", title="stays", recaption="older")
+def test_embeddings_and_texts_of_an_earlier_work_are_not_those_of_the_new_one(tmp_path, to):
+    older = dict(captions=[], originals=[])
+    extra = dict(image_emb="older", text_emb="older", title="stays", recaption=older, texts=["old"])
     made = dict(originals=[], captions=[dict(text="new", flags=[], score=0.5)], key="a")
     item = Item("a", encoded(1), extra=extra)
     writers.write(to, str(tmp_path / "out"), iter([writers.Example("a", item, [], made)]))
@@ -295,6 +296,8 @@ def test_embeddings_of_an_earlier_work_are_not_those_of_the_new_captions(tmp_pat
         (record,) = prepared.ArrayRecordFiles([str(tmp_path / "out")], [1])([0])
         found = json.loads(record.extra)
     assert found.keys() - {"recaption"} == {"title"}
+    own = Item("a", encoded(1), extra=dict(texts=["of the data"], recaption="by hand"))
+    assert writers.Example("a", own, [], made).fields() == own.extra
 
 
 @pytest.mark.parametrize("beside", ["", ', "recaption": "yes"', ', "recaption": {"by": "me"}'])

@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import time
 import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.cluster.vq
 from absl import flags
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
@@ -213,6 +215,18 @@ def test_the_graph_finds_what_exact_search_finds(tmp_path):
             nearest.open_nearest(x, str(tmp_path))
 
 
+def test_pictures_behind_the_last_of_the_graph_are_compared_one_by_one(tmp_path):
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    x = clustered(3000, 32)
+    nearest.build(x[:2000], str(tmp_path))
+    graph, exact = nearest.open_nearest(x, str(tmp_path)), nearest.Exact(x)
+    queries = clustered(3200, 32)[3000:].astype(np.float32)
+    for asked, k in ((queries, 10), (queries[:1], 1), (queries[:3], 2500)):
+        near, wanted = graph(asked, k)[1], exact(asked, k)[1]
+        assert near.shape == (len(asked), k) and all(len({*row}) == k for row in near.tolist())
+        assert np.mean([len({*a} & {*b}) / k for a, b in zip(near, wanted)]) >= 0.99
+
+
 def test_where_the_walk_ends_early_every_picture_is_compared(tmp_path):
     pytest.importorskip("usearch", reason="needs the extra 'search'")
     x = clustered(1500, 16)
@@ -297,6 +311,21 @@ def test_clusters_are_the_groups_that_there_are():
     ]
     with pytest.raises(ValueError, match="--clusters=61 of 60"):
         alike.clusters(Pictures(x), 61, seed=0)
+
+
+def test_hundreds_of_clusters_are_those_of_scipy_in_a_pass_each_to_begin_with():
+    x = clustered(4000, 64)
+    begun = time.process_time()
+    assert len(alike.clusters(Pictures(x), 400, seed=0)) > 300
+    assert time.process_time() - begun < 4  # by SciPy's own beginning 10 s and more
+    whole = x[:500].astype(np.float32)
+    for seed in range(5):
+        _, chosen = scipy.cluster.vq.kmeans2(whole, 9, iter=50, minit="++", seed=seed)
+        found = [sorted(one["rows"]) for one in alike.clusters(Pictures(whole), 9, seed)]
+        wanted = [np.flatnonzero(chosen == number).tolist() for number in range(9)]
+        assert found == sorted(filter(None, wanted), key=len, reverse=True)
+    same = alike.clusters(Pictures(np.full((4, 2), 0.5**0.5)), 3, 0)
+    assert [sorted(one["rows"]) for one in same] == [[0, 1, 2, 3]]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -11,6 +11,7 @@ from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import convert
+from coca_jax.inference import loading
 from coca_jax.interop import weights_files
 
 
@@ -95,3 +96,14 @@ def test_a_refused_convert_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="values that are not finite"):
         convert.from_open_clip(str(source), str(tmp_path / "out"))
     assert (tmp_path / "out").is_dir()
+
+
+def test_a_conversion_that_the_system_ends_says_so(tmp_path, monkeypatch):
+    """As for want of memory: what it said last is that it converts."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho converting weights.bin ... >&2\nkill -9 $$\n")
+    fake.chmod(0o755)
+    (tmp_path / "weights.bin").write_bytes(b"PK")
+    monkeypatch.setattr(loading.sys, "executable", str(fake))
+    with pytest.raises(OSError, match="weights.bin: its conversion was ended by signal 9, perhaps"):
+        coca_jax.load(tmp_path / "weights.bin")

@@ -85,18 +85,31 @@ def walk(path: str) -> Iterator[list[str]]:
 
 def linked_folders(path: str) -> str:
     """What is said of the links to folders in a local folder and below: they are not followed, as
-    they may lead anywhere; '' for none."""
-    found = []
+    they may lead anywhere; and of folders that cannot be read. '' for none."""
+    found: list[str] = []
+    unread: list[OSError] = []
     if not is_remote(path):
         top = local_files.plain(path)
-        for folder, folders, _ in os.walk(top):
+        for folder, folders, _ in os.walk(top, onerror=unread.append):
             folders[:] = [name for name in folders if not is_hidden(name)]
             links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
             found += [os.path.relpath(os.path.join(folder, name), top) for name in links]
-    if not found:
-        return ""
-    shown = ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
-    return f"folders that are links are not read: {shown}; put the folders in their place"
+    said = []
+    if found:
+        said.append(
+            f"folders that are links are not read: {_first(found)}; put the folders in their place"
+        )
+    if unread and os.path.isdir(top):
+        names = [os.path.relpath(error.filename, top) for error in unread]
+        said.append(
+            f"folders that cannot be read are left out: {_first(names)} ({unread[0].strerror})"
+        )
+    return "; ".join(said)
+
+
+def _first(names: Collection[str]) -> str:
+    """The first few of some names, sorted."""
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def read(path: str) -> bytes:

@@ -10,6 +10,7 @@ import scipy.optimize
 L2_SWEEP = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 0.1  # share of the training features that chooses the L2 weight
 MAX_ITERATIONS = 200
+_AT_ONCE = 1 << 25  # cosines that exist at a time, of 16 bytes with what sorts them
 
 
 def fit_linear(
@@ -86,10 +87,11 @@ def knn_scores(
     """Votes of the k nearest training features by cosine, float64 [N, C].
 
     Each neighbour adds exp(cosine / temperature) to its class (Wu et al. 2018). features [N, W],
-    train [M, W], classes int [M]; `chunk` rows of the N x M cosines exist at a time.
+    train [M, W], classes int [M]; `chunk` rows of the N x M cosines exist at a time, fewer where M
+    is above 32,768.
     """
     unit = train / np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-12)
-    k = min(k, len(train))
+    k, chunk = min(k, len(train)), max(min(chunk, _AT_ONCE // len(train)), 1)
     votes = np.zeros((len(features), num_classes))
     for start in range(0, len(features), chunk):
         rows = features[start : start + chunk]

@@ -53,6 +53,7 @@ def load(
     Raises:
         FileNotFoundError: nothing of that kind at `path`, or the hub cannot be reached.
         ValueError: damaged or mismatched files, an unknown name, tag or dtype.
+        OSError: what converts weights on the way was ended by a signal.
         TypeError: an option that there is not.
     """
     _check(path, dtype, options)
@@ -153,6 +154,12 @@ def _read_open_clip(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "coca_jax.convert", f"--input={path}", f"--out={folder}"]
         done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode < 0:  # what it said last is no reason
+            raise OSError(
+                f"{path}: its conversion was ended by signal {-done.returncode}, perhaps for want "
+                f"of memory or of room in {tempfile.gettempdir()}; convert it once: coca-jax "
+                f"convert --input={path} --out=weights"
+            )
         if done.returncode:
             raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
         params, config = export_format.read_export(folder)

@@ -43,9 +43,13 @@ class Example(NamedTuple):
     several: bool = False
 
     def fields(self) -> dict[str, Any]:
-        """The item's other fields, without embeddings: students would take those of an older work
-        for what was made now."""
-        return {name: v for name, v in self.item.extra.items() if name not in EMBEDDINGS}
+        """The item's other fields, without what an older work left beside its `recaption`:
+        embeddings, which students would take for those of what was made now, and `texts`, which
+        readers would take for what is kept now."""
+        extra, before = self.item.extra, self.item.extra.get("recaption")
+        ours = isinstance(before, dict) and "captions" in before  # else the data's own field
+        left = (*EMBEDDINGS, "texts") if ours else EMBEDDINGS
+        return {name: value for name, value in extra.items() if name not in left}
 
     def made(self) -> dict[str, Any]:
         """The result without embeddings, as JSON holds it beside the image."""

@@ -78,8 +78,20 @@ def gone(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -
         if known.row >= 0
         and (name in places or name.startswith(below))
         and not re.search(r"://|\\\\", name)  # of what is no UTF-8 the name alone is known
-        and not os.path.exists(name)
+        and _is_gone(name)
     ]
+
+
+def _is_gone(path: str) -> bool:
+    """Whether nothing is there. What cannot be looked at, as in a folder that may not be read or on
+    a disk that does not answer, may be there: its embedding is kept."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _by_number(inputs: Sequence[str], parts: Parts) -> list[int]:
@@ -174,11 +186,12 @@ def finish(parts: Parts, *, progress: bool = False) -> str:
     or removes that of one which is large no more.
 
     Returns:
-        'exact' or 'graph', how it is searched.
+        'exact' or 'graph', how it is searched. One in a bucket has no graph, which is read from a
+        local folder.
     """
     storage.remove(files.join(parts.folder, STAGED))
     count = len(parts.names())
-    if count < nearest.EXACT_BELOW:
+    if count < nearest.EXACT_BELOW or storage.is_remote(parts.folder):
         storage.remove(files.join(parts.folder, nearest.FILE))
         return "exact"
     nearest.build(parts.embeddings(), parts.folder, progress=progress)

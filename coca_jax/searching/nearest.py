@@ -57,7 +57,8 @@ class Graph:
     pictures that it finds the exact comparison takes k. The whole of it is in memory: NumPy asks
     for huge pages there, and a walk, which looks at some 20,000 places of a graph of gigabytes,
     takes a fifth less than over a mapped file. Where a walk ends with fewer pictures than it was to
-    find, as among many equal ones, every picture is compared.
+    find, as among many equal ones, every picture is compared. So are those behind the graph's last
+    row: while an index grows, and where that was stopped, it has more pictures than its graph.
 
     embeddings: as of `Exact`; folder: of the index, where the graph lies (`build`).
     """
@@ -67,13 +68,25 @@ class Graph:
         path = pathlib.Path(folder) / FILE
         self._bytes = np.fromfile(path, np.uint8)  # the graph looks into it
         self._graph = _opened(path, embeddings, self._bytes)
-        if self._graph is None or len(self._graph) != len(embeddings):
+        if self._graph is None:
             raise ValueError(f"{path} does not belong to these pictures; run `search index` again")
         self._graph.expansion_search = _EXPANSION_SEARCH
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        k = min(k, len(self.embeddings))
-        wanted = min(_CANDIDATES * k, len(self.embeddings))
+        count = len(self._graph)
+        best, rows = self._of_graph(queries, min(k, count))
+        if count == len(self.embeddings):
+            return best, rows
+        more, beyond = Exact(self.embeddings[count:])(queries, k)
+        best = np.concatenate([best, more], 1)
+        rows = np.concatenate([rows, beyond + count], 1)
+        order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
+
+    def _of_graph(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As a call, of the pictures of the graph; k: so many at most."""
+        held = self.embeddings[: len(self._graph)]
+        wanted = min(_CANDIDATES * k, len(held))
         found = self._graph.search(_coarse(queries), wanted)
         # Of one query usearch gives what there is, of several it fills up with the row 0.
         counts = found.counts if len(queries) > 1 else np.array([len(found.keys)])
@@ -81,13 +94,13 @@ class Graph:
         whole = counts == wanted
         if whole.any():
             keys = np.atleast_2d(np.asarray(found.keys, np.int64))[whole]
-            near = self.embeddings[keys].astype(np.float32)  # [Q, 4k, E]
+            near = held[keys].astype(np.float32)  # [Q, 4k, E]
             similar = np.einsum("qe,qke->qk", queries[whole], near)
             order = np.argsort(-similar, axis=1, kind="stable")[:, :k]
             best[whole] = np.take_along_axis(similar, order, 1)
             rows[whole] = np.take_along_axis(keys, order, 1)
         if not whole.all():
-            best[~whole], rows[~whole] = Exact(self.embeddings)(queries[~whole], k)
+            best[~whole], rows[~whole] = Exact(held)(queries[~whole], k)
         return best, rows
 
 

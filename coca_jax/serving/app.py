@@ -82,7 +82,7 @@ def build(
         routes=[
             *(Route(path, _file(files / file, kind)) for path, (file, kind) in PAGE.items()),
             *(Route(one.path, _endpoint(one, server), methods=["POST"]) for one in ENDPOINTS),
-            Route(f"{PICTURES}{{row:int}}", functools.partial(endpoints.picture, server)),
+            Route(f"{PICTURES}{{row}}", functools.partial(endpoints.picture, server)),
             Route("/api/info", info),
             Route("/openapi.json", description),
             Route("/healthz", health),

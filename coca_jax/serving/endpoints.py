@@ -6,12 +6,14 @@ import asyncio
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -237,7 +239,10 @@ async def _index(server: Server) -> Any:
 
 async def picture(server: Server, request: Request) -> Response:
     """A picture of the index by its row, smaller: no path is taken from a request."""
-    index, asked = await _index(server), request.path_params["row"]
+    digits = request.path_params["row"]
+    if not re.fullmatch("[0-9]{1,18}", digits):  # Python makes no number of thousands of them
+        raise HTTPException(404)
+    index, asked = await _index(server), int(digits)
     given = request.query_params.get("side", str(SIDES[0]))
     if given not in map(str, SIDES):
         raise Refused(400, f"side={given[:20]}: choose from {SIDES[0]} and {SIDES[1]}")
