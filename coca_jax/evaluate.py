@@ -286,6 +286,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     args = flags.FLAGS
     if args.compare:
+        others = ("checkpoint", "data", "suite", *OF_SUITES, *of_scores(), "dtype", "out")
+        cli.refuse_given(others, "--compare shows scores that are there, and writes nothing")
         return compare(args.compare)
     if args.suite:
         return run_suite(args)
