@@ -39,7 +39,8 @@ ADAPTER, CURVE = "adapter.safetensors", "blend.json"
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("base", None, "What was tuned: a run, an export or weights.")
-    evaluate.define_flags()
+    evaluate.define_task_flags()
+    flags.DEFINE_string("out", "", "Folder for the curve, the model or the change.")
     flags.DEFINE_list("shares", ["0", "0.25", "0.5", "0.75", "1"], "Of the way to the tuned one.")
     flags.DEFINE_integer("rank", 0, "Writes the change alone, as factors of this rank.")
     flags.DEFINE_string("adapter", "", "A folder that --rank wrote, in place of --checkpoint.")
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"--rank={args.rank} writes the whole change and scores nothing; leave out --data and "
             "--shares, or --rank"
         )
+    if not args.data:
+        cli.refuse_given(evaluate.of_scores(), "without --data nothing is scored")
     tasks = evaluate.tasks_of_flags() if args.data else []
     if not tasks and not args.rank and len(shares) > 1:
         shares = [1.0] if not args["shares"].present else shares
@@ -73,7 +76,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     else:
         out_folder.check_model(args.out)
     cli.say(f"loading {args.base}")
-    base = coca_jax.load(args.base, dtype="float32")
+    how: dict[str, Any] = dict(batch_size=args.batch_size) if args.batch_size else {}
+    base = coca_jax.load(args.base, dtype="float32", num_frames=args.num_frames, **how)
     first = to_host(base.params)
     if args.adapter:
         factors = read_adapter(args.adapter, base.checksum())

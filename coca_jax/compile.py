@@ -151,6 +151,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("give --config=NAME and --topology=v4:8x16x16 (or cpu:8)")
     check_hosts(flags.FLAGS.topology, flags.FLAGS.hosts)
+    if not flags.FLAGS.hosts:
+        cli.refuse_given(("host_hours", "save_seconds", "restart_seconds"), "it is for --hosts")
     if flags.FLAGS.dump_hlo:
         storage.check_writable(pathlib.Path(flags.FLAGS.dump_hlo).parent, make=False)
     prepare_platform(flags.FLAGS.topology)

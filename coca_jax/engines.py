@@ -38,7 +38,7 @@ class Engine:
         share: 'i/n': every n-th shard from the i-th, which counts from 0; '': all.
 
     Raises:
-        ValueError: another name, or a share that is not two such numbers.
+        ValueError: another name, workers without Ray, or a share that is not two such numbers.
     """
 
     name: str = "local"
@@ -48,6 +48,8 @@ class Engine:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"--engine={self.name}: use one of {', '.join(NAMES)}")
+        if self.workers and self.name != "ray":
+            raise ValueError(f"--workers={self.workers}: it is of --engine=ray; leave it out")
         i, _, n = self.share.partition("/")
         if self.share and not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
             raise ValueError(f"--shard={self.share}: give i/n, i from 0 to n - 1, such as 0/8")

@@ -31,26 +31,33 @@ from coca_jax.importers import seen, unprepared
 from coca_jax.interop import hub
 
 # Flags of tasks alone, besides those of the evaluators, and flags of suites alone.
-OF_TASKS = (
-    *("tasks", "where", "text_field", "label_field", "image_field", "limit"),
-    *("coordinator", "process_id"),
-)
+OF_TASKS = ("tasks", "where", "text_field", "label_field", "image_field", "limit")
 OF_SUITES = ("root", "csv", "suite_probe")
 
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
+    define_task_flags()
+    flags.DEFINE_string("suite", "", "clip_benchmark, datacomp, or a file of data sets' names.")
+    flags.DEFINE_string("root", "", "Folder below which the suite's data sets lie.")
+    flags.DEFINE_string("csv", "", "Table for the suite's row; default: suite.csv in --out.")
+    flags.DEFINE_bool("suite_probe", False, "Suite: the linear probe too, where there is a train.")
+    flags.DEFINE_list("compare", None, "Folders with scores of a suite; the first is the base.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
+    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.", -1)
+
+
+def define_task_flags() -> None:
+    """Defines the flags of a model and of what it is scored on."""
     flags.DEFINE_string("checkpoint", None, cli.CHECKPOINT)
     flags.DEFINE_string(
         "data",
         None,
         "What `prepare` wrote or reads in place, 'tfds:NAME', or 'scenes'.",
     )
-    flags.DEFINE_string("suite", "", "clip_benchmark, datacomp, or a file of data sets' names.")
-    flags.DEFINE_string("root", "", "Folder below which the suite's data sets lie.")
-    flags.DEFINE_string("csv", "", "Table for the suite's row; default: suite.csv in --out.")
-    flags.DEFINE_bool("suite_probe", False, "Suite: the linear probe too, where there is a train.")
-    flags.DEFINE_list("compare", None, "Folders with scores of a suite; the first is the base.")
     usual = ", ".join(usual_kinds())
     flags.DEFINE_list("tasks", None, f"{', '.join(declarations.kinds())}; default: {usual}.")
     flags.DEFINE_string("split", "", "Split of the data; default: test, else what there is.")
@@ -66,17 +73,18 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.", 0)
     flags.DEFINE_integer("batch_size", 0, "Images at a time over all devices; 0: 32 a device.", 0)
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
-    flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
-    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
-    flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
-    flags.DEFINE_integer("process_id", -1, "This process's number, from 0.", -1)
 
 
 def evaluator_flags() -> list[Flag]:
     """The flags of all evaluators, each once."""
     found = (flag for one in declarations.kinds().values() for flag in one.flags)
     return list(dict.fromkeys(found))
+
+
+def of_scores() -> list[str]:
+    """The flags of `define_task_flags` that say what is scored and how, but for --data."""
+    own = (*OF_TASKS, "split", "name", "num_frames", "batch_size")
+    return [*own, *(flag.name for flag in evaluator_flags())]
 
 
 def _define(flag: Flag) -> None:
@@ -229,7 +237,7 @@ def run_suite(args: Any) -> dict[str, float]:
     if args.num_processes > 1:
         raise ValueError(f"--num_processes={args.num_processes}: a suite runs in one process")
     cli.refuse_given(
-        [*OF_TASKS, *(flag.name for flag in evaluator_flags())],
+        [*OF_TASKS, "coordinator", "process_id", *(flag.name for flag in evaluator_flags())],
         "a suite scores all of its data sets, each by its own definition",
     )
     from coca_jax.suites import tables
@@ -278,6 +286,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     args = flags.FLAGS
     if args.compare:
+        others = ("checkpoint", "data", "suite", *OF_SUITES, *of_scores(), "dtype", "out")
+        cli.refuse_given(others, "--compare shows scores that are there, and writes nothing")
         return compare(args.compare)
     if args.suite:
         return run_suite(args)

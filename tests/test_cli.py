@@ -193,6 +193,7 @@ OTHER_NAMES = {  # of flags, as other commands and programs have them; what is s
     "evaluate --batch-size=64": "did you mean --batch_size?",
     "convert --out_put=x": "did you mean --out?",
     "report --colour=red": "--help lists the flags",
+    "blend --compare=a,b": "--help lists the flags",
 }
 
 

@@ -71,6 +71,8 @@ def test_a_share_is_every_nth_shard():
             Engine(share=wrong)
     with pytest.raises(ValueError, match="--engine=spark: use one of local, ray"):
         Engine("spark")
+    with pytest.raises(ValueError, match="--workers=3: it is of --engine=ray; leave it out"):
+        Engine(workers=3)
 
 
 def test_prepared_by_shares_and_joined(tars, tmp_path):  # noqa: F811

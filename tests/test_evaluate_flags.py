@@ -279,6 +279,7 @@ def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
         ),
         (dict(checkpoint="x", data="scenes", text_field="t"), "--text_field=t: scenes are drawn"),
         (dict(compare="one"), "--compare=one: give two folders or more, with a comma"),
+        (dict(compare="a,b", out="c"), "--out=c: --compare shows scores that are there, and wri"),
     ],
 )
 def test_flags_that_do_not_go_together_are_a_line(ask, given, says):

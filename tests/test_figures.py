@@ -60,6 +60,15 @@ def test_pages_have_the_numbers_of_the_file(capsys):
     assert not figures.fill(check=True), capsys.readouterr().out
 
 
+def test_what_captions_take_without_kernels_is_that_of_their_rows():
+    names = ("batch_1", "batch_16", "beams_6")
+    rows = [ROWS[f"caption_kernels/{name}"]["values"] for name in names]
+    times = [row["xla"] / row["kernels"] for row in rows]
+    said = f"{min(times):.1f} to {max(times):.1f} times as "
+    for file in ("docs/inference.md", "coca_jax/ops/cpu/decode_kernels.py"):
+        assert said in (ROOT / file).read_text(), file
+
+
 def tables(text: str) -> list[list[str]]:
     """The tables of a page, line by line."""
     return [block.splitlines() for block in re.findall(r"(?:^\|[^\n]*\n)+", text, re.M)]

@@ -251,8 +251,10 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     change = rng.normal(size=(len(kernel), 2)) @ rng.normal(size=(2, kernel.shape[1]))
     moved = first | {"text_to_joint": {"kernel": (kernel + change).astype(np.float32)}}
     tuned.set_params(moved)
-    models = dict(base=base, tuned=tuned)
-    monkeypatch.setattr(blend.coca_jax, "load", lambda place, **how: models[place])
+    models, asked_of = dict(base=base, tuned=tuned), []
+    monkeypatch.setattr(
+        blend.coca_jax, "load", lambda place, **how: asked_of.append(how) or models[place]
+    )
     written = []
     monkeypatch.setattr(export_folder, "write", lambda model, out, **_: written.append(out))
     flags_of("blend", monkeypatch)
@@ -260,7 +262,7 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     def call(*given):
         base.set_params(first)
         blend.flags.FLAGS.unparse_flags()
-        for name in ("shares", "checkpoint", "adapter", "data", "rank"):
+        for name in ("shares", "checkpoint", "adapter", "data", "rank", "tasks", "batch_size"):
             blend.flags.FLAGS[name].unparse()
         blend.flags.FLAGS(["blend", "--base=base", *given])
         return blend.main(["blend"])
@@ -296,7 +298,8 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     assert [row["share"] for row in curve] == [0.0, 0.25, 1.0]
     assert shown in (tmp_path / "curve/report.html").read_text()
     assert "held another" not in capsys.readouterr().err
-    call(*given)
+    call(*given, "--batch_size=8")
+    assert asked_of[-2]["batch_size"] == 8 and "batch_size" not in asked_of[0]  # of the base
     assert "held another" not in capsys.readouterr().err  # the same
     call(*given, "--shares=0,0.25")
     assert "/curve held another curve, which this one replaces" in capsys.readouterr().err
@@ -308,6 +311,8 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
     for given, says in (
         (("--checkpoint=tuned", "--adapter=a", "--out=o"), "give --base=DIR, --checkpoint"),
         (("--checkpoint=tuned", "--shares=0,1", "--out=o"), "one to write, or give --data"),
+        (("--checkpoint=tuned", "--tasks=knn", "--out=o"), "knn: without --data nothing is scored"),
+        (("--checkpoint=tuned", "--batch_size=8", "--out=o"), "--batch_size=8: without --data"),
         (("--checkpoint=tuned", f"--out={tmp_path}/curve"), "is the folder of a run"),
         (("--checkpoint=tuned", "--rank=-1", "--out=o"), "--rank=-1: a whole number"),
         (("--checkpoint=tuned", "--rank=2", "--data=x", "--out=o"), "--rank=2 writes the whole"),

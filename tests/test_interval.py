@@ -101,3 +101,6 @@ def test_the_command_says_what_so_many_hosts_leave(monkeypatch, capsys):
         with pytest.raises(ValueError, match=rf"{flag}(\.0)?: give a number"):
             compile.check_goodput()
         compile.flags.FLAGS(["compile", "--hosts=1", "--save_seconds=1", "--restart_seconds=1"])
+    compile.flags.FLAGS(["compile", "--hosts=0", "--config=tiny", "--topology=cpu:1"])
+    with pytest.raises(ValueError, match=r"--host_hours=5.0: it is for --hosts; leave it out"):
+        compile.main(["compile"])

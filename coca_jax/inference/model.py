@@ -29,13 +29,13 @@ from coca_jax.ops.packed import Layout
 class CoCaModel(Scores):
     """A model, its vocabulary and its image preprocessing.
 
-    Images are paths, PIL images, encoded bytes, arrays [h, w, 3], uint8 arrays [N, h, w, 3], or a
-    list of these; one alone counts as a list of one. Images of the model's size are used as they
-    are. With `num_frames` T they are videos: paths or bytes of animations and video files, uint8
-    arrays [t, h, w, 3] in a list or [N, t, h, w, 3]; T frames of each are sampled uniformly (a
-    still image is repeated), encoded one by one and pooled (CoCa.pool). Calls run in batches,
-    padded to a power of two so that few programs are compiled, split over the devices; with
-    `progress` they show a bar.
+    Images are paths, URLs of files, a folder for all images in it, PIL images, encoded bytes,
+    arrays [h, w, 3], uint8 arrays [N, h, w, 3], or a list of single ones; one alone counts as a
+    list of one. Images of the model's size are used as they are. With `num_frames` T they are
+    videos: paths or bytes of animations and video files, uint8 arrays [t, h, w, 3] in a list or
+    [N, t, h, w, 3]; T frames of each are sampled uniformly (a still image is repeated), encoded one
+    by one and pooled (CoCa.pool). Calls run in batches, padded to a power of two so that few
+    programs are compiled, split over the devices; with `progress` they show a bar.
 
     Args:
         config: of the run, or as it stands beside the weights.

@@ -51,6 +51,9 @@ def contrastive_loss(
       scale: float32, the inverse temperature.
       logit_bias: float32, for the sigmoid loss.
       text_id: int32 [B, 2]; equal rows are equal texts. Needed unless duplicates='negatives'.
+      kind: 'softmax' or 'sigmoid'.
+      duplicates: what equal texts are to each other: 'negatives', 'ignore' or 'positives'.
+      chunk: columns of the similarities that exist at a time; 0: all.
       reduction: of the softmax loss's two directions, 'sum' (paper, Eq. 2) or 'mean'.
 
     Returns:

@@ -18,6 +18,9 @@ from coca_jax import local_files
 from coca_jax.serving import connections
 
 AT_ONCE = 130  # as a shell says of a program that SIGINT ended
+# `timeout`, or what else started this, passes a signal on that the whole group has got too: two
+# within this time, in seconds, are one, as in training.
+SAME_KEY = 0.5
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -42,7 +45,7 @@ def serve(
 ) -> float:
     """Answers until SIGINT (Ctrl-C) or SIGTERM, then takes no more requests and ends when those
     that it has are answered, or after `grace` seconds. A second signal ends the process at once,
-    with status 130. Runs in the main thread.
+    with status 130, but for one within SAME_KEY of the first. Runs in the main thread.
 
     ready: called when it answers. Returns what is left of the grace, in seconds. Raises
     RuntimeError where it does not start.
@@ -65,10 +68,12 @@ def serve(
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal end
-        if asked.is_set():
+        now = time.monotonic()
+        if not asked.is_set():
+            end = now + grace
+            asked.set()
+        elif now - (end - grace) > SAME_KEY:
             os._exit(AT_ONCE)
-        end = time.monotonic() + grace
-        asked.set()
 
     # Signals come here from now on, and no longer to what ends a command that is doing something.
     signal.set_wakeup_fd(-1)

@@ -28,7 +28,7 @@ SOURCE = pathlib.Path(__file__).with_name("decode_kernels.cc")
 def available() -> bool:
     """Whether the kernels are there: compiles and registers them at first use (`build`)."""
     return build.register(
-        SOURCE, KERNELS, "Captions on this CPU will take 1.2 to 1.8 times as long as they need"
+        SOURCE, KERNELS, "Captions on this CPU will take 1.3 to 2.1 times as long as they need"
     )
 
 
