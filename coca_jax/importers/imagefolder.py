@@ -183,12 +183,12 @@ def _has_media(folder: str) -> bool:
 
 def _metadata(root: str) -> list[str]:
     """The metadata files of a folder, at its top or below."""
-    found = []
-    for name in METADATA:
-        try:
-            found += files.find(root, (name, f"*/{name}"))
-        except FileNotFoundError:
-            continue
+    patterns = tuple(pattern for name in METADATA for pattern in (name, f"*/{name}"))
+    try:
+        found = files.find(root, patterns)
+    except FileNotFoundError:
+        return []
+    found.sort(key=lambda one: METADATA.index(posixpath.basename(one).lower()))
     first: dict[str, str] = {}
     for one in found:
         folder = posixpath.dirname(one)
