@@ -381,12 +381,13 @@ def test_lists_of_few_pictures_are_told_and_captions_of_ours_are_none(tmp_path):
     assert formats.guess(str(folder)) == "jsonl"
     assert remarks.of_format(str(folder), "jsonl").startswith(line + said)
     (folder / "notes.jsonl").unlink()
-    (folder / "notes.csv").write_text("file_name,text\na.jpg,x\nb.jpg,y\n")
-    assert formats.guess(str(folder)) == "csv"
-    assert said in remarks.of_format(str(folder), "csv")
+    for name, mark in (("notes.tsv", "\t"), ("notes.txt", "\t"), ("notes.csv", ",")):
+        (folder / name).write_text(f"file_name{mark}text\na.jpg{mark}x\nb.jpg{mark}y\n")
+        assert formats.guess(str(folder)) == "csv"
+        assert said in remarks.of_format(str(folder), "csv")
+        (folder / name).unlink()
     assert len(imagefolder.plan(str(folder), "", Options())[0].names) == 5  # as the line says
     for name in "abcde":  # the pictures lie elsewhere: there is nothing but the captions
         (folder / f"{name}.jpg").unlink()
-    (folder / "notes.csv").unlink()
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
     assert formats.guess(str(folder)) == "jsonl"
