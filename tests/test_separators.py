@@ -53,10 +53,12 @@ def test_lists_with_another_mark_in_the_name_of_a_column(tmp_path):
         # Each text in quotation marks of its own, whatever it says.
         ('image,title\n0.jpg,"a\nb"\n1.jpg,"see, c.jpg\nd"\n', {"0": "a b", "1": "see, c.jpg d"}),
         ('title,image\n"a\nb",0.jpg\n\n"c",1.jpg\n', {"0": "a b", "1": "c"}),
+        ('title,image,x\n"a ""b""",0.jpg,"c\nd"\n', {"0": 'a "b"'}),
         # A lone one in front of a text ends at the next, which may be that of another row.
         ('image\ttitle\n0.jpg\t"a\n1.jpg\tof 5"\n2.jpg\tc\n', {"1": 'of 5"', "2": "c"}),
         ('image,title\n\n0.jpg,"a\n1.jpg,b\n2.jpg,of 5"\n', {"1": "b", "2": 'of 5"'}),
         (',image,title\n0,0.jpg,"a\n1,1.jpg,b, or 5" of it\n2,2.jpg,c\n', {"2": "c"}),
+        ('title\timage\n"a\t0.jpg\nof 5"\t1.jpg\nc\t2.jpg\n', {"1": 'of 5"', "2": "c"}),
         ('image,title\n\n0.jpg,"a\n1.jpg,b\n', {"1": "b"}),
     ],
 )

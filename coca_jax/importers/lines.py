@@ -222,24 +222,30 @@ def _torn(
 ) -> str:
     """What is wrong with a row of several lines, which a quotation mark in front of a text that is
     not quoted would make of rows that are whole; '' for nothing."""
-    behind = source.taken[source.blank() + 1 :]
+    first, *behind = source.taken[source.blank() :]
     if not behind:
         return ""
     if "".join(source.taken).count('"') % 2 and source.following() is None:
         return "a quotation mark that is never closed"
     image = formats.image_field({name: row[name] for name in columns})
-    at = columns.index(image) if image else -1
-    for line in behind if image else ():
+    if not image:
+        return ""
+    at, why = columns.index(image), "a quotation mark begins its text and ends in another row"
+    cells = _cells(first, {**way, "quoting": csv.QUOTE_NONE})
+    named = cells[at] if len(cells) == len(columns) > 1 else ""
+    if named.lower().endswith(formats.MEDIA) and first.partition(named)[0].count('"') % 2:
+        return f"{why}; quote the whole text"  # a text in front of its picture's name
+    for line in behind:
         cells = _cells(line, way)
         named = cells[at] if len(cells) >= len(columns) > 1 else ""
         # Behind a mark it may be the end of this very row, whose text has several lines.
         if named.strip().lower().endswith(formats.MEDIA) and '"' not in line.partition(named)[0]:
-            return "a quotation mark begins its text and ends in another row; quote the whole text"
+            return f"{why}; quote the whole text"
     return ""
 
 
 def _cells(line: str, way: Mapping[str, Any]) -> list[str]:
     try:
-        return next(csv.reader([line], **way), [])
+        return next(csv.reader([line.rstrip("\r\n")], **way), [])
     except csv.Error:
         return []
