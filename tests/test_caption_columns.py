@@ -34,6 +34,21 @@ def test_captions_in_columns_of_other_usual_names(tmp_path, name):
     assert texts_of(tmp_path / "text") == [("x",)] * 3
 
 
+def test_the_keys_of_a_map_of_captions_are_no_captions(tmp_path):
+    """Spark writes texts by language as maps, which Arrow gives as pairs."""
+    texts = [[("de", "ein Hund"), ("en", "a dog")], [("en", "a cat")]]
+    columns = dict(image=[encode(i) for i in range(2)], text=texts, size=[[("w", 3), ("h", 4)]] * 2)
+    kinds = [
+        (name, pa.map_(pa.string(), t)) for name, t in (("text", pa.string()), ("size", pa.int64()))
+    ]
+    schema = pa.schema([("image", pa.binary()), *kinds])
+    pq.write_table(pa.table(columns, schema), tmp_path / "a.parquet")
+    import_data("parquet", tmp_path / "a.parquet", tmp_path / "out")
+    assert texts_of(tmp_path / "out") == [("ein Hund", "a dog"), ("a cat",)]
+    extra = [json.loads(one.extra) for one in sources.open_source(str(tmp_path / "out"))]
+    assert extra == [{"size": {"w": 3, "h": 4}}] * 2
+
+
 def test_columns_like_captions_that_are_not_read_are_named(tmp_path, capsys):
     rows = [
         dict(image=encode(i), label="cat", caption_en=f"a cat {i}", alt_text=["x"], text_size=3)

@@ -8,6 +8,8 @@ import pytest
 from prepare_cases import encode, import_data, reasons_of
 
 from coca_jax.data import files, sources
+from coca_jax.importers import sidecars
+from coca_jax.importers.items import Options
 from coca_jax.inference import caption_files
 
 HIDDEN = (".ipynb_checkpoints/0", "__MACOSX/0", ".hid", "._0")
@@ -113,3 +115,22 @@ def test_pictures_below_a_list_are_looked_for_anew_and_hidden_ones_do_not_count(
     assert found("p") == [("no. 0",)]
     (tmp_path / "a" / "b" / "1.jpg").write_bytes(encode(2))
     assert found("q") == [("no. 0",), ("no. 1",)]
+
+
+def test_the_texts_of_a_folder_are_looked_for_once_and_after_it_has_changed(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sidecars, "ROWS_PER_UNIT", 1)
+    asked, listing = [], files.listing
+    monkeypatch.setattr(files, "listing", lambda *of: asked.append(of) or listing(*of))
+
+    def read(units):
+        return {item.key: item.texts for unit in units for item in sidecars.read(unit, Options())}
+
+    units = sidecars.plan(str(folder), "", Options())
+    assert len(units) == 2 and read(units) == {"0": ["text of 0"], "1": ["text of 1"]}
+    assert len(asked) == 1
+    (folder / "0.txt").rename(folder / "0.caption")
+    (folder / "1.png").write_bytes(encode(9))  # which takes the name
+    assert read(units) == {"0": ["text of 0"], "1.jpg": ["text of 1"]}
+    assert len(asked) == 2

@@ -47,6 +47,13 @@ def test_the_order_is_what_it_was():
         assert "".join(map(str, order.rows(shares))) == rows
 
 
+@pytest.mark.parametrize(
+    "parts", [(), (0,), (-1, 7), (2**63 - 1, -(2**63)), tuple(b"a.tar/\xc3\xa4")]
+)
+def test_one_key_is_that_of_the_arrays(parts):
+    assert [order.key_of(parts)] == order.key(*parts).tolist()
+
+
 def test_seeds_sources_and_epochs_have_orders_of_their_own():
     def first(seed, source, epoch=0):
         return tuple(order.indices(np.arange(20) + 1000 * epoch, 1000, seed, source).tolist())

@@ -3,14 +3,15 @@
 import contextlib
 import json
 import pathlib
+import threading
 
 import fsspec
 import pytest
 from in_place_cases import make, write_tar
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.data import range_cache, sources, unreachable
-from coca_jax.importers import shards
+from coca_jax.data import files, range_cache, sources, unreachable
+from coca_jax.importers import prepared, shards, sidecars
 from coca_jax.importers.items import Options
 
 COUNT = 12
@@ -113,3 +114,26 @@ def test_a_picture_that_is_gone_from_a_store_is_that_record_alone(tmp_path, monk
     assert done["read"] == 8 and done["quarantined"] == {"missing_image": 4}
     assert keys(tmp_path / "out") == [f"1.tar/00000{n}" for n in range(4)]
     system.rm("/gone", recursive=True)
+
+
+def test_the_shards_of_data_in_a_bucket_are_asked_for_at_once_and_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sidecars, "ROWS_PER_UNIT", 3)
+    out, size, asked = "memory://asked/out", files.size, []
+    import_data("sidecars", write_pictures(tmp_path / "data"), out, shard_count=4)
+    all_here = threading.Barrier(4)
+
+    def ask(path):
+        asked.append(path)
+        all_here.wait(20)  # raises where they are not asked for together
+        return size(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "size", ask)
+        patched.setattr(prepared, "ROWS_PER_UNIT", 5)
+        units = prepared.plan(out, "train", Options())
+        asked.clear()
+        found = [item.key for unit in units for item in prepared.read(unit, Options())]
+    assert len(units) == 3 and found == [f"{n:03d}" for n in range(COUNT)]
+    names = [path.rpartition("/")[2] for path in asked]
+    assert sorted(names) == [f"train-{n:05d}-of-00004.array_record" for n in range(4)]
+    fsspec.filesystem("memory").rm(out.rpartition("/")[0], recursive=True)

@@ -45,3 +45,29 @@ def test_lists_with_another_mark_in_the_name_of_a_column(tmp_path):
         texts("q")
     path.write_text("image,title,,\n0.jpg,a dog,,\n")  # as spreadsheets leave empty columns
     assert texts("r") == [("a dog",)]
+
+
+@pytest.mark.parametrize(
+    "table, kept",
+    [
+        # Each text in quotation marks of its own, whatever it says.
+        ('image,title\n0.jpg,"a\nb"\n1.jpg,"see, c.jpg\nd"\n', {"0": "a b", "1": "see, c.jpg d"}),
+        ('title,image\n"a\nb",0.jpg\n\n"c",1.jpg\n', {"0": "a b", "1": "c"}),
+        ('title,image,x\n"a ""b""",0.jpg,"c\nd"\n', {"0": 'a "b"'}),
+        # A lone one in front of a text ends at the next, which may be that of another row.
+        ('image\ttitle\n0.jpg\t"a\n1.jpg\tof 5"\n2.jpg\tc\n', {"1": 'of 5"', "2": "c"}),
+        ('image,title\n\n0.jpg,"a\n1.jpg,b\n2.jpg,of 5"\n', {"1": "b", "2": 'of 5"'}),
+        (',image,title\n0,0.jpg,"a\n1,1.jpg,b, or 5" of it\n2,2.jpg,c\n', {"2": "c"}),
+        ('title\timage\n"a\t0.jpg\nof 5"\t1.jpg\nc\t2.jpg\n', {"1": 'of 5"', "2": "c"}),
+        ('image,title\n\n0.jpg,"a\n1.jpg,b\n', {"1": "b"}),
+    ],
+)
+def test_a_lone_quotation_mark_in_front_of_a_text_takes_no_other_row(table, kept, tmp_path):
+    count = table.count(".jpg") - table.count("c.jpg")
+    for i in range(count):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(i))
+    (tmp_path / "list.csv").write_text(table)
+    done = import_data("csv", tmp_path / "list.csv", tmp_path / "out")
+    found = {one.key[0]: one.texts[0] for one in sources.open_source(str(tmp_path / "out"))}
+    assert found == kept and done["read"] == count
+    assert done["quarantined"] == ({"bad_record": count - len(kept)} if len(kept) < count else {})

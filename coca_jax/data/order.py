@@ -7,10 +7,13 @@ with any version of numpy (whose own generators do not promise a stable stream).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 8
+_ALL = 2**64 - 1
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -26,6 +29,18 @@ def key(*parts: int | np.ndarray) -> np.ndarray:
     state = np.zeros(1, np.uint64)
     for part in parts:
         state = mix(state ^ np.atleast_1d(np.asarray(part)).astype(np.int64).view(np.uint64))
+    return state
+
+
+def key_of(parts: Iterable[int]) -> int:
+    """The one key of single integers that `key` gives, for hundreds of them in a fraction of the
+    time: numpy takes a microsecond for each step of each."""
+    state = 0
+    for part in parts:
+        x = ((state ^ (part & _ALL)) + 0x9E3779B97F4A7C15) & _ALL
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _ALL
+        state = x ^ (x >> 31)
     return state
 
 

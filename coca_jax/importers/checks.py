@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from coca_jax.data import images, order, regions, videos
@@ -33,10 +34,10 @@ def wanted(item: Item, options: Options) -> str:
     if item.problem:
         return ""
     if options.sample < 1.0:
-        digest = sum(order.key(*item.key.encode()).tolist())
+        digest = order.key_of(item.key.encode())
         again = item.drawn.seeds.count(options.seed)
-        key = order.key(options.seed, digest & (2**63 - 1), *([again] if again else []))
-        if order.uniform(key, 1)[0, 0] >= options.sample:
+        key = order.key_of([options.seed, digest & (2**63 - 1), *([again] if again else [])])
+        if order.uniform(np.array([key], np.uint64), 1)[0, 0] >= options.sample:
             return "sample"
     return ""
 

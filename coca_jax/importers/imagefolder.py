@@ -97,8 +97,9 @@ def unlisted(path: str, options: Options, lists: Any = None) -> tuple[int, int]:
         return 0, 0
     there = {os.path.normpath(one) for one in _images(root)}
     left = set(there)
-    for unit in whole_files((lists.plan if lists else plan)(root, "", options)):
-        for one in located(unit, options):
+    planned, rows = (lists.plan, lists.located) if lists else (plan, located)
+    for unit in whole_files(planned(root, "", options)):
+        for one in rows(unit, options):
             for name in filter(None, (one.name, one.second)):
                 with contextlib.suppress(ValueError):  # the import says what is wrong with it
                     path = os.path.normpath(files.join(one.folder, str(name)))
@@ -183,12 +184,12 @@ def _has_media(folder: str) -> bool:
 
 def _metadata(root: str) -> list[str]:
     """The metadata files of a folder, at its top or below."""
-    found = []
-    for name in METADATA:
-        try:
-            found += files.find(root, (name, f"*/{name}"))
-        except FileNotFoundError:
-            continue
+    patterns = tuple(pattern for name in METADATA for pattern in (name, f"*/{name}"))
+    try:
+        found = files.find(root, patterns)
+    except FileNotFoundError:
+        return []
+    found.sort(key=lambda one: METADATA.index(posixpath.basename(one).lower()))
     first: dict[str, str] = {}
     for one in found:
         folder = posixpath.dirname(one)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import collections
 import csv
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from coca_jax.data import bounded_json, files, formats
@@ -137,6 +138,10 @@ class _CsvLines:
         self._queue.extendleft(reversed(self.taken[start:]))
         self.taken = []
 
+    def blank(self) -> int:
+        """How many of the lines taken are blank ones before a row, of which it is not made."""
+        return sum(1 for _ in itertools.takewhile(lambda line: not line.strip("\r\n"), self.taken))
+
     def following(self) -> str | None:
         """The next line, which comes again; '' for one that is too long, None at the end."""
         taken, self.taken = self.taken, []
@@ -180,7 +185,8 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
             source.take_back(0)
             # A caption in a tab-separated list may hold a lone quotation mark; open_clip's readers
             # keep it only where it does not open the field, so quotes count as pandas counts them.
-            rows = csv.DictReader(source, **formats.dialect(head, second))
+            way = formats.dialect(head, second)
+            rows = csv.DictReader(source, **way)
             columns = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         except csv.Error as error:
             raise ValueError(f"{path}: its first line names no columns: {error}") from None
@@ -193,13 +199,13 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
             source.taken = []
             try:
                 row = next(rows)
-                several = len(source.taken) > 1
-                if several and "".join(source.taken).count('"') % 2 and source.following() is None:
-                    raise csv.Error("a quotation mark that is never closed")
+                if why := _torn(row, source, columns, way):
+                    raise csv.Error(why)
             except StopIteration:
                 return
             except csv.Error as error:
-                source.take_back(1)  # an open quotation mark has swallowed rows that are whole
+                # An open quotation mark has swallowed rows that are whole.
+                source.take_back(source.blank() + 1)
                 yield error, source.position()
                 continue
             surplus = row.pop(None, [])  # type: ignore[call-overload]
@@ -209,3 +215,37 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
                 yield more, source.position()
                 continue
             yield row, source.position()
+
+
+def _torn(
+    row: Mapping[str, Any], source: _CsvLines, columns: Sequence[str], way: Mapping[str, Any]
+) -> str:
+    """What is wrong with a row of several lines, which a quotation mark in front of a text that is
+    not quoted would make of rows that are whole; '' for nothing."""
+    first, *behind = source.taken[source.blank() :]
+    if not behind:
+        return ""
+    if "".join(source.taken).count('"') % 2 and source.following() is None:
+        return "a quotation mark that is never closed"
+    image = formats.image_field({name: row[name] for name in columns})
+    if not image:
+        return ""
+    at, why = columns.index(image), "a quotation mark begins its text and ends in another row"
+    cells = _cells(first, {**way, "quoting": csv.QUOTE_NONE})
+    named = cells[at] if len(cells) == len(columns) > 1 else ""
+    if named.lower().endswith(formats.MEDIA) and first.partition(named)[0].count('"') % 2:
+        return f"{why}; quote the whole text"  # a text in front of its picture's name
+    for line in behind:
+        cells = _cells(line, way)
+        named = cells[at] if len(cells) >= len(columns) > 1 else ""
+        # Behind a mark it may be the end of this very row, whose text has several lines.
+        if named.strip().lower().endswith(formats.MEDIA) and '"' not in line.partition(named)[0]:
+            return f"{why}; quote the whole text"
+    return ""
+
+
+def _cells(line: str, way: Mapping[str, Any]) -> list[str]:
+    try:
+        return next(csv.reader([line.rstrip("\r\n")], **way), [])
+    except csv.Error:
+        return []

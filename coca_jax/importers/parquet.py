@@ -207,7 +207,7 @@ def _row(
     key: str, one: pa.RecordBatch, unit: Unit, options: Options, classes: dict[str, list[str]]
 ) -> Item:
     try:
-        fields = one.to_pylist()[0]
+        fields = _fields(one)
     except UnicodeDecodeError as error:
         return Item(key, problem="bad_utf8", detail=str(error))
     first, _, second = options.image_field.partition(",")
@@ -227,6 +227,16 @@ def _row(
         item.second, item.problem, item.detail = found.image, found.problem, found.detail
         item.second_span = found.span
     return item
+
+
+def _fields(one: pa.RecordBatch) -> dict[str, Any]:
+    """The fields of a row. A map, which Arrow gives as pairs, is an object as a struct is: its keys
+    are no texts."""
+    fields = one.to_pylist()[0]
+    for name, kind in zip(one.schema.names, one.schema.types):
+        if pa.types.is_map(kind) and fields[name] is not None:
+            fields[name] = {str(key): value for key, value in fields[name]}
+    return fields
 
 
 def _load(item: Item, image: Any, unit: Unit, options: Options) -> Item:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -72,7 +73,8 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         OSError: this process has too many files open.
     """
     path, _, split = unit.path.rpartition("@")
-    source, before = prepared.open_split(path, split), drawn(unit)
+    told = json.dumps(prepared.read_manifest(path)["splits"].get(split))
+    source, before = _opened(path, split, told), drawn(unit)
     for start in range(unit.start, unit.stop, 256):
         rows = range(start, min(start + 256, unit.stop))
         for row, (record, why) in zip(rows, _records(source, rows)):
@@ -83,6 +85,15 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                 item.problem = "missing_image" if record is not UNREAD else "damaged_archive"
                 item.detail = why
             yield item
+    if unit.stop >= len(source):
+        _opened.cache_clear()  # it may hold a GiB of records
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: str, split: str, told: str) -> Source:
+    """The data of all units of a split: to open them asks for each of the shards. told: what the
+    manifest says of the split, other things where it was written anew."""
+    return prepared.open_split(path, split)
 
 
 def _item(record: Record, options: Options) -> Item:

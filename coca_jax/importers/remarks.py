@@ -72,13 +72,20 @@ def _beside_lists(input: str, format: str) -> str:
     others; '' for none, and beside lists of many bytes."""
     if format not in _LISTS or files.is_remote(input) or not os.path.isdir(input):
         return ""
-    lists = formats.PATTERNS[format]
     with contextlib.suppress(OSError, ValueError):  # the import says what is wrong with them
-        if sum(map(os.path.getsize, files.find(input, lists))) <= _MOST_OF_LISTS:
+        if sum(map(os.path.getsize, _lists_in(input, format))) <= _MOST_OF_LISTS:
             left, count = imagefolder.unlisted(input, Options(), _LISTS[format])
             if left:
                 return f"; not read: {left} of {count} pictures, which no row of its lists names"
     return ""
+
+
+def _lists_in(input: str, format: str) -> list[str]:
+    """The lists of a folder. Raises OSError, ValueError as the format's `plan`."""
+    try:
+        return files.find(input, formats.PATTERNS[format])
+    except FileNotFoundError:
+        return formats.text_lists(input)
 
 
 def nothing_usable(

@@ -10,7 +10,9 @@ import functools
 import itertools
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
+from coca_jax import local_files
 from coca_jax.data import files, formats, named_files
 from coca_jax.data.formats import SIDECARS, TEXTS
 from coca_jax.importers import lines, tar_members, webdataset
@@ -38,6 +40,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if "," in options.image_field:
         raise ValueError(f"--image_field={options.image_field}: a file is one image, not a pair")
     root = named_files.root_of(path)
+    _listed.cache_clear()  # of a bucket nothing else tells that a folder has changed
     found = sorted(map(posixpath.split, files.find(path, PATTERNS, split, all_told=True)))
     units = []
     for folder, inside in itertools.groupby(found, lambda file: file[0]):
@@ -57,15 +60,12 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
     Raises ValueError for a unit that names none, as those of earlier versions do.
     """
-    there = _listing(unit)
-    pictures = [name for name in there.values() if name.lower().endswith(formats.MEDIA)]
-    # 'a.jpg' and 'a.png' are two examples, and the key of each says which.
-    taken = collections.Counter([*pictures, *(posixpath.splitext(name)[0] for name in pictures)])
+    there, shared = _listing(unit)
     plain = files.filesystem(unit.path)[1]
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
     for name in names_of(unit):
         stem = posixpath.splitext(name)[0]
-        key = posixpath.normpath(posixpath.join(within, stem if taken[stem] == 1 else name))
+        key = posixpath.normpath(posixpath.join(within, name if stem in shared else stem))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 
 
@@ -75,7 +75,7 @@ def texts(units: Iterable[Unit], options: Options) -> Iterator[tuple[str, Item]]
     folder, there, stems = "", {}, set()
     for unit in units:
         if unit.path != folder:
-            folder, there = unit.path, _listing(unit)
+            folder, there = unit.path, _listing(unit).there
             stems = {posixpath.splitext(name)[0] for name in there if name.endswith(SIDECARS)}
         for name in names_of(unit):
             if posixpath.splitext(name)[0] in stems:
@@ -83,9 +83,29 @@ def texts(units: Iterable[Unit], options: Options) -> Iterator[tuple[str, Item]]
                 yield path, guarded(path, lambda: _beside(path, name, b"", there, unit, options))  # noqa: B023
 
 
-def _listing(unit: Unit) -> dict[str, str]:
-    """The files of a unit's folder, by their names with small suffixes."""
-    return {_lower_suffix(name): name for name in files.listing(unit.path)}
+class _Listing(NamedTuple):
+    """there: the files of a folder, by their names with small suffixes. shared: names without their
+    suffix that several of its pictures have: 'a.jpg' and 'a.png' are two examples, and the key of
+    each says which."""
+
+    there: dict[str, str]
+    shared: frozenset[str]
+
+
+def _listing(unit: Unit) -> _Listing:
+    """Of a unit's folder, listed once: one with a million files takes seconds, and has hundreds of
+    units."""
+    return _listed(unit.path, local_files.stamp(unit.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _listed(folder: str, stamp: tuple[int, int] | None) -> _Listing:
+    """stamp: another one where the folder, a local one, has other files than before."""
+    names = files.listing(folder)
+    pictures = [name for name in names if name.lower().endswith(formats.MEDIA)]
+    taken = collections.Counter([*pictures, *(posixpath.splitext(name)[0] for name in pictures)])
+    shared = frozenset(name for name, count in taken.items() if count > 1)
+    return _Listing({_lower_suffix(name): name for name in names}, shared)
 
 
 def _lower_suffix(name: str) -> str:
