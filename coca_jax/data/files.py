@@ -14,14 +14,9 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from coca_jax import local_files
-from coca_jax.data import own_folders, unreachable
+from coca_jax.data import own_folders, split_names, unreachable
 from coca_jax.storage import as_os_error, filesystem, is_remote
 
-VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
-SPLITS = {  # what files and folders are called, in any case -> the split that they tell
-    **dict(train="train", training="train", test="test", testing="test"),
-    **dict.fromkeys(VALIDATION, "validation"),
-}
 _OF_SYSTEMS = ("__MACOSX", "@eaDir")  # folders that macOS packs and Synology's stations make
 _UNREACHED = (ConnectionError, TimeoutError, socket.gaierror)
 MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
@@ -258,8 +253,8 @@ def find(
     elif system.isdir(plain):
         told = _told_splits(system, plain, patterns)
         found = list(told)
-        if split and _tell(told.values(), all_told):
-            wanted = SPLITS.get(split.lower(), split)
+        if split and split_names.tell(told.values(), all_told):
+            wanted = split_names.SPLITS.get(split.lower(), split)
             found = [file for file in found if told[file] == wanted]
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -350,7 +345,7 @@ def splits_told(path: str, patterns: tuple[str, ...], *, all_told: bool = False)
     if not system.isdir(plain):
         return []
     told = _told_splits(system, plain, patterns).values()
-    return sorted({*told} - {""}) if _tell(told, all_told) else []
+    return sorted({*told} - {""}) if split_names.tell(told, all_told) else []
 
 
 def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
@@ -358,7 +353,7 @@ def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
     system, plain = filesystem(path)
     folder = not system.isfile(plain) and system.isdir(plain)
     told = _told_splits(system, plain, patterns) if folder else {}
-    if not _tell(told.values()):
+    if not split_names.tell(told.values()):
         return [], len(told)
     return sorted(posixpath.relpath(f, plain) for f, split in told.items() if not split), len(told)
 
@@ -368,7 +363,7 @@ def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str
     start = plain.rstrip("/") + "/"
     names = {_within(file, start): file for file in system.find(plain)}
     return {
-        names[name]: _told_split(name)
+        names[name]: split_names.told(name)
         for name in own_folders.without_ours(names)
         if not is_hidden(name)
         and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
@@ -380,25 +375,3 @@ def _within(file: str, start: str) -> str:
     name = file.removeprefix(start)
     odd = name == file or "//" in f"/{name}" or "/." in f"/{name}"
     return posixpath.relpath(file, start) if odd else name  # which takes ten times as long
-
-
-def _tell(told: Collection[str], all_told: bool = False) -> bool:
-    """Whether names make splits, by what each of them tells."""
-    return all(told) and bool(told) if all_told else any(told)
-
-
-def _told_split(name: str) -> str:
-    """The split that the topmost folder tells that tells one, else a file's own name, '' for none;
-    of several in one part of the name the first of SPLITS."""
-    for part in name.split("/"):
-        words = _words(part)
-        for word, split in SPLITS.items():
-            if word in words:
-                return split
-    return ""
-
-
-def _words(part: str) -> set[str]:
-    for mark in "-_.":
-        part = part.replace(mark, " ")
-    return set(part.lower().split())

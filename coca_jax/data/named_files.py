@@ -108,13 +108,13 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
 
 def _meant(folder: str, name: str) -> str:
     """The local file for whose name a list has another spelling: backslashes, as those from Windows
-    do, or the other form of letters with accents; '' for none. A name without folders is looked
-    for in the folders below as well, as lists stand above their pictures."""
-    plain = name.replace("\\", "/")
+    do, the other form of letters with accents, or blanks around it; '' for none. A name without
+    folders is looked for in the folders below as well, as lists stand above their pictures."""
+    plain = name.replace("\\", "/").strip()
     for spelling in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))):
-        if os.path.lexists(path := files.join(folder, spelling)):
+        if spelling and os.path.lexists(path := files.join(folder, spelling)):
             return path
-    below = {} if "/" in plain else _pictures_below(folder)
+    below = {} if "/" in plain or not plain else _pictures_below(folder)
     return below.get(unicodedata.normalize("NFC", plain), "")
 
 

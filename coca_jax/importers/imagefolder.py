@@ -11,7 +11,7 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.data import bounded_json, files, formats, named_files
+from coca_jax.data import bounded_json, files, formats, named_files, split_names
 from coca_jax.data.formats import MEDIA, METADATA
 from coca_jax.importers import lines, named_fields
 from coca_jax.importers.items import (
@@ -121,8 +121,8 @@ def _folder_of(path: str, split: str) -> str:
     Raises ValueError where folders are splits, and none or several of them are this one.
     """
     folders = _split_folders(path) if split else {}
-    wanted = files.SPLITS.get(split.lower())
-    names = [split] if split in folders else [n for n in folders if files.SPLITS[n] == wanted]
+    wanted = split_names.SPLITS.get(split.lower())
+    names = [split] if split in folders else [n for n in folders if split_names.SPLITS[n] == wanted]
     same = sorted(folder for name in names for folder in folders[name])
     if len(same) == 1:
         return same[0]
@@ -156,7 +156,7 @@ def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, list[str]]:
     entries = {posixpath.basename(e["name"].rstrip("/")): e for e in system.ls(plain, detail=True)}
     names = sorted(n for n in entries if not files.is_hidden(n))
     inside = [name for name in names if entries[name]["type"] == "directory"]
-    found = [name for name in inside if name.lower() in files.SPLITS]
+    found = [name for name in inside if name.lower() in split_names.SPLITS]
     rest = (n for n in inside if n not in found and _has_media(files.join(path, n)))
     others = list(itertools.islice(rest, 2))
     above = bool({*METADATA} & {*names})
@@ -175,7 +175,7 @@ def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, list[str]]:
 def _own_name(folder: str) -> str:
     """What a folder calls its split, validation by any of its names."""
     name = folder.lower()
-    return name if name in files.VALIDATION else files.SPLITS[name]
+    return name if name in split_names.VALIDATION else split_names.SPLITS[name]
 
 
 def _has_media(folder: str) -> bool:

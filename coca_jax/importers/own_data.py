@@ -14,7 +14,7 @@ from typing import Any
 from coca_jax.config import Config
 from coca_jax.config.data import PLACES
 from coca_jax.config.run import GUARDED
-from coca_jax.data import files, formats, kinds, mixture
+from coca_jax.data import files, formats, kinds, mixture, split_names
 from coca_jax.importers import (
     checks,
     data_flag,
@@ -360,7 +360,7 @@ def _of_names(names: Sequence[str]) -> tuple[str, str]:
     others = [name for name in names if name != train]
     if others and train != "train":
         raise ValueError(f"the data have the splits {', '.join(names)} and none called 'train'")
-    held = next((name for name in ("test", *files.VALIDATION) if name in others), "")
+    held = next((name for name in ("test", *split_names.VALIDATION) if name in others), "")
     return train, held
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import field_texts, files, formats, views
+from coca_jax.data import field_texts, files, formats, split_names, views
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
 from coca_jax.importers.items import Item, Options, class_number
@@ -216,7 +216,7 @@ def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
 
 def _like_splits(classes: Sequence[str], input: str) -> list[str]:
     """The line for classes that are called as splits are, such as train2017."""
-    like = [n for n in classes if set(re.findall("[a-z]+", n.lower())) & files.SPLITS.keys()]
+    like = [n for n in classes if set(re.findall("[a-z]+", n.lower())) & split_names.SPLITS.keys()]
     if not like:
         return []
     return [

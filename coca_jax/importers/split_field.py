@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import files, unreachable
+from coca_jax.data import split_names, unreachable
 from coca_jax.importers import dedup, metadata, nothing_left, remarks, shards, splits
 from coca_jax.importers.items import Options, Unit, whole_files
 
@@ -62,7 +62,7 @@ def split_of(value: str) -> str:
     """The split that a value means, in any case: 'restval' of Karpathy's lists is for training, and
     validation has several usual names."""
     name = value.strip().lower()
-    return "train" if name == "restval" else files.SPLITS.get(name, name)
+    return "train" if name == "restval" else split_names.SPLITS.get(name, name)
 
 
 def of_data(format: str, input: str, options: Options) -> tuple[list[str], Told | None]:

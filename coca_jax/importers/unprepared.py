@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from coca_jax.config import Entry
-from coca_jax.data import files, formats, mixture, prepared, sources, tfds_source, views
+from coca_jax.data import (
+    files,
+    formats,
+    mixture,
+    prepared,
+    sources,
+    split_names,
+    tfds_source,
+    views,
+)
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, imagefolder, indexes, items, split_field, tfds_name
@@ -104,7 +113,7 @@ def choose_split(entry: Given) -> str:
     """
     entry = Entry.of(entry)
     found = splits(entry)
-    usual = [split for split in ("test", *files.VALIDATION) if split in found]
+    usual = [split for split in ("test", *split_names.VALIDATION) if split in found]
     if not found or usual:
         return usual[0] if usual else "test"
     if len(found) > 1:
