@@ -125,6 +125,9 @@ def test_gke_gives_a_slice_one_pod_a_host_and_gpu_nodes_each_other():
     pod = job["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
     assert pod["containers"][0]["command"] == ["python3", "-m", "coca_jax.train", *FLAGS[1:]]
+    seventh = manifest(SLICE | {"ACCELERATOR": "tpu7x", "TOPOLOGY": "4x4x4"})
+    job = seventh["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == 16
     job = manifest(GPUS)["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     assert job["parallelism"] == 2 and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
