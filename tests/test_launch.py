@@ -221,6 +221,17 @@ def test_slurm_script_runs_one_task_a_gpu():
     assert check.returncode == 0, check.stderr
 
 
+def test_slurm_s_setup_may_read_variables_that_nobody_has_set(tmp_path):
+    """As the scripts do that `conda activate` and `module load` run."""
+    python, calls = launch_stand_ins.train_with(tmp_path, [0])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").symlink_to(python["PYTHON"])
+    env = launch_stand_ins.slurm(tmp_path) | {"STATUSES": python["STATUSES"]}
+    done = launch("slurm.sh", *FLAGS, **env, SETUP='echo "in $NO_SUCH_VARIABLE."')
+    assert (done.returncode, done.stdout, done.stderr) == (0, "in .\n", "")
+    assert len(calls()) == 1
+
+
 def test_slurm_wants_a_workdir():
     done = launch("slurm.sh", "--dry_run", "--", "--config=tiny")
     assert done.returncode == 2 and "give --workdir=DIR behind --" in done.stderr
