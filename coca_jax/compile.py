@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -154,7 +153,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if not flags.FLAGS.hosts:
         cli.refuse_given(("host_hours", "save_seconds", "restart_seconds"), "it is for --hosts")
     if flags.FLAGS.dump_hlo:
-        storage.check_writable(pathlib.Path(flags.FLAGS.dump_hlo).parent, make=False)
+        check_file(flags.FLAGS.dump_hlo)
     prepare_platform(flags.FLAGS.topology)
     cli.say(f"compiling for {flags.FLAGS.topology}: minutes for a large model on many chips")
     from coca_jax.estimate import compiled
@@ -179,6 +178,15 @@ def check_goodput() -> None:
         value = given[name].value
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{name}={value}: give a number above 0")
+
+
+def check_file(name: str) -> None:
+    """Raises ValueError where --dump_hlo is no name of a file that can be written: before minutes
+    of compiling."""
+    path = storage.place(name)
+    if name.endswith("/") or (not storage.is_remote(path) and path.is_dir()):
+        raise ValueError(f"--dump_hlo={name} is a folder; give a file in it")
+    storage.check_writable(path.parent, make=False)
 
 
 def check_hosts(topology: str, hosts: int) -> None:

@@ -30,7 +30,7 @@ def use() -> None:
     stays.
     """
     # A program for a CPU is split for the cores that there were, which JAX's own key leaves out.
-    kind = hashlib.sha256(f"{processor()} {cores.count()}".encode()).hexdigest()[:8]
+    kind = hashlib.sha256(f"{processor()} {cores.schedulable()}".encode()).hexdigest()[:8]
     settings = dict(
         jax_compilation_cache_dir=str(cache_folder.folder() / f"compiled-{kind}"),
         jax_compilation_cache_max_size=MOST_BYTES,

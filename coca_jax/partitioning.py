@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -193,11 +194,27 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices; "
             "choose sizes whose product is that (one may be -1)"
         )
-    # A mesh axis may take a part of a torus axis: fsdp=4 on 8x16x16, which jax.make_mesh refuses.
-    layout = mesh_utils.create_device_mesh(
-        sizes, jax.devices() if devices is None else devices, allow_split_physical_axes=True
-    )
+    layout = _layout(sizes, jax.devices() if devices is None else devices)
     return Mesh(layout, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _layout(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices [data, fsdp, tensor], neighbours in a mesh being neighbours on a TPU's torus. Of
+    several TPU slices, between which there is a network alone, each stays together: 'data' goes
+    over them, and what follows it only where it is too small."""
+    tpus = [device for device in devices if device.platform == "tpu"]
+    left = len({getattr(device, "slice_index", 0) for device in tpus}) or 1
+    outer = []
+    for size in sizes:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    # A mesh axis may take a part of a torus axis: fsdp=4 on 8x16x16, which jax.make_mesh refuses.
+    if math.prod(outer) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    inner = [size // over for size, over in zip(sizes, outer)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def unbox(tree: Any) -> Any:

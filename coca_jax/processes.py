@@ -36,7 +36,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
     With no arguments it does so only where the environment (Cloud TPU, SLURM, GKE, MPI) describes
     several processes. Of those on CPUs none keeps compiled programs. Raises ValueError when only
     some of the three are given, or when the environment says how many processes there are and not
-    which one this is.
+    which one this is or where they meet.
     """
     import jax
 
@@ -48,13 +48,21 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         )
     # It would take SIGTERM from now on. A run switches it on where it can save (training/stopping).
     jax.config.update("jax_enable_preemption_service", False)
+    told: dict[str, Any] = {"heartbeat_timeout_seconds": PEER_SECONDS}
+    if _takes_all_gpus(all(given)):
+        told["local_device_ids"] = ()  # no choice among them
     with activity.telling(_tell, TOLD_AFTER, TOLD_EVERY):
         if all(given):
-            jax.distributed.initialize(
-                coordinator, num_processes, process_id, heartbeat_timeout_seconds=PEER_SECONDS
-            )
+            jax.distributed.initialize(coordinator, num_processes, process_id, **told)
         elif _environment_has_processes():
-            jax.distributed.initialize(heartbeat_timeout_seconds=PEER_SECONDS)
+            try:
+                jax.distributed.initialize(**told)
+            except ValueError as error:  # as of Open MPI 5, which says no place to meet
+                raise ValueError(
+                    f"the environment says that the run has several processes, and not all that "
+                    f"jax needs to join them ({error}); give --coordinator=HOST:PORT, "
+                    "--num_processes and --process_id to each"
+                ) from None
         else:
             return
     if jax.default_backend() == "cpu":
@@ -84,6 +92,27 @@ def _environment_has_processes() -> bool:
     if "TPU_WORKER_HOSTNAMES" in env:
         return len([h for h in env["TPU_WORKER_HOSTNAMES"].split(",") if h]) > 1
     return _tpu_vm_workers() > 1
+
+
+def _takes_all_gpus(told: bool) -> bool:
+    """Whether this process has all GPUs that it sees. jax gives a process of SLURM's or MPI's the
+    one of its number on the node: of a process that is alone there all others would have nothing
+    to do, and one that is let see a single GPU has none of that number.
+
+    told: the user says which process this is. Nobody else has to then, and jax need not look for
+    others who might, as Kubernetes.
+    """
+    env = os.environ
+    if "JAX_LOCAL_DEVICE_IDS" in env:  # the user's own choice
+        return False
+    if _number("OMPI_COMM_WORLD_SIZE") > 1:
+        alone = _number("OMPI_COMM_WORLD_LOCAL_SIZE") == 1
+    elif all(name in env for name in _BY_SLURM):
+        alone = _number("SLURM_NTASKS") == _number("SLURM_STEP_NUM_NODES") > 1
+    else:
+        return told
+    seen = env.get("CUDA_VISIBLE_DEVICES", "")
+    return alone or bool(seen and "," not in seen)
 
 
 def _number(name: str) -> int:

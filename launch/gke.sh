@@ -8,8 +8,8 @@
 #   NAME         of the JobSet (required)
 #   IMAGE        the container image (required); build and push it with
 #                docker build -f launch/Dockerfile --build-arg EXTRAS=tpu,gcs,seqio -t IMAGE .
-#   ACCELERATOR  node label, tpu-v5-lite-podslice, tpu-v4-podslice, tpu-v5p-slice, tpu-v6e-slice, or
-#                nvidia-h100-80gb, ... (required)
+#   ACCELERATOR  node label, tpu-v5-lite-podslice, tpu-v4-podslice, tpu-v5p-slice, tpu-v6e-slice,
+#                tpu7x, or nvidia-h100-80gb, ... (required)
 #   TOPOLOGY     of a TPU slice: 16x16, 8x16x16, ... (required with a TPU)
 #   CHIPS        TPU chips of one host (default 4)   SLICES  number of TPU slices (default 1)
 #   NODES        GPU nodes (default 1)               GPUS    of one node (default 8)
@@ -61,7 +61,7 @@ if [[ $ACCELERATOR == nvidia-* ]]; then
   processes+=", \"--process_id=\$(JOB_COMPLETION_INDEX)\""
   ((hosts > 1)) || processes=""
 else
-  [[ $ACCELERATOR == tpu-* ]] ||
+  [[ $ACCELERATOR == tpu* ]] ||
     fail "ACCELERATOR=$ACCELERATOR; it is a node label, as tpu-v5-lite-podslice or nvidia-h100-80gb"
   [[ ${TOPOLOGY:-} =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "set TOPOLOGY, for example 16x16"
   chips=${CHIPS:-4} replicas=${SLICES:-1} resource=google.com/tpu

@@ -75,10 +75,10 @@ SBATCH
   [[ -z ${PARTITION:-} ]] || echo "#SBATCH --partition=${PARTITION}"
   [[ -z ${ACCOUNT:-} ]] || echo "#SBATCH --account=${ACCOUNT}"
   cat <<SBATCH
-set -uo pipefail
 trap : TERM # preemption reaches this script too, which must live to see train's status
 cd $(printf '%q' "$PWD")
 ${SETUP:-}
+set -uo pipefail # not before SETUP: what conda and modules run reads variables that nobody has set
 export PYTHONPATH=$(printf '%q' "$root")\${PYTHONPATH:+:\$PYTHONPATH}
 RESTARTS=$RESTARTS PAUSE=$PAUSE STEADY=$STEADY
 source $(printf '%q' "$root/launch/restarts.sh")

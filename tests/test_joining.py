@@ -23,7 +23,8 @@ def environment(monkeypatch):
     """Sets variables in an environment that names no processes; the list of what was joined."""
     for name in (
         *("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES", *STEP),
-        *("TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM"),
+        *("TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM", "SLURM_STEP_NUM_NODES"),
+        *("OMPI_COMM_WORLD_LOCAL_SIZE", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS"),
     ):
         monkeypatch.delenv(name, raising=False)
     joined = []
@@ -63,6 +64,48 @@ def test_a_process_joins_others_where_its_environment_has_several(env, joins, en
             processes.start(*some)
     processes.start("host:1", 2, 0)
     assert joined[-1] == ("host:1", 2, 0)
+
+
+def test_an_mpi_that_says_no_place_to_meet_is_answered_with_the_flags(monkeypatch):
+    """Open MPI 5, where jax 0.10 finds no coordinator."""
+    for name in STEP:
+        monkeypatch.delenv(name, raising=False)
+    env = dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_SIZE="2")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    with pytest.raises(ValueError, match=r"not all that .* give --coordinator=HOST:PORT, "):
+        processes.start()
+
+
+TWO_NODES = dict(SLURM_STEP_NUM_NODES="2", **STEP)
+
+
+@pytest.mark.parametrize(
+    "env, all_of_them",
+    [
+        (dict(SLURM_NTASKS="2", **TWO_NODES), True),  # one a node
+        (dict(SLURM_NTASKS="16", **TWO_NODES), False),  # one a GPU
+        (dict(SLURM_NTASKS="16", **TWO_NODES, CUDA_VISIBLE_DEVICES="0,1,2"), False),
+        (dict(SLURM_NTASKS="16", **TWO_NODES, CUDA_VISIBLE_DEVICES="0"), True),  # gpus-per-task=1
+        (dict(SLURM_NTASKS="2", **TWO_NODES, JAX_LOCAL_DEVICE_IDS="1"), False),
+        (dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_SIZE="1"), True),
+        (dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_SIZE="2"), False),
+        (dict(KUBERNETES_SERVICE_HOST="10.0.0.1"), True),
+    ],
+)
+def test_a_process_alone_on_its_node_takes_all_gpus_there(
+    env, all_of_them, environment, monkeypatch
+):
+    """Of others of SLURM and MPI jax makes the choice, which gives each the one of its number."""
+    environment(env)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **told: joined.append(told))
+    processes.start("host:1", 2, 0)
+    processes.start()
+    for told in joined:
+        assert told.get("local_device_ids") == (() if all_of_them else None)
+    assert len(joined) == 1 + ("KUBERNETES_SERVICE_HOST" not in env)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,9 @@ def test_gke_gives_a_slice_one_pod_a_host_and_gpu_nodes_each_other():
     pod = job["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
     assert pod["containers"][0]["command"] == ["python3", "-m", "coca_jax.train", *FLAGS[1:]]
+    seventh = manifest(SLICE | {"ACCELERATOR": "tpu7x", "TOPOLOGY": "4x4x4"})
+    job = seventh["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == 16
     job = manifest(GPUS)["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     assert job["parallelism"] == 2 and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
@@ -216,6 +219,17 @@ def test_slurm_script_runs_one_task_a_gpu():
         assert line in done.stdout.splitlines()
     check = subprocess.run(["bash", "-n"], input=done.stdout, text=True, capture_output=True)
     assert check.returncode == 0, check.stderr
+
+
+def test_slurm_s_setup_may_read_variables_that_nobody_has_set(tmp_path):
+    """As the scripts do that `conda activate` and `module load` run."""
+    python, calls = launch_stand_ins.train_with(tmp_path, [0])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").symlink_to(python["PYTHON"])
+    env = launch_stand_ins.slurm(tmp_path) | {"STATUSES": python["STATUSES"]}
+    done = launch("slurm.sh", *FLAGS, **env, SETUP='echo "in $NO_SUCH_VARIABLE."')
+    assert (done.returncode, done.stdout, done.stderr) == (0, "in .\n", "")
+    assert len(calls()) == 1
 
 
 def test_slurm_wants_a_workdir():

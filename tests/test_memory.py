@@ -1,5 +1,7 @@
 """Memory of a step, asked before it is taken: what the compiler counts, refusals, what fits."""
 
+import os
+
 import jax
 import pytest
 from one_device import train_alone
@@ -119,3 +121,11 @@ def test_what_was_read_from_files_is_free_in_a_container(tmp_path, monkeypatch):
     assert memory.available() == 7200 // devices
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available() > free // 2
+
+
+def test_a_system_that_does_not_say_what_is_free_gives_all_of_its_memory(tmp_path, monkeypatch):
+    """As macOS, which has no /proc."""
+    monkeypatch.setattr(memory, "MACHINE", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINER", str(tmp_path))
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.available() == whole // jax.local_device_count()

@@ -1,6 +1,8 @@
 """Where arrays live: meshes, parameters, what an optimizer keeps of them, batches; who waits for
 other processes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,38 @@ def test_one_size_of_a_mesh_is_what_is_left():
 def test_a_mesh_takes_all_devices_and_no_more(sizes):
     with pytest.raises(ValueError, match=f"mesh data={sizes[0]} .* does not fit 8 devices"):
         mesh_of(*sizes)
+
+
+@dataclasses.dataclass(eq=False)
+class Chip:
+    """A TPU device as JAX describes it: `coords` begin anew in every slice."""
+
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    "slices, sizes, blocks",
+    [
+        (1, (-1, 2, 1), [[0], [0]]),
+        (2, (-1, 2, 1), [[0], [1]]),  # two rows of the mesh a slice
+        (3, (-1, 4, 1), [[0], [1], [2]]),
+        (2, (1, -1, 1), [[0, 1]]),  # fsdp over both
+        (4, (2, 8, 1), [[0, 1], [2, 3]]),
+    ],
+)
+def test_slices_of_tpus_stay_whole_in_a_mesh_and_data_goes_over_them_first(slices, sizes, blocks):
+    places = [(x, y, 0) for y in range(2) for x in range(2)]
+    devices = [Chip(number, place) for number in range(slices) for place in places]
+    mesh = partitioning.make_mesh(*sizes, devices=devices)
+    found = np.vectorize(lambda device: device.slice_index)(mesh.devices)[..., 0]
+    assert {device for device in mesh.devices.flat} == set(devices)
+    rows, columns = (have // want for have, want in zip(found.shape, np.shape(blocks)))
+    np.testing.assert_array_equal(found, np.kron(blocks, np.ones((rows, columns), int)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from coca_jax import ops as operations
-from coca_jax import partitioning, run_config
+from coca_jax import partitioning, run_config, storage
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.estimate import flops, gpu, hlo, schedule, tpu
 from coca_jax.estimate.chips import Gpu, Slice, get_slice
@@ -113,8 +113,7 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         seconds = time.perf_counter() - start
         text = optimised_text(compiled, folder)
     if dump_hlo:
-        pathlib.Path(dump_hlo).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(dump_hlo).write_text(text)
+        storage.write_text(dump_hlo, text)
     mesh_shape = dict(mesh.shape)
     return {
         "topology": topology,

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,7 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": True,
 }
 GIB = 2**30
-CONTAINER = "/sys/fs/cgroup"
+CONTAINER, MACHINE = "/sys/fs/cgroup", pathlib.Path("/proc/meminfo")
 KEPT, MOST_KEPT = "step_bytes.json", 100  # a file of the cache folder, and its entries
 
 
@@ -44,10 +45,18 @@ def available() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    free = 1024 * int(lines["MemAvailable"].split()[0])
-    return min(free, _free_of_container(CONTAINER)) // jax.local_device_count()
+    free = min(_free_of_machine(), _free_of_container(CONTAINER))
+    return free // jax.local_device_count()
+
+
+def _free_of_machine() -> int:
+    """Bytes of memory that a program may have; all of it where the system, as macOS, does not say
+    what of it is free."""
+    try:
+        lines = dict(line.split(":", 1) for line in MACHINE.read_text().splitlines())
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1024 * int(lines["MemAvailable"].split()[0])
 
 
 def _free_of_container(folder: str) -> int:
