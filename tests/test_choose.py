@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import shlex
+import types
 
 import numpy as np
 import pytest
@@ -123,6 +124,20 @@ def test_models_compute_in_what_the_machine_multiplies_fastest():
     assert machine.look().dtype == ("bfloat16" if "avx512_bf16" in flags else "float32")
 
 
+@pytest.mark.parametrize(
+    "platform, capability, halves",
+    [
+        *(("gpu", "7.0", False), ("gpu", "7.5", False), ("gpu", "8.0", True), ("gpu", "9.0", True)),
+        *(("gpu", "10.0", True), ("gpu", "gfx90a", True), ("tpu", None, True)),
+    ],
+)
+def test_gpus_from_before_ampere_have_no_products_in_bfloat16(platform, capability, halves):
+    device = types.SimpleNamespace(platform=platform)
+    if capability:  # a TPU has none
+        device.compute_capability = capability
+    assert machine.multiplies_bfloat16(device) == halves
+
+
 def test_pictures_are_not_made_larger_than_they_are():
     for side in (16, 20, 28, 30, 32):
         small = dataclasses.replace(LABELS, width=side, height=side)
@@ -221,7 +236,8 @@ def test_passes_are_over_the_pictures_that_train():
     assert "labels do not train: all are the same" in tell.facts_in_words(one, "x")
 
 
-def test_cores_are_counted_where_the_system_does_not_say_whose_they_are(monkeypatch):
+def test_cores_are_counted_where_the_system_does_not_say_whose_they_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)  # no limits of a container
     assert cores.count() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert machine.look().cores == cores.count() == os.cpu_count()

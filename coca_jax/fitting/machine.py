@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +38,32 @@ def look() -> Machine:
     """This machine, measured for about half a second."""
     devices = jax.local_devices()
     alone = devices[0].platform == "cpu"  # one of them has all cores
+    dtype = "bfloat16" if multiplies_bfloat16(devices[0]) else "float32"
     return Machine(
         platform=devices[0].platform,
         devices=len(devices),
         memory=float(memory.available()),
-        flops=matrix_flops() * (1 if alone else len(devices)),
+        flops=matrix_flops(dtype) * (1 if alone else len(devices)),
         cores=cores.count(),
-        dtype="float32" if alone and not build.multiplies_bfloat16() else "bfloat16",
+        dtype=dtype,
     )
 
 
-def matrix_flops(seconds: float = 0.4) -> float:
+def multiplies_bfloat16(device: Any) -> bool:
+    """Whether a device has products in bfloat16: TPUs, NVIDIA's GPUs from Ampere on (compute
+    capability 8.0), AMD's, and of CPUs those that say so."""
+    if device.platform == "cpu":
+        return build.multiplies_bfloat16()
+    known = re.match(r"(\d+)\.\d", str(getattr(device, "compute_capability", "")))
+    return not known or int(known[1]) >= 8
+
+
+def matrix_flops(dtype: str, seconds: float = 0.4) -> float:
     """Operations a second of XLA's products of matrices on one device: 1,024 x 1,024 in float32 on
-    a CPU, 8,192 x 8,192 in bfloat16 elsewhere."""
+    a CPU, 8,192 x 8,192 in `dtype` elsewhere."""
     on_cpu = jax.local_devices()[0].platform == "cpu"
     side = 1024 if on_cpu else 8192
-    x = jnp.ones((side, side), jnp.float32 if on_cpu else jnp.bfloat16)
+    x = jnp.ones((side, side), jnp.float32 if on_cpu else dtype)
     product = jax.jit(lambda a: a @ a)
     product(x).block_until_ready()
     count, start = 0, time.perf_counter()
