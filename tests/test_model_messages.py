@@ -199,6 +199,19 @@ def test_an_image_without_a_path_is_named_by_its_place(reader, images):  # noqa:
             list(reader.batches([wrong], False))
 
 
+def test_prompts_that_are_no_text_are_named(model, images):  # noqa: F811
+    for given, says in (
+        (["a", None], r"prompts\[1\]=None: give a str"),
+        (["a", float("nan")], r"prompts\[1\]=nan: give a str"),
+        ("a \ud800", r"prompts\[0\]='a \\ud800' holds half of a character"),
+        (3, "prompts=3: give a str for all images, or a list of them"),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}"):
+            model.caption(images[:2], given)
+        with pytest.raises(ValueError, match=f"^{says}"):
+            next(model.stream_captions(images[:2], given))
+
+
 def test_a_caption_has_no_blank_at_its_end(words):  # noqa: F811
     known, a, end = [words.bos_id], words.encode("a"), words.eos_id
     blanks = [i for i in range(words.size) if words.decode([*a, i]) == "a "]
