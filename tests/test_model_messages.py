@@ -1,6 +1,7 @@
 """What is said where a model is loaded or asked in another way than there is."""
 
 import os
+import re
 import time
 import urllib.parse
 import warnings
@@ -210,6 +211,15 @@ def test_prompts_that_are_no_text_are_named(model, images):  # noqa: F811
             model.caption(images[:2], given)
         with pytest.raises(ValueError, match=f"^{says}"):
             next(model.stream_captions(images[:2], given))
+
+
+def test_devices_that_are_no_list_are_named(model):  # noqa: F811
+    for given in (jax.devices()[0], [], "cpu", 0):
+        says = f"^devices={re.escape(repr(given))}: give a list of them, as jax.devices\\('cpu'\\)"
+        with pytest.raises(ValueError, match=says):
+            coca_jax.load("none", devices=given)
+        with pytest.raises(ValueError, match=says):
+            CoCaModel(model.config, model.params, model.vocabulary, devices=given)
 
 
 def test_a_caption_has_no_blank_at_its_end(words):  # noqa: F811
