@@ -1,5 +1,6 @@
 """Exported programs run without the package and equal the model."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -77,6 +78,16 @@ def test_programs_equal_the_model_without_its_code(model, words, images, tmp_pat
     for tokens, (caption,) in zip(found["caption"], captions):
         ids = tokens[: caption.num_tokens].tolist()
         assert (words.bos_id, *ids) == caption.tokens
+
+
+def test_the_example_without_the_package_reads_each_program_once():
+    """What is read anew is compiled anew: in the loop over tokens, at every one."""
+    page = pathlib.Path(ROOT, "docs/inference.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "def program(" in c]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.For)]
+    inside = {ast.unparse(node.func) for loop in calls for node in ast.walk(loop)
+              if isinstance(node, ast.Call)}  # fmt: skip
+    assert "decode_step" in inside and "program" not in inside
 
 
 @pytest.fixture

@@ -157,6 +157,15 @@ def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch)
     assert model.score(images, []).shape == (6, 0)
 
 
+def test_few_numbers_of_texts_are_compiled(words, images):
+    one = tiny_model(words, devices=jax.devices()[:1])
+    wanted = one.score(images[:2], TEXTS)  # six, as many rows as eight; 13 are two batches
+    for count in (5, 13):
+        found = one.score(images[:2], (TEXTS * 3)[:count])
+        np.testing.assert_allclose(found, np.tile(wanted, 3)[:, :count], rtol=1e-5)
+    assert one._programs.text_states._cache_size() == 1
+
+
 def test_operations_have_the_form_of_the_devices_that_are_given(words, images, model, monkeypatch):
     wanted = model.caption(images, max_tokens=4)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # of a machine that has one

@@ -1,6 +1,8 @@
 """What is said where a model is loaded or asked in another way than there is."""
 
 import os
+import re
+import time
 import urllib.parse
 import warnings
 
@@ -22,6 +24,7 @@ import coca_jax
 from coca_jax.config import typed
 from coca_jax.inference import export_folder, read_images
 from coca_jax.inference import texts as text_arrays
+from coca_jax.inference.devices import Devices
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop import weights_files
 from coca_jax.models import coca
@@ -157,6 +160,66 @@ def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path
     ):
         with pytest.raises(ValueError, match=says):
             read_images.as_list(wrong)
+
+
+@pytest.fixture
+def reader():
+    return read_images.ImageReader(16, "squash", 0, 4, Devices(None, "cpu"))
+
+
+class Watched(Image.Image):
+    """A picture that knows how many threads are in `load` at a time."""
+
+    inside = most = 0
+
+    def load(self):
+        Watched.inside += 1
+        Watched.most = max(Watched.most, Watched.inside)
+        time.sleep(0.02)
+        Watched.inside -= 1
+        return super().load()
+
+
+def test_a_picture_of_pil_may_stand_in_a_list_several_times(reader, images):  # noqa: F811
+    """PIL decodes in place: two threads at once give a damaged picture."""
+    picture = Image.fromarray(images[0])
+    picture.__class__ = Watched
+    found = np.concatenate(list(reader.batches([picture] * 6, False)))
+    np.testing.assert_array_equal(found, np.stack([images[0]] * 6))
+    assert Watched.most == 1
+
+
+def test_an_image_without_a_path_is_named_by_its_place(reader, images):  # noqa: F811
+    for wrong, says in ((b"junk", "not an image"), (images[0] / 1.0, "float image with values")):
+        given = [*images, wrong]
+        with pytest.raises(ValueError, match=rf"^images\[6\]: {says}"):
+            list(reader.batches(given, False))
+        with pytest.raises(ValueError, match=rf"^images\[3\]\[0\]: {says}"):
+            list(reader.batches([*given, images[0]], False, even=True))
+        with pytest.raises(ValueError, match=f"^{says}"):
+            list(reader.batches([wrong], False))
+
+
+def test_prompts_that_are_no_text_are_named(model, images):  # noqa: F811
+    for given, says in (
+        (["a", None], r"prompts\[1\]=None: give a str"),
+        (["a", float("nan")], r"prompts\[1\]=nan: give a str"),
+        ("a \ud800", r"prompts\[0\]='a \\ud800' holds half of a character"),
+        (3, "prompts=3: give a str for all images, or a list of them"),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}"):
+            model.caption(images[:2], given)
+        with pytest.raises(ValueError, match=f"^{says}"):
+            next(model.stream_captions(images[:2], given))
+
+
+def test_devices_that_are_no_list_are_named(model):  # noqa: F811
+    for given in (jax.devices()[0], [], "cpu", 0):
+        says = f"^devices={re.escape(repr(given))}: give a list of them, as jax.devices\\('cpu'\\)"
+        with pytest.raises(ValueError, match=says):
+            coca_jax.load("none", devices=given)
+        with pytest.raises(ValueError, match=says):
+            CoCaModel(model.config, model.params, model.vocabulary, devices=given)
 
 
 def test_a_caption_has_no_blank_at_its_end(words):  # noqa: F811

@@ -1,6 +1,7 @@
 """Samples follow the distribution that temperature, top-k and top-p leave."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from coca_jax.inference.generation import choice, loop
 from coca_jax.inference.generation.state import Plan
+from coca_jax.ops import packed
 
 
 @functools.cache
@@ -85,3 +87,17 @@ def test_a_temperature_towards_zero_takes_the_most_probable(temperature):
     cold = np.maximum(np.float32(temperature), loop._COLDEST)  # as `loop.planned` gives it
     (found,) = draws_of(logs, 50, temperature=cold)
     assert logs.argmax() > 0 and (found == logs.argmax()).all()
+
+
+def test_captions_are_the_same_with_64_bits():
+    """With jax_enable_x64 indices and random numbers would have other types."""
+    plan = types.SimpleNamespace(filter=False)
+    numbers = dict(temperature=np.float32(1), seed=np.uint32(3), rows=np.arange(2, dtype=np.uint32))
+    allowed = np.random.default_rng(0).standard_normal((2, 8, 300)).astype(np.float32)
+    step = np.zeros(2, np.int32)
+    wanted = choice._sample(plan, numbers, allowed, step)
+    cache, new = packed.Cache(*np.zeros((2, 1, 1, 4, 2), np.float32)), np.ones((1, 1, 1, 2), "f")
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(choice._sample(plan, numbers, allowed, step), wanted)
+        written = jax.jit(packed.write)(cache, new, new, np.int32(2))
+    assert written.key[0, 0, :, 0].tolist() == [0, 0, 1, 0]

@@ -66,9 +66,18 @@ class Devices:
         return -(-size // self._parts) * self._parts
 
 
+def check(devices: Any) -> None:
+    """Raises ValueError for what is no list of devices, or an empty one; None is all of them."""
+    of_jax = isinstance(devices, (Sequence, np.ndarray))
+    of_jax = of_jax and all(isinstance(x, jax.Device) for x in devices)
+    if devices is not None and not (of_jax and len(devices)):
+        raise ValueError(f"devices={devices!r}: give a list of them, as jax.devices('cpu')[:1]")
+
+
 def place(params: dict, devices: Sequence[jax.Device] | None = None) -> tuple[Devices, dict]:
     """The devices that params are on, and params there: those of their mesh, else replicated over
-    `devices`, by default all of this process."""
+    `devices`, by default all of this process. Raises ValueError as `check`."""
+    check(devices)
     leaf = jax.tree.leaves(params)[0]
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:

@@ -18,6 +18,7 @@ from coca_jax import compile_cache, export_format, partitioning, storage
 from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.inference import devices as chosen_devices
 from coca_jax.inference import read_images
 from coca_jax.inference.model import CoCaModel
 from coca_jax.inference.two_towers import TwoTowerModel
@@ -108,6 +109,7 @@ def _check(path: Any, dtype: str | None, options: dict[str, Any]) -> None:
             remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
             raise TypeError(f"{name}={value!r}: no option of load; {remedy}")
     read_images.check_batch_size(options.get("batch_size", 1))
+    chosen_devices.check(options.get("devices"))
 
 
 def _check_fit(params: dict, config: StoredConfig, path: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import os
-from collections.abc import Iterator, KeysView, Sequence, ValuesView
+import threading
+from collections.abc import Callable, Iterator, KeysView, Sequence, ValuesView
 from typing import Any, cast
 
 import numpy as np
@@ -57,6 +59,7 @@ class ImageReader:
         images = self.listed(images, frames)
         size = max(self.batch_size // max(frames, 1), 1)
         size += size % 2 if even else 0
+        one = self._by_place(images, frames, even)
         ahead: collections.deque[tuple[int, Iterator[np.ndarray]]] = collections.deque()
         with (
             concurrent.futures.ThreadPoolExecutor(cores.count()) as pool,
@@ -68,11 +71,32 @@ class ImageReader:
                 if self._devices.several_processes and not even:
                     own = self._devices.own_rows(len(part))
                     part = [image if mine else _ELSEWHERE for image, mine in zip(part, own)]
-                ahead.append((len(part), pool.map(self.preprocess, part, itertools.repeat(frames))))
+                ahead.append((len(part), pool.map(one, part, itertools.count(start))))
                 if start:
                     count, pixels = ahead.popleft()
                     yield np.stack(list(pixels))
                     bar.update(count)
+
+    def _by_place(
+        self, images: Sequence, frames: int, pairs: bool
+    ) -> Callable[[Any, int], np.ndarray]:
+        """`preprocess` of an image and its place in a list, which the error names where the image
+        has no path. A picture of PIL that is listed twice is read by one thread at a time: it is
+        decoded in place."""
+        given = [id(x) for x in images if isinstance(x, Image.Image)]
+        locks = {one: threading.Lock() for one, n in collections.Counter(given).items() if n > 1}
+
+        def read(image: Any, place: int) -> np.ndarray:
+            try:
+                with locks.get(id(image), contextlib.nullcontext()):
+                    return self.preprocess(image, frames)
+            except ValueError as error:
+                if len(images) == 1 or isinstance(image, (str, os.PathLike)):
+                    raise
+                which = f"images[{place // 2}][{place % 2}]" if pairs else f"images[{place}]"
+                raise ValueError(f"{which}: {error}") from None
+
+        return read
 
     def listed(self, images: Any, num_frames: int = 0) -> Sequence:
         """`as_list`, for which images that `preprocess` has packed, [N, ...], are N as well."""

@@ -63,17 +63,19 @@ class Scores(Encoders):
         """
         texts = text_arrays.listed(texts)
         tokens, valid = self._tokenize(texts, labels)
+        lengths = valid[:, 1:].sum(1).astype(np.float32)
+        tokens, valid = (self._in_batches(x) for x in (tokens, valid))
         states = self._text_states(tokens, valid)
         rows = []
         for pixels in self._reader.batches(images, progress):
             count = len(pixels)
             with self._devices.context():
                 image = self._image_tokens(pixels, self._devices.bucket(count))
-            pairs = np.stack(np.meshgrid(np.arange(count), np.arange(len(tokens)), indexing="ij"))
+            pairs = np.stack(np.meshgrid(np.arange(count), np.arange(len(texts)), indexing="ij"))
             found = self._pair_scores(image, states, tokens, valid, *pairs.reshape(2, -1))
-            rows.append(found.reshape(count, len(tokens)))
-        scores = joined(rows, (len(tokens),))
-        return scores / valid[:, 1:].sum(1).astype(np.float32) if per_token else scores
+            rows.append(found.reshape(count, len(texts)))
+        scores = joined(rows, (len(texts),))
+        return scores / lengths if per_token else scores
 
     def score_some(
         self,
@@ -125,6 +127,12 @@ class Scores(Encoders):
         states = self._text_states(tokens, valid)
         found = self._pair_scores(image_tokens, states, tokens, valid, image, text)
         return found, valid[:, 1:].sum(1).astype(np.int32)
+
+    def _in_batches(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of texts [M, L] with the first again and again behind them, up to a power of two or
+        whole batches: programs are compiled for few numbers of texts."""
+        size = max(min(self._devices.bucket(len(rows)), self.batch_size), 1)
+        return np.concatenate([rows, np.repeat(rows[:1], -len(rows) % size, 0)])
 
     def _text_states(self, tokens: np.ndarray, valid: np.ndarray) -> jax.Array:
         """What the multimodal decoder reads of texts [M, L], made in batches: [M, L, D]."""

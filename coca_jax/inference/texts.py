@@ -141,12 +141,16 @@ class Prompts(NamedTuple):
 
 def one_each(given: str | Sequence[str], count: int) -> list[str]:
     """A prompt for each of `count` images. Raises ValueError unless one for all is given, or as
-    many as there are images."""
+    many as there are images, and as `check`."""
     if isinstance(given, str):
+        check([given], "prompts")
         return [given] * count
+    if not isinstance(given, Iterable):
+        raise ValueError(f"prompts={given!r}: give a str for all images, or a list of them")
     given = list(given)
     if len(given) != count:
         raise ValueError(f"{len(given)} prompts for {count} images; give one for all, or one each")
+    check(given, "prompts")
     return given
 
 

@@ -140,7 +140,8 @@ def split(x: jax.Array, parts: int, heads: int) -> list[jax.Array]:
 
 def write(cache: Cache, key: jax.Array, value: jax.Array, slot: jax.Array | int) -> Cache:
     """The cache with keys and values [B, H, N, K] at slots slot ... slot + N - 1."""
-    start = (0, 0, slot, 0)
+    zero = jnp.int32(0)  # with jax_enable_x64 a 0 would be int64, and all must be of one type
+    start = (zero, zero, jnp.asarray(slot, jnp.int32), zero)
     return Cache(
         jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start),
         jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start),

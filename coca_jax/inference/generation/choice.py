@@ -135,7 +135,7 @@ def _sample(plan: Plan, numbers: dict, allowed: jax.Array, step: jax.Array) -> j
         key = jax.random.key(numbers["seed"])
         for part in (row, caption, step):
             key = jax.random.fold_in(key, part)
-        return jax.random.uniform(key)
+        return jax.random.uniform(key, dtype=jnp.float32)  # whatever jax_enable_x64 says
 
     rows = jnp.broadcast_to(numbers["rows"][:, None], (batch, width))
     captions = jnp.broadcast_to(jnp.arange(width), (batch, width))
