@@ -102,6 +102,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
     args = flags.FLAGS
     told = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
     done, size, before = _there(told)
+    base = caption_files.base(before)
     left = [path for whole, path in paths.items() if whole not in done]
     already_done, failed = len(paths) - len(left), 0
     with contextlib.ExitStack() as stack:
@@ -110,6 +111,8 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
             model = _model(before)
             if not model.num_frames:
                 left = _images(left, named, bool(already_done))
+            if base != os.getcwd():  # names in the file begin there
+                left = [local_files.whole_path(path) for path in left]
             _tell_room(model)
         if left:
             results = caption_files.caption_files(
@@ -172,7 +175,8 @@ def _there(told: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:
     before = caption_files.begun_with(out) if size else None
     if before:
         caption_files.check_settings(out, before, told)
-    return set(map(local_files.whole_path, done)), size, before
+    base = caption_files.base(before)
+    return {local_files.whole_path(name, base) for name in done}, size, before
 
 
 def _is_elsewhere(before: dict[str, Any] | None) -> bool:

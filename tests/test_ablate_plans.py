@@ -33,6 +33,15 @@ def test_other_variants_of_a_name_are_refused(tmp_path):
         running.Plan(tmp_path / "plan.json", 2)
 
 
+def test_a_name_with_a_dot_stands_in_quotes(tmp_path):
+    given = "config = 'tiny'\n[variants.{}]\n'optimizer.learning_rate' = 0.5\n"
+    said = r"""variant lr0: no key '5'; a name with a dot stands in quotes, \[variants."lr0.5"\]"""
+    with pytest.raises(ValueError, match=said):
+        table.read(written(tmp_path, given.format("lr0.5")), {})
+    (variant,) = table.read(written(tmp_path, given.format('"lr0.5"')), {}).variants
+    assert (variant.name, variant.config().optimizer.learning_rate) == ("lr0.5", 0.5)
+
+
 def test_an_edited_recipe_is_another_variant(tmp_path):
     """By its values, not by its name, which is the same; a plan of before has no values."""
     recipe = tmp_path / "mine.py"

@@ -94,6 +94,29 @@ def test_an_image_is_one_however_it_is_spelled(call, tmp_path):
     assert lines == ["s/0.png", "./s/1.png"]
 
 
+def test_a_file_goes_on_in_another_folder(call, tmp_path, monkeypatch):
+    out = str(tmp_path / "x.jsonl")
+    (tmp_path / "t/s").mkdir(parents=True)
+    shutil.copy("s/0.png", "t/s/0.png")
+    assert call("s/0.png", out=out)["captioned"] == 1
+    monkeypatch.chdir("t")
+    done = call("s", "../s", out=out)  # s/0.png is another one here
+    assert (done["captioned"], done["already_done"]) == (2, 1)
+    assert call(".", "../s", out="../x.jsonl")["already_done"] == 3
+    monkeypatch.chdir("..")
+    assert call("s", "t")["already_done"] == 3
+    lines = [json.loads(line)["image"] for line in open("x.jsonl")]
+    assert lines == ["s/0.png", str(tmp_path / "t/s/0.png"), str(tmp_path / "s/1.png")]
+    told = json.loads(pathlib.Path("x.jsonl.how.json").read_text())
+    assert told["made_in"] == str(tmp_path)
+    shutil.copytree("s", "a/s")
+    monkeypatch.chdir("a")
+    assert call("s")["captioned"] == 2
+    os.rename("../a", "../b")  # the file with its pictures
+    monkeypatch.chdir("../b")
+    assert call("s")["already_done"] == 2
+
+
 def test_folders_that_are_links_are_named(call, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/2.png").write_bytes(encoded(2))

@@ -1,5 +1,7 @@
-"""Each use of `prepare` refuses the flags that it does not read."""
+"""Each use of `prepare` refuses the flags that it does not read, and says what it leaves unread."""
 
+import shutil
+import tarfile
 import threading
 
 import pytest
@@ -10,7 +12,7 @@ from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
 from coca_jax.data import prepared, sources, vocabulary
-from coca_jax.importers import shards
+from coca_jax.importers import remarks, shards
 
 
 @pytest.fixture
@@ -201,3 +203,32 @@ def test_many_shards_are_asked_for_at_a_time():
         return number
 
     assert shards.of_each(ask, range(32)) == list(range(32))
+
+
+def test_tables_and_other_archives_beside_tars_are_named(tmp_path):
+    root = tmp_path / "in"
+    (root / "more").mkdir(parents=True)
+    with tarfile.open(root / "A.TAR", "w") as tar:
+        (tmp_path / "0.jpg").write_bytes(encode(3))
+        tar.add(tmp_path / "0.jpg", "0.jpg")
+    for name in ("README.md", "A.idx", "A.parquet", "A_stats.json", "A.txt", "empty"):
+        (root / name).write_bytes(b"PAR1 or anything" * 40 if name != "empty" else b"")
+    line = f"{root}: read as --format=webdataset"
+    assert remarks.of_format(str(root), "webdataset") == line
+    (root / "more/classes.CSV").write_text("file,class\n")
+    tables = (
+        "; not read: tables beside its archives (more/classes.CSV), as texts and labels are the "
+        "members' .txt, .cls and .json"
+    )
+    assert remarks.of_format(str(root), "webdataset") == line + tables
+    shutil.copy(root / "A.TAR", root / "B.bin")
+    (root / "C.tar.xz").write_bytes(b"any")
+    (root / "D.zip").write_bytes(b"any")
+    archives = (
+        "; not read: other archives (B.bin, C.tar.xz, D.zip), as tars have names that end in .tar, "
+        ".tar.gz or .tgz"
+    )
+    assert remarks.of_format(str(root), "webdataset") == line + tables + archives
+    assert remarks.of_format(str(root / "A.TAR"), "webdataset") == (
+        f"{root}/A.TAR: read as --format=webdataset"
+    )

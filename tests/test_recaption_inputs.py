@@ -121,6 +121,39 @@ def test_a_folder_of_pictures_that_grew_is_told(tmp_path, monkeypatch):
         whole.plan(asked(*given))
 
 
+def test_a_folder_whose_files_are_others_or_of_another_size_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    for number in range(2):
+        (tmp_path / f"p/{number}.png").write_bytes(encoded(number))
+        (tmp_path / f"p/{number}.txt").write_text("a caption")
+    changed = r"--input=p has 1 changed \(p\) since --out=out was begun; give another --out"
+    given = "p", "out", "sidecars"
+    assert begun(*given) == begun(*given) == ["p"]
+    (tmp_path / "p/notes.md").write_text("nothing that is read")
+    os.utime("p/0.png")
+    assert begun(*given) == ["p"]
+    for old, new in (("p/1.png", "p/2.png"), ("p/0.txt", "p/1.caption")):  # as many as before
+        os.rename(old, new)
+        with pytest.raises(ValueError, match=changed):
+            whole.plan(asked(*given))
+        os.rename(new, old)
+        assert begun(*given) == ["p"]
+    for name, more in (("p/0.png", b" "), ("p/0.txt", b" of another length")):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(before + more)
+        with pytest.raises(ValueError, match=changed):
+            whole.plan(asked(*given))
+        (tmp_path / name).write_bytes(before)
+    assert begun(*given) == ["p"]
+    told = sealed_json.read("out/recaption/input.json")
+    for one in told["files"].values():  # as older versions wrote it
+        one["read"] = [entry[:3] for entry in one["read"]]
+    sealed_json.write("out/recaption/input.json", told)
+    os.rename("p/1.png", "p/2.png")
+    assert begun(*given) == ["p"]
+
+
 def test_an_output_in_its_input_is_refused(tars):
     for out in ("t/out", "./t/deep/er", str(tars / "out")):
         with pytest.raises(ValueError, match=f"--out={out} lies in --input=t: the next run"):

@@ -97,6 +97,13 @@ def _table(found: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+=-]{0,99}", name):
             raise ValueError(f"variant {name!r}: its folder has this name; use letters and digits")
         row = dict(_mapping(row, f"variants.{name}"))
+        for key in row:
+            # As no key of a recipe is called: TOML has taken a name apart.
+            if not key.replace(".", "_").isidentifier():
+                raise ValueError(
+                    f"variant {name}: no key {key!r}; a name with a dot stands in quotes, "
+                    f'[variants."{name}.{key}"]'
+                )
         recipe = row.pop("config", found.get("config"))
         if not isinstance(recipe, str) or not recipe:
             raise ValueError(f"variant {name}: no recipe; give config = 'NAME' above the tables")

@@ -28,6 +28,9 @@ _LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list)
 _CAPTION_LIKE = re.compile(
     r"caption|sentence|descri|comment|(^|_)(text|title|prompt)s?(_|$)", re.IGNORECASE
 )
+# Archives that are not taken for tars by their names.
+_OTHER_ARCHIVES = re.compile(r"\.(tar\.\w+|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
+_USTAR = slice(257, 262)  # bytes of a tar's first header
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
@@ -41,7 +44,7 @@ def of_format(input: str, format: str) -> str:
     beside = pictures_beside(input, format)
     if lists := _beside_lists(input, format):
         beside += f"{lists}; --format=imagefolder reads all, by their folders"
-    return f"{input}: read as --format={format}{beside}"
+    return f"{input}: read as --format={format}{beside}{files_beside(input, format)}"
 
 
 def unread(input: str, format: str) -> str:
@@ -65,6 +68,41 @@ def _beside_archives(input: str, format: str) -> str:
     found = [name for name in names if name.lower().endswith(formats.MEDIA)]
     told = f"; not read: {len(found)} pictures beside its archives"
     return f"{told} ({_first(found)})" if found else ""
+
+
+def files_beside(input: str, format: str) -> str:
+    """What is said of tables and of archives of other names or kinds in a folder that is read for
+    its tars; '' for none."""
+    system, plain = files.filesystem(input)
+    if format != "webdataset" or files.is_pattern(input) or not system.isdir(plain):
+        return ""
+    known = (*formats.PACKED, *formats.MEDIA, *formats.SIDECARS, ".parquet")
+    names = itertools.islice(itertools.chain.from_iterable(files.walk(input)), _MOST_LOOKED_AT)
+    tables, archives = [], []
+    for name in names:
+        if name.lower().endswith((".csv", ".tsv")):
+            tables.append(name)
+        elif not name.lower().endswith(known) and _is_archive(input, name):
+            archives.append(name)
+    told = ""
+    if tables:
+        told += f"; not read: tables beside its archives ({_first(tables)}), as texts and labels "
+        told += "are the members' .txt, .cls and .json"
+    if archives:
+        told += f"; not read: other archives ({_first(archives)}), as tars have names that end in"
+        told += " .tar, .tar.gz or .tgz"
+    return told
+
+
+def _is_archive(folder: str, name: str) -> bool:
+    """Whether a file is an archive by its name, or a local one a tar by its first bytes."""
+    if _OTHER_ARCHIVES.search(name):
+        return True
+    if files.is_remote(folder):
+        return False
+    with contextlib.suppress(OSError), files.open_binary(files.join(folder, name)) as file:
+        return file.read(_USTAR.stop)[_USTAR] == b"ustar"
+    return False
 
 
 def _beside_lists(input: str, format: str) -> str:

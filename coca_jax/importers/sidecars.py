@@ -83,6 +83,15 @@ def texts(units: Iterable[Unit], options: Options) -> Iterator[tuple[str, Item]]
                 yield path, guarded(path, lambda: _beside(path, name, b"", there, unit, options))  # noqa: B023
 
 
+def with_texts(unit: Unit) -> Iterator[str]:
+    """The images that a unit names, each before the files of its name beside it that are read."""
+    there = _listing(unit).there
+    for name in names_of(unit):
+        yield name
+        stem = posixpath.splitext(name)[0]
+        yield from (there[stem + suffix] for suffix in SIDECARS if stem + suffix in there)
+
+
 class _Listing(NamedTuple):
     """there: the files of a folder, by their names with small suffixes. shared: names without their
     suffix that several of its pictures have: 'a.jpg' and 'a.png' are two examples, and the key of

@@ -77,6 +77,13 @@ def begun_with(out: str) -> dict[str, Any] | None:
     raise ValueError(f"{path} is damaged: it names no model and settings; delete it")
 
 
+def base(before: dict[str, Any] | None) -> str:
+    """The folder in which relative names of a file of captions begin: where it was begun, or, where
+    that is not known, no more or on another machine, the current one. before: see `begun_with`."""
+    made = before["made_in"] if before else ""
+    return made if os.path.isdir(made) else os.getcwd()
+
+
 def check_settings(out: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ValueError, naming the first difference, where captions were begun with other
     settings than `now`."""

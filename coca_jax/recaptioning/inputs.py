@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import posixpath
@@ -11,7 +12,7 @@ from typing import Any
 
 from coca_jax import local_files, sealed_json
 from coca_jax.data import files
-from coca_jax.importers import shards, split_field, splits
+from coca_jax.importers import shards, sidecars, split_field, splits
 from coca_jax.importers.items import Options, Unit
 from coca_jax.recaptioning.request import Request
 
@@ -64,7 +65,7 @@ def kept_split(request: Request) -> tuple[str, Options]:
 
 def write(request: Request, units: Iterable[Unit], split: str, options: Options) -> None:
     """Writes down the files of the units of a plan, and what `of_split` gave."""
-    told = dict(files=_told(units), split=split, where=options.where)
+    told = dict(files=_told(request.format, units), split=split, where=options.where)
     sealed_json.write(files.join(request.out, _FILE), told)
 
 
@@ -87,12 +88,12 @@ def check(request: Request, done: bool) -> None:
         if not done:
             raise
         return
-    now = json.loads(json.dumps(_told(units)))
+    now = json.loads(json.dumps(_told(request.format, units)))
     found = []
     for names, more, one in (
         (now.keys() - before.keys(), "more ", ("file", "files")),
         (before.keys() - now.keys(), "fewer ", ("file", "files")),
-        ({name for name in before.keys() & now.keys() if before[name] != now[name]}, "", ("",)),
+        ({n for n in before.keys() & now.keys() if not _same(before[n], now[n])}, "", ("",)),
     ):
         if names:
             first = posixpath.basename(min(names).rstrip("/")) + (", ..." if len(names) > 1 else "")
@@ -105,12 +106,34 @@ def check(request: Request, done: bool) -> None:
         )
 
 
-def _told(units: Iterable[Unit]) -> dict[str, Any]:
-    """{file: its size in bytes and what is read of it}. Of a bucket and a folder of pictures the
-    latter alone: a bucket would be asked once a file."""
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two entries of `_told` are of the same file; those of older versions tell nothing of
+    what lies in a folder."""
+    told = [before["read"], now["read"]]
+    least = min((len(one) for some in told for one in some), default=0)
+    first, second = ([one[:least] for one in some] for some in told)
+    return before["size"] == now["size"] and first == second
+
+
+def _told(format: str, units: Iterable[Unit]) -> dict[str, Any]:
+    """{file: its size in bytes and what is read of it}. Of a folder of pictures, which has no size,
+    also a digest of what is read: of names, and here of sizes; a bucket would be asked once a
+    file."""
     found: dict[str, Any] = {}
     for unit in units:
         stamp = None if os.path.isdir(unit.path) else local_files.stamp(unit.path)
         told = found.setdefault(unit.path, dict(size=stamp and stamp[0], read=[]))
-        told["read"].append([unit.start, unit.stop, unit.rows])
+        inside = [_digest(format, unit)] if unit.names else []
+        told["read"].append([unit.start, unit.stop, unit.rows, *inside])
     return found
+
+
+def _digest(format: str, unit: Unit) -> str:
+    """Of the names of a unit of a folder; of a local one with the texts beside them, and sizes."""
+    told = hashlib.blake2b(digest_size=16)
+    here = not files.is_remote(unit.path)
+    names = sidecars.with_texts(unit) if here and format == "sidecars" else unit.names
+    for name in names:
+        stamp = local_files.stamp(files.join(unit.path, name)) if here else None
+        told.update(f"{name!r} {stamp and stamp[0]}\n".encode())
+    return told.hexdigest()

@@ -77,7 +77,7 @@ def gone(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -
         for name, known in parts.files.items()
         if known.row >= 0
         and (name in places or name.startswith(below))
-        and not re.search(r"://|\\\\", name)  # of what is no UTF-8 the name alone is known
+        and not re.search(r"://|\\", name)  # of what is no UTF-8 the name alone is known
         and _is_gone(name)
     ]
 
