@@ -109,9 +109,10 @@ def test_log_likelihoods(model, words, images):
         model.score_some(images, TEXTS, chosen[:5])
     with pytest.raises(ValueError, match="7 lists for 6 images"):
         model.score_some(images, TEXTS, [*chosen, [1]])
-    for wrong in (-1, 6):
-        with pytest.raises(ValueError, match=f"^chosen holds {wrong}; texts go from 0 to 5$"):
-            model.score_some(images[:2], TEXTS, [[0], [1, wrong]])
+    of, whole = "; texts go from 0 to 5$", "; give each image a list of the numbers"
+    for wrong, why in (([-1], of), ([1, 6], of), ([1, 1.5], whole), ([True, False], whole)):
+        with pytest.raises(ValueError, match=f"^chosen holds .*{why}"):
+            model.score_some(images[:2], TEXTS, [[0], wrong])
     with pytest.raises(ValueError, match="one text an image"):
         model.caption_log_likelihood(images, TEXTS[:2])
 

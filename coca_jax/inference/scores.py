@@ -89,12 +89,12 @@ class Scores(Encoders):
 
         chosen: for each image the numbers of its texts, int [k]. Returns float32 [k] of each image.
         An image is encoded once, and a text once for each batch of images. Raises ValueError unless
-        there is a choice for each image, of texts that there are.
+        there is a choice for each image, of whole numbers of texts that there are.
         """
-        texts, chosen = text_arrays.listed(texts), list(chosen)
+        texts, chosen = text_arrays.listed(texts), list(map(_numbers, chosen))
         found: list[np.ndarray] = []
         for pixels in self._reader.batches(images, progress):
-            lists = [np.asarray(c, np.int64) for c in chosen[len(found) : len(found) + len(pixels)]]
+            lists = chosen[len(found) : len(found) + len(pixels)]
             if len(lists) != len(pixels):
                 raise ValueError(f"chosen has {len(chosen)} lists for more images; give one each")
             used, text = np.unique(np.concatenate(lists), return_inverse=True)
@@ -179,3 +179,14 @@ class Scores(Encoders):
     def _image_tokens(self, pixels: np.ndarray, size: int) -> jax.Array:
         """[size, Q, D] on the devices, of images uint8 [b, ...] and rows of zeros behind them."""
         return self._programs.encode_image(self.params, self._devices.put(pixels, size))[1]
+
+
+def _numbers(chosen: Any) -> np.ndarray:
+    """The numbers of texts that one image is given, int64 [k]. Raises ValueError for what is no
+    list of whole numbers: a mask would be taken for the texts 0 and 1."""
+    found = np.asarray(chosen)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(
+            f"chosen holds {str(chosen)[:60]}; give each image a list of the numbers of its texts"
+        )
+    return found.astype(np.int64)
