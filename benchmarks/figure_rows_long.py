@@ -112,8 +112,8 @@ TRAINED = (
     Measurement(
         tuple(f"ablations/{row}" for row in ablations.ABLATIONS),
         ablations.ablations,
-        110,
-        "coca-jax ablate benchmarks/ablations.toml --out=DIR",
+        80,
+        "coca-jax ablate benchmarks/ablations.toml --out=DIR, and of ablations_one_seed.toml",
         more=SEEDED,
     ),
     Measurement(

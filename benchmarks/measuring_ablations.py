@@ -41,8 +41,9 @@ ABLATIONS = {row: tuple(SCORES) for row in (*RANGED, "one_query", "negatives")} 
 
 def ablations(given: Given) -> Rows:
     """Variants of 0.1's demo by `ablate`: of some the mean of three seeds and their range, of the
-    others seed 0. They need no data, and the table names its recipe from the clone's folder."""
-    runs = _ablated(dataclasses.replace(given, folder=ROOT), "ablations")
+    others seed 0. They need no data, and the tables name their recipe from the clone's folder."""
+    there = dataclasses.replace(given, folder=ROOT)
+    runs = _ablated(there, "ablations") | _ablated(there, "ablations_one_seed")
     return {
         f"ablations/{row}": _spread(runs[row], {name: SCORES[name] for name in keys}, row in RANGED)
         for row, keys in ABLATIONS.items()

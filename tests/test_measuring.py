@@ -335,8 +335,9 @@ def test_ablations_give_a_mean_with_its_range_and_seed_0_alone(given):
     class Ablates(measuring.Given):
         def python(self, *words, one_core=False, **more):
             assert self.folder == measuring.ROOT  # from there the table names its recipe
-            (self.runs / "ablations").mkdir(parents=True)
-            (self.runs / "ablations/results.json").write_text(told)
+            out = self.runs / pathlib.Path(words[3]).stem
+            out.mkdir(parents=True)
+            (out / "results.json").write_text(told)
 
     found = measuring_ablations.ablations(Ablates(given.folder, given.runs))
     both = found["ablations/both"]
@@ -348,10 +349,13 @@ def test_ablations_give_a_mean_with_its_range_and_seed_0_alone(given):
 
 def test_the_ablations_of_training_md_are_those_of_their_table(monkeypatch):
     monkeypatch.chdir(measuring.ROOT)
-    found = table.read(str(measuring.HERE / "ablations.toml"), {})
-    assert {one.name for one in found.variants} == set(measuring_ablations.ABLATIONS)
-    assert tuple(found.seeds) == measuring.SEEDS
-    assert all(one.config().steps == 2600 for one in found.variants)
+    names = ("ablations", "ablations_one_seed")
+    ranged, alone = (table.read(str(measuring.HERE / f"{name}.toml"), {}) for name in names)
+    assert tuple(one.name for one in ranged.variants) == measuring_ablations.RANGED
+    assert ranged.seeds == measuring.SEEDS and alone.seeds == measuring.SEEDS[:1]
+    variants = ranged.variants + alone.variants
+    assert {one.name for one in variants} == set(measuring_ablations.ABLATIONS)
+    assert all(one.config().steps == 2600 for one in variants)
 
 
 def test_the_options_of_blocks_md_are_those_of_their_table():
