@@ -110,11 +110,18 @@ TRAINED = (
         more=SEEDED,
     ),
     Measurement(
-        tuple(f"ablations/{row}" for row in ablations.ABLATIONS),
+        tuple(f"ablations/{row}" for row in ablations.RANGED),
         ablations.ablations,
-        80,
-        "coca-jax ablate benchmarks/ablations.toml --out=DIR, and of ablations_one_seed.toml",
+        50,
+        "coca-jax ablate benchmarks/ablations.toml --out=DIR",
         more=SEEDED,
+    ),
+    Measurement(
+        tuple(f"ablations/{row}" for row in ablations.ABLATIONS if row not in ablations.RANGED),
+        ablations.ablations_one_seed,
+        30,
+        "coca-jax ablate benchmarks/ablations_one_seed.toml --out=DIR",
+        more=FIRST,
     ),
     Measurement(
         tuple(f"options/{row}" for row in ablations.OPTIONS),

@@ -339,7 +339,8 @@ def test_ablations_give_a_mean_with_its_range_and_seed_0_alone(given):
             out.mkdir(parents=True)
             (out / "results.json").write_text(told)
 
-    found = measuring_ablations.ablations(Ablates(given.folder, given.runs))
+    there = Ablates(given.folder, given.runs)
+    found = measuring_ablations.ablations(there) | measuring_ablations.ablations_one_seed(there)
     both = found["ablations/both"]
     ends = [both[f"zero_shot{end}"] for end in ("", "_low", "_high")]
     assert ends == pytest.approx([60, 30, 90])
