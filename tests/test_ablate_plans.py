@@ -15,7 +15,7 @@ from coca_jax.data import sources
 from coca_jax.importers import indexes
 from coca_jax.report import ablation
 from coca_jax.training import run as training
-from coca_jax.training import setup
+from coca_jax.training import setup, skipping
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):
@@ -323,3 +323,22 @@ def test_no_tracker_is_told_of_steps_that_are_only_timed(timed, tmp_path):
         (running.PACE, ()),
         (60, ("tensorboard",)),
     ]
+
+
+def test_a_variant_that_diverges_while_it_is_timed_fails_alone(timed, tmp_path, monkeypatch):
+    """It ended the ablation before anything was trained."""
+    whole = training.train
+
+    def train(config, workdir):
+        if config.loss.z_loss and 0 < config.checkpoint.max_skipped <= config.steps:
+            raise skipping.Diverged("the gradients of 20 steps in a row are not finite")
+        return whole(config, workdir)
+
+    monkeypatch.setattr(training, "train", train)
+    text = TABLE.replace("[0, 3]", "[0]").replace(
+        "[overrides]", "[overrides]\ncheckpoint.max_skipped=20\nfaults.spike_deviations=6.0"
+    )
+    text = text.replace("[variants.again]", "[variants.worse]\nloss.z_loss = 0.1\n[variants.again]")
+    found = running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    assert found["runs"] == 2 and list(found["failed"]) == ["worse, seed 0"]
+    assert [one.faults.spike_deviations for one in timed if one.steps == running.PACE] == [0.0] * 3

@@ -44,8 +44,11 @@ _ANY_LENGTH: dict[str, Any] = {
     "optimizer.warmup_steps": 0,
     "log.profile_steps": (),
 }
-# Of a run that is only timed: what compares evaluations goes with them, and no service lists it.
+# Of a run that is only timed: what compares evaluations goes with them, no service lists it, and it
+# is the runs themselves that end, and are named, where the loss diverges.
 _ALONE: dict[str, Any] = {
+    "checkpoint.max_skipped": 0,
+    "faults.spike_deviations": 0.0,
     "eval.tasks": (),
     "eval.guard": "",
     "checkpoint.best": "",
