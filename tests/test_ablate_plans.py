@@ -342,3 +342,15 @@ def test_a_variant_that_diverges_while_it_is_timed_fails_alone(timed, tmp_path, 
     found = running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
     assert found["runs"] == 2 and list(found["failed"]) == ["worse, seed 0"]
     assert [one.faults.spike_deviations for one in timed if one.steps == running.PACE] == [0.0] * 3
+
+
+def test_steps_that_changed_nothing_are_told_below_the_table(timed, tmp_path, monkeypatch):
+    """A run that diverges in its last steps is done, with the scores of what was before."""
+    whole = training.train
+    monkeypatch.setattr(training, "train", lambda *given: whole(*given) | dict(skipped_steps=40))
+    text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0]
+    running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    line = "- both, seed 0: 40 of 60 steps changed nothing, as their gradients are not finite"
+    assert line in (tmp_path / "results.md").read_text()
+    runs = json.loads((tmp_path / "results.json").read_text())["variants"]["both"]["runs"]
+    assert runs["0"]["skipped_steps"] == 40

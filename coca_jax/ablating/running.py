@@ -194,6 +194,7 @@ def one_run(config: Config, place: pathlib.Path) -> float:
     rows = metrics.read_metrics(place)
     scores = {name: value for name, value in summary.items() if "/" in name}
     commit, minutes = outcome.commit(), sum(map(seconds, rows)) / 60
+    skipped = summary.get("skipped_steps", 0)
     sealed_json.write(
         place / outcome.DONE,
         dict(
@@ -201,6 +202,7 @@ def one_run(config: Config, place: pathlib.Path) -> float:
             minutes=minutes,
             scores=scores | outcome.last_losses(rows),
             **(dict(commit=commit) if commit else {}),
+            **(dict(skipped_steps=skipped) if skipped else {}),
         ),
     )
     gc.collect()  # programs of a run that is over
