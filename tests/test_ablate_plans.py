@@ -354,3 +354,16 @@ def test_steps_that_changed_nothing_are_told_below_the_table(timed, tmp_path, mo
     assert line in (tmp_path / "results.md").read_text()
     runs = json.loads((tmp_path / "results.json").read_text())["variants"]["both"]["runs"]
     assert runs["0"]["skipped_steps"] == 40
+
+
+def test_a_recipe_s_warm_up_is_not_shortened_for_the_slow_variants_alone(timed, tmp_path):
+    """At 90 steps the demo's 100 became 9, beside a variant of 110 that warmed up for 100."""
+    text = TABLE.replace('"tiny"', '"demo"').replace("[0, 3]", "[0]").replace("= 8", "= 16")
+    line = "variant both: optimizer.warmup_steps=100 is not below the run's 60 steps; shorten it"
+    with pytest.raises(ValueError, match=line):
+        running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    mended = text.replace("[overrides]", "[overrides]\noptimizer.warmup_steps = 20")
+    out = str(tmp_path / "mended")
+    running.ablate(table.read(written(tmp_path, mended), {}), out, 0.5, quietly)
+    whole = [one.optimizer.warmup_steps for one in timed if one.steps == 60]
+    assert whole == [20, 20] and len(timed) == 1 + 4

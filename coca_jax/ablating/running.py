@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from coca_jax import metrics, out_folder, sealed_json
+from coca_jax import metrics, out_folder, recipes, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
 from coca_jax.config import Config, checks
@@ -156,9 +156,14 @@ def check(variant: Variant, minutes: float, folder: pathlib.Path) -> None:
 
 def _check_steps(variant: Variant, steps: int) -> None:
     """Raises ValueError, naming the variant, for a warm-up or a profile that does not fit into the
-    steps that its minutes are."""
+    steps that its minutes are. A recipe's own warm-up, which a change of steps would shorten, too:
+    of slow variants alone, and nobody would be told."""
+    values: dict[str, Any] = dict(steps=steps, epochs=0.0)
+    if "optimizer.warmup_steps" not in variant.values:
+        recipe = recipes.typed(recipes.load(variant.recipe))
+        values["optimizer.warmup_steps"] = recipe.optimizer.warmup_steps
     try:
-        checks.check_length(variant.config(dict(steps=steps, epochs=0.0)), steps)
+        checks.check_length(variant.config(values), steps)
     except ValueError as error:
         raise ValueError(f"variant {variant.name}: {error}") from None
 
