@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 import coca_jax.configs
 from coca_jax import inherit, renamed, trackers
 from coca_jax.config import Config, Recipe, read
-from coca_jax.config.section import nearest
+from coca_jax.config.section import is_value, nearest, whole_dict
 
 FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
 PARTS = ("__init__", "base", "adapt")  # what recipes are made of
@@ -306,6 +306,8 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
         if not isinstance(group, ConfigDict):
             raise ValueError(f"--config.{key}={text}: {done} is a value and has no keys")
         if part not in group:
+            if is_value(Config, done[9:]):
+                raise ValueError(f"--config.{key}={text}: {whole_dict(done, part)}")
             names = next((same for same in SAME if part in same), (part,))
             guess = [f"--config.{k}" for k in keys(config) if k.split(".")[-1] in names][:3]
             near = difflib.get_close_matches(part, group.keys(), n=1, cutoff=0.6)
@@ -391,5 +393,7 @@ def explain(text: str) -> str:
     value = config_flags.config_flags.GetValue(match[2], flags.FLAGS["config"].value)
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(value))
     if isinstance(value, ConfigDict):
+        if is_value(Config, match[2]):
+            return f"--{match[1]}={match[3]}: {whole_dict(f'--{match[1]}')}"
         return f"--{match[1]}={match[3]}: a group of keys; set one: {', '.join(sorted(value))}"
     return f"--{match[1]}={match[3]}: give {wanted}, as {value} in the recipe" if wanted else text

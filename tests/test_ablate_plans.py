@@ -15,7 +15,7 @@ from coca_jax.data import sources
 from coca_jax.importers import indexes
 from coca_jax.report import ablation
 from coca_jax.training import run as training
-from coca_jax.training import setup
+from coca_jax.training import setup, skipping
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):
@@ -323,3 +323,47 @@ def test_no_tracker_is_told_of_steps_that_are_only_timed(timed, tmp_path):
         (running.PACE, ()),
         (60, ("tensorboard",)),
     ]
+
+
+def test_a_variant_that_diverges_while_it_is_timed_fails_alone(timed, tmp_path, monkeypatch):
+    """It ended the ablation before anything was trained."""
+    whole = training.train
+
+    def train(config, workdir):
+        if config.loss.z_loss and 0 < config.checkpoint.max_skipped <= config.steps:
+            raise skipping.Diverged("the gradients of 20 steps in a row are not finite")
+        return whole(config, workdir)
+
+    monkeypatch.setattr(training, "train", train)
+    text = TABLE.replace("[0, 3]", "[0]").replace(
+        "[overrides]", "[overrides]\ncheckpoint.max_skipped=20\nfaults.spike_deviations=6.0"
+    )
+    text = text.replace("[variants.again]", "[variants.worse]\nloss.z_loss = 0.1\n[variants.again]")
+    found = running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    assert found["runs"] == 2 and list(found["failed"]) == ["worse, seed 0"]
+    assert [one.faults.spike_deviations for one in timed if one.steps == running.PACE] == [0.0] * 3
+
+
+def test_steps_that_changed_nothing_are_told_below_the_table(timed, tmp_path, monkeypatch):
+    """A run that diverges in its last steps is done, with the scores of what was before."""
+    whole = training.train
+    monkeypatch.setattr(training, "train", lambda *given: whole(*given) | dict(skipped_steps=40))
+    text = TABLE.replace("[0, 3]", "[0]").split("[variants.again]")[0]
+    running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    line = "- both, seed 0: 40 of 60 steps changed nothing, as their gradients are not finite"
+    assert line in (tmp_path / "results.md").read_text()
+    runs = json.loads((tmp_path / "results.json").read_text())["variants"]["both"]["runs"]
+    assert runs["0"]["skipped_steps"] == 40
+
+
+def test_a_recipe_s_warm_up_is_not_shortened_for_the_slow_variants_alone(timed, tmp_path):
+    """At 90 steps the demo's 100 became 9, beside a variant of 110 that warmed up for 100."""
+    text = TABLE.replace('"tiny"', '"demo"').replace("[0, 3]", "[0]").replace("= 8", "= 16")
+    line = "variant both: optimizer.warmup_steps=100 is not below the run's 60 steps; shorten it"
+    with pytest.raises(ValueError, match=line):
+        running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
+    mended = text.replace("[overrides]", "[overrides]\noptimizer.warmup_steps = 20")
+    out = str(tmp_path / "mended")
+    running.ablate(table.read(written(tmp_path, mended), {}), out, 0.5, quietly)
+    whole = [one.optimizer.warmup_steps for one in timed if one.steps == 60]
+    assert whole == [20, 20] and len(timed) == 1 + 4

@@ -171,6 +171,11 @@ def test_values_are_replaced_from_the_command_line(parse):
         (["--config.batch_size=big"], "error: --config.batch_size=big: give a whole number, as 16"),
         (["--config.optimizer.learning_rate=x"], "give a number, as 0.001 in the recipe"),
         (["--config.optimizer=adam"], "a group of keys; set one: average_share, beta1"),
+        (
+            ["--config.model.image.block.norm=rms"],
+            "block is a dict; give all of it in quotes: --config.model.image.block=\"{'norm':",
+        ),
+        (["--config.model.text.block=rms"], "=rms: --config.model.text.block is a dict; give all"),
     ],
 )
 def test_a_wrong_key_or_value_names_the_right_one(arguments, message, parse, capsys):

@@ -21,6 +21,7 @@ import coca_jax
 from coca_jax import sealed_json, storage
 from coca_jax.ablating.table import Table, Variant
 from coca_jax.report import ablation, scores
+from coca_jax.training import skipping
 
 DONE = "ablation.json"
 MOST_OFF = 0.15  # share of the minutes by which a run may miss them without a word
@@ -96,7 +97,8 @@ def unasked(table: Table, folder: pathlib.Path) -> list[str]:
 
 
 def runs_of(variant: Variant, seeds: Sequence[int], folder: pathlib.Path) -> dict[int, Any]:
-    """{seed: dict(steps, minutes, scores, and in a checkout commit)} of the runs that are done."""
+    """{seed: dict(steps, minutes, scores, in a checkout commit, and skipped_steps where there are
+    any)} of the runs that are done."""
     found = {}
     for seed in seeds:
         path = folder / variant.name / f"seed{seed}" / DONE
@@ -150,7 +152,8 @@ def headlines(variants: Mapping[str, Any]) -> list[str]:
 
 def markdown(found: Mapping[str, Any], shown: Sequence[str]) -> str:
     """A table with a row a variant: steps, minutes, and each metric with its interval; below it the
-    runs that failed and those of other minutes than were asked for."""
+    runs that failed, those of other minutes than were asked for, and those with steps that changed
+    nothing."""
     rows = ablation.rows(found, shown)
     heads = ["variant", "runs", "steps", "minutes", *shown]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -161,6 +164,8 @@ def markdown(found: Mapping[str, Any], shown: Sequence[str]) -> str:
     for name, one in found["variants"].items():
         for seed, run in one["runs"].items():
             if told := off(run["minutes"], found["minutes"] or 0.0):
+                notes.append(f"- {name}, seed {seed}: {told}")
+            if told := skipping.told(run.get("skipped_steps", 0), run["steps"]):
                 notes.append(f"- {name}, seed {seed}: {told}")
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 

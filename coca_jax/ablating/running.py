@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from coca_jax import metrics, out_folder, sealed_json
+from coca_jax import metrics, out_folder, recipes, sealed_json
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
 from coca_jax.config import Config, checks
@@ -44,8 +44,11 @@ _ANY_LENGTH: dict[str, Any] = {
     "optimizer.warmup_steps": 0,
     "log.profile_steps": (),
 }
-# Of a run that is only timed: what compares evaluations goes with them, and no service lists it.
+# Of a run that is only timed: what compares evaluations goes with them, no service lists it, and it
+# is the runs themselves that end, and are named, where the loss diverges.
 _ALONE: dict[str, Any] = {
+    "checkpoint.max_skipped": 0,
+    "faults.spike_deviations": 0.0,
     "eval.tasks": (),
     "eval.guard": "",
     "checkpoint.best": "",
@@ -153,9 +156,14 @@ def check(variant: Variant, minutes: float, folder: pathlib.Path) -> None:
 
 def _check_steps(variant: Variant, steps: int) -> None:
     """Raises ValueError, naming the variant, for a warm-up or a profile that does not fit into the
-    steps that its minutes are."""
+    steps that its minutes are. A recipe's own warm-up, which a change of steps would shorten, too:
+    of slow variants alone, and nobody would be told."""
+    values: dict[str, Any] = dict(steps=steps, epochs=0.0)
+    if "optimizer.warmup_steps" not in variant.values:
+        recipe = recipes.typed(recipes.load(variant.recipe))
+        values["optimizer.warmup_steps"] = recipe.optimizer.warmup_steps
     try:
-        checks.check_length(variant.config(dict(steps=steps, epochs=0.0)), steps)
+        checks.check_length(variant.config(values), steps)
     except ValueError as error:
         raise ValueError(f"variant {variant.name}: {error}") from None
 
@@ -191,6 +199,7 @@ def one_run(config: Config, place: pathlib.Path) -> float:
     rows = metrics.read_metrics(place)
     scores = {name: value for name, value in summary.items() if "/" in name}
     commit, minutes = outcome.commit(), sum(map(seconds, rows)) / 60
+    skipped = summary.get("skipped_steps", 0)
     sealed_json.write(
         place / outcome.DONE,
         dict(
@@ -198,6 +207,7 @@ def one_run(config: Config, place: pathlib.Path) -> float:
             minutes=minutes,
             scores=scores | outcome.last_losses(rows),
             **(dict(commit=commit) if commit else {}),
+            **(dict(skipped_steps=skipped) if skipped else {}),
         ),
     )
     gc.collect()  # programs of a run that is over

@@ -96,6 +96,11 @@ def keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, datacl
             yield prefix + field.name, field
 
 
+def is_value(section: type[Section], name: str) -> bool:
+    """Whether a dotted name is that of a plain value of a section, which a dict may be as well."""
+    return any(name == known for known, _ in keys(section))
+
+
 def read(section: type[S], tree: Mapping[str, Any], name: str = "config", old: bool = False) -> S:
     """A section from a mapping; keys that are not there have their default.
 
@@ -168,6 +173,11 @@ def nearest(key: str, names: Sequence[str]) -> list[str]:
     last = [name.rpartition(".")[2] for name in names]
     near = difflib.get_close_matches(key, last, n=1, cutoff=0.8)
     return [name for name, one in zip(names, last) if [one] == near][:3]
+
+
+def whole_dict(name: str, key: str = "norm_eps") -> str:
+    """What to do with a value that is a dict, of which a key, or something else, was given."""
+    return f"{name} is a dict; give all of it in quotes: {name}=\"{{'{key}': ...}}\""
 
 
 def _names(section: type[Section]) -> str:

@@ -123,6 +123,8 @@ def train_alone(
                 f"out of memory in a step of batch_size={config.batch_size} "
                 f"({str(error).splitlines()[0]}); give {less_memory(config, mesh)}"
             ) from None
+        if line := skipping.told(int(state.skipped), run.steps):
+            run.say(f"warning: {line}")
         stop.end("evaluating")
         scores = evaluate(run.steps, state)
     except guard.LostTooMuch:

@@ -17,6 +17,14 @@ class Diverged(ValueError):
     """Too many steps in a row had gradients that are not finite."""
 
 
+def told(skipped: int, steps: int) -> str:
+    """What is said of a run of so many steps at its end, of which `skipped` had gradients that are
+    not finite; '' for none."""
+    if not skipped:
+        return ""
+    return f"{skipped:,} of {steps:,} steps changed nothing, as their gradients are not finite"
+
+
 class Skipping:
     """`skipping(step, metrics)` after each step: raises Diverged, one step late, after
     config.checkpoint.max_skipped skipped steps in a row (0: never). All processes do at one step.
