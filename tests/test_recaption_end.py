@@ -16,7 +16,7 @@ from test_version_0_1 import flags_of
 from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared
 from coca_jax.engines import Engine
-from coca_jax.importers import splits
+from coca_jax.importers import metadata, splits
 from coca_jax.recaptioning import running, shard, whole, writers
 from coca_jax.training import lease
 
@@ -257,3 +257,30 @@ def test_an_image_whose_text_is_not_utf8_is_left_out_unless_another_is_taken(tar
     options = dataclasses.replace(request.options, text_field="alt")
     found = do(dataclasses.replace(request, options=options))
     assert (found["count"], found["quarantined"], found["with_original"]) == (3, {}, 1)
+
+
+@pytest.mark.parametrize("to", ["tar", "parquet", "array_record"])
+def test_a_class_folder_whose_name_is_no_utf8_is_a_label(tmp_path, monkeypatch, to):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate((b"f/caf\xe9", b"f/dog")):
+        os.makedirs(name)
+        pathlib.Path(os.fsdecode(name), f"{number}.png").write_bytes(encoded(number))
+    request = asked("f", format="imagefolder", to=to)
+    (job,) = jobs = whole.plan(request)
+    said = dict(captions=[dict(text="a", flags=[], score=0.5)], originals=[])
+    made = [dict(said, number=n, key=item.key) for n, item in shard.selected(job)]
+    part = dict(results=made, quarantined=[], read=2, last=True)
+    sealed_json.write(f"{job.part}/part-00000.json", part)
+    shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
+    whole.finish(request, jobs, float("-inf"))
+    wanted = [[r"caf\udce9"], ["dog"]]
+    if to == "parquet":
+        assert pq.read_table("out/00000.parquet")["label"].to_pylist() == wanted
+    elif to == "tar":
+        with tarfile.open("out/00000.tar") as tar:
+            found = [json.load(tar.extractfile(f"0000000000{n}.json"))["labels"] for n in range(2)]
+        assert found == wanted
+    else:
+        records = prepared.open_split("out", "train").read([0, 1])
+        assert [list(record.labels) for record in records] == wanted
+        assert metadata.read_manifest("out")["class_names"] == [r"caf\udce9", "dog"]
