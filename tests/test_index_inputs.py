@@ -70,6 +70,25 @@ def test_what_is_said_of_a_damaged_index_mends_it(model, folder, call, harm):  #
     assert again(model, "s") == (6, 0, 0, 1, 6) and tree("i") == whole
 
 
+def test_an_index_that_came_to_nothing_is_begun_again(model, folder):  # noqa: F811
+    """Its first run was killed, or found the disk full, before index.json was there."""
+    again(model, "s")
+    whole = tree("i")
+    for left in ("metadata/", "index.json.0123456789ab.new", "lease.json.0123456789ab.new"):
+        shutil.rmtree("i")
+        pathlib.Path("i", left).parent.mkdir()
+        if left == "metadata/":
+            pathlib.Path("i", left).mkdir()
+        else:
+            pathlib.Path("i", left).touch()
+        assert again(model, "s") == (6, 0, 0, 1, 6)
+        pathlib.Path("i", left).unlink() if left.endswith(".new") else None
+        assert tree("i") == whole
+    pathlib.Path("i/index.json").unlink()
+    with pytest.raises(ValueError, match="^i holds something that is no index; give a new folder$"):
+        parts.Parts("i")
+
+
 def test_a_large_index_in_a_bucket_is_searched_without_a_graph(
     model,  # noqa: F811
     folder,  # noqa: F811

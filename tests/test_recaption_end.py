@@ -16,7 +16,8 @@ from test_version_0_1 import flags_of
 from coca_jax import recaption, sealed_json
 from coca_jax.data import prepared
 from coca_jax.engines import Engine
-from coca_jax.importers import splits
+from coca_jax.importers import metadata, parquet, splits
+from coca_jax.importers.items import Item, Options
 from coca_jax.recaptioning import running, shard, whole, writers
 from coca_jax.training import lease
 
@@ -257,3 +258,43 @@ def test_an_image_whose_text_is_not_utf8_is_left_out_unless_another_is_taken(tar
     options = dataclasses.replace(request.options, text_field="alt")
     found = do(dataclasses.replace(request, options=options))
     assert (found["count"], found["quarantined"], found["with_original"]) == (3, {}, 1)
+
+
+@pytest.mark.parametrize("to", ["tar", "parquet", "array_record"])
+def test_a_class_folder_whose_name_is_no_utf8_is_a_label(tmp_path, monkeypatch, to):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate((b"f/caf\xe9", b"f/dog")):
+        os.makedirs(name)
+        pathlib.Path(os.fsdecode(name), f"{number}.png").write_bytes(encoded(number))
+    request = asked("f", format="imagefolder", to=to)
+    (job,) = jobs = whole.plan(request)
+    said = dict(captions=[dict(text="a", flags=[], score=0.5)], originals=[])
+    made = [dict(said, number=n, key=item.key) for n, item in shard.selected(job)]
+    part = dict(results=made, quarantined=[], read=2, last=True)
+    sealed_json.write(f"{job.part}/part-00000.json", part)
+    shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
+    whole.finish(request, jobs, float("-inf"))
+    wanted = [[r"caf\udce9"], ["dog"]]
+    if to == "parquet":
+        assert pq.read_table("out/00000.parquet")["label"].to_pylist() == wanted
+    elif to == "tar":
+        with tarfile.open("out/00000.tar") as tar:
+            found = [json.load(tar.extractfile(f"0000000000{n}.json"))["labels"] for n in range(2)]
+        assert found == wanted
+    else:
+        records = prepared.open_split("out", "train").read([0, 1])
+        assert [list(record.labels) for record in records] == wanted
+        assert metadata.read_manifest("out")["class_names"] == [r"caf\udce9", "dog"]
+
+
+def test_an_image_of_a_parquet_that_keeps_no_text_has_none_when_it_is_read(tmp_path):
+    """The captions that it did not keep lie in a column beside `text`."""
+    said = [dict(text="a cat", score=0.5)]
+    made = dict(key="a", captions=[dict(text="a dog", flags=[], score=0.6)], originals=said)
+    item, kept = Item("a", encoded(1)), [[("a cat", 0.5)], []]
+    examples = [writers.Example(str(n), item, one, made) for n, one in enumerate(kept)]
+    writers.write("parquet", str(tmp_path / "0.parquet"), iter(examples))
+    (unit,) = parquet.plan(str(tmp_path), "", options := Options())
+    assert [list(one.texts) for one in parquet.read(unit, options)] == [["a cat"], []]
+    options = Options(text_field="captions")
+    assert [list(one.texts) for one in parquet.read(unit, options)] == [["a dog"], ["a dog"]]

@@ -74,6 +74,18 @@ def test_a_tokenizer_that_is_not_there_is_told_by_its_flag(tmp_path):
         convert.from_open_clip(str(source), str(tmp_path / "out"), bpe="/nope.gz")
 
 
+def test_weights_without_their_tokenizer_are_told_the_command_that_takes_it(tmp_path):
+    """--bpe is a flag of that command alone."""
+    source = write_source(tmp_path / "given", small_weights())
+    (source / "vocabulary.bpe.gz").unlink()
+    with pytest.raises(ValueError) as told:
+        coca_jax.load(str(source))
+    assert str(told.value) == (
+        "model.text.vocab_size=530 is less than the 49408 ids of the vocabulary; give the model's "
+        f"own as --bpe: coca-jax convert --input={source} --bpe=FILE --out=weights"
+    )
+
+
 def test_flags_of_the_other_direction_are_refused(monkeypatch):
     flags_of("convert", monkeypatch)
     given = ["convert", "--input=in", "--out=out", "--to=open_clip", "--model=", "--bpe="]

@@ -36,6 +36,8 @@ IMAGE_FIELDS = (
     *("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path", "images"),
 )
 PATTERNS = formats.PATTERNS["parquet"]
+# Columns of what `recaption --to=parquet` wrote: its `text` alone is what an image keeps.
+_RECAPTIONED = {"text", "captions", "originals", "scores", "source"}
 _BATCH_BYTES = 256 << 20  # of a batch, were each of its rows as large as its whole row group
 _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100  # of a row group that is more of a bomb than pictures
 
@@ -212,7 +214,9 @@ def _row(
         return Item(key, problem="bad_utf8", detail=str(error))
     first, _, second = options.image_field.partition(",")
     image, other = take(fields, first, IMAGE_FIELDS), take(fields, second, ())
-    item = Item(key, texts=strings(take(fields, options.text_field, LISTED_TEXTS)))
+    # Of an image that keeps no text the captions that it did not keep are none either.
+    usual = LISTED_TEXTS[:1] if _RECAPTIONED <= fields.keys() else LISTED_TEXTS
+    item = Item(key, texts=strings(take(fields, options.text_field, usual)))
     label_field = options.label_field or next((f for f in LABEL_FIELDS if f in fields), "")
     known = classes.get(label_field) or options.class_names
     try:

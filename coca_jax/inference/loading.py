@@ -163,7 +163,10 @@ def _read_open_clip(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
                 f"convert --input={path} --out=weights"
             )
         if done.returncode:
-            raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+            why = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+            if "--bpe" in why:  # a flag of that command alone
+                why = f"{why}: coca-jax convert --input={path} --bpe=FILE --out=weights"
+            raise ValueError(why)
         params, config = export_format.read_export(folder)
         words = vocabulary.load(export_format.vocabulary_path(folder))
         return jax.tree.map(jnp.asarray, params), config, words

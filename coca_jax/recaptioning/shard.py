@@ -161,6 +161,8 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
                 known = {one["text"] for one in result["originals"]}
                 told["replaced"] += bool(kept) and kept[0][0] not in known
                 several = request.text in choose.SEVERAL
+                # As texts are: class folders may have names that are no UTF-8.
+                item.labels = list(map(printable, item.labels))
                 yield writers.Example(_key(job, number, item), item, kept, result, several)
 
     path = files.join(request.out, name)

@@ -15,7 +15,8 @@ from coca_jax.data import files, image_files
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
-from coca_jax.searching.parts import LEASE, STAGED, Parts, check_dtype
+from coca_jax.searching.checks import LEASE, STAGED, check_dtype
+from coca_jax.searching.parts import Parts
 from coca_jax.searching.pictures import Group
 
 if TYPE_CHECKING:

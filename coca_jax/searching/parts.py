@@ -30,16 +30,13 @@ import pyarrow.parquet as pq
 
 from coca_jax import local_files, sealed_json, storage
 from coca_jax.data import bounded_json
-from coca_jax.inference import model_checksum
+from coca_jax.searching import checks
 
 _KEY = b"coca_jax"
 _HEADER = 128  # bytes before the numbers, as NumPy writes it
 _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
 STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
-STAGED = "staged"
-LEASE = "lease.json"  # of who writes to it, see training/lease.py
-_BESIDE = (STAGED, LEASE)  # what a folder may hold before index.json
 
 
 @dataclasses.dataclass
@@ -85,9 +82,9 @@ class Parts:
         self.about: dict[str, Any] = {}
         if (place / "index.json").exists():
             self.about = sealed_json.read(place / "index.json")
-            _check(self.about, f"{folder}/index.json")
-        elif place.exists() and any(path.name not in _BESIDE for path in place.iterdir()):
-            raise ValueError(f"{folder} holds something that is no index; give a new folder")
+            checks.check_about(self.about, f"{folder}/index.json")
+        else:
+            checks.check_folder(folder)
         self.skipped: dict[str, str] = {}
         self.in_groups = 0
         self._done: dict[str, Done] = {}
@@ -217,7 +214,7 @@ class Parts:
         Raises:
             ValueError: another model.
         """
-        check_model(self.folder, self.about, about)
+        checks.check_model(self.folder, self.about, about)
         if not self.about:
             self.about, self._base = about, None
             (storage.place(self.folder) / "metadata").mkdir(parents=True, exist_ok=True)
@@ -348,37 +345,6 @@ def _stamps(table: pa.Table) -> list[tuple[int, int] | None]:
         return [None] * len(table)
     pairs = zip(*(table[name].to_pylist() for name in STAMP))
     return [None if size is None or time is None else (size, time) for size, time in pairs]
-
-
-def check_model(folder: str, there: dict[str, Any], about: dict[str, Any]) -> None:
-    """Raises ValueError where the index of `folder`, {} for a new one, is another model's."""
-    if there and not model_checksum.same(there["model"], about["model"]):
-        check_dtype(f"--out={folder}", there, about.get("dtype"))
-        raise ValueError(
-            f"--out={folder} was made by another model ({there['checkpoint']}); embeddings of two "
-            "models do not compare: give a new folder"
-        )
-
-
-def check_dtype(index: str, there: dict[str, Any], dtype: str | None) -> None:
-    """Raises ValueError where an index, called `index`, was made in another dtype than a model's,
-    whose weights are rounded to it. None, and in what older versions wrote: unknown."""
-    made = there.get("dtype")
-    if made and dtype and made != dtype:
-        raise ValueError(
-            f"{index} was made with --dtype={made}, and the model is in {dtype}: other weights; "
-            f"give --dtype={made}, or index again into a new folder"
-        )
-
-
-def _check(about: dict[str, Any], place: str) -> None:
-    """Raises ValueError where index.json lacks what `begin` writes."""
-    width = about.get("width")
-    texts = all(isinstance(about.get(key), str) for key in ("model", "checkpoint"))
-    if not texts or not isinstance(width, int) or not 0 < width <= 65_536:
-        raise ValueError(
-            f"{place} is damaged: it names no model, checkpoint and width; index again"
-        )
 
 
 def _array(data: bytes, shape: tuple[int, int]) -> np.ndarray:

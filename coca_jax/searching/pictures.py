@@ -186,7 +186,9 @@ def _captions(path: str, format: str) -> dict[str, str]:
 
 
 def _caption(item: Item) -> str:
-    return next(itertools.chain(item.texts, [", ".join(item.labels)]), "")
+    """Its first text or its labels, which may be the name of a folder that is no UTF-8, or hold
+    half of a character that a list has by its number."""
+    return printable(next(itertools.chain(item.texts, [", ".join(item.labels)]), ""))
 
 
 def _picture(path: str, item: Item) -> Picture:

@@ -15,7 +15,8 @@ from coca_jax.data import files
 from coca_jax.engines import Engine, Report
 from coca_jax.importers.items import printable
 from coca_jax.searching import embedding, pictures
-from coca_jax.searching.parts import STAGED, Parts, check_model
+from coca_jax.searching.checks import STAGED, check_model
+from coca_jax.searching.parts import Parts
 from coca_jax.searching.pictures import Group
 
 if TYPE_CHECKING:
