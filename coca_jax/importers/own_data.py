@@ -21,6 +21,7 @@ from coca_jax.importers import (
     in_place,
     indexes,
     metadata,
+    remarks,
     shards,
     split_field,
     splits,
@@ -335,7 +336,9 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     line = f"{found.input} is read in place, as {found.format}: making an index of it in {out}"
     if why:
         line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
-    print(line, file=sys.stderr, flush=True)
+    unread = remarks.unread(found.input, found.format)
+    unread += remarks.files_beside(found.input, found.format)
+    print(f"{line}{unread}", file=sys.stderr, flush=True)
     return dataclasses.replace(options, in_place=not why)
 
 
