@@ -1,13 +1,14 @@
 """The flag --data, and those beside it that name fields of its data."""
 
 import json
+import types
 
 import jax
 import pytest
 from test_own_data import captioned, picture, recipe, tar
 from test_version_0_1 import flags_of
 
-from coca_jax import out_folder, own_data_flags
+from coca_jax import out_folder, own_data_flags, run_config
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.importers import data_flag, own_data, splits
@@ -162,3 +163,21 @@ def test_what_is_not_read_beside_lists_and_archives_is_told(tmp_path, capsys):
     own_data.apply(typed(recipe()), [str(packed)], str(tmp_path / "other"))
     said = capsys.readouterr().err
     assert "; not read: 1 pictures beside its archives (loose.png); not read: tables beside" in said
+
+
+def test_data_that_were_moved_are_told_by_their_places_and_go_on_by_a_link(tmp_path):
+    workdir, old, new = str(tmp_path / "run"), tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    begun = typed(recipe()).change({"data.sources": (dict(path=str(old), weight=2.0),)})
+    words = types.SimpleNamespace(checksum="")
+    run_config.write(run_config.contents(begun, workdir, words), workdir)
+    old.rename(new)
+    there = begun.change({"data.sources": (dict(path=str(new)),)})
+    with pytest.raises(ValueError) as found:
+        run_config.check_before_data(there, workdir)
+    assert f"(data.sources: ['{old}'] there, ['{new}'] here); use" in str(found.value)
+    assert f"if {old} was moved, a link there to where it is now lets the" in str(found.value)
+    old.symlink_to(new)
+    run_config.check_before_data(begun, workdir)
+    with pytest.raises(ValueError, match="or the same config$"):
+        run_config.check_before_data(there, workdir)
