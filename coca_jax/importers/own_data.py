@@ -254,11 +254,12 @@ def prepared(path: str, out: str, options: Options | None = None, *, wait: bool 
     return out
 
 
-def refuse_changed(path: str, out: str, options: Options | None = None) -> None:
-    """Raises ValueError where some data have changed since they were brought into `out`."""
+def refuse_changed(path: str, out: str, options: Options | None = None, go_on: str = "") -> None:
+    """Raises ValueError where some data have changed since they were brought into `out`. go_on: as
+    `indexes.refuse_changed` takes it."""
     format, input = _format_and_input(path)
     now = indexes.state_of_input(format, input, out, options or Options())
-    indexes.refuse_changed(input, out, now)
+    indexes.refuse_changed(input, out, now, go_on)
 
 
 def bring_in(
