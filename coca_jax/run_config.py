@@ -11,7 +11,7 @@ from coca_jax import local_files, sealed_json, storage
 from coca_jax.config import Config, checks, partial_checks, read
 from coca_jax.config.data import PLACES
 from coca_jax.config.section import flatten
-from coca_jax.data import stages
+from coca_jax.data import files, stages
 from coca_jax.models import head_kinds, heads
 from coca_jax.ops import contrastive
 
@@ -238,7 +238,7 @@ def check_resumable(
     classes = old.pop("class_names", [])
     before = old.pop("workdir", workdir)
     changed = [
-        f"{key}: {old.get(key)} there, {new.get(key)} here"
+        f"{key}: {shown(key, old.get(key), whole)} there, {shown(key, new.get(key), whole)} here"
         for key in sorted(old.keys() | new.keys())
         if key != "vocabulary_checksum"
         and compared(key, old.get(key), before, whole)
@@ -249,6 +249,8 @@ def check_resumable(
         remedy = "use a new --workdir or the same config"
         if len(changed) == 1 and changed[0].startswith("steps: "):
             remedy += f"; to train on from its weights, --config.init_from={workdir} with a new one"
+        elif len(changed) == 1 and (gone := _gone(old.get("data.sources"), before)):
+            remedy += f"; if {gone} was moved, a link there to where it is now lets the run go on"
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:4])}); {remedy}"
         )
@@ -310,6 +312,26 @@ def compared(key: str, value: Any, workdir: str, whole: bool = True) -> Any:
         return found
     # Data of questions may be several sources, by their answers, which the data will tell.
     return [source for n, source in enumerate(found) if source not in found[:n]]
+
+
+def shown(key: str, value: Any, whole: bool = True) -> Any:
+    """The value of a key as it is told: where `compared` looks at the places of sources alone,
+    these, as their kinds and weights are not those that were asked for yet."""
+    if key != "data.sources" or whole:
+        return value
+    return [next((source[name] for name in PLACES if source.get(name)), "") for source in value]
+
+
+def _gone(sources: Any, workdir: str) -> str:
+    """The first local path of a run's sources, outside its workdir, at which nothing lies; ''."""
+    folder = local_files.whole_path(str(workdir)).rstrip("/") + "/"
+    for source in sources or ():
+        path = source.get("path") or ""
+        whole = local_files.whole_path(path) if path else ""
+        if path and "://" not in whole and not whole.startswith(folder):
+            if not files.is_pattern(path) and not files.exists(path):
+                return str(path)
+    return ""
 
 
 def _json(tree: dict[str, Any]) -> dict[str, Any]:

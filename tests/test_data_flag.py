@@ -1,13 +1,14 @@
 """The flag --data, and those beside it that name fields of its data."""
 
 import json
+import types
 
 import jax
 import pytest
-from test_own_data import captioned, recipe
+from test_own_data import captioned, picture, recipe, tar
 from test_version_0_1 import flags_of
 
-from coca_jax import out_folder, own_data_flags
+from coca_jax import out_folder, own_data_flags, run_config
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.importers import data_flag, own_data, splits
@@ -146,3 +147,37 @@ def test_what_needs_no_data_is_refused_before_they_are_indexed(tmp_path):
         with pytest.raises(ValueError, match=says):
             own_data.of_command(config, [folder], workdir, check=setup.check_devices)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_read_beside_lists_and_archives_is_told(tmp_path, capsys):
+    mine = captioned(tmp_path / "mine", 40)
+    (mine / "metadata.jsonl").unlink()
+    rows = "".join(f"{i:03d}.png,text {i}\n" for i in range(37))
+    (mine / "list.csv").write_text(f"image,caption\n{rows}")
+    own_data.apply(typed(recipe()), [str(mine)], str(tmp_path / "run"))
+    line = "/run/data/mine; not read: 3 of 40 pictures, which no row of its lists names\n"
+    assert line in capsys.readouterr().err
+    packed = tar(tmp_path / "packed" / "a.tar", 40)
+    (packed / "loose.png").write_bytes(picture(99))
+    (packed / "texts.csv").write_text("image,caption\nloose.png,a text\n")
+    own_data.apply(typed(recipe()), [str(packed)], str(tmp_path / "other"))
+    said = capsys.readouterr().err
+    assert "; not read: 1 pictures beside its archives (loose.png); not read: tables beside" in said
+
+
+def test_data_that_were_moved_are_told_by_their_places_and_go_on_by_a_link(tmp_path):
+    workdir, old, new = str(tmp_path / "run"), tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    begun = typed(recipe()).change({"data.sources": (dict(path=str(old), weight=2.0),)})
+    words = types.SimpleNamespace(checksum="")
+    run_config.write(run_config.contents(begun, workdir, words), workdir)
+    old.rename(new)
+    there = begun.change({"data.sources": (dict(path=str(new)),)})
+    with pytest.raises(ValueError) as found:
+        run_config.check_before_data(there, workdir)
+    assert f"(data.sources: ['{old}'] there, ['{new}'] here); use" in str(found.value)
+    assert f"if {old} was moved, a link there to where it is now lets the" in str(found.value)
+    old.symlink_to(new)
+    run_config.check_before_data(begun, workdir)
+    with pytest.raises(ValueError, match="or the same config$"):
+        run_config.check_before_data(there, workdir)

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from test_own_data import captioned
 
 from coca_jax.fitting import kept, run
+from coca_jax.importers import own_data
 
 
 def test_a_recipe_that_fit_did_not_write_is_a_line_and_stays(tmp_path):
@@ -24,3 +26,17 @@ def test_a_damaged_fit_json_is_named(text, tmp_path):
     (tmp_path / "fit.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="fit.json is damaged, or no fit wrote it; restore it, or"):
         kept.Kept(str(tmp_path), kept.Request("pictures"))
+
+
+def test_changed_data_name_the_command_that_goes_on_without_the_change(tmp_path):
+    folder, workdir = captioned(tmp_path / "mine", 40), tmp_path / "run"
+    request = kept.Request(str(folder))
+    state = kept.Kept(str(workdir), request)
+    place = own_data.prepared(str(folder), f"{workdir}/data/mine")
+    state.put("data", dict(path=place, train="train", held="test", name="mine_test"))
+    (workdir / "recipe.py").write_text("# kept\n")
+    (folder / "000.png").write_bytes(b"another")
+    told = f"restore it, or `coca-jax train --config={workdir}/recipe.py --workdir={workdir}` to go"
+    with pytest.raises(ValueError) as found:
+        run.fit(request, str(workdir))
+    assert "has changed since its index was made" in str(found.value) and told in str(found.value)

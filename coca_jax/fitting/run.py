@@ -61,7 +61,9 @@ def fit(
             if path.exists():
                 place = kept.get("data")["path"]
                 if place != request.folder and files.exists(request.folder):
-                    own_data.refuse_changed(request.folder, place, options_of(request))
+                    # A fit is of its folder, so its index cannot be named in place of that.
+                    go_on = f"`coca-jax train --config={path} --workdir={workdir}`"
+                    own_data.refuse_changed(request.folder, place, options_of(request), go_on)
                 say(f"{path} holds the choice that was made before")
             else:
                 kept.drop_imported()

@@ -320,15 +320,18 @@ def state_of_input(
     return state(format, out, options, units)
 
 
-def refuse_changed(input: str, out: str, now: str) -> None:
+def refuse_changed(input: str, out: str, now: str, go_on: str = "") -> None:
     """Raises ValueError where `out` holds an index or copy of an input of another state than `now`;
-    of other times alone it says so. Those that were made before the state was kept pass."""
+    of other times alone it says so. Those that were made before the state was kept pass.
+
+    go_on: what goes on without the change, where it is not to name `out` as the data."""
+    go_on = go_on or f"name {out} in its place"
     for split in metadata.read_manifest(out)["splits"].values():
         before = split.get("state", now)
         if now and metadata.have_changed(before, now):
             raise ValueError(
                 f"{input} has changed since its index was made in {out}; use a new --workdir, "
-                f"restore it, or name {out} in its place to go on without the change"
+                f"restore it, or {go_on} to go on without the change"
             )
         if now and metadata.have_changed(before, now, times=True):
             print(

@@ -21,6 +21,7 @@ from coca_jax.importers import (
     in_place,
     indexes,
     metadata,
+    remarks,
     shards,
     split_field,
     splits,
@@ -253,11 +254,12 @@ def prepared(path: str, out: str, options: Options | None = None, *, wait: bool 
     return out
 
 
-def refuse_changed(path: str, out: str, options: Options | None = None) -> None:
-    """Raises ValueError where some data have changed since they were brought into `out`."""
+def refuse_changed(path: str, out: str, options: Options | None = None, go_on: str = "") -> None:
+    """Raises ValueError where some data have changed since they were brought into `out`. go_on: as
+    `indexes.refuse_changed` takes it."""
     format, input = _format_and_input(path)
     now = indexes.state_of_input(format, input, out, options or Options())
-    indexes.refuse_changed(input, out, now)
+    indexes.refuse_changed(input, out, now, go_on)
 
 
 def bring_in(
@@ -335,7 +337,9 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     line = f"{found.input} is read in place, as {found.format}: making an index of it in {out}"
     if why:
         line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
-    print(line, file=sys.stderr, flush=True)
+    unread = remarks.unread(found.input, found.format)
+    unread += remarks.files_beside(found.input, found.format)
+    print(f"{line}{unread}", file=sys.stderr, flush=True)
     return dataclasses.replace(options, in_place=not why)
 
 
