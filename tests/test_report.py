@@ -382,3 +382,4 @@ def test_time_over_restarts_is_that_of_goodput(run, tmp_path):
     text = Reader(report.write_report(tmp_path).read_text()).text
     assert "40.0% of 3 min 20 s went into steps, over 3 starts" in text
     assert "not running 1 min 00 s (30.0%)" in text and "steps that were lost 40.0 s" in text
+    assert "4,000 steps · 2 min 20 s · " in text  # of which it ran

@@ -153,7 +153,7 @@ def summary(run: RunFiles) -> str:
     if "image_size" in model:
         size, patch = (image_shape.words(model.get(k, "?")) for k in ("image_size", "patch_size"))
         parts.append(f"{size} px, patch {patch}")
-    seconds = sum(charts.time_totals(rows).values())
+    seconds = sum(spent for part, spent in time_totals(run).items() if part != "down")
     if seconds:
         parts.append(numbers.duration(seconds))
     if rows and isinstance(rows[-1].get("loss"), float):
@@ -167,14 +167,19 @@ def batch(config: Mapping[str, Any]) -> str:
     return ", then ".join(f"{size:,}" for size in sizes)
 
 
+def time_totals(run: RunFiles) -> dict[str, float]:
+    """Seconds of each part of a run, the longest first, over all of its starts where goodput.json
+    says, else as its rows of metrics.jsonl have it."""
+    if "life" not in run.goodput:
+        return charts.time_totals(run.rows)
+    found = training.fold(run.goodput, run.goodput["life"]["step"], 0.0)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def goodput(run: RunFiles) -> dict[str, Any]:
-    """Where the time went: dict(share of the steps, whole, parts, starts), over all starts of the
-    run where goodput.json says; {} where nothing does."""
-    totals, starts = charts.time_totals(run.rows), 0
-    if "life" in run.goodput:
-        starts = run.goodput["starts"]
-        found = training.fold(run.goodput, run.goodput["life"]["step"], 0.0)
-        totals = dict(sorted(found.items(), key=lambda item: -item[1]))
+    """Where the time went: dict(share of the steps, whole, parts, starts); {} where nothing says
+    it."""
+    totals, starts = time_totals(run), run.goodput["starts"] if "life" in run.goodput else 0
     whole = sum(totals.values())
     if not whole:
         return {}
