@@ -125,7 +125,7 @@ def test_another_processor_has_another_folder(monkeypatch, tmp_path):
         places.append(environ["JAX_COMPILATION_CACHE_DIR"])
     assert len(set(places)) == 3
     # Nor is a program that is split for two cores one for all.
-    monkeypatch.setattr(compile_cache.cores, "count", lambda: 1000)
+    monkeypatch.setattr(compile_cache.cores, "schedulable", lambda: 1000)
     monkeypatch.setattr(compile_cache.os, "environ", environ := {})
     compile_cache.use()
     assert environ["JAX_COMPILATION_CACHE_DIR"] not in places
