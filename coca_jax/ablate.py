@@ -65,17 +65,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     out_folder.check(args.out)  # the page of all runs would take the place of that run's own
     cli.say("starting JAX")
 
-    from coca_jax import checkpointing
     from coca_jax.ablating import running
-    from coca_jax.training import replicas, stopping
+    from coca_jax.training import endings, stopping
 
-    try:
+    with endings.told():
         found = running.with_data(found, args.data, args.out, own_data_flags.fields())
         result = running.ablate(found, args.out, args.minutes, cli.say)
-    except (replicas.Corrupted, checkpointing.SaveFailed) as error:
-        stopping.leave(f"error: {error}", 1)
-    except stopping.Preempted as stop:
-        stopping.leave(str(stop), stopping.EXIT_AGAIN)
     with open(f"{args.out}/results.md") as file:
         print(file.read())
     if result["failed"]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import pathlib
 from collections.abc import Iterator
 
-# Of Linux: the groups of processes that have limits, and which of them this process is in.
-GROUPS, OWN = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
+from coca_jax import cgroups
 
 
 def count() -> int:
@@ -28,18 +26,12 @@ def schedulable() -> int:
 
 def _shares() -> Iterator[float]:
     """The limits of the groups that this process is in, in cores; none where there are none."""
-    own = ""
-    with contextlib.suppress(OSError):
-        lines = OWN.read_text().splitlines()
-        own = next((line[3:] for line in lines if line.startswith("0::")), "")
-    for folder in (GROUPS / own.strip("/"), *(GROUPS / own.strip("/")).parents):
+    for folder in cgroups.folders():
         with contextlib.suppress(OSError, ValueError):  # 'max' is no number, and no limit
             time, period = (folder / "cpu.max").read_text().split()
             yield int(time) / int(period)
-        if folder == GROUPS:
-            break
     with contextlib.suppress(OSError, ValueError):  # version 1, in which -1 is no limit
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        time, period = ((GROUPS / "cpu" / name).read_text() for name in names)
+        time, period = ((cgroups.GROUPS / "cpu" / name).read_text() for name in names)
         if int(time) > 0:
             yield int(time) / int(period)

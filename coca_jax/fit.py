@@ -61,18 +61,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     cli.say(f"fitting {argv[1]} in {args.workdir}: starting JAX")
     request = request_of_flags(argv[1])
 
-    from coca_jax import checkpointing
     from coca_jax.fitting import run
-    from coca_jax.training import replicas, stopping
+    from coca_jax.training import endings
 
-    try:
+    with endings.told():
         found = run.fit(
             request, args.workdir, change=recipes.change, dry_run=args.dry_run, say=cli.say
         )
-    except (replicas.Corrupted, checkpointing.SaveFailed) as error:
-        stopping.leave(f"error: {error}", 1)
-    except stopping.Preempted as stop:
-        stopping.leave(str(stop), stopping.EXIT_AGAIN)
     if args.dry_run:
         with open(found["recipe"]) as file:
             print(file.read())

@@ -85,9 +85,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax
 
-    from coca_jax import checkpointing, processes
+    from coca_jax import processes
     from coca_jax.importers import asked, data_flag, own_data
-    from coca_jax.training import agreement, replicas, setup, stopping
+    from coca_jax.training import agreement, endings, setup, stopping
 
     processes.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
     stopping.current().joined(jax.process_count())
@@ -110,14 +110,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
                     keep_tasks="eval.tasks" in recipes.changes(),
                     main_process=first,
                 )
-        try:
+        with endings.told():
             summary = train(config, flags.FLAGS.workdir)
-        except (replicas.Corrupted, checkpointing.SaveFailed) as error:
-            stopping.leave(f"error: {error}", 1)
-        except stopping.Preempted as stop:
-            if jax.process_count() > 1:
-                jax.distributed.shutdown()  # together: the first to go would take the others down
-            stopping.leave(str(stop) if first else "", stopping.EXIT_AGAIN)
         if jax.process_count() > 1:
             # Before the result is told: where a peer fails in its last instants, a launcher starts
             # all again, and the result would be told twice.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax import compile_cache, cores, run_config
+from coca_jax import cgroups, compile_cache, cores, run_config
 from coca_jax.config import Config
 from coca_jax.data.mixture import shares
 from coca_jax.data.pixels import Pixels
@@ -237,7 +237,7 @@ def test_passes_are_over_the_pictures_that_train():
 
 
 def test_cores_are_counted_where_the_system_does_not_say_whose_they_are(monkeypatch, tmp_path):
-    monkeypatch.setattr(cores, "GROUPS", tmp_path)  # no limits of a container
+    monkeypatch.setattr(cgroups, "GROUPS", tmp_path)  # no limits of a container
     assert cores.count() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert machine.look().cores == cores.count() == os.cpu_count()

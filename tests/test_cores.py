@@ -2,7 +2,7 @@
 
 import pytest
 
-from coca_jax import cores
+from coca_jax import cgroups, cores
 
 
 @pytest.fixture
@@ -11,8 +11,8 @@ def system(tmp_path, monkeypatch):
 
     def make(files, own="0::/"):
         monkeypatch.setattr(cores, "schedulable", lambda: 8)
-        monkeypatch.setattr(cores, "GROUPS", tmp_path / "groups")
-        monkeypatch.setattr(cores, "OWN", tmp_path / "own")
+        monkeypatch.setattr(cgroups, "GROUPS", tmp_path / "groups")
+        monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
         (tmp_path / "own").write_text(f"{own}\n")
         for name, text in files.items():
             file = tmp_path / "groups" / name

@@ -65,6 +65,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "batch_readers",
             "bucket_arrays",
             "cache_folder",
+            "cgroups",
             "checked_files",
             "checkpoint_items",
         ),

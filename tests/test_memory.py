@@ -7,7 +7,7 @@ import pytest
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import cache_folder, partitioning
+from coca_jax import cache_folder, cgroups, partitioning
 from coca_jax.config import typed
 from coca_jax.training import memory
 
@@ -113,11 +113,19 @@ def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
 def test_what_was_read_from_files_is_free_in_a_container(tmp_path, monkeypatch):
     devices = jax.local_device_count()
     free = memory.available()
-    monkeypatch.setattr(memory, "CONTAINER", str(tmp_path))
+    monkeypatch.setattr(cgroups, "GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
     for name, text in dict(max="8000\n", current="7200\n", stat="anon 900\nfile 7000\n").items():
         (tmp_path / f"memory.{name}").write_text(text)
     assert memory.available() == 800 // devices
     (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 6400\n")
+    assert memory.available() == 7200 // devices
+    (tmp_path / "own").write_text("0::/job_7\n")  # as of SLURM, which sees all groups
+    (tmp_path / "job_7").mkdir()
+    for name, text in dict(max="4000\n", current="3200\n", stat="anon 3200\n").items():
+        (tmp_path / f"job_7/memory.{name}").write_text(text)
+    assert memory.available() == 800 // devices
+    (tmp_path / "job_7/memory.max").write_text("max\n")
     assert memory.available() == 7200 // devices
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available() > free // 2
@@ -126,6 +134,7 @@ def test_what_was_read_from_files_is_free_in_a_container(tmp_path, monkeypatch):
 def test_a_system_that_does_not_say_what_is_free_gives_all_of_its_memory(tmp_path, monkeypatch):
     """As macOS, which has no /proc."""
     monkeypatch.setattr(memory, "MACHINE", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CONTAINER", str(tmp_path))
+    monkeypatch.setattr(cgroups, "GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert memory.available() == whole // jax.local_device_count()

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import coca_jax
-from coca_jax import cache_folder, partitioning, storage
+from coca_jax import cache_folder, cgroups, partitioning, storage
 from coca_jax import ops as operations
 from coca_jax.config import Config, typed
 from coca_jax.data import stages
@@ -35,17 +35,17 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": True,
 }
 GIB = 2**30
-CONTAINER, MACHINE = "/sys/fs/cgroup", pathlib.Path("/proc/meminfo")
+MACHINE = pathlib.Path("/proc/meminfo")
 KEPT, MOST_KEPT = "step_bytes.json", 100  # a file of the cache folder, and its entries
 
 
 def available() -> int:
-    """Bytes that are free on a device; of a CPU, this device's share of the machine's (or of the
-    container's, where it has a limit)."""
+    """Bytes that are free on a device; of a CPU, this device's share of the machine's (or of its
+    container's or job's, where it has a limit)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    free = min(_free_of_machine(), _free_of_container(CONTAINER))
+    free = min([_free_of_machine(), *map(_free_of_group, cgroups.folders())])
     return free // jax.local_device_count()
 
 
@@ -59,18 +59,17 @@ def _free_of_machine() -> int:
     return 1024 * int(lines["MemAvailable"].split()[0])
 
 
-def _free_of_container(folder: str) -> int:
-    """Bytes that a container's limit leaves; more than there are without one. What files take that
-    were read is given back when it is needed, as MemAvailable counts it."""
+def _free_of_group(folder: pathlib.Path) -> int:
+    """Bytes that the limit of a group of processes leaves; more than there are without one. What
+    files take that were read is given back when it is needed, as MemAvailable counts it."""
     try:
         most, now, about = (
-            pathlib.Path(folder, f"memory.{name}").read_text()
-            for name in ("max", "current", "stat")
+            (folder / f"memory.{name}").read_text() for name in ("max", "current", "stat")
         )
         files = dict(line.split() for line in about.splitlines()).get("inactive_file", 0)
         return max(0, int(most) - int(now) + int(files))
     except (OSError, ValueError):
-        return 1 << 62  # no container, or one without a limit
+        return 1 << 62  # no group, or one without a limit
 
 
 def step_bytes(config: Config, mesh: Mesh) -> int:
