@@ -336,6 +336,12 @@ def test_charts_show_the_highest_value_but_of_the_first_steps(values, top):
     assert frame.y1 < 100
 
 
+@pytest.mark.parametrize("value, low, high", [(0, 0, 1), (4, 2, 6), (-4, -6, -2)])
+def test_a_value_that_stays_has_room_on_both_sides_and_none_a_share_below_0(value, low, high):
+    frame = charts.Frame.around([charts.Curve("", [(0.0, value), (9.0, value)], 0)])
+    assert frame.y0 == low and high < frame.y1 < high + 0.1 * (high - low)
+
+
 def test_several_runs_are_laid_over_each_other(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)

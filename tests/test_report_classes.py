@@ -1,11 +1,13 @@
-"""What the report shows of a classification, of few classes and of many."""
+"""What the report shows of a classification, of few classes and of many, and of a retrieval."""
+
+import re
 
 import numpy as np
 import pytest
 from test_report import Reader
 
 from coca_jax import report
-from coca_jax.evaluators import classification, results
+from coca_jax.evaluators import classification, results, retrieval_examples
 
 
 def test_every_class_is_listed_and_what_was_skipped_is_said(tmp_path):
@@ -44,3 +46,62 @@ def test_pictures_without_a_class_are_no_damage(tmp_path):
     results.save_results(tmp_path, dict(tally.results()))
     page = report.write_report(tmp_path).read_text()
     assert "Confusion" not in page and page.count('class="pic"') == 2
+
+
+def test_guesses_are_marked_up_to_the_right_one_and_beside_chance(tmp_path):
+    """A cross at a third guess behind two right ones would tell of an error that is none."""
+    names = [f"class {i}" for i in range(8)]
+    tally = classification.Tally("zeroshot/x", names)
+    image = np.zeros((8, 8, 3), np.uint8)
+    scores = np.zeros((3, 8))
+    scores[:, :3] = (
+        0.9,
+        0.8,
+        0.7,
+    )  # the first, the second and the third are guessed, in this order
+    tally.add(scores, [dict(image=image, labels=[names[i]]) for i in (0, 1, 7)])
+    results.save_examples(tmp_path, "zeroshot/x", tally.examples())
+    results.save_results(tmp_path, dict(tally.results()))
+    page = report.write_report(tmp_path).read_text()
+    by_truth = {}
+    for card in page.split('<div class="pic">')[1:]:
+        marks = re.findall(r"<li><b(?: class=\"(yes|no)\")?", card)
+        by_truth[re.search(r"<p>(.*?)</p>", card)[1]] = marks
+    assert by_truth == {
+        "class 0": ["yes", "", ""],
+        "class 1": ["no", "yes", ""],
+        "class 7": ["no", "no", "no"],
+    }
+    text = Reader(page).text
+    assert "By chance 12.5%" in text  # of eight classes
+    assert re.search(r"Top-5 66\.7% .* 62\.5% 3", text)
+
+
+def test_the_right_one_of_a_query_is_shown_with_its_rank(tmp_path):
+    """Behind the best, where it is not among them; a chance is that of the texts and images."""
+    images = np.eye(12, dtype=np.float32)
+    texts = [f"text {i}" for i in range(12)]
+    embeddings = images[::-1].copy() - 0.01 * np.arange(12, dtype=np.float32)[:, None]
+    matches = np.stack([np.arange(12)] * 2, 1)
+    kept = [np.zeros((8, 8, 3), np.uint8)] * 12
+    found = retrieval_examples.examples(images, kept, texts, embeddings, matches, 2)
+    assert [hit["rank"] for hit in found["items"][1]["texts"]] == [1, 2, 3, 4, 5, 12]
+    results.save_examples(tmp_path, "retrieval/x", found)
+    counts = dict(num_images=12, num_texts=12, image_to_text_r1_count=12, text_to_image_r1_count=24)
+    scores = dict(counts, image_to_text_r1=0.25, text_to_image_r1=0.5)
+    results.save_results(tmp_path, {f"retrieval/x/{k}": float(v) for k, v in scores.items()})
+    page = report.write_report(tmp_path).read_text()
+    text = Reader(page).text
+    assert "text 11 -0.11, rank 12" in text and page.count("<small>rank 12</small>") == 1
+    assert re.search(r"Image to text R@1 25\.0% 16\.7%", text)  # two captions an image, of twelve
+    assert re.search(r"Text to image R@1 50\.0% 8\.3%", text)
+
+
+def test_of_several_right_texts_the_best_one_follows():
+    images, kept = np.ones((1, 1), np.float32), [np.zeros((8, 8, 3), np.uint8)]
+    embeddings = np.arange(12, dtype=np.float32)[:, None]
+    matches = np.asarray([[0, 2], [0, 5]])
+    texts = [f"text {i}" for i in range(12)]
+    (item,) = retrieval_examples.examples(images, kept, texts, embeddings, matches, 1)["items"]
+    assert [hit["text"] for hit in item["texts"]] == [f"text {i}" for i in (11, 10, 9, 8, 7, 5)]
+    assert item["texts"][-1]["rank"] == 7 and item["truth"] == ["text 2", "text 5"]

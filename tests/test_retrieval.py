@@ -91,6 +91,10 @@ def test_retrieval_end_to_end_with_repeated_and_several_captions():
     assert 0 < sum(text["correct"] for text in found) < len(found)
     twice = evaluator.examples["text_items"][-1]
     assert twice["text"] == "twice" and len(twice["images"]) == 5
+    for item in items:  # the right text is among the best five, or follows them with its rank
+        ranks = [text["rank"] for text in item["texts"]]
+        assert ranks[:5] == [1, 2, 3, 4, 5] and any(text["correct"] for text in item["texts"])
+        assert len(ranks) == 5 or ranks[5] > 5 and item["texts"][5]["text"] in item["truth"]
     json.dumps(evaluator.examples)
 
 

@@ -15,7 +15,7 @@ import functools
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import coca_jax.evaluators
@@ -67,11 +67,16 @@ class Scale(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A row of the report. lower: whether a lower value is better."""
+    """A row of the report.
+
+    lower: whether a lower value is better. chance: what blind guesses reach, from the other values
+    of the task by their metrics' names (`num_classes`, ...), of which it may miss some (KeyError).
+    """
 
     title: str
     scale: Scale = Scale.PERCENT
     lower: bool = False
+    chance: Callable[[Mapping[str, float]], float] | None = None
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from coca_jax.evaluators import (
     querybank,
     record_texts,
     rerank,
+    retrieval_examples,
     stack_images,
 )
 from coca_jax.evaluators.declarations import (
@@ -33,12 +34,30 @@ from coca_jax.evaluators.declarations import (
 from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums, scored
 from coca_jax.evaluators.picture_map import POINTS, PictureMap
 from coca_jax.evaluators.records import Records, candidates
-from coca_jax.evaluators.results import encode_png, picture
+from coca_jax.evaluators.results import picture
 
 CUTOFFS = (1, 5, 10)
 _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
+
+
+def _chance(to: str, k: int) -> Callable[[Mapping[str, float]], float]:
+    """Of a match among k that are drawn, where an image has as many texts as on average."""
+
+    def reached(counts: Mapping[str, float]) -> float:
+        if to == "text_to_image":
+            return min(1, k / counts["num_images"])
+        matches = counts["text_to_image_r1_count"] / counts["image_to_text_r1_count"]
+        return 1 - max(0, 1 - matches / counts["num_texts"]) ** k
+
+    return reached
+
+
 _METRICS = (
-    {f"{to}_r{k}": Metric(f"{name} R@{k}") for to, name in _TITLES.items() for k in CUTOFFS}
+    {
+        f"{to}_r{k}": Metric(f"{name} R@{k}", chance=_chance(to, k))
+        for to, name in _TITLES.items()
+        for k in CUTOFFS
+    }
     | {"mean_recall": Metric("Mean recall")}
     | {
         f"{to}_median_rank": Metric(f"{name} median rank", Scale.PLAIN, lower=True)
@@ -191,7 +210,9 @@ class Retrieval(Evaluator):
         found = self._encode(predict, records, self.extra_texts)
         matches, record_of = found.matches()
         ranks = retrieval_ranks(found.images, found.embeddings, matches, chunk=self.chunk)
-        self.examples = self._examples(found, matches)
+        self.examples = retrieval_examples.examples(
+            found.images, found.kept, found.texts, found.embeddings, matches, self.num_examples
+        )
         self.examples |= dict(map=self._map(found, matches, ranks[0] < 1))
         yield from self._metrics("", ranks, found, matches, record_of)
         if self.bank is not None:
@@ -348,31 +369,3 @@ class Retrieval(Evaluator):
         made = PictureMap(POINTS if self.num_examples else 0)
         made.add(found.kept, found.images, texts, right.tolist())
         return made.found()
-
-    def _examples(self, found: _Encoded, matches: np.ndarray) -> dict[str, Any]:
-        kept, texts = found.kept, found.texts
-        image_embeddings, text_embeddings = found.images, found.embeddings
-        of_image: dict[int, set[int]] = {}
-        for i, t in matches[matches[:, 0] < len(kept)].tolist():
-            of_image.setdefault(i, set()).add(t)
-        spread = np.unique(np.linspace(0, len(kept) - 1, self.num_examples).astype(int))
-        items, text_items = [], []
-        for i in spread.tolist():
-            scores = text_embeddings @ image_embeddings[i]
-            best = [
-                dict(text=texts[t], score=float(scores[t]), correct=t in of_image[i])
-                for t in np.argsort(-scores, kind="stable")[:5].tolist()
-            ]
-            truth = [texts[t] for t in sorted(of_image[i])]
-            items.append(dict(image=encode_png(kept[i]), truth=truth, texts=best))
-            query = min(of_image[i])
-            scores = image_embeddings[: len(kept)] @ text_embeddings[query]
-            images = [
-                dict(
-                    image=encode_png(kept[j]), score=float(scores[j]), correct=query in of_image[j]
-                )
-                for j in np.argsort(-scores, kind="stable")[:5].tolist()
-            ]
-            text_items.append(dict(text=texts[query], images=images))
-        searched = f"{len(kept):,} of {len(image_embeddings):,} images"
-        return dict(kind="retrieval", items=items, text_items=text_items, searched=searched)

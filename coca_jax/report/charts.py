@@ -193,7 +193,7 @@ class Frame:
             y1 = max(rest)
         y0 = 0.0 if ys[0] >= 0 and ys[0] < 0.5 * y1 else ys[0]
         if y1 - y0 < 1e-9 * max(1.0, abs(y1)):
-            y0, y1 = y0 - 0.5 * abs(y0 or 1), y1 + 0.5 * abs(y1 or 1)
+            y0, y1 = (y0 - 0.5 * abs(y0), y1 + 0.5 * abs(y1)) if y1 else (0.0, 1.0)
         return cls(min(xs), max(xs), y0, y1 + 0.04 * (y1 - y0))
 
     def px(self, x: float) -> float:

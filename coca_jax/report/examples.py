@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from coca_jax.report import maps, numbers
@@ -36,6 +36,15 @@ def _worst_first(found: Found, place: Callable[[Found], Any]) -> list[Found]:
     return sorted(worst + [one for one in found["items"] if one not in worst], key=place)
 
 
+def _marks(right: Iterable[bool]) -> list[str]:
+    """'yes' for right guesses, 'no' for those that stand before the first of them, '' behind it."""
+    marks, found = [], False
+    for one in right:
+        found = found or one
+        marks.append("yes" if one else "" if found else "no")
+    return marks
+
+
 def _by_class(found: Found) -> dict[str, Any]:
     """Wrong guesses first, the surest of them at the top; classes from the hardest on."""
     shown = dict(found)
@@ -45,7 +54,10 @@ def _by_class(found: Found) -> dict[str, Any]:
         right = best[0] in item["truth"]
         return right, best[1] if right else -best[1]
 
-    shown["items"] = _worst_first(found, place)
+    shown["items"] = [
+        dict(item, marks=_marks(name in item["truth"] for name, _ in item["guesses"]))
+        for item in _worst_first(found, place)
+    ]
     classes = sorted(found["per_class"].items(), key=lambda item: item[1]["accuracy"])
     shown["hardest"] = classes[:12]
     shown["all_classes"] = sorted(found["per_class"].items()) if len(classes) > 12 else []
@@ -62,16 +74,29 @@ def _captions(found: Found) -> dict[str, Any]:
 
 
 def _retrieval(found: Found) -> dict[str, Any]:
-    """Queries whose match comes late, or not among the first five, first."""
+    """Queries whose match comes late first; files of before ranks stood in them do not say how late
+    one comes that is not among the first five."""
 
     def place(hits: list[Found]) -> int:
-        right = [number for number, hit in enumerate(hits) if hit["correct"]]
-        return -(right[0] if right else len(hits))
+        right = [hit.get("rank", n) for n, hit in enumerate(hits, 1) if hit["correct"]]
+        return -(right[0] if right else len(hits) + 1)
 
     shown = dict(found)
-    shown["items"] = sorted(found["items"], key=lambda item: place(item["texts"]))
+    shown["items"] = []
+    for item in sorted(found["items"], key=lambda item: place(item["texts"])):
+        texts = _with_right(item["texts"], 4)
+        marks = _marks(hit["correct"] for hit in texts)
+        spare = 2 if marks[2:] == ["no", "yes"] else 3  # left out where there is little room
+        shown["items"].append(dict(item, texts=texts, marks=marks, spare=spare))
     shown["text_items"] = sorted(found["text_items"], key=lambda item: place(item["images"]))
     return shown
+
+
+def _with_right(hits: list[Found], count: int) -> list[Found]:
+    """The first hits, of which the last gives its place to a right one that comes later."""
+    first = hits[:count]
+    later = [hit for hit in hits[count:] if hit["correct"]][:1]
+    return first if any(hit["correct"] for hit in first) or not later else first[:-1] + later
 
 
 _ORDERS = dict(zeroshot=_by_class, captioning=_captions, retrieval=_retrieval)

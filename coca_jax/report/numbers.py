@@ -82,6 +82,18 @@ def interval(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
     return f"{first}\u2009\u2013\u2009{last}{sign}"
 
 
+def chance(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
+    """What blind guesses would reach of a score, in its scale; '' where that is not known."""
+    if metric.chance is None:
+        return ""
+    task = name.rpartition("/")[0] + "/"
+    counts = {key.removeprefix(task): scores[key] for key in scores if key.startswith(task)}
+    try:
+        return score(metric, metric.chance(counts))
+    except (KeyError, TypeError, ZeroDivisionError):  # of an older run, or not finite
+        return ""
+
+
 def split_name(name: str) -> tuple[str, str, str]:
     """(evaluator, data set, metric) of a score; ('', '', name) of anything else."""
     parts = name.split("/")

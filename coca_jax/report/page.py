@@ -185,7 +185,7 @@ def goodput(run: RunFiles) -> dict[str, Any]:
         return {}
     parts = [
         dict(
-            colour=number % charts.COLOURS,
+            colour=number,  # the style has one for each part
             width=f"{100 * seconds / whole:.2f}",
             label=f"{TIMES.get(name, name)} {numbers.duration(seconds)} ({seconds / whole:.1%})",
         )

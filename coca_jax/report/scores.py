@@ -71,6 +71,7 @@ def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, A
         title=shown.title,
         value=numbers.score(shown, scores[name]),
         interval=numbers.interval(shown, scores, name),
+        chance=numbers.chance(shown, scores, name),
         count="" if count is None else f"{count:,.0f}",
         lower=shown.lower,
     )
