@@ -127,7 +127,8 @@ $("caption-form").addEventListener("submit", (event) => {
         if (one !== current) return "";
         results(data);
         const more = info.explains ? " Choose a word to see where the model looked." : "";
-        return `Caption: ${data.captions.map((c) => c.text).join("; ")}.${more}`;
+        const said = data.captions.map((c) => c.text).join("; ");
+        return `Caption: ${said}${/[.!?]$/.test(said) ? "" : "."}${more}`;
       }
     }
     throw new Error("The answer broke off; ask again.");
