@@ -24,7 +24,8 @@ def test_one_record_with_a_teacher_s_embeddings_is_enough():
     loss = Loss(affinity_weight=0.5, teacher_width=4)
     teachers.check([named("x", "b"), named("y", "a")], entries, loss)
     line = (
-        "affinity_weight=0.5: no record of x, z has .*`coca-jax recaption --embeddings`, or set 0"
+        "affinity_weight=0.5: no record of x, z has .*; write data with `coca-jax recaption "
+        r"--embeddings --to=array_record` \(those in tars and parquet are not read\), or set 0"
     )
     with pytest.raises(ValueError, match=line):
         teachers.check([named("x", "b"), named("z", "b")], entries, loss)
