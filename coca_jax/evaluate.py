@@ -257,6 +257,10 @@ def run_suite(args: Any) -> dict[str, float]:
     from coca_jax.evaluators import results
 
     results.check_checkpoint(out, args.checkpoint)
+    from coca_jax.suites import linear_probe
+
+    if args.suite_probe:
+        linear_probe.check()
     cli.say(f"loading {args.checkpoint}")
     from coca_jax import inference
     from coca_jax.suites import running

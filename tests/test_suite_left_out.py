@@ -1,6 +1,7 @@
 """What a suite and a comparison say of data sets that they leave out."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -31,6 +32,19 @@ def test_a_set_without_the_number_of_its_tars_is_told(tmp_path, monkeypatch, cap
     assert "without test/nshards.txt, left out: wds/cut" in capsys.readouterr().err
     with pytest.raises(ValueError, match="clip_benchmark: no val/nshards.txt in any"):
         tables.tasks("clip_benchmark", str(tmp_path / "sets"), "val")
+
+
+def test_a_probe_without_torch_is_a_line_before_any_work(tmp_path, monkeypatch):
+    """It came after the pictures of both splits were encoded."""
+    tar_set(tmp_path / "sets/whole", dict(png=png("red"), cls=b"0"), classnames="red\nblue")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(inference, "load", None)
+    flags_of("evaluate", monkeypatch)
+    flags = ["--suite=clip_benchmark", "--suite_probe", f"--root={tmp_path}/sets"]
+    evaluate.flags.FLAGS(["evaluate", *flags, "--checkpoint=runs/a", f"--out={tmp_path}/out"])
+    with pytest.raises(ValueError, match="torch.*pip install"):
+        evaluate.main(["evaluate"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_comparison_tells_what_it_leaves_out(tmp_path, capsys):
