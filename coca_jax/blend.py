@@ -143,6 +143,11 @@ def check_alike(base: CoCaModel, tuned: CoCaModel) -> None:
     mixed would be read as the base, and be neither."""
     from coca_jax.inference import model_checksum
 
+    if tuned.class_names and not base.class_names:
+        raise ValueError(
+            f"the tuned model has a task head, of {len(tuned.class_names)} classes, and --base has "
+            "none to mix it with; only models with the same head, or without one, are mixed"
+        )
     one, other = (
         model_checksum.rest(model.config, model.vocabulary)
         | dict(class_names=model.class_names, head=getattr(model.head_kind, "name", ""))

@@ -245,7 +245,10 @@ def run_suite(args: Any) -> dict[str, float]:
     tasks, missing = tables.tasks(args.suite, args.root, args.split or "test")
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        cli.say(f"not below --root, left out: {', '.join(missing[:5])}{more}")
+        lacks = "not below --root"
+        if args.suite == "clip_benchmark":
+            lacks = f"without {args.split or 'test'}/nshards.txt"
+        cli.say(f"{lacks}, left out: {', '.join(missing[:5])}{more}")
     if not args.out and hub.is_name(args.checkpoint):
         raise ValueError(f"--checkpoint={args.checkpoint} is a name; give --out=DIR for eval.json")
     out = args.out or args.checkpoint
@@ -254,6 +257,10 @@ def run_suite(args: Any) -> dict[str, float]:
     from coca_jax.evaluators import results
 
     results.check_checkpoint(out, args.checkpoint)
+    from coca_jax.suites import linear_probe
+
+    if args.suite_probe:
+        linear_probe.check()
     cli.say(f"loading {args.checkpoint}")
     from coca_jax import inference
     from coca_jax.suites import running
@@ -278,6 +285,8 @@ def compare(outs: Sequence[str]) -> dict[str, Any]:
     from coca_jax.suites import comparing
 
     rows = comparing.compare(outs[0], outs[1:])
+    for line in comparing.left_out(outs[0], outs[1:]):
+        cli.say(line)
     print("\n".join(comparing.lines(rows, outs[0])))
     return dict(base=outs[0], rows=rows)
 

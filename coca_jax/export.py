@@ -117,16 +117,33 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
+def _scores(model: CoCaModel) -> dict[str, Any]:
+    """What eval.json beside the weights says of them: a run's may be of an earlier step."""
+    from coca_jax.evaluators import results
+
+    place = storage.place(flags.FLAGS.checkpoint)
+    found, steps = (
+        sealed_json.read(place / name) if (place / name).exists() else {}
+        for name in ("eval.json", results.STEPS)
+    )
+    earlier = {k: v for k, v in steps.items() if model.step is not None and v != model.step}
+    for task, step in sorted(earlier.items()):
+        cli.say(
+            f"{task} was scored after step {step}, and the weights are of step {model.step}: its "
+            "scores are left out of the card; evaluate anew for them"
+        )
+    return {key: value for key, value in found.items() if key.rpartition("/")[0] not in earlier}
+
+
 def _to_hub(model: CoCaModel) -> dict[str, Any]:
     from coca_jax.inference import export_folder
 
     args = flags.FLAGS
-    scores = storage.place(args.checkpoint) / "eval.json"
     files = export_folder.write_hub(
         model,
         args.out,
         args.push or f"org/{posixpath.basename(args.out.rstrip('/'))}",
-        sealed_json.read(scores) if scores.exists() else None,
+        _scores(model),
     )
     summary = _told(files)
     if args.push:

@@ -374,3 +374,6 @@ def test_models_of_other_configurations_are_not_mixed(words):  # noqa: F811
     base.class_names, other.class_names = ["cat", "dog"], ["dog", "cat"]
     with pytest.raises(ValueError, match=r"class_names is \['cat', 'dog'\] in --base and \['dog'"):
         blend.check_alike(base, other)
+    base.class_names = []  # as of a base on which a head was trained: no other is the right one
+    with pytest.raises(ValueError, match="a task head, of 2 classes, and --base has none to mix"):
+        blend.check_alike(base, other)

@@ -14,9 +14,10 @@ import open_clip_cases as cases
 import pytest
 from one_device import models_on_one  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export_format
+from coca_jax import export, export_format
 from coca_jax.config import Model, read
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_folder
@@ -283,6 +284,29 @@ def test_a_readme_of_something_else_is_not_written_over(model, tmp_path):  # noq
         export_folder.write_hub(model, str(tmp_path), "org/birds", {})
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "# My project\n"
+
+
+def test_a_card_has_no_scores_of_an_earlier_step(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """As of a run that was scored while it trained; of those of its end the step is no measure."""
+    for name, told in (
+        (
+            "eval.json",
+            {"zeroshot/birds/top1": 0.25, "retrieval/birds/mean_recall": 0.5, "step": 12},
+        ),
+        ("eval_steps.json", {"zeroshot/birds": 9, "retrieval/birds": 12}),
+    ):
+        (tmp_path / name).write_text(json.dumps(told))
+    flags_of("export", monkeypatch)
+    given = [f"--checkpoint={tmp_path}", f"--out={tmp_path / 'hub'}", "--format=hub"]
+    export.flags.FLAGS(["export", *given])
+    monkeypatch.setattr(model, "step", 12)
+    monkeypatch.setattr(coca_jax, "load", lambda *_, **__: model)
+    export.main(["export"])
+    card = (tmp_path / "hub/README.md").read_text()
+    assert "| retrieval/birds/mean_recall | 0.5000 |" in card
+    assert "zeroshot/birds" not in card and "| step" not in card
+    line = "zeroshot/birds was scored after step 9, and the weights are of step 12: its scores are"
+    assert line in capsys.readouterr().err
 
 
 def test_a_card_that_was_edited_stays(model, tmp_path, caplog):  # noqa: F811

@@ -1,11 +1,11 @@
-"""Data for losses by a teacher's embeddings: whether a run's sources have any."""
+"""What `recaption` wrote for students, embeddings and scores: whether a run's sources have any."""
 
 import json
 
 import pytest
 
 from coca_jax.config import Entry, Loss
-from coca_jax.data import random_access, teachers
+from coca_jax.data import random_access, scored, teachers
 from coca_jax.data.records import Record
 
 
@@ -24,7 +24,8 @@ def test_one_record_with_a_teacher_s_embeddings_is_enough():
     loss = Loss(affinity_weight=0.5, teacher_width=4)
     teachers.check([named("x", "b"), named("y", "a")], entries, loss)
     line = (
-        "affinity_weight=0.5: no record of x, z has .*`coca-jax recaption --embeddings`, or set 0"
+        "affinity_weight=0.5: no record of x, z has .*; write data with `coca-jax recaption "
+        r"--embeddings --to=array_record` \(those in tars and parquet are not read\), or set 0"
     )
     with pytest.raises(ValueError, match=line):
         teachers.check([named("x", "b"), named("z", "b")], entries, loss)
@@ -38,3 +39,28 @@ def test_fields_of_the_data_s_own_are_no_teacher_s():
         teachers.check(
             [source] * 2, [Entry(path="p")] * 2, Loss(imitation_weight=5.0, teacher_width=4)
         )
+
+
+def test_texts_that_are_drawn_by_their_scores_have_some():
+    """As those of the tars that `recaption` writes have none: a record has the first text alone,
+    and of synthetic=1 the original was drawn at each visit."""
+
+    def made(*scores):
+        return json.dumps(dict(recaption=dict(originals=[dict(text="a")], scores=scores)))
+
+    def named(name, texts, *extras):
+        plain = Record(b"", texts, (), "key", "{}")
+        taught = {599 - i: Record(b"", texts, (), "key", extra) for i, extra in enumerate(extras)}
+        return random_access.Source(name, 600, lambda rows: [taught.get(r, plain) for r in rows])
+
+    by_score = Entry(path="mine", captions="scored")
+    both, one = named("x", ("a", "b"), made(0.3, 0.1), made(0.3)), named("y", ("a",), made(0.3))
+    scored.check([both, one, named("z", ("a",))], [by_score] * 2 + [Entry(path="mine")])
+    for texts, *extras in (
+        (("a",), made(0.3, 0.1), made(0.3)),
+        (("a", "b"), '{"recaption": {"scores": 2}}'),
+        (("a", "b"), "{}"),
+    ):
+        line = "data source z: captions='scored', and its records have no scores of the texts that"
+        with pytest.raises(ValueError, match=line):
+            scored.check([both, named("z", texts, *extras)], [by_score] * 2)

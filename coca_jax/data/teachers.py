@@ -37,8 +37,8 @@ def check(sources: Sequence[Source], entries: Sequence[Entry], loss: Loss) -> No
     names = ", ".join(dict.fromkeys(source.name for source in sources))
     raise ValueError(
         f"{asked}: no record of {names} has a teacher's embeddings of its texts, so nothing would "
-        "be learned from one; write data with `coca-jax recaption --embeddings`, or set 0, and "
-        "loss.teacher_width=0"
+        "be learned from one; write data with `coca-jax recaption --embeddings --to=array_record` "
+        "(those in tars and parquet are not read), or set 0, and loss.teacher_width=0"
     )
 
 

@@ -63,8 +63,8 @@ def choose_scored(
     """
     chosen = []
     for choice, extra, (which, place) in zip(captions, extras, draw.uniform(CAPTION, 2)):
-        made = json.loads(extra).get("recaption") if "recaption" in extra else None
-        if not isinstance(made, dict) or len(made.get("scores", ())) != len(choice):
+        made = made_of(extra)
+        if made is None or len(made["scores"]) != len(choice):
             chosen.append(choice[int(place * len(choice))])
             continue
         known = {one["text"] for one in made["originals"]}
@@ -77,6 +77,16 @@ def choose_scored(
         passed = np.cumsum(weights) > place * weights.sum()
         chosen.append(choice[int(np.argmax(passed))])
     return chosen
+
+
+def made_of(extra: str) -> dict[str, Any] | None:
+    """What `recaption` wrote into an image's JSON: the `scores` of the texts that it keeps, its
+    `originals` and more; None where it has not been there."""
+    made = json.loads(extra).get("recaption") if "recaption" in extra else None
+    lists = isinstance(made, dict) and all(
+        isinstance(made.get(name), list) for name in ("scores", "originals")
+    )
+    return made if lists else None  # else a field of the data's own
 
 
 def label_texts(

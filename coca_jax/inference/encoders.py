@@ -71,6 +71,17 @@ class Encoders:
             self.image_size, self.resize, self.num_frames, batch_size, self._devices, packed
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `pickle` and `copy` take it, for processes that a loader of data starts: what it is
+        made of, the parameters on the host. Where it is read it computes on that process's
+        devices, and compiles anew."""
+        params = jax.tree.map(np.asarray, self.params)
+        how = dict(
+            batch_size=self.batch_size, num_frames=self.num_frames, class_names=self.class_names
+        )
+        told = dict(stored_dtype=self.stored_dtype, step=self.step)
+        return _made_again, (type(self), (self.config, params, self.vocabulary), how, told)
+
     def _module(self, params: dict) -> Any:
         """The model that the parameters are of."""
         return coca.build(
@@ -291,6 +302,15 @@ class Encoders:
         """Tokens and validity [N, L]. Label texts get their symbol where training gave it them."""
         marked = labels and self.config.data.label_token
         return text_arrays.tokenize(self.vocabulary, texts, self.max_len, marked)
+
+
+def _made_again(
+    kind: Callable, made_of: Sequence[Any], how: dict[str, Any], told: dict[str, Any]
+) -> Encoders:
+    """What `Encoders.__reduce__` took apart."""
+    model: Encoders = kind(*made_of, **how)
+    vars(model).update(told)
+    return model
 
 
 def joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

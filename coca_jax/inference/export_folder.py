@@ -220,6 +220,8 @@ def _score_rows(scores: Mapping[str, float | None]) -> list[str]:
     """A row a measure of eval.json, with its interval and count where it has them."""
     rows = []
     for key, value in sorted(scores.items()):
+        if "/" not in key:  # the step of a run
+            continue
         if value is None or key.endswith(("_low", "_high", "_count")):
             continue
         low, high, count = (scores.get(f"{key}_{end}") for end in ("low", "high", "count"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,17 @@ def compare(base: str, others: Sequence[str]) -> list[dict[str, Any]]:
     high, examples), difference being the other's score less the base's with its 95% interval.
 
     base, others: folders that `evaluate --suite` wrote. Data sets that both have are compared.
-    Raises FileNotFoundError for a folder without any, ValueError for other examples and damage.
+    Raises FileNotFoundError for a folder without any, ValueError for other examples, damage and
+    folders that have no data set in common.
     """
     mine, rows = _read(base), []
     for other in others:
         theirs = _read(other)
+        if not mine.keys() & theirs.keys():
+            raise ValueError(
+                f"{base} and {other} have no data set in common: {_some(mine)} "
+                f"in the one, {_some(theirs)} in the other; score both on the same --suite"
+            )
         for key in sorted(mine.keys() & theirs.keys()):
             (metric, found), (_, another) = mine[key], theirs[key]
             if metric not in metrics.names(another):
@@ -36,6 +42,24 @@ def compare(base: str, others: Sequence[str]) -> list[dict[str, Any]]:
             row |= dict(difference=change, low=low, high=high, examples=metrics.count(found))
             rows.append(row)
     return rows
+
+
+def left_out(base: str, others: Sequence[str]) -> list[str]:
+    """A line for each folder that has data sets which the base lacks, or lacks some of the base's:
+    they are not compared."""
+    mine, lines = _read(base), []
+    for other in others:
+        theirs = _read(other)
+        for one, rest in ((base, mine.keys() - theirs.keys()), (other, theirs.keys() - mine)):
+            if rest:
+                lines.append(f"{base} and {other}: {_some(rest)} only in {one}: not compared")
+    return lines
+
+
+def _some(names: Collection[str]) -> str:
+    """The first of the data sets, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(sorted(names)[:5])}{more}"
 
 
 def _read(out: str) -> dict[str, tuple[str, dict[str, np.ndarray]]]:

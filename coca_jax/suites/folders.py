@@ -28,6 +28,9 @@ from coca_jax.evaluators.records import Records
 from coca_jax.importers import tar_members, unprepared
 from coca_jax.suites import pairs
 
+CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+TYPE = "dataset_type.txt"
+ABOUT = (CLASSES, TEMPLATES, TYPE)  # what stands in the folder of a set, beside its splits
 IMAGES = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark looks for them
 ONE, SEVERAL, TEXTS = TYPES = ("classification", "multilabel", "retrieval")
 CAPTIONS, GROUPS = ("captions", "caption", "text"), ("group", "region", "income")
@@ -118,20 +121,25 @@ def read(path: str, split: str = "test") -> Folder:
     if pairs.lists(path):
         return Folder(path, split, "selection", "pairs")
     if not (place / split / "nshards.txt").exists():
+        if any((place / name).exists() for name in ABOUT) and any((place / split).glob("*.tar")):
+            raise ValueError(  # read as any tars, its classes would be called by their numbers
+                f"{path}/{split}/nshards.txt is missing, the number of tars; write it, or download "
+                "the set again"
+            )
         return _plain_folder(path, split)
     shards(path, split)
-    kind = (_lines(path, "dataset_type.txt") or ["classification"])[0].strip().lower()
+    kind = (_lines(path, TYPE) or ["classification"])[0].strip().lower()
     if kind not in TYPES:
-        raise ValueError(f"{path}/dataset_type.txt says {kind!r}; choose from {', '.join(TYPES)}")
+        raise ValueError(f"{path}/{TYPE} says {kind!r}; choose from {', '.join(TYPES)}")
     if kind == TEXTS:
         return Folder(path, split, kind, "tars")
-    names = [line.strip() for line in _lines(path, "classnames.txt")]
+    names = [line.strip() for line in _lines(path, CLASSES)]
     if len(names) < 2:
-        raise ValueError(f"{path}/classnames.txt names {len(names)} classes; two or more, a line")
-    templates = [line.strip() for line in _lines(path, "zeroshot_classification_templates.txt")]
+        raise ValueError(f"{path}/{CLASSES} names {len(names)} classes; two or more, a line")
+    templates = [line.strip() for line in _lines(path, TEMPLATES)]
     if not templates:
         raise ValueError(
-            f"{path}/zeroshot_classification_templates.txt is missing or empty; "
+            f"{path}/{TEMPLATES} is missing or empty; "
             "write prompts into it, such as 'a photo of a {c}', a line each"
         )
     texts = tuple(template.replace("{c}", "{}") for template in templates)

@@ -17,6 +17,15 @@ from coca_jax import extras
 EPOCHS, RATE = 10, 0.1
 
 
+def check() -> Any:
+    """torch. Raises ValueError where it is missing: to be called before hours go into features."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"{error}: {extras.remedy('clip_benchmark')}") from None
+    return torch
+
+
 def guesses(
     train: np.ndarray,
     classes: np.ndarray,
@@ -28,11 +37,8 @@ def guesses(
     seed: int = 0,
 ) -> np.ndarray:
     """The class of each test feature, int [M]; features float32 [N, E] and [M, E], unit length,
-    classes int [N]. Raises ValueError where torch is missing."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(f"{error}: {extras.remedy('clip_benchmark')}") from None
+    classes int [N]. Raises ValueError as `check`."""
+    torch = check()
     torch.manual_seed(seed)
     for _ in range(2):  # the loaders of both splits draw a seed each while features are made
         torch.empty((), dtype=torch.int64).random_()

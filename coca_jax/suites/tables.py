@@ -95,20 +95,24 @@ def slug(key: str) -> str:
 
 
 def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[str]]:
-    """(the tasks of a suite whose data lie below `root`, keys of those that do not).
+    """(the tasks of a suite whose data lie below `root`, keys of those that do not; of
+    'clip_benchmark' those that lie there without the tars of the split).
 
     suite: 'datacomp'; 'clip_benchmark', every set in its layout below root; or a file, a tasklist
     as DataComp's (`key: {name, main_metric}`) or a key a line. Raises ValueError where no data are
     there, a set is not as it should be, or two have one name in the scores.
     """
     if suite == "clip_benchmark":
-        found = sorted(_sets(root, split).items())
-        wanted = {key: (key, "") for key, _ in found}
+        sets = _sets(root, split)
+        found = [(key, path) for key, path in sorted(sets.items()) if path]
+        wanted = {key: (key, "") for key in sorted(sets)}
     else:
         wanted = DATACOMP if suite == "datacomp" else _listed(suite)
         found = [(key, path) for key in wanted if (path := _find(root, key))]
     if not found:
-        some = f"none of {', '.join([*wanted][:3])} ..." if wanted else "no test/nshards.txt in any"
+        some = f"none of {', '.join([*wanted][:3])} ..."
+        if suite == "clip_benchmark":
+            some = f"no {split}/nshards.txt in any"
         raise ValueError(f"--root={root} holds no data set of --suite={suite}: {some}")
     here = [Task(key, wanted[key][0], folders.read(p, split), wanted[key][1]) for key, p in found]
     there = {key for key, _ in found}
@@ -123,7 +127,8 @@ def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[
 
 
 def _sets(root: str, split: str) -> dict[str, str]:
-    """Folders below root, at most two down, that hold a set; by their name below it."""
+    """Folders below root, at most two down, that hold a set; by their name below it. '' for one
+    that has files of a set, and not the tars of the split."""
     place = storage.place(root)
     if not place.is_dir():
         raise FileNotFoundError(f"--root={root}: no such folder")
@@ -133,8 +138,12 @@ def _sets(root: str, split: str) -> dict[str, str]:
     for one in place.iterdir():
         inside = [one, *one.iterdir()] if one.is_dir() else []
         for folder in inside:
-            if folder.is_dir() and folders.is_set(str(folder), split):
+            if not folder.is_dir():
+                continue
+            if folders.is_set(str(folder), split):
                 found[str(folder.relative_to(place))] = str(folder)
+            elif any((folder / name).exists() for name in folders.ABOUT):
+                found[str(folder.relative_to(place))] = ""
     return found
 
 

@@ -25,7 +25,7 @@ from coca_jax import (
     warm_start,
 )
 from coca_jax.config import Config, Entry
-from coca_jax.data import files, run_vocabulary, teachers, vocabulary
+from coca_jax.data import files, run_vocabulary, scored, teachers, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
@@ -201,6 +201,7 @@ def prepare(
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
     config = with_examples(config, mixture)
     teachers.check(mixture.sources, mixture.entries, config.loss)
+    scored.check(mixture.sources, mixture.entries)
     class_names = head_classes(config, mixture)
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)

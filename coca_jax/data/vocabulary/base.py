@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -113,6 +114,10 @@ class Vocabulary(abc.ABC):
         is hidden."""
         there = np.arange(tokens.shape[1]) < lengths[:, None]
         return there if self.hidden_id is None else there & (tokens != self.hidden_id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `pickle` takes it, for another process: made anew of its file's bytes."""
+        return type(self), (self.data,)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file that it was loaded from, byte for byte, at once or not at all."""
