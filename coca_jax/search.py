@@ -257,7 +257,7 @@ def _duplicates(rest: list[str]) -> dict[str, Any]:
     index = _open()
     from coca_jax.searching import alike
 
-    groups = alike.duplicates(index, flags.FLAGS.threshold)
+    groups = alike.duplicates(index, flags.FLAGS.threshold, progress=True)
     for rows in groups:
         print(cli.json_line(dict(images=[index.names[row] for row in rows])))
     extra = sum(len(rows) - 1 for rows in groups)
@@ -268,7 +268,9 @@ def _clusters(rest: list[str]) -> dict[str, Any]:
     index = _open()
     from coca_jax.searching import alike
 
-    found = alike.clusters(index, flags.FLAGS.clusters, flags.FLAGS.seed)
+    count = flags.FLAGS.clusters
+    with cli.waiting(f"grouping {len(index.names)} pictures into {count} clusters"):
+        found = alike.clusters(index, count, flags.FLAGS.seed)
     for one in found:
         names = [index.names[row] for row in one["rows"]]
         print(cli.json_line(dict(size=len(names), images=names)))
