@@ -6,7 +6,8 @@ import threading
 
 import pytest
 from conftest import tiny_config
-from prepare_cases import encode, import_data
+from fsspec.implementations.memory import MemoryFileSystem
+from prepare_cases import encode, import_data, write_tar
 from test_tables import split_table
 from test_version_0_1 import flags_of
 
@@ -203,6 +204,24 @@ def test_many_shards_are_asked_for_at_a_time():
         return number
 
     assert shards.of_each(ask, range(32)) == list(range(32))
+
+
+def test_many_shards_get_their_names_at_a_time(tmp_path, monkeypatch):
+    """A bucket copies each: one after the other, ten thousand take a quarter of an hour."""
+    together, rename = threading.Barrier(4, timeout=10), MemoryFileSystem.mv
+    for number in range(8):
+        write_tar(tmp_path / f"{number}.tar", 1, number)
+
+    def mv(self, old, new):
+        if "/train-0" in new:  # and not when it is written
+            together.wait()
+        rename(self, old, new)
+
+    monkeypatch.setattr(MemoryFileSystem, "mv", mv)
+    told = import_data("webdataset", tmp_path, out := "memory://renamed/out")
+    assert told["shards"] == told["written"] == 8
+    texts = [record.texts for record in sources.open_source({"path": out, "split": "train"})]
+    assert texts == [(f"caption {number}",) for number in range(8)]
 
 
 def test_tables_and_other_archives_beside_tars_are_named(tmp_path):

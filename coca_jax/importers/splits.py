@@ -363,16 +363,21 @@ def _named(
     system, plain_out = files.filesystem(out)
     plain_work = files.filesystem(work)[1]
     kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
-    entries = []
-    for number, (job, account) in enumerate(kept):
-        name = f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
+    names = {
+        job.number: f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
+        for number, (job, _) in enumerate(kept)
+    }
+
+    def move(job: shards.Job) -> None:
         part = f"{plain_work}/part-{job.number:05d}.array_record"
         if system.exists(part):
-            system.mv(part, f"{plain_out}/{name}")
-        entries.append(
-            {"file": name, **{key: account[key] for key in ("count", "bytes", "sha256")}}
-        )
-    return entries
+            system.mv(part, f"{plain_out}/{names[job.number]}")
+
+    shards.of_each(move, [job for job, _ in kept])  # a bucket copies each
+    told = ("count", "bytes", "sha256")
+    return [
+        {"file": names[job.number], **{key: account[key] for key in told}} for job, account in kept
+    ]
 
 
 def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:
