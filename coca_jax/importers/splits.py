@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from coca_jax import local_files, storage
+from coca_jax import activity, local_files, storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
 from coca_jax.importers import asked, dedup, in_place, metadata, nothing_left, remarks, shards
@@ -242,13 +242,14 @@ def plan(
             system, plain_work = files.filesystem(work)
             system.rm(plain_work, recursive=True)
     if groups is None:
-        with unreachable.required():
-            units = module.plan(input, split, options)
-        if not units:
-            raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
-        in_place.check(format, units, options)
-        groups = _group(units, shard_count)
-        kept: dict[str, Any] = {"request": request, "state": state(units)}
+        with activity.saying(f"looking through {input}"):
+            with unreachable.required():
+                units = module.plan(input, split, options)
+            if not units:
+                raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
+            in_place.check(format, units, options)
+            groups = _group(units, shard_count)
+            kept: dict[str, Any] = {"request": request, "state": state(units)}
         kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
         try:
             storage.write_bytes(path, json.dumps(kept).encode())
@@ -329,8 +330,9 @@ def _finish(
             storage.remove(files.join(out, name))
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    for line in remarks.of_split(out, split, manifest, accounts) + said:
-        print(line, file=sys.stderr)
+    with activity.saying(f"looking for what is not read in {request['input']}"):
+        said = remarks.of_split(out, split, manifest, accounts) + said
+    print(*said, sep="\n", end="\n" * bool(said), file=sys.stderr)
     return _summary(out, split, manifest)
 
 
