@@ -212,3 +212,16 @@ def test_a_hundred_thousand_class_names_of_which_few_occur_take_little_memory():
         "name 5": dict(accuracy=0.0, count=2),
         "name 70000": dict(accuracy=1.0, count=1),
     }
+
+
+def test_texts_of_classes_take_the_memory_of_the_classes():
+    names, prompts = [f"n{i}" for i in range(500)], [f"{i} of {{}}" for i in range(10)]
+    table = np.random.default_rng(0).standard_normal((5000, 512)).astype(np.float32)
+    rows = {text: row for text, row in zip(zeroshot.class_texts(names, prompts), table)}
+    tracemalloc.start()
+    found = zeroshot.class_embeddings(Fake(text=rows.get), names, prompts, 64)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6 << 20  # all of their embeddings are 10 MB, and were there twice
+    wanted = zeroshot.normalise(table).reshape(500, 10, 512).mean(1)
+    np.testing.assert_array_equal(found, zeroshot.normalise(wanted))
