@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+SAID_EVERY = 10.0  # seconds between lines on work whose parts nobody can count
 TOLD_AFTER = 60.0  # seconds after which a line says what is waited for
 
 _under_way: dict[object, tuple[str, float]] = {}
 _parts = 0
+_said = False  # whether a thread says what goes on
 
 
 @contextlib.contextmanager
@@ -70,6 +72,28 @@ def telling(tell: Callable[[], None], first: float, every: float) -> Iterator[No
     finally:
         over.set()
         teller.join()
+
+
+@contextlib.contextmanager
+def saying(text: str) -> Iterator[None]:
+    """Inside, a line on standard error says each ten seconds that `text` goes on, and for how long
+    already: a folder of millions of files takes minutes to be listed. Work that is short says
+    nothing, and nor does what stands inside another one."""
+    global _said
+    if _said:
+        yield
+        return
+    began, _said = time.monotonic(), True
+
+    def tell() -> None:
+        took = time.monotonic() - began
+        print(f"{text} ... {took:.0f} s so far", file=sys.stderr, flush=True)
+
+    try:
+        with telling(tell, SAID_EVERY, SAID_EVERY):
+            yield
+    finally:
+        _said = False
 
 
 def until(what: str, look: Callable[[], T | None], *, hours: int = 1, pause: float = 1.0) -> T:

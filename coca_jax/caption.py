@@ -28,7 +28,7 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from coca_jax import cli, local_files, storage
+from coca_jax import activity, cli, local_files, storage
 from coca_jax.data import files, formats, image_files
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.settings import NOTES, Settings
@@ -74,7 +74,9 @@ def main(argv: Sequence[str]) -> None:
             )
     paths: dict[str, str] = {}
     # Without --num_frames the model tells, once it is loaded, whether it takes videos.
-    for path in image_files.find(named, video=args.num_frames != 0):
+    with activity.saying(f"looking for pictures in {', '.join(named)}"):
+        found = image_files.find(named, video=args.num_frames != 0)
+    for path in found:
         paths.setdefault(local_files.whole_path(path), path)  # one image, however it is spelled
     for one in named:
         if links := files.linked_folders(one):

@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, engines, storage
+from coca_jax import activity, cli, engines, storage
 from coca_jax.data import files, formats
 from coca_jax.importers import remarks, shards
 from coca_jax.importers.items import Options
@@ -127,7 +127,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     with lease.alone(files.join(work, own) if own else work, beside=bool(own), **says):
         lease.refuse_held(work, _leases_of_others(work, own), **says)
         request = whole.as_begun(request)
-        jobs = whole.plan(request)
+        with activity.saying(f"looking through {request.input}"):
+            jobs = whole.plan(request)
         told = whole.finished(request) or running.run(
             request, jobs, engine, say=cli.say, progress=True
         )

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, engines, local_files, storage
+from coca_jax import activity, cli, engines, local_files, storage
 from coca_jax.data import formats
 
 OPERANDS = "pictures, folders and texts"
@@ -124,7 +124,8 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     if apart:
         from coca_jax.searching import index, staged
 
-        groups = index.groups(inputs, parts, allow_paths=args.allow_paths)
+        with activity.saying(f"looking for pictures in {', '.join(inputs)}"):
+            groups = index.groups(inputs, parts, allow_paths=args.allow_paths)
         waiting = staged.stage(load, groups, parts, engine, **_how())
         if engine.share:  # of which others do theirs at the same time
             return _apart(args.out, len(groups), waiting)
@@ -164,8 +165,9 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
 
     out, allow = flags.FLAGS.out, flags.FLAGS.allow_paths
     parts = Parts(out)  # as it is now: another process may have written to it
-    groups = index.groups(inputs, parts, allow_paths=allow)
-    gone = index.gone(inputs, parts, allow)
+    with activity.saying(f"looking for pictures in {', '.join(inputs)}"):
+        groups = index.groups(inputs, parts, allow_paths=allow)
+        gone = index.gone(inputs, parts, allow)
     done = index.add(model, groups, parts, gone=gone, say=cli.say, **_how())
     other = done["new"] + done["changed"] + done["gone"]
     if other and done["pictures"] >= index.nearest.EXACT_BELOW:
@@ -257,7 +259,7 @@ def _duplicates(rest: list[str]) -> dict[str, Any]:
     index = _open()
     from coca_jax.searching import alike
 
-    groups = alike.duplicates(index, flags.FLAGS.threshold)
+    groups = alike.duplicates(index, flags.FLAGS.threshold, progress=True)
     for rows in groups:
         print(cli.json_line(dict(images=[index.names[row] for row in rows])))
     extra = sum(len(rows) - 1 for rows in groups)
@@ -268,7 +270,9 @@ def _clusters(rest: list[str]) -> dict[str, Any]:
     index = _open()
     from coca_jax.searching import alike
 
-    found = alike.clusters(index, flags.FLAGS.clusters, flags.FLAGS.seed)
+    count = flags.FLAGS.clusters
+    with cli.waiting(f"grouping {len(index.names)} pictures into {count} clusters"):
+        found = alike.clusters(index, count, flags.FLAGS.seed)
     for one in found:
         names = [index.names[row] for row in one["rows"]]
         print(cli.json_line(dict(size=len(names), images=names)))

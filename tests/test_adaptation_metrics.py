@@ -247,14 +247,22 @@ def test_a_probe_learns_from_its_training_records(maker):
     class Blind:
         features = None
 
+    class Read(list):
+        times = 0
+
+        def __iter__(self):
+            Read.times += 1
+            return super().__iter__()
+
     cache = {}
-    probe = maker("set", NAMES[:3], records(200), num_examples=3, cache=cache)
+    probe = maker("set", NAMES[:3], Read(records(200)), num_examples=3, cache=cache)
     probe_records = records(60)
     found = dict(probe.run(Mean(), probe_records))
     assert found[f"{kind}/set/top1"] == 1.0 and found[f"{kind}/set/num_train"] == 200
     assert len(probe.examples["items"]) == 3
     again = maker("set", NAMES[:3], probe.train, cache=cache)
     assert dict(again.run(Blind(), probe_records)) == found  # no image is encoded twice
+    assert Read.times == 1  # or read twice
     stranger = [dict(image=np.zeros((4, 4, 3), np.uint8), labels=["new"], key="x")]
     with pytest.raises(ValueError, match="labels of x are .'new'."):
         dict(maker("set", NAMES[:3], records(9)).run(Mean(), stranger))

@@ -1,11 +1,15 @@
 """Bars of long work on a terminal and in a log file."""
 
 import io
+import time
 
 import pytest
+from prepare_cases import encode
 
-from coca_jax import bars
+from coca_jax import activity, bars
 from coca_jax.evaluators import in_batches
+from coca_jax.importers import imagefolder, remarks, split_field, splits
+from coca_jax.importers.items import Options
 
 
 class Terminal(io.StringIO):
@@ -56,3 +60,39 @@ def test_an_evaluation_writes_no_bar_into_a_log_file(monkeypatch):
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
     assert [len(batch) for batch in in_batches(range(5), 2, show="zeroshot")] == [2, 2, 1]
     assert file.getvalue() == ""
+
+
+def slow(work):
+    def later(*given, **how):
+        time.sleep(0.1)
+        return work(*given, **how)
+
+    return later
+
+
+def test_what_takes_long_is_said_as_long_as_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(activity, "SAID_EVERY", 0.04)
+    with activity.saying("listing"), activity.saying("a part of it"):
+        time.sleep(0.1)
+    assert set(capsys.readouterr().err.splitlines()) == {"listing ... 0 s so far"}
+    with activity.saying("listing"):
+        pass
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_takes_long_to_list_is_said(monkeypatch, capsys, tmp_path):
+    """One of ten million files took a quarter of an hour without a word."""
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/a/1.jpg").write_bytes(encode(1))
+    where = "imagefolder", str(tmp_path / "in"), str(tmp_path / "out")
+    monkeypatch.setattr(activity, "SAID_EVERY", 0.04)
+    monkeypatch.setattr(imagefolder, "plan", slow(imagefolder.plan))
+    split_field.of_data(*where[:2], Options())
+    told = capsys.readouterr().err
+    assert f"looking for splits in {where[1]} ... 0 s so far" in told
+    monkeypatch.setattr(remarks, "of_split", slow(remarks.of_split))
+    assert splits.prepare(*where, processes=1, progress=False)["written"] == 1
+    told = capsys.readouterr().err
+    assert f"looking through {where[1]} ... 0 s so far" in told
+    assert f"looking for what is not read in {where[1]} ... 0 s so far" in told

@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +11,7 @@ from test_index_changes import again, call, captions, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import tree
 
+from coca_jax import storage
 from coca_jax.data import files, formats
 from coca_jax.engines import Engine
 from coca_jax.searching import index, nearest, parts, staged
@@ -25,6 +27,50 @@ def test_an_index_in_the_indexed_folder_is_no_part_of_it(model, folder):  # noqa
     assert formats.guess("s") == "imagefolder"  # a job's share, which is not joined yet
     pq.write_table(pa.table(dict(image=[b""], text=["x"])), "s/data.parquet")
     assert files.find("s", ("*.parquet",)) == [str(folder / "data.parquet")]
+
+
+def test_an_index_asks_once_what_others_have_staged(model, folder, monkeypatch):  # noqa: F811
+    """A bucket takes tens of milliseconds to say so of each of ten thousand groups."""
+    how = dict(checkpoint="here", batch_size=4, part=2)
+    there = parts.Parts("i")
+    found = index.groups(["s"], there, 2)
+    assert len(found) == 4  # of 7 files
+    staged.stage(lambda: model, found, there, Engine(share="1/4"), **how)
+    asked, exists = [], files.exists
+
+    def counted(path):
+        asked.append("staged" in path)
+        return exists(path)
+
+    monkeypatch.setattr(files, "exists", counted)
+    kept = storage.remove
+    monkeypatch.setattr(storage, "remove", lambda path: asked.append(True) or kept(path))
+    done = index.add(model, found, there, **how)
+    assert done["pictures"] == 6 and sum(asked) == 2  # of the one that is, and to remove it
+    assert staged.names("i") == set() and staged.names("none") == set()
+
+
+def test_files_of_an_index_are_gone_through_once_for_all_that_was_dropped(tmp_path, monkeypatch):
+    """A part that drops some is of each run that found changes: of ten million files a thousand
+    such runs made the next one begin minutes later."""
+    there = parts.Parts(str(tmp_path / "i"))
+    there.begin(dict(version=1, model="0", checkpoint="x", width=2, dtype="float32"))
+
+    def write(*numbers):
+        rows = [parts.Row(f"/s/{n}.png", "", (1, n)) for n in numbers]
+        there.write("", np.zeros((len(rows), 2)), rows, {}, True)
+
+    write(*range(6))
+    for number in range(4):
+        write(number)  # has changed
+        there.drop([])
+    there.drop([4])  # is gone
+    forgotten, forget = [], parts._forget
+    monkeypatch.setattr(parts, "_forget", lambda *of: forgotten.append(of[1]) or forget(*of))
+    again = parts.Parts(str(tmp_path / "i"))
+    rows = {name: known.row for name, known in again.files.items()}
+    assert rows == {"/s/5.png": 5} | {f"/s/{n}.png": 6 + n for n in range(4)}
+    assert forgotten == [{0, 1, 2, 3, 4}] and again.files == there.files
 
 
 def test_a_text_beside_one_picture_of_many_is_its_caption(model, folder):  # noqa: F811

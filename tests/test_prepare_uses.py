@@ -4,15 +4,18 @@ import shutil
 import tarfile
 import threading
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_config
-from prepare_cases import encode, import_data
-from test_tables import split_table
+from fsspec.implementations.memory import MemoryFileSystem
+from prepare_cases import encode, import_data, write_tar
+from test_tables import split_table, texts_of
 from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
 from coca_jax.data import prepared, sources, vocabulary
-from coca_jax.importers import remarks, shards
+from coca_jax.importers import own_data, parquet, remarks, shards
+from coca_jax.importers.items import Options
 
 
 @pytest.fixture
@@ -205,6 +208,24 @@ def test_many_shards_are_asked_for_at_a_time():
     assert shards.of_each(ask, range(32)) == list(range(32))
 
 
+def test_many_shards_get_their_names_at_a_time(tmp_path, monkeypatch):
+    """A bucket copies each: one after the other, ten thousand take a quarter of an hour."""
+    together, rename = threading.Barrier(4, timeout=10), MemoryFileSystem.mv
+    for number in range(8):
+        write_tar(tmp_path / f"{number}.tar", 1, number)
+
+    def mv(self, old, new):
+        if "/train-0" in new:  # and not when it is written
+            together.wait()
+        rename(self, old, new)
+
+    monkeypatch.setattr(MemoryFileSystem, "mv", mv)
+    told = import_data("webdataset", tmp_path, out := "memory://renamed/out")
+    assert told["shards"] == told["written"] == 8
+    texts = [record.texts for record in sources.open_source({"path": out, "split": "train"})]
+    assert texts == [(f"caption {number}",) for number in range(8)]
+
+
 def test_tables_and_other_archives_beside_tars_are_named(tmp_path):
     root = tmp_path / "in"
     (root / "more").mkdir(parents=True)
@@ -232,3 +253,28 @@ def test_tables_and_other_archives_beside_tars_are_named(tmp_path):
     assert remarks.of_format(str(root / "A.TAR"), "webdataset") == (
         f"{root}/A.TAR: read as --format=webdataset"
     )
+
+
+def test_a_large_row_group_is_not_read_once_for_each_unit(tmp_path, monkeypatch):
+    """pandas writes a million rows in one group, which are 245 units: each went through all."""
+    split_table(tmp_path / "a", ["train"] * 40, "parquet")
+    pq.write_table(pq.read_table(tmp_path / "a/a.parquet"), tmp_path / "a/a.parquet")
+    monkeypatch.setattr(parquet, "ROWS_PER_UNIT", 4)
+    batches, read = parquet._batches, []
+
+    def counted(*of):
+        for batch in batches(*of):
+            read.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(parquet, "_batches", counted)
+    out = tmp_path / "out"
+    told = import_data("parquet", tmp_path / "a/a.parquet", out, shard_count=2)
+    assert (told["read"], told["written"], told["shards"]) == (40, 40, 2)
+    assert texts_of(str(out), "train") == [[f"train {i}"] for i in range(40)]
+    assert sum(read) == 32 + 40  # batches of 16: 20 rows, and all of them; it was 10 x 40
+    read.clear()
+    found = own_data.layout(str(tmp_path / "a/a.parquet")).items(Options())
+    assert len(list(found)) == sum(read) == 40  # as `fit` looks at it
+    gap = [parquet.Unit("a", 0, 4, 4), parquet.Unit("a", 8, 12, 4), parquet.Unit("b", 12, 16, 4)]
+    assert parquet.joined(gap) == gap

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import tarfile
+import threading
 
 import pyarrow.parquet as pq
 import pytest
@@ -298,3 +299,21 @@ def test_an_image_of_a_parquet_that_keeps_no_text_has_none_when_it_is_read(tmp_p
     assert [list(one.texts) for one in parquet.read(unit, options)] == [["a cat"], []]
     options = Options(text_field="captions")
     assert [list(one.texts) for one in parquet.read(unit, options)] == [["a dog"], ["a dog"]]
+
+
+def test_shards_are_tidied_many_at_a_time(tars, monkeypatch):  # noqa: F811
+    """A bucket takes tens of milliseconds to say of each that nothing of it is left."""
+    request, clear, together = asked(), shard.clear, threading.Barrier(2, timeout=30)
+    jobs = whole.plan(request)
+    assert len(jobs) == 2
+    do(request)
+    tidied = []
+
+    def waits(job):
+        together.wait()
+        clear(job)
+        tidied.append(job.number)
+
+    monkeypatch.setattr(shard, "clear", waits)
+    least = whole.threshold(request, jobs)
+    assert whole.finish(request, jobs, least)["count"] and sorted(tidied) == [0, 1]

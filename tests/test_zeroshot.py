@@ -1,6 +1,7 @@
 """Zero-shot and generative classification against plain numpy ranking and scikit-learn."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -189,3 +190,38 @@ def test_zeroshot_errors_name_what_is_wrong():
         list(evaluator.run(model, [dict(image=picture(0), labels=["a"])]))
     with pytest.raises(ValueError, match="preprocess to one size"):
         evaluators.stack_images([dict(image=picture(0)), dict(image=np.zeros((2, 2, 3)))])
+
+
+def test_a_hundred_thousand_class_names_of_which_few_occur_take_little_memory():
+    names = [f"name {number}" for number in range(100_000)]
+    tally = classification.Tally("zeroshot/x", names, num_examples=0)
+    scores = np.zeros((3, len(names)), np.float32)
+    scores[[0, 1, 2], [70_000, 70_000, 9]] = 1.0  # the guesses
+    tally.add(scores, [dict(labels=[names[n]], image=picture(0)) for n in (70_000, 5, 5)])
+    tracemalloc.start()
+    found = tally.examples()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10 << 20  # a table of all names is 80 GB
+    assert found["confusion"] == dict(
+        rows=["name 5", "name 70000"],
+        columns=["name 5", "name 9", "name 70000"],
+        counts=[[0, 1, 1], [0, 0, 1]],
+    )
+    assert found["per_class"] == {
+        "name 5": dict(accuracy=0.0, count=2),
+        "name 70000": dict(accuracy=1.0, count=1),
+    }
+
+
+def test_texts_of_classes_take_the_memory_of_the_classes():
+    names, prompts = [f"n{i}" for i in range(500)], [f"{i} of {{}}" for i in range(10)]
+    table = np.random.default_rng(0).standard_normal((5000, 512)).astype(np.float32)
+    rows = {text: row for text, row in zip(zeroshot.class_texts(names, prompts), table)}
+    tracemalloc.start()
+    found = zeroshot.class_embeddings(Fake(text=rows.get), names, prompts, 64)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6 << 20  # all of their embeddings are 10 MB, and were there twice
+    wanted = zeroshot.normalise(table).reshape(500, 10, 512).mean(1)
+    np.testing.assert_array_equal(found, zeroshot.normalise(wanted))

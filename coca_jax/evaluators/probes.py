@@ -36,8 +36,8 @@ class Probe(Evaluator):
       batch_size: images at a time.
       num_examples: pictures kept for the report.
       progress: shows bars.
-      cache: features by 'train' and 'test', filled in here: for another probe of the same model on
-        the same records.
+      cache: features by 'train' and 'test', and labels by 'labels of train' and so on, filled in
+        here: for another probe of the same model on the same records.
     """
 
     needs, programs = "label", ("features",)
@@ -55,10 +55,10 @@ class Probe(Evaluator):
         batch_size: int = 256,
         num_examples: int = 16,
         progress: bool = False,
-        cache: dict[str, np.ndarray] | None = None,
+        cache: dict[str, Any] | None = None,
     ):
         super().__init__(data_name)
-        self._cache: dict[str, np.ndarray] = {} if cache is None else cache
+        self._cache: dict[str, Any] = {} if cache is None else cache
         self._new_tally = lambda: Tally(
             self.name, class_names, labels, relative=True, num_examples=num_examples
         )
@@ -124,7 +124,8 @@ class Probe(Evaluator):
         """
         tally = self._new_tally()
         train_x = self._features(predict.features, self.train, "train")
-        train_y = np.array([tally.true_classes(record)[0] for record in self.train])
+        told = self._cache["labels of train"]
+        train_y = np.array([tally.true_classes(record)[0] for record in told])
         test_x = self._features(predict.features, records, "test")
         scores, chosen = self.scores(test_x, train_x, train_y)
         scores /= scores.sum(1, keepdims=True)
@@ -138,15 +139,20 @@ class Probe(Evaluator):
         self.examples, self.classes = tally.examples(), tally.classes()
 
     def _features(self, encode: Encode, records: Iterable[Record], which: str) -> np.ndarray:
+        """Of all records, whose labels it keeps too: to read a million images once more for those
+        takes as long as to read them once."""
         if which in self._cache:
             return self._cache[which]
+        told: list[dict[str, Any]] = []
         show = f"{self.name} {which} images" if self.progress else ""
-        parts = [
-            check_finite(np.asarray(encode(stack_images(batch)), np.float32), "image embeddings")
-            for batch in in_batches(records, self.batch_size, show=show)
-        ]
+        parts = []
+        for batch in in_batches(records, self.batch_size, show=show):
+            found = np.asarray(encode(stack_images(batch)), np.float32)
+            parts.append(check_finite(found, "image embeddings"))
+            told += [{k: one[k] for k in ("key", "labels") if k in one} for one in batch]
         if not parts:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
+        self._cache[f"labels of {which}"] = told
         self._cache[which] = np.concatenate(parts)
         return self._cache[which]
 

@@ -124,7 +124,8 @@ def _kept(path: str, split: str, options: Options, *, images: bool = True) -> pa
     one where they or the files are others, images=False: those that rows name left out."""
     format = formats.guess(path)
     _check(path, format)
-    units = shards.importer(format).plan(path, split, options)
+    with activity.saying(f"looking through {path}"):
+        units = shards.importer(format).plan(path, split, options)
     asked = dataclasses.asdict(options)
     del asked["yields_to"]  # which no index does, and earlier versions did not know
     mark = [format, path, split, asked, _files(_paths(units))]
@@ -316,8 +317,9 @@ def state_of_input(
     """`state` of an input, or of a split of it. Raises as `plan`."""
     if format not in in_place.FORMATS:  # of which some have no split ''
         return ""
-    units = shards.importer(format).plan(input, read_split, options)
-    return state(format, out, options, units)
+    with activity.saying(f"looking through {input}"):
+        units = shards.importer(format).plan(input, read_split, options)
+        return state(format, out, options, units)
 
 
 def refuse_changed(input: str, out: str, now: str, go_on: str = "") -> None:

@@ -210,7 +210,7 @@ class Layout:
         module = shards.importer(self.format)
         options = self.options(self.train, options)
         read_split = "" if self.by_field else self.train
-        for unit in module.plan(self.input, read_split, options):
+        for unit in shards.joined(module, module.plan(self.input, read_split, options)):
             for item in module.read(unit, options):
                 if item.problem or not checks.wanted(item, options):
                     yield item

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -112,6 +113,20 @@ def declared_classes(unit: Unit, options: Options) -> list[str]:
     return next((found[name] for name in wanted if name in found), list(options.class_names))
 
 
+def joined(units: Sequence[Unit]) -> list[Unit]:
+    """The units with those in one that follow each other in a file: each reads the rows of its
+    first row group from their beginning on, and pandas writes a million rows in one group."""
+    found: list[Unit] = []
+    for unit in units:
+        last = found[-1] if found else None
+        if last and last.path == unit.path and last.stop == unit.start > 0:
+            rows = last.rows + unit.rows
+            found[-1] = dataclasses.replace(last, stop=unit.stop, rows=rows)
+        else:
+            found.append(unit)
+    return found
+
+
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of rows. A damaged row group ends with one problem item."""
     base = posixpath.basename(unit.path)
@@ -131,7 +146,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                 continue
             batches = _batches(table, group, file_bytes)
             places = _Places(columns, group, options)
-            while number < first:
+            while number < min(first, unit.stop):
                 try:
                     batch = next(batches, None)
                 except Exception as error:  # several of pyarrow's
@@ -140,9 +155,8 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                     yield Item(where, problem="damaged_archive", detail=detail)
                     break
                 if batch is None:
-                    if number < unit.stop:
-                        detail = f"row group {group} ends {first - number} rows early"
-                        yield Item(f"{base}#{number}", problem="damaged_archive", detail=detail)
+                    detail = f"row group {group} ends {first - number} rows early"
+                    yield Item(f"{base}#{number}", problem="damaged_archive", detail=detail)
                     break
                 for row in range(max(unit.start - number, 0), batch.num_rows):
                     if number + row < unit.stop:

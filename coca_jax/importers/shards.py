@@ -89,6 +89,12 @@ def drawn_before(job: Job) -> Drawn:
     return of_data(job.units[0]) if of_data else Drawn()
 
 
+def joined(module: Any, units: Sequence[Unit]) -> Sequence[Unit]:
+    """Units as one process reads them one after the other: of some formats neighbours are one."""
+    join = getattr(module, "joined", None)
+    return join(units) if join else units
+
+
 def read_items(job: Job) -> Iterator[Item]:
     """The items of a job's units, in order. A file that cannot be opened is one problem item.
 
@@ -97,7 +103,7 @@ def read_items(job: Job) -> Iterator[Item]:
         OSError: prepared data are no longer there.
     """
     module = importer(job.format)
-    for unit in job.units:
+    for unit in joined(module, job.units):
         items = module.read(unit, job.options)
         while (item := _next_item(items, unit, job.format)) is not None:
             item.key = printable(item.key)

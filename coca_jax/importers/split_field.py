@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from coca_jax import activity
 from coca_jax.data import split_names, unreachable
 from coca_jax.importers import dedup, metadata, nothing_left, remarks, shards, splits
 from coca_jax.importers.items import Options, Unit, whole_files
@@ -86,7 +87,7 @@ def told(format: str, input: str, options: Options) -> Told | None:
     Raises:
         FileNotFoundError, ValueError: as the format's `plan`.
     """
-    with unreachable.required():
+    with unreachable.required(), activity.saying(f"looking for splits in {input}"):
         return of_values(_values(format, input, options))
 
 

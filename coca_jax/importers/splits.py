@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from coca_jax import local_files, storage
+from coca_jax import activity, local_files, storage
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
 from coca_jax.importers import asked, dedup, in_place, metadata, nothing_left, remarks, shards
@@ -242,13 +242,14 @@ def plan(
             system, plain_work = files.filesystem(work)
             system.rm(plain_work, recursive=True)
     if groups is None:
-        with unreachable.required():
-            units = module.plan(input, split, options)
-        if not units:
-            raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
-        in_place.check(format, units, options)
-        groups = _group(units, shard_count)
-        kept: dict[str, Any] = {"request": request, "state": state(units)}
+        with activity.saying(f"looking through {input}"):
+            with unreachable.required():
+                units = module.plan(input, split, options)
+            if not units:
+                raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
+            in_place.check(format, units, options)
+            groups = _group(units, shard_count)
+            kept: dict[str, Any] = {"request": request, "state": state(units)}
         kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
         try:
             storage.write_bytes(path, json.dumps(kept).encode())
@@ -329,8 +330,9 @@ def _finish(
             storage.remove(files.join(out, name))
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    for line in remarks.of_split(out, split, manifest, accounts) + said:
-        print(line, file=sys.stderr)
+    with activity.saying(f"looking for what is not read in {request['input']}"):
+        said = remarks.of_split(out, split, manifest, accounts) + said
+    print(*said, sep="\n", end="\n" * bool(said), file=sys.stderr)
     return _summary(out, split, manifest)
 
 
@@ -363,16 +365,21 @@ def _named(
     system, plain_out = files.filesystem(out)
     plain_work = files.filesystem(work)[1]
     kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
-    entries = []
-    for number, (job, account) in enumerate(kept):
-        name = f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
+    names = {
+        job.number: f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
+        for number, (job, _) in enumerate(kept)
+    }
+
+    def move(job: shards.Job) -> None:
         part = f"{plain_work}/part-{job.number:05d}.array_record"
         if system.exists(part):
-            system.mv(part, f"{plain_out}/{name}")
-        entries.append(
-            {"file": name, **{key: account[key] for key in ("count", "bytes", "sha256")}}
-        )
-    return entries
+            system.mv(part, f"{plain_out}/{names[job.number]}")
+
+    shards.of_each(move, [job for job, _ in kept])  # a bucket copies each
+    told = ("count", "bytes", "sha256")
+    return [
+        {"file": names[job.number], **{key: account[key] for key in told}} for job, account in kept
+    ]
 
 
 def _summary(out: str, split: str, manifest: dict[str, Any]) -> dict[str, Any]:

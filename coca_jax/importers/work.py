@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax import bars, cores
+from coca_jax import activity, bars, cores
 from coca_jax.engines import Engine
 from coca_jax.importers import dedup, shards
 from coca_jax.importers.items import Options
@@ -42,7 +42,8 @@ def written(jobs: list[shards.Job], options: Options, hands: Hands) -> list[dict
         known = [entries for entries in scanned if entries is not None]
         if len(known) < len(jobs):
             return [None] * len(jobs)
-        jobs = _deduplicated(jobs, known, options)
+        with activity.saying(f"comparing {sum(map(len, known))} images"):
+            jobs = _deduplicated(jobs, known, options)
     numbers = [job.number for job in jobs]
     found = dict(zip(numbers, shards.of_each(shards.finished, jobs)))
     left = [job for job in hands.engine.own(jobs) if not found[job.number]]

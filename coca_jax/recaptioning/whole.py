@@ -217,8 +217,7 @@ def _remove(request: Request, jobs: Sequence[Job]) -> None:
 def _tidy(request: Request, jobs: Sequence[Job]) -> None:
     """Removes what runs that were killed left behind: parts, and files without their names yet.
     Nobody writes such files any more: all accounts are there."""
-    for job in jobs:
-        shard.clear(job)
+    shards.of_each(shard.clear, jobs)
     names = {name(request, jobs, job) for job in jobs}
     for folder, ours in ((request.out, names), (files.join(request.out, "recaption"), None)):
         for found in files.listing(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import scipy.cluster.vq
 import scipy.sparse
 import scipy.sparse.csgraph
 
+from coca_jax import bars
 from coca_jax.searching.index import Index
 from coca_jax.searching.nearest import Exact
 
@@ -19,9 +20,11 @@ _ROUNDING = 1e-6  # of the similarity of two equal vectors
 _NEIGHBOURS = 32  # of each picture that a graph is asked for
 
 
-def duplicates(index: Index, threshold: float) -> list[list[int]]:
+def duplicates(index: Index, threshold: float, *, progress: bool = False) -> list[list[int]]:
     """Groups of rows that a chain of pairs of cosine similarity >= threshold joins, the largest
     first; a picture without any is in none. Exact, or among each picture's nearest in a graph.
+
+    progress: a bar counts the pictures whose pairs are found.
 
     Raises:
         ValueError: a threshold outside (0, 1].
@@ -29,22 +32,55 @@ def duplicates(index: Index, threshold: float) -> list[list[int]]:
     if not 0 < threshold <= 1:
         raise ValueError(f"--threshold={threshold}: a cosine similarity above 0, at most 1")
     count = len(index.embeddings)
-    label = np.arange(count)  # of each row its group's, so far
-    for i, j in _pairs(index, threshold - _ROUNDING):
-        i, j = label[i], label[j]
-        new = i != j
-        if new.any():
-            joined = np.ones(new.sum(), bool), (i[new], j[new])
-            graph = scipy.sparse.coo_matrix(joined, (count, count))
-            label = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][label]
+    groups = _Groups(count)
+    with bars.Bar(count, "pictures", "duplicates", shown=progress) as bar:
+        for i, j in _pairs(index, threshold - _ROUNDING, bar.update):
+            groups.join(i, j)
+    label = groups.labels()
     order = np.argsort(label, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
-    found: list[list[int]] = [group.tolist() for group in groups if len(group) > 1]
+    edges = np.flatnonzero(np.diff(label[order], prepend=-1, append=count))
+    several = np.flatnonzero(np.diff(edges) > 1)  # of millions of pictures most are alone
+    found = [order[edges[n] : edges[n + 1]].tolist() for n in several]
     return sorted(found, key=lambda group: (-len(group), group[0]))
 
 
-def _pairs(index: Index, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of similar pairs, some at a time: of pictures that are all alike there are N^2."""
+class _Groups:
+    """Rows 0 to count - 1, each alone at first. Pairs that are new are kept until they are as many
+    as the rows, as to join some goes through all rows."""
+
+    def __init__(self, count: int):
+        self._label = np.arange(count, dtype=np.int32)  # of each row its group's, so far
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def join(self, i: np.ndarray, j: np.ndarray) -> None:
+        """Pairs of rows, int [n] each, are of one group."""
+        i, j = self._label[i], self._label[j]
+        new = i != j
+        if new.any():
+            self._kept.append((i[new], j[new]))
+        if sum(len(one) for one, _ in self._kept) >= len(self._label):
+            self._merge()
+
+    def labels(self) -> np.ndarray:
+        """int32 [count]: equal for rows of one group, from 0 to count - 1."""
+        self._merge()
+        return self._label
+
+    def _merge(self) -> None:
+        if self._kept:
+            i, j = (np.concatenate(one) for one in zip(*self._kept))
+            self._kept = []
+            shape = len(self._label), len(self._label)
+            joined = scipy.sparse.coo_matrix((np.ones(len(i), bool), (i, j)), shape)
+            of_label = scipy.sparse.csgraph.connected_components(joined, directed=False)[1]
+            self._label = of_label[self._label]
+
+
+def _pairs(
+    index: Index, least: float, report: Callable[[int], Any]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of similar pairs, some at a time: of pictures that are all alike there are N^2. report:
+    given the numbers of pictures that were compared."""
     x = index.embeddings
     for start in range(0, len(x), _ROWS):
         queries = _unit(x[start : start + _ROWS])
@@ -56,6 +92,7 @@ def _pairs(index: Index, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]
             near = index.nearest(queries, _NEIGHBOURS)[1]
             i, place = np.nonzero(np.einsum("qe,qke->qk", queries, _unit(x[near])) >= least)
             yield i + start, near[i, place]
+        report(len(queries))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

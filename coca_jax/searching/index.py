@@ -157,16 +157,18 @@ def add(
         parts.begin(embedding.about(model, checkpoint))
     before, count, known = dict(parts.files), len(parts.names()), set(parts.skipped)
     in_groups = parts.in_groups
-    total = sum(group.count for group in groups)
+    total, apart = sum(group.count for group in groups), staged.names(parts.folder)
     with bars.Bar(total or None, "pictures", shown=progress) as bar:
         for group in groups:
-            if staged.take(parts, group, say):
+            is_staged = bool(apart) and staged.name(group) in apart
+            if is_staged and staged.take(parts, group, say):
                 bar.update(group.count)
             elif model:
                 embedding.add(model, group, parts, batch_size, part, say, bar.update)
             elif not staged.joined(parts, group):
                 raise RuntimeError(f"{group.key or group.files[0].name} was embedded by nobody")
-            staged.remove(parts.folder, group)
+            if is_staged:
+                staged.remove(parts.folder, group)
     names = [parts.whole_path(printable(one.name)) for group in groups for one in group.files]
     failed = [name for name in names if parts.files[name].row < 0]
     held = {name for name in names if name in before and before[name].row >= 0} - {*failed}

@@ -164,6 +164,7 @@ class Parts:
             for table in self._tables:
                 self._know(self._files, table, first)
                 first += len(table)
+            _forget(self._files, self._dropped)  # at once: to find some goes through all files
         return self._files
 
     def grouped(self) -> dict[str, list[int]]:
@@ -179,17 +180,13 @@ class Parts:
         return found
 
     def _know(self, files: dict[str, Known], table: pa.Table, first: int) -> None:
-        """Adds to `files` what a part says; first: its first row's number."""
+        """Adds to `files` what a part says but for what it drops; first: its first row's number."""
         said = json.loads(table.schema.metadata[_KEY])
         if not said["group"]:
             texts = (table[name].to_pylist() for name in COLUMNS)
             for row, (name, caption, stamp) in enumerate(zip(*texts, _stamps(table)), first):
                 files[self.whole_path(name)] = Known(row, stamp, caption)
             files |= {self.whole_path(name): Known(-1) for name in said["skipped"]}
-        dropped = set(said.get("dropped", ()))
-        if dropped:
-            for name in [name for name, known in files.items() if known.row in dropped]:
-                del files[name]
 
     def _take(self, table: pa.Table) -> None:
         said = json.loads(table.schema.metadata[_KEY])
@@ -203,6 +200,7 @@ class Parts:
                 self.skipped.pop(name, None)
         if self._files is not None:
             self._know(self._files, table, self._rows)
+            _forget(self._files, {*said.get("dropped", ())})
         self._tables.append(table)
         self._rows += len(table)
         self.skipped |= said["skipped"]
@@ -337,6 +335,12 @@ class Parts:
             raise self._damaged(number, "img_emb", "missing") from None
         except (OSError, ValueError) as error:
             raise self._damaged(number, "img_emb", f"damaged ({error})") from None
+
+
+def _forget(files: dict[str, Known], dropped: set[int]) -> None:
+    """Removes the files of rows that are dropped."""
+    for name in [name for name, known in files.items() if known.row in dropped] if dropped else ():
+        del files[name]
 
 
 def _stamps(table: pa.Table) -> list[tuple[int, int] | None]:
