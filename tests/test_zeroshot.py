@@ -189,3 +189,17 @@ def test_zeroshot_errors_name_what_is_wrong():
         list(evaluator.run(model, [dict(image=picture(0), labels=["a"])]))
     with pytest.raises(ValueError, match="preprocess to one size"):
         evaluators.stack_images([dict(image=picture(0)), dict(image=np.zeros((2, 2, 3)))])
+
+
+def test_what_is_said_of_several_models_is_said_once(capsys, caplog):
+    def say():
+        for line in ("a", "b", "a"):
+            evaluators.tell(line)
+            evaluators.warn("zeroshot/x", line)
+
+    with evaluators.each_once():
+        say()
+        say()
+    assert capsys.readouterr().err.split() == ["a", "b"] and len(caplog.records) == 2
+    say()  # of another evaluation
+    assert capsys.readouterr().err.split() == ["a", "b", "a"] and len(caplog.records) == 5
