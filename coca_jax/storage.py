@@ -35,6 +35,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
+_AGAIN = "%s could not be written, it is tried again: %s"
 UNNAMED = re.compile(r"(.*)\.[0-9a-f]+\.new")  # what `unnamed` gives
 
 # gcsfs logs what it also raises, with a traceback, and a line a call where it may not ask for the
@@ -165,8 +166,7 @@ class Growing:
         self._path, self._seconds = place(path), seconds
         self._parts: list[bytes] = []
         self._file: Any = None
-        self._changed, self._written_at = False, time.monotonic()
-        self._warned = False
+        self._changed, self._warned, self._written_at = False, False, time.monotonic()
         if is_remote(self._path):
             found = self._path.read_bytes() if self._path.exists() else b""
             self._parts, self._changed = [found[:keep]], len(found) > keep
@@ -176,18 +176,20 @@ class Growing:
             self._file = open(self._path, "ab", buffering=0)
             self._file.truncate(keep)
 
-    def write(self, data: bytes) -> None:
-        """Adds `data` at the end. What does not fit on a full disk is kept for the next time."""
+    def write(self, data: bytes, *, patient: bool = True) -> None:
+        """Adds `data` at the end. What does not fit on a full disk is kept for the next time;
+        unless patient it raises OSError."""
         self._parts.append(data)
         if self._file is not None:
             try:
                 self._drain()
                 self._warned = False
             except OSError as error:
+                if not patient:
+                    self._parts = []  # `close` would fail once more
+                    raise
                 if not self._warned:
-                    absl_logging.warning(
-                        "%s could not be written, it is tried again: %s", self._path, error
-                    )
+                    absl_logging.warning(_AGAIN, self._path, error)
                 self._warned = True
             return
         self._changed = True
@@ -196,7 +198,7 @@ class Growing:
                 self.flush()
             except OSError as error:  # nothing is lost: the next one writes all of it
                 self._written_at = time.monotonic()
-                absl_logging.warning("%s could not be written, trying again: %s", self._path, error)
+                absl_logging.warning(_AGAIN, self._path, error)
 
     def flush(self) -> None:
         """Returns when all that was written is in the file. Raises OSError when it cannot be."""
