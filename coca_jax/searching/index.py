@@ -205,7 +205,8 @@ def stamp(folder: str) -> Hashable:
     if (place / LEASE).exists():
         return None
     names = sorted(path.name for path in (place / "metadata").iterdir())
-    last = [local_files.stamp(str(place / "metadata" / name)) for name in names[-1:]]
+    told = [place / "metadata" / name for name in names[-1:]] + [place / nearest.FILE]
+    last = [local_files.stamp(str(path)) for path in told]
     return (place / "index.json").read_bytes(), *names, *last
 
 
