@@ -36,6 +36,7 @@ for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
 _AGAIN = "%s could not be written, it is tried again: %s"
+OFTEN = 16 << 20  # bytes of an object that grows; one of twice as many is written half as often
 UNNAMED = re.compile(r"(.*)\.[0-9a-f]+\.new")  # what `unnamed` gives
 
 # gcsfs logs what it also raises, with a traceback, and a line a call where it may not ask for the
@@ -154,12 +155,12 @@ class Growing:
     """A file that is written piece by piece, such as metrics.jsonl.
 
     A local one is appended to at once. An object in a bucket cannot grow: pieces gather in memory
-    and `flush` writes the whole object again; `write` does so when the last time is long ago.
+    and `flush` writes the whole object again; `write` does so when that is long ago for its size.
 
     Args:
         path: of the file; its folder is made when missing.
         keep: bytes of what is there that stay; the rest is cut off.
-        seconds: how often `write` brings an object in a bucket up to date.
+        seconds: how often `write` brings an object in a bucket of up to OFTEN bytes up to date.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 0, seconds: float = 60.0):
@@ -193,7 +194,8 @@ class Growing:
                 self._warned = True
             return
         self._changed = True
-        if time.monotonic() - self._written_at > self._seconds:
+        rarer = max(1.0, len(self._parts[0]) / OFTEN)  # parts: what is there, then what is new
+        if time.monotonic() - self._written_at > self._seconds * rarer:
             try:
                 self.flush()
             except OSError as error:  # nothing is lost: the next one writes all of it
@@ -214,9 +216,7 @@ class Growing:
         """Writes what waits to the local file, as far as it goes."""
         while self._parts:
             written = self._file.write(self._parts[0])
-            self._parts[0] = self._parts[0][written:]
-            if not self._parts[0]:
-                self._parts.pop(0)
+            self._parts[:1] = filter(None, [self._parts[0][written:]])
 
     def close(self) -> None:
         """Flushes; nothing may be written afterwards."""
