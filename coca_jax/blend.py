@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 import coca_jax
-from coca_jax import checked_files, cli, evaluate, export_format, out_folder, storage
+from coca_jax import checked_files, cli, evaluate, evaluators, export_format, out_folder, storage
 from coca_jax.evaluators import declarations
 from coca_jax.interop import safetensors_file
 
@@ -184,12 +184,14 @@ def curve(
     from coca_jax.evaluators import tasks as evaluation
 
     rows: list[dict[str, Any]] = []
-    for share in shares:
-        cli.say(f"scoring {share:g} of the way")
-        model.set_params(at(share))
-        with tempfile.TemporaryDirectory() as scratch:
-            scores = evaluation.run_tasks(model, tasks, scratch)
-        rows.append(dict(share=share, scores={k: v for k, v in scores.items() if is_headline(k)}))
+    with evaluators.each_once():  # what is said of the data and the vocabulary is so at each share
+        for share in shares:
+            cli.say(f"scoring {share:g} of the way")
+            model.set_params(at(share))
+            with tempfile.TemporaryDirectory() as scratch:
+                scores = evaluation.run_tasks(model, tasks, scratch)
+            kept = {k: v for k, v in scores.items() if is_headline(k)}
+            rows.append(dict(share=share, scores=kept))
     with _replacement_told(out, CURVE, "curve"):
         storage.write_text(storage.place(out) / CURVE, json.dumps(dict(curve=rows)) + "\n")
     names = list(rows[0]["scores"])

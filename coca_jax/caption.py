@@ -139,8 +139,20 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
                 continue
             print(cli.json_line(result), flush=True)
             if out:  # whatever the terminal can show
-                out.write(f"{cli.json_line(result, 'utf-8')}\n".encode())
+                _add(out, f"{cli.json_line(result, 'utf-8')}\n".encode())
     return dict(captioned=len(left) - failed, already_done=already_done, failed=failed)
+
+
+def _add(out: storage.Growing, line: bytes) -> None:
+    """Adds a line to --out. Raises OSError where that local file takes no more: what was captioned
+    behind it would be lost with the end."""
+    try:
+        out.write(line, patient=False)
+    except OSError as error:
+        raise OSError(
+            f"--out={flags.FLAGS.out} cannot be written ({error}); what it holds stays: make room, "
+            "and the same command goes on"
+        ) from error
 
 
 def _tell_room(model: Any) -> None:

@@ -113,7 +113,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
         with said:
             _start(name, arguments)
     except KeyboardInterrupt:
-        stopping.leave(f"coca-jax {name}: ended by Ctrl-C", stopping.EXIT_AT_ONCE)
+        stopping.leave(f"coca-jax {name}: ended by Ctrl-C", stopping.AT_ONCE)
 
 
 def _start(name: str, arguments: Sequence[str] | None) -> None:

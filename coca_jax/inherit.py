@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from coca_jax import local_files
+
 if TYPE_CHECKING:
     from coca_jax.config import Config, Section
 
@@ -84,9 +86,13 @@ def _found(path: str, workdir: str) -> dict[str, Any]:
         if workdir:
             with contextlib.suppress(FileNotFoundError):
                 begun = checkpointing.load_config(workdir)
-                if begun.init_from == path:
+                if _whole(begun.init_from) == _whole(path):
                     return _values(begun, begun.data.vocabulary)
         raise
+
+
+def _whole(path: str) -> str:
+    return local_files.whole_path(path).rstrip("/")
 
 
 def _values(given: Config, words: str) -> dict[str, Any]:

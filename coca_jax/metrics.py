@@ -124,7 +124,7 @@ class MetricWriter:
 
     def flush(self) -> None:
         """Returns when all lines are in the files: in a bucket, `write` alone may hold some back
-        for a minute. Call it before a checkpoint of the same step."""
+        for minutes. Call it before a checkpoint of the same step."""
         self._file.flush()
         for tracker in self._trackers:
             tracker.flush()

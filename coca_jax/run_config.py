@@ -31,6 +31,7 @@ FREE = (
     ),
     *("data.loader", "model.implementation", "text_lengths", "text_parts"),
 )
+PATHS = ("init_from", "data.vocabulary")  # the same place however it is spelled
 
 
 def check(config: Config) -> None:
@@ -293,9 +294,12 @@ def within(path: str, before: str, workdir: str) -> str:
 
 
 def compared(key: str, value: Any, workdir: str, whole: bool = True) -> Any:
-    """The value of a key with the paths of sources whole, or (path,) within their workdir."""
+    """The value of a key with the paths of sources whole, or (path,) within their workdir, and
+    those of PATHS whole."""
     if key == "loss.global_examples" and not whole:
         return None
+    if key in PATHS and value:
+        return local_files.whole_path(value).rstrip("/")
     if key != "data.sources":
         return value
     folder = local_files.whole_path(str(workdir)).rstrip("/") + "/"

@@ -169,6 +169,8 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
         groups = index.groups(inputs, parts, allow_paths=allow)
         gone = index.gone(inputs, parts, allow)
     done = index.add(model, groups, parts, gone=gone, say=cli.say, **_how())
+    if behind := index.left_behind(inputs, parts, allow):
+        cli.say(f"--out={out}: {behind}")
     other = done["new"] + done["changed"] + done["gone"]
     if other and done["pictures"] >= index.nearest.EXACT_BELOW:
         cli.say(

@@ -1,5 +1,6 @@
 """The caption command's file: what it was begun with, which images it has, how it is called."""
 
+import errno
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from test_search import encoded
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import caption
+from coca_jax import caption, storage
 from coca_jax.training import lease
 
 
@@ -207,3 +208,27 @@ def test_what_holds_pictures_is_for_another_command(call, name):
     os.makedirs("folder.tar")
     shutil.copy("s/0.png", "folder.tar")
     assert call("folder.tar")["captioned"] == 1
+
+
+def test_a_file_that_takes_no_more_ends_the_command(call, tmp_path, monkeypatch):
+    """What it holds stays, and the same command goes on behind that."""
+    for number in range(2, 6):
+        (tmp_path / f"s/{number}.png").write_bytes(encoded(number))
+    call("s/0.png")
+    first = pathlib.Path("x.jsonl").read_bytes()
+
+    def drain(growing):
+        if growing._parts:
+            growing._file.write(growing._parts[0][:9])  # as of a disk with so much room
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.Growing, "_drain", drain)
+        with pytest.raises(OSError, match="--out=x.jsonl cannot be written .*; what it holds stay"):
+            call("s", batch_size=1)
+    there = pathlib.Path("x.jsonl").read_bytes()
+    assert there.startswith(first) and len(there) == len(first) + 9  # half a line
+    done = call("s")
+    assert (done["captioned"], done["already_done"]) == (5, 1)
+    rows = [json.loads(line) for line in pathlib.Path("x.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [f"s/{number}.png" for number in range(6)]

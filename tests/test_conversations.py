@@ -1,4 +1,4 @@
-"""Sets for chat models: the first answer about an image is its caption."""
+"""Which text of several is the caption: the first answer of a conversation, a member of a tar."""
 
 import json
 import tarfile
@@ -6,9 +6,11 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_cases import encode, import_data, reasons_of
+from prepare_cases import add_member, encode, import_data, reasons_of
 
 from coca_jax.data import conversations, field_texts, formats, sources
+from coca_jax.importers import webdataset
+from coca_jax.importers.items import Options, Unit
 
 
 def said(*turns):
@@ -139,3 +141,24 @@ def test_an_image_is_one_of_several(tmp_path):
     import_data("jsonl", tmp_path / "m.jsonl", tmp_path / "out", image_field="photos")
     told = json.loads((tmp_path / "out/train-quarantine.jsonl").read_text())
     assert told["detail"] == "its 'photos' has 2 images, and an example has one"
+
+
+def test_an_empty_member_hides_no_caption_and_no_label(tmp_path):
+    """But for that of `recaption`, which says so that it keeps no text."""
+    told = dict(caption="a cat", title="cats", label="cat")
+    rows = {
+        "a": ("", "", told),
+        "b": (" \n", " ", told),
+        "c": ("a dog", "dog", told),
+        "d": ("", "", dict(title="cats", recaption=dict(captions=[]))),
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, (key, (text, label, fields)) in enumerate(rows.items()):
+            add_member(archive, f"{key}.jpg", encode(number))
+            add_member(archive, f"{key}.txt", text.encode())
+            add_member(archive, f"{key}.cls", label.encode())
+            add_member(archive, f"{key}.json", json.dumps(fields).encode())
+    items = list(webdataset.read(Unit(str(tmp_path / "a.tar")), Options()))
+    assert [item.texts for item in items] == [["a cat"], ["a cat"], ["a dog"], []]
+    assert [item.labels for item in items] == [["cat"], ["cat"], ["dog"], []]
+    assert items[0].extra == dict(title="cats")  # what became the text is no other field

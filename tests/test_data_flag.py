@@ -12,6 +12,7 @@ from coca_jax import out_folder, own_data_flags, run_config
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.importers import data_flag, own_data, splits
+from coca_jax.importers.items import Options
 from coca_jax.training import setup
 
 
@@ -98,6 +99,25 @@ def test_flags_beside_it_name_the_fields(tmp_path, capsys):
     assert "of split 'train' train as captions; " in capsys.readouterr().err
     with pytest.raises(ValueError, match="--image_field=left: the images in .* of another field"):
         own_data.apply(typed(recipe()), [out], workdir, fields=dict(image_field="left"))
+
+
+def test_a_field_that_one_of_several_data_has_is_told_how_to_name_it(tmp_path):
+    both = [words(tmp_path / "mine", 30), str(captioned(tmp_path / "other", 30))]
+    rows = (tmp_path / "other/metadata.jsonl").read_text().replace('"words"', '"more"')
+    (tmp_path / "other/metadata.jsonl").write_text(rows)
+    says = (
+        "other: no field 'words'; it has .*; --text_field=words goes for every --data: for those "
+        "that have the field alone .* `coca-jax prepare --text_field=words --input=... --out=DIR`"
+    )
+    with pytest.raises(ValueError, match=says):
+        own_data.apply(
+            typed(recipe()), both, str(tmp_path / "run"), fields=dict(text_field="words")
+        )
+    out, one = str(tmp_path / "prepared"), Options(text_field="words")
+    keywords = dict(progress=False, processes=1, options=one)
+    splits.prepare_with_holdout("imagefolder", both[0], out, 0.3, **keywords)
+    config = own_data.apply(typed(recipe()), [out, both[1]], str(tmp_path / "run"))
+    assert [entry.kind for entry in config.data.sources] == ["caption", "caption"]
 
 
 def test_weights_that_a_batch_cannot_have_and_kinds_that_nothing_has_are_told(tmp_path, capsys):

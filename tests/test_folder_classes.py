@@ -1,6 +1,7 @@
 """Folders and columns as classes: what a line says of their names, and names from a file."""
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,8 @@ from prepare_cases import encode, import_data, reasons_of
 from test_picture_folders import beside, brought, in_folders
 
 from coca_jax.data import prepared, sources
+from coca_jax.evaluators import probes, zeroshot
+from coca_jax.evaluators.declarations import Setting
 from coca_jax.importers import imagefolder, items
 
 
@@ -82,3 +85,12 @@ def test_minus_one_of_numbered_classes_is_no_label(tmp_path):
     assert reasons_of(tmp_path / "p") == {"a.parquet#3": "bad_label"}
     assert items.names([-1, 1], ("cat", "dog")) == ["dog"]
     assert items.names(-1, ()) == ["-1"]
+
+
+def test_a_class_whose_name_is_no_text_is_named(tmp_path):
+    data = in_folders(tmp_path / "a", ("cat", os.fsdecode(b"caf\xe9")))
+    task = dict(kind="zeroshot", name="a", data=dict(path=str(data)))
+    with pytest.raises(ValueError, match="zeroshot of a: the class 'caf.udce9' has a name that is"):
+        zeroshot.ZeroShot.from_task(task, Setting())
+    split = dict(train=dict(path=str(data), split="train"))
+    probes.LinearProbe.from_task(dict(task, **split), Setting())  # needs no texts

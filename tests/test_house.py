@@ -79,7 +79,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         ),
         *("data.bounded_json", "engines", "extras", "huge_pages", "image_shape", "lean_saves"),
         *("local_files", "metrics", "out_folder", "quiet", "renamed", "sealed_json", "storage"),
-        "text_ends",
+        *("signals", "text_ends"),
         "trackers",
     ),
 }

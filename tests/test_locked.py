@@ -147,21 +147,25 @@ def test_kept_tokens_give_the_losses_of_encoding_each_time(start, words, kept, t
             np.testing.assert_allclose(one[loss], two[loss], rtol=1e-5)
 
 
-def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path):
+def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(locked, "SAY_SECONDS", -1.0)
     found, rows = places(kept[0] / "features")
     whole = (found / "tokens.bin").read_bytes()
     folder = tmp_path / "features"
     shutil.copytree(kept[0] / "features", folder)
     place = folder / found.name
     cut = rows.copy()
-    cut["state"][30:] = features.MISSING
+    cut["state"][10:] = features.MISSING
     cut.tofile(place / "rows.bin")
-    (place / "tokens.bin").write_bytes(whole[: 30 * 256].ljust(len(whole), b"\0"))
+    (place / "tokens.bin").write_bytes(whole[: 10 * 256].ljust(len(whole), b"\0"))
     config = kept[1].copy_and_resolve_references()
     config.data.features = str(folder)
     parts = activity.parts()
     run, _, tokens = of_place(config, tmp_path / "run")
     assert activity.parts() - parts >= 2  # a block, read and kept: no hang
+    said = capsys.readouterr().err
+    assert f"features: 64 of {ROWS - 10} images, 1 min left" in said
+    assert f"this run reads {2 * config.batch_size} of these at most" in said
     assert (place / "tokens.bin").read_bytes() == whole
     np.testing.assert_array_equal(np.fromfile(place / "rows.bin", features.ROW), rows)
     (place / "tokens.bin").write_bytes(bytes(len(whole)))

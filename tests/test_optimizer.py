@@ -54,10 +54,16 @@ def test_every_step_is_that_of_the_definition(changes, tolerance):
     assert_steps_are_those_of_the_definition(make_config(**changes), gradients, tolerance)
 
 
-def test_an_average_over_the_last_steps_is_their_mean():
-    """Of all steps the last half; before them it is the newest parameters."""
+@pytest.mark.parametrize("skipped", [None, STEPS - 3, STEPS - 1])
+def test_an_average_over_the_last_steps_is_their_mean(skipped):
+    """Of all steps the last half; before them it is the newest parameters. Behind a step that is
+    skipped stand those of before."""
     config = make_config(average_share=0.5)
-    states, _ = ours(config, [gradients_of(step) for step in range(STEPS)])
+    gradients = [gradients_of(step) for step in range(STEPS)]
+    if skipped is not None:
+        gradients[skipped]["log_scale/value"] = np.float32(np.nan)
+    states, metrics = ours(config, gradients)
+    assert metrics[-1]["skipped_steps"] == (skipped is not None)
     first = STEPS - round(STEPS / 2)
     jax.tree.map(np.testing.assert_array_equal, states[first].ema, states[first].params)
     last = [state.params for state in states[first + 1 :]]

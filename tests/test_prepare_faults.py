@@ -390,3 +390,6 @@ def test_looks_that_share_a_ground_are_compared_with_few_others():
     assert dedup._near(np.packbits(bits, axis=1), 0, apart, True) == {2999: 5}
     groups = list(dedup._groups(bits, np.arange(3000), 6, 0, True))
     assert max(map(len, groups)) < 100 and sum(map(len, groups)) < 4 * 3000
+    few = rng.random((3000, dedup.BITS)) < 0.02  # nearly blank: parts would be more to compare
+    rows = np.arange(3000)
+    assert sum(len(g) ** 2 for g in dedup._groups(few, rows, 6, 0, True)) <= 3000**2

@@ -1,11 +1,17 @@
 """The ways of `recaption --how`, and what is kept of the captions that they give."""
 
+import threading
+
 import numpy as np
 import pytest
 from test_version_0_1 import unpacked
 
+from coca_jax import local_files
+from coca_jax.importers import shards
+from coca_jax.importers.items import Options
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.texts import without_halves
+from coca_jax.recaptioning import inputs
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request, way
 
@@ -48,3 +54,28 @@ def test_half_a_character_is_in_no_caption_that_is_kept(tmp_path):
     found, _ = captioner.part(pictures)
     kept = [caption["text"] for one in found for caption in one["captions"]]
     assert kept == [" ".join(text.replace("\ufffd", "").split()) for text in own]
+
+
+def test_the_files_of_a_folder_are_asked_for_at_once(tmp_path, monkeypatch):
+    """One after the other, a million on a network's disk would hold up each start for minutes."""
+    for number in range(40):
+        (tmp_path / f"{number:02}.jpg").write_bytes(b"x" * number)
+        (tmp_path / f"{number:02}.txt").write_text("a caption")
+    (unit,) = shards.importer("sidecars").plan(str(tmp_path), "", Options())
+    told = inputs._digest("sidecars", unit)
+    stamp, changed, asked = local_files.stamp, threading.Condition(), set()
+
+    def answered_late(name):
+        if name.endswith((".jpg", ".txt")):
+            with changed:
+                asked.add(name)
+                changed.notify_all()
+                assert changed.wait_for(lambda: len(asked) >= 8, 20)
+        return stamp(name)
+
+    monkeypatch.setattr(local_files, "stamp", answered_late)
+    assert inputs._digest("sidecars", unit) == told  # in the order of the names
+    with monkeypatch.context() as patched:
+        patched.setattr(local_files, "stamp", stamp)
+        (tmp_path / "07.txt").write_text("another caption")
+        assert inputs._digest("sidecars", unit) != told

@@ -5,12 +5,13 @@ import json
 import pathlib
 import shutil
 
+import pytest
 from test_inference import no_compile_cache, words  # noqa: F401
 from test_model_checksum import changed
 from test_serve import Client, model, png  # noqa: F401
 
 from coca_jax import sealed_json
-from coca_jax.searching import index, parts
+from coca_jax.searching import index, nearest, parts
 from coca_jax.serving import reopening
 
 
@@ -132,3 +133,29 @@ def test_an_index_whose_bucket_is_away_is_served_as_it_was(
     finally:
         served.close()
     assert f"{tmp_path / 'index'} cannot be read: Away: Could not connect" in caplog.text
+
+
+def test_an_index_is_searched_between_the_drop_of_rows_and_its_new_graph(
+    model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
+    pytest.importorskip("usearch", reason="needs the extra 'search'")
+    monkeypatch.setattr(nearest, "EXACT_BELOW", 3)
+    pictures, out = tmp_path / "pictures", str(tmp_path / "index")
+    pictures.mkdir()
+    for number in range(5):
+        (pictures / f"{number}.png").write_bytes(png(number))
+    embed(model, pictures, out)
+    assert index.finish(parts.Parts(out)) == "graph"
+    (pictures / "0.png").unlink()
+    embed(model, pictures, out)  # and the graph is not built yet
+    found = index.Index(out)
+    assert isinstance(found.nearest, nearest.Exact) and len(found.names) == 4
+    (first, *_) = found.search(found.query(model, images=[png(2)]), 3)
+    assert first["image"].endswith("/2.png") and first["score"] > 0.999
+    assert "nearest.usearch does not belong to these pictures: each of them is" in caplog.text
+    assert index.finish(parts.Parts(out)) == "graph"
+    assert index.stamp(out) != found.stamp  # a server opens it anew
+    assert isinstance(index.Index(out).nearest, nearest.Graph)

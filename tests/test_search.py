@@ -204,7 +204,7 @@ def test_the_graph_finds_what_exact_search_finds(tmp_path):
     assert recall >= 0.99
     for others in (x[:-1], np.roll(x, 1, axis=0)):
         with pytest.raises(ValueError, match="does not belong"):
-            nearest.open_nearest(others, str(tmp_path))
+            nearest.Graph(others, str(tmp_path))
     whole = (tmp_path / nearest.FILE).read_bytes()
     for size in (0, 80, len(whole) // 2):
         (tmp_path / nearest.FILE).write_bytes(whole[:size])

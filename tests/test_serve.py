@@ -189,7 +189,7 @@ def test_labels_answers_and_embeddings(client, model):
         400, "/api/zero_shot", ("image", picture), ("label", "red\n" + "x" * 2001)
     )
     status, answer = client.post("/api/answer", ("image", picture), ("question", "a red"))
-    assert answer["results"] == [dict(answer=model.answer([picture], ["a red"])[0])]
+    assert answer["results"] == [dict(answer=model.answer([picture], ["a red"])[0], cut=False)]
     status, answer = client.post("/api/embed", ("image", picture), ("text", "red"), ("text", "a"))
     np.testing.assert_allclose(answer["images"], model.encode_image([picture]), atol=1e-5)
     np.testing.assert_allclose(answer["texts"], model.encode_text(["red", "a"]), atol=1e-5)

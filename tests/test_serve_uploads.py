@@ -5,8 +5,10 @@ import importlib.util
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
 
@@ -16,7 +18,7 @@ if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_cl
 from starlette.datastructures import FormData  # noqa: E402
 from test_serve import Client, png  # noqa: E402
 
-from coca_jax.serving import endpoints, forms, refusals, uploads  # noqa: E402
+from coca_jax.serving import endpoints, forms, refusals, uploads, works  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,21 @@ def test_a_text_that_a_request_must_have_is_not_blank():
                 forms.read(fields[path], FormData([(name, blank)]))
             assert found.value.status == 400
     assert forms.read(fields["/api/caption"], FormData([("prompt", " ")]))["prompt"] == " "
+
+
+def test_an_answer_says_whether_its_question_was_cut(model, monkeypatch):
+    monkeypatch.setattr(model, "answer", lambda pixels, questions: ["red"] * len(questions))
+    monkeypatch.setattr(model, "classify", lambda pixels, texts: np.ones((len(pixels), 1)))
+    monkeypatch.setattr(model, "head_kind", SimpleNamespace(reads_text=True))
+    monkeypatch.setattr(model, "class_names", ["yes"])
+    room = model.max_len - max(3, model.max_len // 8) - 1  # beside the begin symbol
+    asked = [" ".join(["a"] * count) for count in (1, room, room + 1)]
+    assert [len(ids) for ids in model.vocabulary.encode_many(asked)] == [1, room, room + 1]
+    items = [(np.zeros((8, 8, 3), np.uint8), question) for question in asked]
+    for work in (works.Answer(), works.Head(1)):
+        (found,) = work.run(model, items)
+        assert [one["cut"] for one in found] == [False, False, True]
+    monkeypatch.setattr(model, "head_kind", SimpleNamespace(reads_text=False))
+    assert next(works.Head(1).run(model, items[:1])) == [
+        dict(labels=[dict(label="yes", probability=1.0)])
+    ]

@@ -65,6 +65,25 @@ def test_a_growing_object_is_brought_up_to_date_now_and_then(s3):
     assert path.read_bytes() == b"one\n"
 
 
+def test_a_large_growing_object_is_written_more_rarely(s3, monkeypatch):
+    """All of it is sent each time: those of a long run would be a hundred gigabytes in the end."""
+    now = [0.0]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(storage, "OFTEN", 100)
+    path, sent = storage.place(f"{s3}/large.txt"), []
+    growing = storage.Growing(path, seconds=60)
+    for _ in range(100):
+        now[0] += 61
+        before, size = growing._written_at, len(growing._parts[0]) if growing._parts else 0
+        growing.write(b"ten bytes\n")
+        if growing._written_at > before:
+            sent.append(now[0] - before)
+            assert sent[-1] > 60 * max(1, size / 100)
+    assert sent[:5] == [61.0] * 5 and 122 in sent and max(sent) > 500 and len(sent) < 40
+    growing.close()
+    assert path.read_bytes() == b"ten bytes\n" * 100
+
+
 def test_metrics_go_on_after_the_step_of_the_checkpoint(folder):
     writer = MetricWriter(folder)
     for step in range(1, 6):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sqlite3
 import subprocess
 import sys
@@ -236,3 +237,21 @@ def test_a_tracker_that_is_not_installed_is_refused_before_any_work(tmp_path, mo
     config.log.trackers = ("mlflow",)
     with pytest.raises(ValueError, match="log.trackers"):
         typed(config)
+
+
+@pytest.mark.parametrize(
+    "folder, start",
+    [
+        ("lr:1e-4 [2]", "lr-1e-4--2-"),
+        ("50%?", "50--"),
+        ("n" * 200, "n" * 100),
+        ("caf\udce9", "caf-"),
+        ("größe_1.a-b", "größe_1.a-b"),
+    ],
+)
+def test_a_run_s_name_is_an_id(folder, start, tmp_path):
+    """Of any folder: W&B takes none with / \\ # ? % or :, nor one of more than 128 letters."""
+    (tmp_path / folder).mkdir()
+    name = trackers.run_name(tmp_path / folder, "wandb")
+    assert re.fullmatch(re.escape(start) + "-[0-9a-f]{8}", name) and len(name) <= 128
+    assert trackers.run_name(tmp_path / folder, "wandb") == name

@@ -1,6 +1,7 @@
 """Starting from other weights: exact copies, resized positions, clear refusals."""
 
 import functools
+import json
 import types
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import params_of, tiny, tiny_config
 
-from coca_jax import export_format, recipes, warm_start
+from coca_jax import checkpointing, export_format, inherit, recipes, run_config, warm_start
 from coca_jax.config import typed
 from coca_jax.fitting import weights
 from coca_jax.models import coca
@@ -217,3 +218,34 @@ def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path,
         weights.read("theirs")
     with pytest.raises(ValueError, match="no checkpoint under nowhere; give a run's workdir or"):
         recipes.load("finetune_open_clip:nowhere")
+
+
+def test_weights_are_the_same_however_their_place_is_spelled(tmp_path, monkeypatch):
+    """Also the tokenizer beside them, and where a recipe leaves values to weights that are gone."""
+    monkeypatch.chdir(tmp_path)
+    config = typed(tiny_config())
+
+    def begun_with(weights, words=""):
+        return config.change({"init_from": weights, "data.vocabulary": words})
+
+    def goes_on(old, new):
+        there = json.loads(json.dumps(old.to_dict(), default=list))
+        run_config.check_resumable(new, there, "runs/a")
+
+    spelled = ("w/base", "./w/base/", f"{tmp_path}/w/base", f"{tmp_path}/w/../w/base/")
+    for one in spelled:
+        goes_on(begun_with("w/base", "w/base/v.model"), begun_with(one, f"{one}/v.model"))
+    goes_on(begun_with("gs://b/w"), begun_with("gs://b/w/"))
+    for other in ("w/other", "", f"{tmp_path}/base"):
+        with pytest.raises(ValueError, match=f"init_from: w/base there, {other} here"):
+            goes_on(begun_with("w/base"), begun_with(other))
+
+    def load_config(place):
+        if place != "runs/a":
+            raise FileNotFoundError(place)
+        return begun_with("w/base")
+
+    monkeypatch.setattr(checkpointing, "load_config", load_config)
+    assert inherit._found(f"{tmp_path}/w/base/", "runs/a")["data.resize"] == config.data.resize
+    with pytest.raises(FileNotFoundError):
+        inherit._found("w/other", "runs/a")

@@ -13,7 +13,7 @@ from coca_jax.config import rules
 from coca_jax.config.rules import Rule
 from coca_jax.data import prompts
 from coca_jax.evaluators.declarations import Flag, called
-from coca_jax.importers import unprepared
+from coca_jax.importers import items, unprepared
 
 FLAG = Flag("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
 _SHOWN = 4  # names in a line
@@ -30,6 +30,16 @@ def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         return list(given), list(given)
     declared = unprepared.class_names(task["data"], "test")
     return read_class_names(given, declared) if given else (declared, declared)
+
+
+def check_said(task: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises ValueError for the name of a class that no text can have: bytes of a folder's."""
+    bad = next((name for name in names if items.printable(name) != name), "")
+    if bad:
+        raise ValueError(
+            f"{called(task)}: the class {bad!r} has a name that is not UTF-8; rename its folder, "
+            "or `coca-jax prepare` the data, which leaves its pictures out"
+        )
 
 
 def check(task: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from coca_jax import processes
+from coca_jax import evaluators, processes
 from coca_jax.evaluators import Predictor, declarations, history, results
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.records import records_of
@@ -129,10 +129,9 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     evaluator = kind.from_task(task, setting)
     for some, of in ((records, ""), *((one, " to learn from") for one in evaluator.further)):
         if some.left_out and setting.main_process:
-            print(
+            evaluators.tell(
                 f"{task['kind']}/{task['name']}: {some.left_out} examples{of} have no {need} "
-                "and are left out",
-                file=sys.stderr,
+                "and are left out"
             )
     try:
         new = dict(evaluator.run(model, records))
@@ -154,5 +153,5 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
         setting.write(lambda: results.save_classes(workdir, name, classes))
     if setting.main_process:
         for metric, why in evaluator.skipped.items():
-            print(f"{evaluator.name}: {metric.upper()} skipped, {why}", file=sys.stderr)
+            evaluators.tell(f"{evaluator.name}: {metric.upper()} skipped, {why}")
     return new

@@ -140,6 +140,7 @@ class ByPrompts(Evaluator):
         """task: class_names, a list or a file for `class_names.read_class_names`; prompts, a set
         or a file for `prompts.load`."""
         names, labels = class_names.names_and_labels(task)
+        class_names.check_said(task, names)
         prompts = cls.prompts_of(task)
         common = setting.common(several=cls.several_batches)
         made: Any = cls

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Entry
@@ -79,6 +80,23 @@ def kind_of(one: Named, path: str, split: str, fields: Mapping[str, str]) -> str
     if one.kind or not fields:
         return one.kind or ("caption" if entry["with_text"] >= entry["with_label"] else "label")
     return "caption" if "text_field" in fields else "label"
+
+
+@contextlib.contextmanager
+def naming_one(fields: Mapping[str, str], count: int) -> Iterator[None]:
+    """Adds to an error that names one of the fields, where it goes for `count` data, how it is
+    given for some of them."""
+    try:
+        yield
+    except ValueError as error:
+        given = [f"--{n}={field}" for n, field in fields.items() if f"{field!r}" in str(error)]
+        if count < 2 or not given:
+            raise
+        raise ValueError(
+            f"{error}; {given[0]} goes for every --data: for those that have the field alone leave "
+            f"it out, and give --data=DIR that `coca-jax prepare {given[0]} --input=... --out=DIR` "
+            "writes"
+        ) from error
 
 
 def entries_of(

@@ -22,7 +22,6 @@ BITS = SIDE * SIDE
 _CONTENT = 16  # bytes of a content
 _COMPARED = 1024  # rows that are compared each with each
 _LEAST_BITS = 8  # of a band
-_ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 
 def content_hash(data: bytes) -> bytes:
@@ -167,6 +166,7 @@ def _near(looks: np.ndarray, fixed: int, distance: int, among: bool) -> dict[int
     found = list(_groups(np.unpackbits(looks, axis=1), rows, distance, fixed, among))
     result: dict[int, int] = {}
     if found:
+        words = looks.view(np.uint64)
         members = np.concatenate(found)
         starts = np.cumsum([0, *(len(group) for group in found)])
         of_row = np.argsort(members, kind="stable")
@@ -178,7 +178,7 @@ def _near(looks: np.ndarray, fixed: int, distance: int, among: bool) -> dict[int
             row, here = int(members[of_row[place[0]]]), groups[place].tolist()
             if row >= fixed:
                 others = np.concatenate([kept[group][: counts[group]] for group in here])
-                apart = _ONES[looks[others] ^ looks[row]].sum(axis=1, dtype=np.int64)
+                apart = np.bitwise_count(words[others] ^ words[row]).sum(axis=1, dtype=np.int64)
                 if near := others[apart <= distance].tolist():
                     result[row] = min(near)
                     continue
@@ -199,28 +199,44 @@ def _groups(
     """Sets of rows, ascending, such that any two within `distance` bits of each other share one.
 
     Two rows that differ in at most d bits agree in one of d + 1 bands of bits, so only rows that
-    agree in a band are compared; many that do, as flat pictures, once more by the bands of the
-    bits that are left. Bands of few bits keep little apart, and so do bits that hardly differ, as
-    those of a ground that all pictures share: each band gets as many of those as of the others.
+    agree in a band are compared; many that do, as flat pictures, by the bands of the bits that are
+    left, as long as that leaves less to compare. Bands of few bits keep little apart, so do bits
+    that hardly differ, as those of a ground that all pictures share: each band gets as many of
+    those as of the others.
     """
-    left = [(rows, np.arange(bits.shape[1]), 2)]
+    left = [(rows, np.arange(bits.shape[1]), 1.0)]
     while left:
-        rows, columns, deep = left.pop()
+        rows, columns, spread = left.pop()
         if len(rows) < 2 or not (rows[0] < fixed <= rows[-1] if not among else rows[-1] >= fixed):
             continue  # nothing that can go
-        if len(rows) <= _COMPARED or not deep or len(columns) < _LEAST_BITS * (distance + 1):
+        if len(rows) <= _COMPARED or len(columns) < _LEAST_BITS * (distance + 1):
             yield rows
             continue
-        sided = np.abs(bits[np.ix_(rows, columns)].mean(0, dtype=np.float64) - 0.5)
-        ranked = columns[np.argsort(sided, kind="stable")]
-        for band in (ranked[first :: distance + 1] for first in range(distance + 1)):
-            values = _values(np.packbits(bits[np.ix_(rows, band)], axis=1))
-            order = np.argsort(values, kind="stable")
-            edges = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
-            starts, ends = np.r_[0, edges], np.r_[edges, len(order)]
-            others = np.setdiff1d(columns, band)
-            for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1]):
-                left.append((rows[order[start:end]], others, deep - 1))
+        parts = _parts(bits, rows, columns, distance)
+        sizes = np.array([len(part) for part, _ in parts], np.float64)
+        spread *= sizes.sum() / len(rows)
+        if spread > (distance + 1) ** 2 or np.square(sizes).sum() >= float(len(rows)) ** 2:
+            yield rows  # in parts there would be more to hold, or to compare
+            continue
+        left += [(part, others, spread) for part, others in parts]
+
+
+def _parts(
+    bits: np.ndarray, rows: np.ndarray, columns: np.ndarray, distance: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The rows that agree in a band, at least two, with the columns that are left, of each band."""
+    sided = np.abs(bits[np.ix_(rows, columns)].mean(0, dtype=np.float64) - 0.5)
+    ranked = columns[np.argsort(sided, kind="stable")]
+    found = []
+    for band in (ranked[first :: distance + 1] for first in range(distance + 1)):
+        values = _values(np.packbits(bits[np.ix_(rows, band)], axis=1))
+        order = np.argsort(values, kind="stable")
+        edges = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
+        starts, ends = np.r_[0, edges], np.r_[edges, len(order)]
+        others = np.setdiff1d(columns, band)
+        for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1]):
+            found.append((rows[order[start:end]], others))
+    return found
 
 
 def _values(packed: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ def apply(
             entries = [dict(kind=one.kind or "caption", weight=one.weight)]
             train, held = "train", "test"
         else:
-            path = prepared(one.path, out, Options(**named), wait=not main_process)
+            path = _prepared_of(one.path, out, named, len(found), wait=not main_process)
             train, held = choose_splits(path)
             left = _not_taken(named, path, train)
             place = {"path": path} | left
@@ -140,6 +140,12 @@ def _check_run(config: Config, found: Sequence[data_flag.Named], workdir: str) -
         place = one.path if ready else indexes.planned(one.path, workdir)
         places.append({"builtin" if one.path == "scenes" else "path": place})
     run_config.check_before_data(config.change({"data.sources": tuple(places)}), workdir)
+
+
+def _prepared_of(path: str, out: str, named: Mapping[str, Any], count: int, wait: bool) -> str:
+    """`prepared` of one of `count` data, by the named fields."""
+    with data_flag.naming_one(named, count):
+        return prepared(path, out, Options(**named), wait=wait)
 
 
 def _not_taken(fields: Mapping[str, str], path: str, split: str) -> dict[str, str]:

@@ -137,11 +137,14 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
     except ValueError as error:
         found.problem, found.detail = "bad_json", str(error)
         return found
+    made = fields.get("recaption")
+    if not text and not (isinstance(made, dict) and "captions" in made):
+        text = None  # of `recaption` alone an empty member says that no text is kept
     taken = take(fields, options.text_field, (*TEXT_FIELDS, *CHATS))
-    found.texts = strings(text.strip() if text is not None else taken)
+    found.texts = strings(taken if text is None else text)
     try:
         taken = take(fields, options.label_field, LABEL_FIELDS)
-        found.labels = names(label.strip() if label is not None else taken, options.class_names)
+        found.labels = names(label or taken, options.class_names)
     except ValueError as error:
         found.problem, found.detail = "bad_label", str(error)
     found.extra = fields
@@ -149,4 +152,4 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
 
 
 def _text(members: dict[str, bytes], suffix: str) -> str | None:
-    return files.decode_text(members[suffix]) if suffix in members else None
+    return files.decode_text(members[suffix]).strip() if suffix in members else None

@@ -22,6 +22,7 @@ from coca_jax.searching.pictures import Group
 if TYPE_CHECKING:
     from coca_jax.inference.model import CoCaModel
 
+_LOOKED = 1000  # pictures elsewhere that are looked for, at most
 _LEAST = 1e-6  # length of a query before it is normalised, whose largest weight is 1
 
 
@@ -70,9 +71,7 @@ def groups(
 def gone(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -> list[int]:
     """Rows of local files at or below `inputs` and `allow_paths`, or the folders of lists there,
     that are there no more, and of lists whose rows earlier versions did not take for files."""
-    places = [parts.whole_path(pictures.place(_from_base(input, parts.base))) for input in inputs]
-    places += [parts.whole_path(_from_base(path, parts.base)) for path in allow_paths]
-    below = tuple(os.path.join(place, "") for place in places if "://" not in place)
+    places, below = _asked(inputs, parts, allow_paths)
     return _by_number(inputs, parts) + [
         known.row
         for name, known in parts.files.items()
@@ -81,6 +80,43 @@ def gone(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -
         and not re.search(r"://|\\", name)  # of what is no UTF-8 the name alone is known
         and _is_gone(name)
     ]
+
+
+def _asked(
+    inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str]
+) -> tuple[list[str], tuple[str, ...]]:
+    """The whole paths of what is looked at, and how names below local ones begin."""
+    places = [parts.whole_path(pictures.place(_from_base(input, parts.base))) for input in inputs]
+    places += [parts.whole_path(_from_base(path, parts.base)) for path in allow_paths]
+    return places, tuple(os.path.join(place, "") for place in places if "://" not in place)
+
+
+def left_behind(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -> str:
+    """A line on pictures elsewhere than `gone` looks that are not there, as where a folder has been
+    moved, by some of them; '' for none."""
+    places, below = _asked(inputs, parts, allow_paths)
+    other = [
+        name
+        for name, known in parts.files.items()
+        if known.row >= 0 and not (name in places or name.startswith(below))
+        if not re.search(r"://|\\", name)
+    ]
+    looked = other[:: -(-len(other) // _LOOKED) or 1]
+    absent = [name for name in looked if _is_gone(name)]
+    if not absent:
+        return ""
+    some = f" ({len(looked)} were looked for)" if len(looked) < len(other) else ""
+    folder = os.path.dirname(absent[0])
+    while not os.path.exists(above := os.path.dirname(folder)):
+        folder = above
+    name, verb = printable(folder), "drops"
+    first = ""
+    if not os.path.exists(folder):
+        first, verb = f"`mkdir {name}` and ", "drop"
+    return (
+        f"{len(absent)} of {len(other)} pictures of other folders are not there{some}, as "
+        f"{printable(absent[0])}: {first}`search index {name}` {verb} those below it"
+    )
 
 
 def _is_gone(path: str) -> bool:
@@ -207,7 +243,8 @@ def stamp(folder: str) -> Hashable:
     if (place / LEASE).exists():
         return None
     names = sorted(path.name for path in (place / "metadata").iterdir())
-    last = [local_files.stamp(str(place / "metadata" / name)) for name in names[-1:]]
+    told = [place / "metadata" / name for name in names[-1:]] + [place / nearest.FILE]
+    last = [local_files.stamp(str(path)) for path in told]
     return (place / "index.json").read_bytes(), *names, *last
 
 

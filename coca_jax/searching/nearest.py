@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
 from coca_jax import bars, extras, storage
 
@@ -50,6 +51,10 @@ class Exact:
         return best, rows
 
 
+class OfOthers(ValueError):
+    """A graph is of other pictures than those of the index."""
+
+
 class Graph:
     """A walk through a graph of near pictures, its finds compared exactly.
 
@@ -61,6 +66,8 @@ class Graph:
     row: while an index grows, and where that was stopped, it has more pictures than its graph.
 
     embeddings: as of `Exact`; folder: of the index, where the graph lies (`build`).
+
+    Raises OfOthers, and ValueError for a damaged file.
     """
 
     def __init__(self, embeddings: np.ndarray, folder: str):
@@ -69,7 +76,7 @@ class Graph:
         self._bytes = np.fromfile(path, np.uint8)  # the graph looks into it
         self._graph = _opened(path, embeddings, self._bytes)
         if self._graph is None:
-            raise ValueError(f"{path} does not belong to these pictures; run `search index` again")
+            raise OfOthers(f"{path} does not belong to these pictures")
         self._graph.expansion_search = _EXPANSION_SEARCH
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,6 +182,14 @@ def _usearch() -> Any:
 
 
 def open_nearest(embeddings: np.ndarray, folder: str) -> Nearest:
-    """The graph where the folder has one, else exact."""
-    place = storage.place(folder) / FILE
-    return Graph(embeddings, folder) if place.exists() else Exact(embeddings)
+    """The graph where the folder has one, else exact: also where that is of the rows from before
+    some were dropped, and not built anew yet."""
+    if not (storage.place(folder) / FILE).exists():
+        return Exact(embeddings)
+    try:
+        return Graph(embeddings, folder)
+    except OfOthers as error:
+        logging.warning(
+            "%s: each of them is compared with a query, until the same `search index` ends", error
+        )
+        return Exact(embeddings)

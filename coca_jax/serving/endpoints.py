@@ -311,21 +311,23 @@ ENDPOINTS = (
     ),
     Endpoint(
         "/api/head",
-        "The most probable classes of the task head, where the model has one.",
+        "The most probable classes of the task head, where the model has one; cut, of one that "
+        "reads a question: it is longer than what the model reads of it.",
         [
             IMAGE,
             dataclasses.replace(QUESTION, default=""),
             Field("k", "Classes at most.", int, 5, 1, 1000),
         ],
         head,
-        dict(results=[dict(labels=[dict(label="yes", probability=0.98)])]),
+        dict(results=[dict(labels=[dict(label="yes", probability=0.98)], cut=False)]),
     ),
     Endpoint(
         "/api/answer",
-        "The answer that the decoder writes behind a question about each picture.",
+        "The answer that the decoder writes behind a question about each picture; cut: the "
+        "question is longer than what the model reads of it.",
         [IMAGE, QUESTION],
         answer,
-        dict(results=[dict(answer="red")]),
+        dict(results=[dict(answer="red", cut=False)]),
     ),
     Endpoint(
         "/api/embed",

@@ -16,11 +16,7 @@ from starlette.types import ASGIApp
 
 from coca_jax import local_files
 from coca_jax.serving import connections
-
-AT_ONCE = 130  # as a shell says of a program that SIGINT ended
-# `timeout`, or what else started this, passes a signal on that the whole group has got too: two
-# within this time, in seconds, are one, as in training.
-SAME_KEY = 0.5
+from coca_jax.signals import AT_ONCE, SAME_KEY
 
 
 def listen(host: str, port: int) -> socket.socket:

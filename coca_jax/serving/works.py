@@ -106,7 +106,8 @@ class ZeroShot:
 @dataclasses.dataclass(frozen=True)
 class Head:
     """Items: (pixels, of a head over pairs [2, ...]; question or ''). Answers: {"labels": [...]},
-    the k most probable classes of the task head."""
+    the k most probable classes of the task head, and of one that reads a question "cut", as
+    `Answer`."""
 
     k: int
 
@@ -115,17 +116,27 @@ class Head:
         reads = bool(model.head_kind and model.head_kind.reads_text)
         texts = [question for _, question in items] if reads else None
         found = model.classify(np.stack([one for one, _ in items]), texts)
-        yield [dict(labels=_ranked(model.class_names, row)[: self.k]) for row in found]
+        told = [dict(labels=_ranked(model.class_names, row)[: self.k]) for row in found]
+        yield [one | cut for one, cut in zip(told, _cuts(model, texts))] if texts else told
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Items: (pixels, question). Answers: {"answer"}, as the decoder writes it."""
+    """Items: (pixels, question). Answers: {"answer", as the decoder writes it, "cut": whether the
+    model has read a beginning of the question alone}."""
 
     def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
         """See the class."""
         pixels, questions = np.stack([one for one, _ in items]), [text for _, text in items]
-        yield [dict(answer=text) for text in model.answer(pixels, questions)]
+        found = model.answer(pixels, questions)
+        yield [dict(answer=text) | cut for text, cut in zip(found, _cuts(model, questions))]
+
+
+def _cuts(model: CoCaModel, questions: list[str]) -> list[dict[str, bool]]:
+    """{"cut": whether it is longer than what the model reads} of each question."""
+    encode, words = model.vocabulary.encode_question, model.vocabulary.encode_many(questions)
+    read = [len(encode(question, model.max_len)) - 1 for question in questions]
+    return [dict(cut=count < len(ids)) for count, ids in zip(read, words)]
 
 
 @dataclasses.dataclass(frozen=True)

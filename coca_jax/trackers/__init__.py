@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from coca_jax.data import bounded_json
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 UNASKED = "tensorboard"  # the default of a run: written where its package is there
 NAMES_FILE = "trackers.json"
+_NO_ID = re.compile(r"[^\w.-]")  # W&B refuses some of these in an id, as : # % and ?
+_LONGEST = 100  # letters of a folder's name in an id, which has 128 at most
 
 
 class DamagedNames(ValueError):
@@ -130,6 +133,7 @@ def run_name(workdir: str | os.PathLike[str], tracker: str) -> str:
             "for a new one"
         ) from None
     if tracker not in names:
-        names[tracker] = f"{folder.name}-{uuid.uuid4().hex[:8]}"
+        start = _NO_ID.sub("-", folder.name.encode(errors="replace").decode())[:_LONGEST]
+        names[tracker] = f"{start}-{uuid.uuid4().hex[:8]}"
         storage.write_text(file, json.dumps(names, indent=1) + "\n")
     return names[tracker]

@@ -49,6 +49,12 @@ def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
         if len(missing):
             name = run.mixture.sources[number].name
             run.begin(f"computing features of {name} ({len(missing)} of {kept.rows} images)")
+            reads = run.mixture.stages[-1].seen(run.steps)[number]
+            if reads < len(missing):
+                run.say(
+                    f"features: this run reads {reads} of these at most, and all are kept, for "
+                    "other runs too; `limit` of the source, or data.features='', does with fewer"
+                )
             _Filling(run, encoder, pixels, number, kept).fill(missing)
     pixels.close()
     return tuple(found)
@@ -74,7 +80,8 @@ class _Filling:
         """Computes and keeps the rows `missing`."""
         size = BLOCK * partitioning.batch_parts(self._run.mesh)
         blocks = [missing[start : start + size] for start in range(0, len(missing), size)]
-        said, done = time.monotonic(), 0
+        began, done = time.monotonic(), 0
+        said = began
         with ThreadPoolExecutor(1, "features") as ahead:
             coming = ahead.submit(self._read, blocks[0])
             for number, rows in enumerate(blocks):
@@ -84,9 +91,12 @@ class _Filling:
                 self._keep(rows, records, image, failed, size)
                 activity.alive()
                 done += len(rows)
-                if time.monotonic() - said > SAY_SECONDS:
-                    self._run.say(f"features: {done} of {len(missing)} images")
-                    said = time.monotonic()
+                now = time.monotonic()
+                if now - said > SAY_SECONDS and done < len(missing):
+                    left = (now - began) / done * (len(missing) - done)
+                    told = f"features: {done} of {len(missing)} images"
+                    self._run.say(f"{told}, {max(1, round(left / 60))} min left")
+                    said = now
 
     def _read(self, rows: np.ndarray) -> tuple[list[Record], np.ndarray, dict[int, str]]:
         records, _ = read_all(self._source, rows // self._count)

@@ -59,7 +59,8 @@ def make_update(
     loss.min_temperature; ema <- ema x decay + params x (1 - decay), of the new parameters, where
     decay is optimizer.average_decay.
 
-    A step whose gradient is not finite changes nothing but the step and the count of such steps.
+    A step whose gradient is not finite changes nothing but the step and the count of such steps; in
+    the mean over steps (average_share) the parameters, as they stay, count once more.
     """
     optimizer = make_optimizer(config.optimizer, ops, config.model.dtype)
 
@@ -80,22 +81,25 @@ def make_update(
                 lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
             )
             moved = roles.with_temperature(moved, config.loss.min_temperature)
-        ema = state.ema
+
+        def keep_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        moved, ema = keep_finite(moved, trained), state.ema
         if averages(config.optimizer):
             teaches = config.loss.hidden_weight > 0
             decay = average_decay(config.optimizer, schedule, state.step, teaches)
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, moved)
-
-        def keep_finite(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            if not config.optimizer.average_share:  # of which each step counts, this one as well
+                ema = keep_finite(ema, state.ema)
 
         skipped = state.skipped + jnp.where(finite, 0, 1)
         state = TrainState(
             step=state.step + 1,
             skipped=skipped,
-            params=merge(state.params, keep_finite(moved, trained)),
+            params=merge(state.params, moved),
             opt_state=keep_finite(opt_state, state.opt_state),
-            ema=keep_finite(ema, state.ema),
+            ema=ema,
             estimates=state.estimates,
         )
         return state, {"learning_rate": rate, "gradient_norm": norm, "skipped_steps": skipped}

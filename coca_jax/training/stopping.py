@@ -26,14 +26,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from coca_jax import processes
+from coca_jax.signals import AT_ONCE, SAME_KEY
 
 SAVED = ("ablate", "fit", "train")  # commands that save what they did when they are asked to stop
 EXIT_AGAIN = 75  # EX_TEMPFAIL: the launchers start the run again
-EXIT_AT_ONCE = 130  # as a shell says of a program that SIGINT ended
-
-# A terminal and a program between it and this one both pass a Ctrl-C on: two within this time, in
-# seconds, are one.
-SAME_KEY = 0.5
 GRACE = 2.0  # seconds that a command without anything to save may take to remove its files
 AGAIN = "run the same command to go on"
 MEET = 10.0  # seconds in which processes that fail alike meet at their ends
@@ -109,7 +105,7 @@ class Stop:
             earlier = [t for t in self._interrupts if now - t > SAME_KEY]
             self._interrupts.append(now)
             if earlier:
-                leave("ended at once, without a save", EXIT_AT_ONCE)
+                leave("ended at once, without a save", AT_ONCE)
         first = not self._asked.is_set()
         self._asked.set()
         if not first:
@@ -259,7 +255,7 @@ def end_on_interrupt() -> None:
         while signal.SIGINT not in os.read(reading, 16):
             pass
         time.sleep(GRACE)
-        leave("ended by Ctrl-C", EXIT_AT_ONCE)
+        leave("ended by Ctrl-C", AT_ONCE)
 
     threading.Thread(target=watch, name="interrupt", daemon=True).start()
 
@@ -267,7 +263,7 @@ def end_on_interrupt() -> None:
 def _interrupted(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            leave("ended by Ctrl-C", EXIT_AT_ONCE)
+            leave("ended by Ctrl-C", AT_ONCE)
         frame = frame.f_back
     raise KeyboardInterrupt
 

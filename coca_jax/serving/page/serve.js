@@ -181,18 +181,19 @@ $("labels-form").addEventListener("submit", (event) => {
 $("ask-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = event.target.question.value;
+  const told = (cut) => (cut ? " The question was cut: the model reads fewer words." : "");
   during(event.target, "Asking …", async (signal) => {
     if (info.head) {
       const values = info.head.reads_text ? { question } : {};
-      const [{ labels }, one] = await askAbout("/api/head", values, signal);
+      const [{ labels, cut }, one] = await askAbout("/api/head", values, signal);
       if (one !== current) return "";
       bars("answers", labels);
-      return `Answer: ${labels[0].label}, ${percent(labels[0].probability)}.`;
+      return `Answer: ${labels[0].label}, ${percent(labels[0].probability)}.${told(cut)}`;
     }
-    const [{ answer }, one] = await askAbout("/api/answer", { question }, signal);
+    const [{ answer, cut }, one] = await askAbout("/api/answer", { question }, signal);
     if (one !== current) return "";
     $("answers").replaceChildren(make("li", { textContent: answer || "(nothing)" }));
-    return `Answer: ${answer || "nothing"}.`;
+    return `Answer: ${answer || "nothing"}.${told(cut)}`;
   });
 });
 
