@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch_alike import Alike, normalised, rounded, stepper
 
-from coca_jax import benchmark_train, huge_pages, ops, recipes
-from coca_jax.benchmark_model import build, make_params, random_batch, timed
+from coca_jax import ops, recipes
+from coca_jax.benchmarking import step_times
+from coca_jax.benchmarking.model_times import build, make_params, random_batch, timed
 from coca_jax.config import Config, typed
+from coca_jax.machine import huge_pages
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.models.stem import ConvStem
 
@@ -43,14 +45,14 @@ def cut(batch: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 def steps(config: Config, lengths: list[int], repeats: int) -> dict[str, Any]:
     """Times of whole steps by length."""
-    ours = benchmark_train.ours(config)
+    ours = step_times.ours(config)
     twin, theirs = stepper(config)
     own = sum(int(x.size) for x in jax.tree.leaves(make_params(config)))
     found: dict[str, Any] = dict(parameters=own)
     found["peer_parameters"] = sum(p.numel() for p in twin.parameters())
     for length in lengths:
         batch = captions(config, length)
-        chosen = benchmark_train.lengths_of(batch, config)[1]
+        chosen = step_times.lengths_of(batch, config)[1]
         short = cut(batch, chosen)
 
         def one(batch: dict[str, np.ndarray] = batch) -> Any:

@@ -51,7 +51,7 @@ CLOCK = (
         (*parts.LOSSES, "losses/chunks", "losses/tiles_2048"),
         parts.losses,
         2,
-        "coca-jax benchmark losses --repeats=3; coca_jax/benchmark_losses.py with other chunks",
+        "coca-jax benchmark losses --repeats=3; benchmarking/loss_costs.py with other chunks",
         clock=True,
         lower=("ours_mib", "time_share*", "mib*"),
     ),

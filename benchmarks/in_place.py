@@ -36,7 +36,7 @@ import numpy as np
 import s3_server
 from PIL import Image
 
-from coca_jax import benchmark_input
+from coca_jax.benchmarking import input_rate
 from coca_jax.config import typed
 from coca_jax.configs import base
 from coca_jax.data import run_vocabulary
@@ -179,7 +179,7 @@ def batches(index: str, copy: str, seconds: float, repeats: int) -> dict[str, fl
     found: dict[str, list[float]] = dict(in_place=[], copy=[])
     for _ in range(repeats):
         for name, path in (("copy", copy), ("in_place", index)):
-            told = benchmark_input.measure(config_of(path), seconds)
+            told = input_rate.measure(config_of(path), seconds)
             found[name].append(told["images_per_second_per_core"])
     best = {name: max(values) for name, values in found.items()}
     return best | dict(quotient=best["in_place"] / best["copy"])

@@ -10,7 +10,7 @@ import sys
 
 from settings import config_of
 
-from coca_jax import huge_pages
+from coca_jax.machine import huge_pages
 from coca_jax.train import train
 
 

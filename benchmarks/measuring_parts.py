@@ -72,7 +72,7 @@ def huge_pages(given: Given) -> Rows:
 
 CHUNKS = """
 import json
-from coca_jax.benchmark_losses import captioning, contrastive
+from coca_jax.benchmarking.loss_costs import captioning, contrastive
 found = [captioning(64, 76, 49_408, 512, 8, chunk, 3) for chunk in (152, 608)]
 print(json.dumps([*found, contrastive(32_768, 512, 8_192, 2_048, 3)]))
 """

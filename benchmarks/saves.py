@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import lean_saves
-from coca_jax.checkpointing import Checkpoints
+from coca_jax.checkpoints import lean_saves
+from coca_jax.checkpoints.checkpointing import Checkpoints
 from coca_jax.data.texts import Tokenizer
 from coca_jax.training.state import TrainState
 

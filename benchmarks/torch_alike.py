@@ -18,7 +18,7 @@ from torch import nn
 
 from coca_jax.config import Config, Model
 from coca_jax.models.stem import RESIDUAL_GAIN, unit_activation
-from coca_jax.optimizer import (
+from coca_jax.training.optimizer import (
     MUON_ITERATIONS,
     MUON_MOMENTUM,
     MUON_RMS,
@@ -253,7 +253,7 @@ def loss_of(twin: Alike, config: Config, batch: dict[str, np.ndarray]) -> torch.
 
 
 class Muon:
-    """Muon in float32 as coca_jax.optimizer has it, over matrices and kernels of convolutions."""
+    """Muon in float32 as training/optimizer.py has it, over matrices and convolutions' kernels."""
 
     def __init__(self, kernels: list[nn.Parameter], decay: float):
         self.kernels, self.decay = kernels, decay

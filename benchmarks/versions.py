@@ -62,7 +62,7 @@ AT_EACH_LINE = """
 import importlib.util, json, os, sys, time
 import jax
 try:
-    from coca_jax import benchmark_model as module
+    from coca_jax.benchmarking import model_times as module
     from coca_jax.config import typed
 except ImportError:
     from coca_jax import benchmark as module

@@ -38,8 +38,9 @@ from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from coca_jax import cli, out_folder, own_data_flags, recipes  # noqa: E402
+from coca_jax import cli, own_data_flags, recipes  # noqa: E402
 from coca_jax.ablating import table  # noqa: E402
+from coca_jax.files import out_folder  # noqa: E402
 
 
 def define_flags() -> None:

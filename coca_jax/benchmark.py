@@ -70,7 +70,7 @@ def _check_flags(kind: str) -> None:
 
 def measure(kind: str) -> dict[str, Any]:
     """The numbers of one kind of benchmark but `losses`, by the command's flags."""
-    from coca_jax import benchmark_input, benchmark_model, benchmark_train
+    from coca_jax.benchmarking import input_rate, model_times, step_times
 
     args = flags.FLAGS
     config, batch, beams = typed(args.config), args.batch_size or 16, args.num_beams
@@ -78,14 +78,14 @@ def measure(kind: str) -> dict[str, Any]:
         renamed.say("--beams", "--num_beams")
         beams = args.beams
     if kind == "input":
-        return benchmark_input.read_input(
+        return input_rate.read_input(
             config, args.seconds, args.memory_every, args.repeats, args.peer
         )
     if kind == "train":
-        return benchmark_train.train(config, args.repeats, args.peer, args.texts)
+        return step_times.train(config, args.repeats, args.peer, args.texts)
     if kind == "encode":
-        return benchmark_model.encode(config, batch, args.repeats, args.peer)
-    return benchmark_model.caption(config, batch, args.tokens, beams, args.repeats, args.peer)
+        return model_times.encode(config, batch, args.repeats, args.peer)
+    return model_times.caption(config, batch, args.tokens, beams, args.repeats, args.peer)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -102,9 +102,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     import jax
 
     if kind == "losses":
-        from coca_jax import benchmark_losses
+        from coca_jax.benchmarking import loss_costs
 
-        return benchmark_losses.run(flags.FLAGS.repeats)
+        return loss_costs.run(flags.FLAGS.repeats)
     result = measure(kind)
     for name, value in result.items():
         many = value if isinstance(value, list) else [value]

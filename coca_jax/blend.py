@@ -25,8 +25,9 @@ import numpy as np
 from absl import flags
 
 import coca_jax
-from coca_jax import checked_files, cli, evaluate, evaluators, export_format, out_folder, storage
+from coca_jax import cli, evaluate, evaluators, export_format
 from coca_jax.evaluators import declarations
+from coca_jax.files import checked_files, out_folder, storage
 from coca_jax.interop import safetensors_file
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     first = to_host(base.params)
     if args.adapter:
         factors = read_adapter(args.adapter, base.checksum())
-        from coca_jax import lora
+        from coca_jax.training import lora
 
         def at(share: float) -> dict:
             return lora.apply(first, factors, share)
@@ -219,7 +220,7 @@ def is_headline(name: str) -> bool:
 def write_adapter(tuned: dict, base: dict, rank: int, out: str, checksum: str) -> dict[str, Any]:
     """Writes what tuning changed, as factors, and says how much of the change they hold. checksum:
     of the base, which the file tells."""
-    from coca_jax import lora
+    from coca_jax.training import lora
 
     factors = lora.extract(tuned, base, rank)
     if not factors:

@@ -28,8 +28,10 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from coca_jax import activity, cli, local_files, storage
+from coca_jax import cli
+from coca_jax.console import activity
 from coca_jax.data import files, formats, image_files
+from coca_jax.files import growing_file, local_files, storage
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.settings import NOTES, Settings
 from coca_jax.training import lease
@@ -124,7 +126,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
                 results = itertools.chain([next(results)], results)
         out = None
         if args.out:
-            growing = storage.Growing(args.out, keep=size)
+            growing = growing_file.Growing(args.out, keep=size)
             out = stack.enter_context(contextlib.closing(growing))
             if left and not size:
                 caption_files.remember(args.out, args.checkpoint, model.checksum(), told)
@@ -143,7 +145,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
     return dict(captioned=len(left) - failed, already_done=already_done, failed=failed)
 
 
-def _add(out: storage.Growing, line: bytes) -> None:
+def _add(out: growing_file.Growing, line: bytes) -> None:
     """Adds a line to --out. Raises OSError where that local file takes no more: what was captioned
     behind it would be lost with the end."""
     try:

@@ -24,17 +24,11 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 import coca_jax
-from coca_jax import (
-    activity,
-    compile_cache,
-    engines,
-    extras,
-    local_files,
-    own_data_flags,
-    quiet,
-    recipes,
-)
+from coca_jax import engines, extras, own_data_flags, recipes
+from coca_jax.console import activity, quiet
+from coca_jax.files import local_files
 from coca_jax.inference.generation import settings
+from coca_jax.machine import compile_cache
 from coca_jax.training import start, stopping
 
 COMMANDS = {

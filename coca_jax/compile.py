@@ -25,8 +25,9 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, recipes, storage
+from coca_jax import cli, recipes
 from coca_jax.estimate import goodput
+from coca_jax.files import storage
 
 GIB = 2**30
 

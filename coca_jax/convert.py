@@ -21,19 +21,12 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from coca_jax import (
-    checked_files,
-    cli,
-    export_format,
-    local_files,
-    out_folder,
-    sealed_json,
-    storage,
-)
+from coca_jax import cli, export_format
 from coca_jax.config import Model, checks, read
 from coca_jax.data import bounded_json, files
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.vocabulary import clip_bpe
+from coca_jax.files import checked_files, local_files, out_folder, sealed_json, storage
 from coca_jax.interop import (
     hub,
     open_clip_config,
@@ -202,7 +195,7 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         params, config = export_format.read_export(source)
     else:
         weights_files.refuse(source)
-        from coca_jax import checkpointing  # orbax: only where a run is read
+        from coca_jax.checkpoints import checkpointing  # orbax: only where a run is read
 
         params, config = checkpointing.load_params(source)
     try:

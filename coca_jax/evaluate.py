@@ -23,10 +23,11 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import cli, storage
+from coca_jax import cli
 from coca_jax.data import files, formats
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.declarations import Flag
+from coca_jax.files import storage
 from coca_jax.importers import seen, unprepared
 from coca_jax.interop import hub
 
@@ -313,8 +314,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"loading {args.checkpoint}")
     import jax
 
-    from coca_jax import processes
     from coca_jax.evaluators import results
+    from coca_jax.machine import processes
     from coca_jax.training import stopping
 
     processes.start(args.coordinator, args.num_processes, args.process_id)

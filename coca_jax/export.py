@@ -36,7 +36,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import coca_jax
-from coca_jax import cli, export_format, out_folder, sealed_json, storage
+from coca_jax import cli, export_format
+from coca_jax.files import out_folder, sealed_json, storage
 from coca_jax.interop import hub
 
 if TYPE_CHECKING:

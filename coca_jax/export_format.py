@@ -25,9 +25,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from coca_jax import checked_files, out_folder, sealed_json, storage
 from coca_jax.config import StoredConfig, read, section
 from coca_jax.data import bounded_json
+from coca_jax.files import checked_files, out_folder, sealed_json, storage
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
 

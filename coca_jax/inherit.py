@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from coca_jax import local_files
+from coca_jax.files import local_files
 
 if TYPE_CHECKING:
     from coca_jax.config import Config, Section
@@ -75,7 +75,9 @@ def _place(config: ConfigDict | Section, key: str) -> tuple[Any, str]:
 def _found(path: str, workdir: str) -> dict[str, Any]:
     """{key: value} of the weights at `path`, or of the run in `workdir` that began from them."""
     # JAX and Orbax take seconds to import.
-    from coca_jax import checkpointing, export_format, warm_start
+    from coca_jax import export_format
+    from coca_jax.checkpoints import checkpointing
+    from coca_jax.training import warm_start
 
     try:
         warm_start.check_place(path)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import tqdm
 
-from coca_jax import storage
+from coca_jax.files import growing_file, storage
 from coca_jax.trackers import Tracker
 
 BUCKETS = ("init", "compile", "data_wait", "step", "eval", "save")
@@ -111,7 +111,7 @@ class MetricWriter:
     ):
         folder = storage.place(workdir)
         path = folder / "metrics.jsonl"
-        self._file = storage.Growing(path, keep=_bytes_until(path, start_step))
+        self._file = growing_file.Growing(path, keep=_bytes_until(path, start_step))
         self._trackers = list(trackers)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -32,11 +32,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from coca_jax import cli, engines, local_files, recipes, storage
+from coca_jax import cli, engines, recipes
 from coca_jax.config import Config, Recipe, checks, typed
 from coca_jax.data import files, formats, images, order, sources, stages, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
+from coca_jax.files import local_files, storage
 from coca_jax.importers import asked, indexes, metadata, remarks, shards, split_field, splits
 from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.splits import prepare, prepare_with_holdout
@@ -146,7 +147,8 @@ def inspect_run(workdir: str, step: int) -> dict[str, Any]:
         FileNotFoundError: no run there.
         ValueError: besides, a source has other data than the run was trained on.
     """
-    from coca_jax import checkpointing, run_config  # JAX takes seconds to import
+    from coca_jax import run_config  # JAX takes seconds to import
+    from coca_jax.checkpoints import checkpointing  # JAX takes seconds to import
     from coca_jax.training import setup, spikes
 
     config, old = checkpointing.read_config(workdir), checkpointing.read_run(workdir)

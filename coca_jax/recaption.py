@@ -23,8 +23,10 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import activity, cli, engines, storage
+from coca_jax import cli, engines
+from coca_jax.console import activity
 from coca_jax.data import files, formats
+from coca_jax.files import storage
 from coca_jax.importers import remarks, shards
 from coca_jax.importers.items import Options
 from coca_jax.recaptioning import request as requests

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coca_jax import local_files, sealed_json, storage
 from coca_jax.config import Config, checks, partial_checks, read
 from coca_jax.config.data import PLACES
 from coca_jax.config.section import flatten
 from coca_jax.data import files, stages
+from coca_jax.files import local_files, sealed_json, storage
 from coca_jax.models import head_kinds, heads
 from coca_jax.ops import contrastive
 

@@ -27,8 +27,10 @@ from typing import Any
 
 from absl import flags
 
-from coca_jax import activity, cli, engines, local_files, storage
+from coca_jax import cli, engines
+from coca_jax.console import activity
 from coca_jax.data import formats
+from coca_jax.files import local_files, storage
 
 OPERANDS = "pictures, folders and texts"
 # Flags that some of the commands have alone.

@@ -29,9 +29,10 @@ from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from coca_jax import cli, out_folder, own_data_flags, recipes, storage  # noqa: E402
+from coca_jax import cli, own_data_flags, recipes  # noqa: E402
 from coca_jax.config import Recipe  # noqa: E402
 from coca_jax.data import files, own_folders  # noqa: E402
+from coca_jax.files import out_folder, storage  # noqa: E402
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
@@ -85,8 +86,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
     import jax
 
-    from coca_jax import processes
     from coca_jax.importers import asked, data_flag, own_data
+    from coca_jax.machine import processes
     from coca_jax.training import agreement, endings, setup, stopping
 
     processes.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)

@@ -37,8 +37,8 @@ from coca_jax.configs import base  # noqa: E402
 from coca_jax.data import run_vocabulary  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
 from coca_jax.ops.cpu import build  # noqa: E402
-from coca_jax.optimizer import make_schedule  # noqa: E402
 from coca_jax.training import programs, state, step  # noqa: E402
+from coca_jax.training.optimizer import make_schedule  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 needs_bfloat16 = pytest.mark.skipif(

@@ -98,13 +98,14 @@ def serve(place: str, blocked: Sequence[str] = ()) -> None:
     """Answers one command after the other, each in a process of its own."""
     for name in blocked:
         sys.modules[name] = None  # type: ignore[assignment]
-    from coca_jax import cli, quiet
+    from coca_jax import cli
+    from coca_jax.console import quiet
 
     if not blocked:
         quiet.environment()
         for name in cli.COMMANDS:
             importlib.import_module(f"coca_jax.{name}")
-        for name in ("checkpointing", "inference", "training.run", "importers.splits"):
+        for name in ("checkpoints.checkpointing", "inference", "training.run", "importers.splits"):
             importlib.import_module(f"coca_jax.{name}")
     gc.freeze()  # what is imported stays
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none is waited for

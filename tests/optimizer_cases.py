@@ -9,7 +9,7 @@ import numpy as np
 import update_rules
 from conftest import tiny
 
-from coca_jax import optimizer
+from coca_jax.training import optimizer
 from coca_jax.training.state import TrainState, trainable
 from coca_jax.training.step import make_update
 

@@ -13,10 +13,11 @@ import jax
 import pytest
 from PIL import Image
 
-from coca_jax import ablate, metrics, out_folder, partitioning, recipes, sealed_json
+from coca_jax import ablate, metrics, partitioning, recipes
 from coca_jax.ablating import outcome, running, table
 from coca_jax.data import sources
 from coca_jax.evaluators.declarations import Metric
+from coca_jax.files import out_folder, sealed_json
 from coca_jax.fitting import kept
 from coca_jax.report import ablation
 from coca_jax.training import lease, stopping

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from test_ablate import TABLE, quietly, written
 
-from coca_jax import metrics, recipes, sealed_json
+from coca_jax import metrics, recipes
 from coca_jax.ablating import outcome, running, table
 from coca_jax.config import typed
 from coca_jax.data import sources
+from coca_jax.files import sealed_json
 from coca_jax.importers import indexes
 from coca_jax.report import ablation
 from coca_jax.training import run as training

@@ -10,8 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 from open_clip_cases import SMALL
 
-from coca_jax import benchmark_train, partitioning, recipes
-from coca_jax.benchmark_model import build
+from coca_jax import partitioning, recipes
+from coca_jax.benchmarking import step_times
+from coca_jax.benchmarking.model_times import build
 from coca_jax.config import Config, read
 from coca_jax.training.state import init_state
 
@@ -94,7 +95,7 @@ def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monk
     given = weights(init_state(build(config), config, one_device).params, twin)
     assert set(given) == set(dict(twin.named_parameters()))
     twin.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in given.items()})
-    ours = benchmark_train.ours(config)
+    ours = step_times.ours(config)
     batch = alike.captions(config, 6)
     batch["text_id"][1] = batch["text_id"][0]
     exact, near = (
@@ -107,7 +108,7 @@ def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monk
     np.testing.assert_allclose(own[0], other[0], rtol=1e-5)
     assert own[0] - own[1] > 0.2
     np.testing.assert_allclose(own[1:], other[1:], atol=0.005)
-    monkeypatch.setattr(benchmark_train, "ours", lambda config: ours)
+    monkeypatch.setattr(step_times, "ours", lambda config: ours)
     found = alike.steps(config, [6], 1) | dict(stem=alike.stem(config, 1))
     assert found["parameters"] == found["peer_parameters"] > 10_000
     for one in (found["step_6"], found["stem"]):

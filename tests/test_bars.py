@@ -6,7 +6,7 @@ import time
 import pytest
 from prepare_cases import encode
 
-from coca_jax import activity, bars
+from coca_jax.console import activity, bars
 from coca_jax.evaluators import in_batches
 from coca_jax.importers import imagefolder, remarks, split_field, splits
 from coca_jax.importers.items import Options

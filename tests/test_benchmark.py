@@ -13,15 +13,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 from test_version_0_1 import flags_of
 
-from coca_jax import (
-    benchmark,
-    benchmark_input,
-    benchmark_losses,
-    benchmark_model,
-    benchmark_peer,
-    benchmark_train,
-    prepare,
-)
+from coca_jax import benchmark, prepare
+from coca_jax.benchmarking import input_rate, loss_costs, model_times, peer_times, step_times
 from coca_jax.config import Config, read, typed
 from coca_jax.configs import base
 from coca_jax.data import sources
@@ -80,19 +73,19 @@ def peer_config():
 def test_the_peer_runs_at_the_same_sizes():
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     config = typed(peer_config())
-    pixels = benchmark_model.random_batch(config, 2)["image"]
-    peer = benchmark_peer.build(config.model)
+    pixels = model_times.random_batch(config, 2)["image"]
+    peer = peer_times.build(config.model)
     for beams in (1, 3):
-        ids = benchmark_peer.caption(peer, pixels, tokens=7, beams=beams)
+        ids = peer_times.caption(peer, pixels, tokens=7, beams=beams)
         assert ids.shape == (2, 8)
-        assert benchmark_peer.END not in ids[:, 1:-1]
-    result = benchmark_model.caption(config, 2, 7, 3, repeats=1, compare=True)
+        assert peer_times.END not in ids[:, 1:-1]
+    result = model_times.caption(config, 2, 7, 3, repeats=1, compare=True)
     assert result["times_peer"] == result["peer_seconds"] / result["seconds"]
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 2 * 7)
-    embeddings = benchmark_peer.encode(peer, pixels)
+    embeddings = peer_times.encode(peer, pixels)
     assert embeddings.shape == (2, 32)
     np.testing.assert_array_equal(
-        embeddings, benchmark_peer.encode(benchmark_peer.build(config.model), pixels)
+        embeddings, peer_times.encode(peer_times.build(config.model), pixels)
     )
     assert all(
         bool(p.isfinite().all()) and bool(p.std() > 0) for p in peer.parameters() if p.numel() > 1
@@ -109,27 +102,27 @@ def test_the_peer_learns_from_captions_of_a_file(tmp_path):
     config = read(Config, config.to_dict())
     file = tmp_path / "texts.txt"
     file.write_text("\n\n".join(f"a picture of {n} small things" for n in range(9)))
-    first, second = benchmark_train.batches(config, str(file))
+    first, second = step_times.batches(config, str(file))
     assert first["text_valid"].sum(1).tolist() == [8] * 4  # [start], six words, [end]
     assert (first["tokens"] != second["tokens"]).sum() == 4  # the numbers
-    assert benchmark_train.lengths_of(first, config) == (9, 9)  # their mask looks a place beyond
-    step = benchmark_train.theirs(config)
+    assert step_times.lengths_of(first, config) == (9, 9)  # their mask looks a place beyond
+    step = step_times.theirs(config)
     losses = [step(first) for _ in range(4)]
     np.testing.assert_allclose(losses[0], np.log(4) + 2 * np.log(300), rtol=0.02)
     assert losses[0] - losses[-1] > 0.2
-    (full,) = benchmark_train.batches(config, "")
+    (full,) = step_times.batches(config, "")
     assert full["text_valid"].all() and (full["tokens"] > 0).all()
-    narrow = benchmark_train.theirs(config.change({"model.dtype": "bfloat16"}))
+    narrow = step_times.theirs(config.change({"model.dtype": "bfloat16"}))
     np.testing.assert_allclose(narrow(first), losses[0], rtol=0.02)
     with pytest.raises(ValueError, match="has 9 captions, a batch 10; give more"):
-        benchmark_train.batches(config.change({"batch_size": 10}), str(file))
+        step_times.batches(config.change({"batch_size": 10}), str(file))
     with pytest.raises(ValueError, match="optimizer.name='muon'; add --config.optimizer.name=adam"):
-        benchmark_peer.trainer(config.change({"optimizer.name": "muon"}))
+        peer_times.trainer(config.change({"optimizer.name": "muon"}))
     with pytest.raises(
         ValueError, match="pooler.token_dropout=0.5 hides .* add --config.model.pool"
     ):
-        benchmark_peer.trainer(config.change({"model.pooler.token_dropout": 0.5}))
-    fewer = benchmark_peer.build(config.model.change({"image.patch_dropout": 0.5}), training=True)
+        peer_times.trainer(config.change({"model.pooler.token_dropout": 0.5}))
+    fewer = peer_times.build(config.model.change({"image.patch_dropout": 0.5}), training=True)
     assert fewer.visual.patch_dropout.prob == 0.5
 
 
@@ -147,22 +140,22 @@ def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path,
     lines = [f"a picture of {n} small things" for n in range(17)]
     (tmp_path / "texts.txt").write_text("\n".join(lines))
     config = read(Config, config.to_dict())
-    first, second = benchmark_train.batches(config, str(tmp_path / "texts.txt"))
+    first, second = step_times.batches(config, str(tmp_path / "texts.txt"))
     assert first["text_valid"].sum(1).max() == 8  # [start], six words, [end]
     assert not (first["tokens"] == second["tokens"]).all()
-    result = benchmark_train.train(config, 1, True, str(tmp_path / "texts.txt"))
+    result = step_times.train(config, 1, True, str(tmp_path / "texts.txt"))
     assert result["times_peer"] == result["peer_seconds"] / result["seconds"]
     assert result["peak_bytes"] > 0 and result["peer_peak_bytes"] > 0
     with pytest.raises(ValueError, match="has 17 captions, a batch 32; give more"):
         config = config.change(dict(batch_size=32))
-        benchmark_train.batches(config, str(tmp_path / "texts.txt"))
+        step_times.batches(config, str(tmp_path / "texts.txt"))
 
 
 PEAKS = """
 import numpy as np
-from coca_jax import benchmark_train
+from coca_jax.benchmarking import step_times
 work = lambda: np.ones(64 << 17)  # 64 MiB, of which nothing stays
-print(benchmark_train.added(work), benchmark_train.added(lambda: None))
+print(step_times.added(work), step_times.added(lambda: None))
 """
 
 
@@ -189,17 +182,17 @@ def test_the_peer_reads_the_same_records(tmp_path):
     config.batch_size, config.model.text.vocab_size = 4, 400
     config.data.sources = (dict(path=str(tmp_path / "out")),)
     records = sources.open_source(str(tmp_path / "out")).read(range(12))
-    benchmark_peer.write_tar(records, str(tmp_path / "0.tar"))
-    batches = benchmark_peer.input_batches(str(tmp_path / "0.tar"), 12, 4, 16)
+    peer_times.write_tar(records, str(tmp_path / "0.tar"))
+    batches = peer_times.input_batches(str(tmp_path / "0.tar"), 12, 4, 16)
     images, tokens = zip(*(next(batches) for _ in range(3)))
     assert np.concatenate(images).shape == (12, 3, 16, 16)
     assert len(np.unique(np.concatenate(tokens), axis=0)) == 12
-    result = benchmark_input.read_input(config, 0.3, 0.0, repeats=2, compare=True)
+    result = input_rate.read_input(config, 0.3, 0.0, repeats=2, compare=True)
     ours, theirs = (result[f"{who}images_per_second_per_core"] for who in ("", "peer_"))
     assert result["times_peer"] == ours / theirs
     low, high = (result[f"images_per_second_per_core_{end}"] for end in ("low", "high"))
     assert low <= ours <= high
-    found = benchmark_input.read_input(config, 0.4, 0.1, repeats=1)["rss_mib"]
+    found = input_rate.read_input(config, 0.4, 0.1, repeats=1)["rss_mib"]
     assert 3 <= len(found) <= 5 and min(found) > 50
 
 
@@ -207,7 +200,7 @@ def test_no_more_tokens_are_counted_than_the_model_writes():
     config = typed(tiny_config())
     most = config.model.text.max_len - 1
     with pytest.raises(ValueError, match=rf"--tokens={most + 1}: the model writes {most} at most"):
-        benchmark_model.caption(config, 2, most + 1, 1, repeats=1)
+        model_times.caption(config, 2, most + 1, 1, repeats=1)
 
 
 def test_what_needs_open_clip_is_the_flag_that_was_given(tmp_path, monkeypatch):
@@ -216,68 +209,68 @@ def test_what_needs_open_clip_is_the_flag_that_was_given(tmp_path, monkeypatch):
     file = tmp_path / "texts.txt"
     file.write_text("a cat\n" * config.batch_size)
     with pytest.raises(ValueError, match="^--texts needs open_clip: pip install"):
-        benchmark_train.batches(config, str(file))
+        step_times.batches(config, str(file))
     with pytest.raises(ValueError, match="^--peer needs open_clip: pip install"):
-        benchmark_peer.trainer(config.change({"optimizer.name": "adamw"}))
+        peer_times.trainer(config.change({"optimizer.name": "adamw"}))
 
 
 def test_a_peer_needs_a_batch_of_records():
     with pytest.raises(ValueError, match="reads 60 records .* no batch of 64; add"):
-        next(benchmark_peer.input_batches("0.tar", 60, 64, 16))
+        next(peer_times.input_batches("0.tar", 60, 64, 16))
 
 
 def test_a_peer_needs_a_model_that_it_has():
     open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     with pytest.raises(ValueError, match="open_clip has only"):
-        benchmark_peer.build(tiny_config().model)
+        peer_times.build(tiny_config().model)
     if "correct_cls_mask" not in open_clip.CLIPTextCfg.__dataclass_fields__:  # a later release's
         exact = typed(peer_config()).change({"model.text.cls_mask": "exact"})
         says = "no such model .*'correct_cls_mask'.*add --config.model.text.cls_mask=shifted"
         with pytest.raises(ValueError, match=says):
-            benchmark_peer.build(exact.model)
+            peer_times.build(exact.model)
 
 
 def test_a_peer_is_compared_in_its_own_precision():
     config = tiny_config()
     config.model.dtype = "bfloat16"
     with pytest.raises(ValueError, match="--config.model.dtype=float32"):
-        benchmark_peer.build(config.model)
+        peer_times.build(config.model)
 
 
 def test_a_peer_is_compared_on_the_same_device(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = typed(tiny_config()).change({"optimizer.name": "adamw"})
     for act in (
-        lambda: benchmark_peer.trainer(config),
-        lambda: benchmark_model.encode(config, 2, 1, compare=True),
-        lambda: benchmark_model.caption(config, 2, 2, 1, 1, compare=True),
+        lambda: peer_times.trainer(config),
+        lambda: model_times.encode(config, 2, 1, compare=True),
+        lambda: model_times.caption(config, 2, 2, 1, 1, compare=True),
     ):
         with pytest.raises(ValueError, match="computes on a gpu: give .* with JAX_PLATFORMS=cpu"):
             act()
     monkeypatch.delattr(os, "sched_setaffinity")  # as on macOS
     with pytest.raises(ValueError, match="which only Linux can; leave out --peer"):
-        benchmark_input.read_input(config, 1.0, 0.0, 1, compare=True)
+        input_rate.read_input(config, 1.0, 0.0, 1, compare=True)
 
 
 def test_losses_are_their_definitions_and_beside_them(monkeypatch, capsys):
     rng = np.random.default_rng(0)
     image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 8, 4)))
-    naive = benchmark_losses.naive_contrastive(image, text, 7.0)
-    ours = benchmark_losses.contrastive_loss(image, text, np.float32(7), chunk=4)[0]
+    naive = loss_costs.naive_contrastive(image, text, 7.0)
+    ours = loss_costs.contrastive_loss(image, text, np.float32(7), chunk=4)[0]
     np.testing.assert_allclose(naive, ours, rtol=1e-5)
-    found = benchmark_losses.contrastive(16, 4, 8, 4, repeats=2)
+    found = loss_costs.contrastive(16, 4, 8, 4, repeats=2)
     assert found["time_ratio"] == found["ours_seconds"] / found["naive_seconds"] > 0
     assert 0 < found["ours_seconds_spread"] < 60
     states, kernel = (rng.normal(size=of).astype("float32") for of in ((2, 3, 4), (4, 11)))
     targets, mask = rng.integers(0, 11, (2, 3)), np.array([[1, 1, 0], [1, 0, 0]], bool)
     given = states, kernel, np.zeros(11, np.float32), targets, mask
-    naive = benchmark_losses.naive_captioning(*given)
-    np.testing.assert_allclose(naive, benchmark_losses.captioning_loss(*given)[0], rtol=1e-5)
-    told = benchmark_losses.captioning(64, 8, 500, 8, 2, 64, repeats=1)
+    naive = loss_costs.naive_captioning(*given)
+    np.testing.assert_allclose(naive, loss_costs.captioning_loss(*given)[0], rtol=1e-5)
+    told = loss_costs.captioning(64, 8, 500, 8, 2, 64, repeats=1)
     assert told["memory_ratio"] < 0.5  # of 64 x 8 x 500 logits there are 64 x 500
-    monkeypatch.setattr(benchmark_losses, "contrastive", lambda *_: found)
-    monkeypatch.setattr(benchmark_losses, "captioning", lambda *_: told)
-    assert benchmark_losses.run(1) == dict(contrastive=found, captioning=told)
+    monkeypatch.setattr(loss_costs, "contrastive", lambda *_: found)
+    monkeypatch.setattr(loss_costs, "captioning", lambda *_: told)
+    assert loss_costs.run(1) == dict(contrastive=found, captioning=told)
     assert f"({told['memory_ratio']:.3f}), time" in capsys.readouterr().out
 
 
@@ -314,5 +307,5 @@ def test_texts_that_are_no_text_file_are_a_line(tmp_path):
     picture.write_bytes(b"\xff\xd8\xff\xe0 and so on")
     for path in (picture, tmp_path / "none.txt", tmp_path):
         with pytest.raises(ValueError) as error:
-            benchmark_train.batches(config, str(path))
+            step_times.batches(config, str(path))
         assert str(error.value) == f"--texts={path}: give a text file, one caption a line"

@@ -7,7 +7,7 @@ import pytest
 from conftest import scenes_words, tiny_config
 from one_device import smallest_run, train_alone
 
-from coca_jax import checkpointing
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
 from coca_jax.evaluators import history, tasks
 from coca_jax.training import best

@@ -17,8 +17,10 @@ from one_device import smallest_run, train_alone
 from test_train import COMPARED
 
 import coca_jax
-from coca_jax import bucket_arrays, checkpoint_places, checkpointing, report, storage
+from coca_jax import report
+from coca_jax.checkpoints import bucket_arrays, checkpointing, saved_steps
 from coca_jax.evaluators import tasks
+from coca_jax.files import storage
 from coca_jax.metrics import read_metrics
 from coca_jax.training.run import train
 from coca_jax.training.state import TrainState
@@ -222,7 +224,7 @@ def test_a_damaged_step_is_set_aside(folder):
 
 
 def test_arrays_are_tried_before_any_work(folder):
-    checkpoint_places.check_writable(folder)
+    saved_steps.check_writable(folder)
     system, plain = storage.filesystem(folder)
     assert system.find(plain) == []
 

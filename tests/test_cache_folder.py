@@ -9,7 +9,8 @@ import types
 
 import pytest
 
-from coca_jax import cache_folder, compile_cache
+from coca_jax.files import cache_folder
+from coca_jax.machine import compile_cache
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import cli, storage
+from coca_jax import cli
 from coca_jax.data import image_files
+from coca_jax.files import growing_file
 from coca_jax.inference import caption_files, export_programs
 
 
@@ -92,7 +93,7 @@ def test_read_done_drops_a_line_cut_short(tmp_path):
     whole = "".join(f'{{"image": "{name}", "caption": "x", "score": -1.5}}\n' for name in "ab")
     path.write_text(whole + '{"ima')
     assert caption_files.read_done(str(path)) == ({"a", "b"}, len(whole))
-    growing = storage.Growing(path, keep=len(whole))
+    growing = growing_file.Growing(path, keep=len(whole))
     growing.write(b"{}\n")
     assert path.read_text() == whole + "{}\n"
 

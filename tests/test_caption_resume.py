@@ -16,7 +16,8 @@ from test_search import encoded
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import caption, storage
+from coca_jax import caption
+from coca_jax.files import growing_file
 from coca_jax.training import lease
 
 
@@ -223,7 +224,7 @@ def test_a_file_that_takes_no_more_ends_the_command(call, tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage.Growing, "_drain", drain)
+        patched.setattr(growing_file.Growing, "_drain", drain)
         with pytest.raises(OSError, match="--out=x.jsonl cannot be written .*; what it holds stay"):
             call("s", batch_size=1)
     there = pathlib.Path("x.jsonl").read_bytes()

@@ -18,9 +18,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import checkpoint_record, checkpointing, checksums, lean_saves, sealed_json
-from coca_jax.checkpoint_items import first_line
-from coca_jax.checkpoint_record import Damaged, Misfit
+from coca_jax.checkpoints import checkpointing, checksums, lean_saves, saved_items, saved_record
+from coca_jax.checkpoints.saved_record import Damaged, Misfit
+from coca_jax.files import sealed_json
 from coca_jax.training.state import TrainState
 
 RUN = {"seed": 0, "vocabulary_checksum": "abc"}
@@ -243,11 +243,11 @@ def test_an_error_of_a_library_is_told_without_its_insides():
         'DATA_LOSS: Error opening "zarr" driver: Error decoding x: CRC [source a.cc]'
     )
     outside = Exception("Encountered error. See full TensorStore details: <bound method pybind11")
-    assert first_line(outside) == "Exception: Encountered error"
+    assert saved_items.first_line(outside) == "Exception: Encountered error"
     outside.__cause__ = inside
-    assert first_line(outside) == "ValueError: DATA_LOSS: Error decoding x: CRC"
-    assert first_line(OSError(28, "No space left on device")).endswith("No space left on device")
-    assert first_line(RuntimeError()) == "RuntimeError"
+    assert saved_items.first_line(outside) == "ValueError: DATA_LOSS: Error decoding x: CRC"
+    assert saved_items.first_line(OSError(28, "No space left")).endswith("No space left")
+    assert saved_items.first_line(RuntimeError()) == "RuntimeError"
 
 
 def test_load_goes_back_too_but_never_from_a_step_that_was_named(workdir, caplog):
@@ -291,7 +291,7 @@ def test_another_model_is_told_apart_from_damage(workdir):
 def test_a_newer_format_asks_for_an_update(workdir):
     file = workdir / "checkpoints/5/record/metadata"
     record = sealed_json.read(file)
-    file.write_text(json.dumps(sealed_json.seal(record | {"format": checkpoint_record.FORMAT + 1})))
+    file.write_text(json.dumps(sealed_json.seal(record | {"format": saved_record.FORMAT + 1})))
     with pytest.raises(Misfit, match="update coca_jax"):
         restore(workdir)
 
@@ -374,15 +374,15 @@ def test_a_record_that_is_not_whole_is_damage(workdir):
     folder = epath.Path(workdir / "checkpoints/5")
     file = workdir / "checkpoints/5/record/metadata"
     text = file.read_text()
-    assert checkpoint_record.read(folder)["config"] == RUN
+    assert saved_record.read(folder)["config"] == RUN
     for bad in ("{", text.replace(sealed_json.KEY, "sha256_of_the_rset"), text.replace("abc", "")):
         assert bad != text
         file.write_text(bad)
         with pytest.raises(Damaged, match="metadata is damaged"):
-            checkpoint_record.read(folder)
+            saved_record.read(folder)
     shutil.rmtree(file.parent)
     with pytest.raises(Damaged, match="record/metadata is missing"):
-        checkpoint_record.read(folder)
+        saved_record.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -397,4 +397,4 @@ def test_a_record_that_is_not_whole_is_damage(workdir):
     ],
 )
 def test_what_storage_says_of_itself_is_no_damage(error, damage):
-    assert checkpoint_record.is_damage(error) == damage
+    assert saved_record.is_damage(error) == damage

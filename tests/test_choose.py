@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax import cgroups, compile_cache, cores, run_config
+from coca_jax import run_config
 from coca_jax.config import Config
 from coca_jax.data.mixture import shares
 from coca_jax.data.pixels import Pixels
 from coca_jax.fitting import choose, look, machine, sizes, tell
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
+from coca_jax.machine import cgroups, compile_cache, cores
 
 LAPTOP = Machine("cpu", 1, 16e9, 1e11, 2, "float32")
 TINY = Machine("cpu", 1, 2e9, 2e10, 1, "float32")

@@ -18,7 +18,8 @@ from absl import flags
 from in_place_cases import write_tar
 from test_version_0_1 import flags_of
 
-from coca_jax import cli, convert, quiet, recipes
+from coca_jax import cli, convert, recipes
+from coca_jax.console import quiet
 from coca_jax.importers import metadata
 from coca_jax.inference.generation.settings import Settings
 

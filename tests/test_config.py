@@ -10,10 +10,12 @@ import pytest
 from conftest import tiny
 
 import coca_jax
-from coca_jax import checkpointing, export_format, recipes, run_config, sealed_json
+from coca_jax import export_format, recipes, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Config, Entry, Mesh, checks, keys, page, read, typed
 from coca_jax.configs import base, finetune_open_clip
 from coca_jax.data import augment
+from coca_jax.files import sealed_json
 from coca_jax.ops import reference
 
 OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"

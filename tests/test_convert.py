@@ -26,21 +26,15 @@ from conversion_cases import (
 from one_device import models_on_one  # noqa: F401
 
 import coca_jax
-from coca_jax import (
-    convert,
-    export_format,
-    partitioning,
-    recipes,
-    sealed_json,
-    storage,
-    warm_start,
-)
+from coca_jax import convert, export_format, partitioning, recipes
 from coca_jax.config import Model, read
 from coca_jax.data import images, resizing, vocabulary
+from coca_jax.files import sealed_json, storage
 from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout, count
 from coca_jax.models import coca
+from coca_jax.training import warm_start
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from coca_jax import cgroups, cores
+from coca_jax.machine import cgroups, cores
 
 
 @pytest.fixture

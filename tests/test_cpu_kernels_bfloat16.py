@@ -13,7 +13,7 @@ from decoding_cases import EOS, LENGTH, PROMPT, own, run, text_decoder
 from kernel_forms import HAS_TILES, without_tiles
 from test_cpu_kernels import packed, panels_of_heads
 
-from coca_jax import compile_cache
+from coca_jax.machine import compile_cache
 from coca_jax.models import decoding
 from coca_jax.ops import packed as packing
 from coca_jax.ops.cpu import build

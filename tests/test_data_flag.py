@@ -8,9 +8,10 @@ import pytest
 from test_own_data import captioned, picture, recipe, tar
 from test_version_0_1 import flags_of
 
-from coca_jax import out_folder, own_data_flags, run_config
+from coca_jax import own_data_flags, run_config
 from coca_jax.config import typed
 from coca_jax.data import sources
+from coca_jax.files import out_folder
 from coca_jax.importers import data_flag, own_data, splits
 from coca_jax.importers.items import Options
 from coca_jax.training import setup

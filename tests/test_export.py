@@ -22,8 +22,9 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, export_format, inference, partitioning, sealed_json
+from coca_jax import export, export_format, inference, partitioning
 from coca_jax.config import typed
+from coca_jax.files import sealed_json
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.inference.two_towers import TwoTowerModel
 from coca_jax.models import head_kinds, two_towers

@@ -13,16 +13,17 @@ from test_inference import random_params, tiny_model, tiny_parts, words  # noqa:
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
-from coca_jax import blend, checkpointing, export_format, lora, report, run_config, warm_start
+from coca_jax import blend, export_format, report, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Optimizer
 from coca_jax.data import vocabulary
 from coca_jax.evaluators import history, tasks
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import coca, roles
-from coca_jax.optimizer import pull_to_start
 from coca_jax.report import charts
-from coca_jax.training import guard, setup
+from coca_jax.training import guard, lora, setup, warm_start
+from coca_jax.training.optimizer import pull_to_start
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import fit, out_folder, recipes
+from coca_jax import fit, recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
+from coca_jax.files import out_folder
 from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import asked, indexes, splits

@@ -7,7 +7,8 @@ import pytest
 from conftest import fresh_state, random_batch, tiny_config, train_step_of
 from test_checkpointing import RUN, restore, state_of
 
-from coca_jax import checkpointing, partitioning
+from coca_jax import partitioning
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import checks, typed
 from coca_jax.models import coca
 from coca_jax.ops import contrastive

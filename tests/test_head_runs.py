@@ -15,7 +15,8 @@ from test_inference import random_params, tiny_parts
 from test_train import tiny_run
 
 import coca_jax
-from coca_jax import checkpointing, export_format
+from coca_jax import export_format
+from coca_jax.checkpoints import checkpointing
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel

@@ -15,11 +15,11 @@ from conftest import (
 from jax.interpreters import partial_eval
 from ops_cases import drawn
 
-from coca_jax import optimizer, partitioning
+from coca_jax import partitioning
 from coca_jax.config import Loss
 from coca_jax.models import coca, pooler_kinds, roles
 from coca_jax.models.pixels import normalise_pixels
-from coca_jax.training import objectives
+from coca_jax.training import objectives, optimizer
 from coca_jax.training.gradients import value_and_gradients
 from coca_jax.training.objectives import head_loss
 from coca_jax.training.state import state_shardings, trainable

@@ -12,7 +12,8 @@ from one_device import smallest_run, train_alone
 from test_train import tiny_run
 
 import coca_jax
-from coca_jax import checkpointing, report
+from coca_jax import report
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
 from coca_jax.evaluators import history, results, tasks
 from coca_jax.metrics import TimeBuckets

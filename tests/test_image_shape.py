@@ -15,14 +15,16 @@ from ops_cases import drawn
 from PIL import Image
 
 import coca_jax
-from coca_jax import image_shape, partitioning, run_config, sealed_json, warm_start
+from coca_jax import image_shape, partitioning, run_config
 from coca_jax.config import Config, Model, checks, read, typed
 from coca_jax.configs import base
 from coca_jax.data import augment, images, order, render, resizing
 from coca_jax.estimate.flops import model_flops
+from coca_jax.files import sealed_json
 from coca_jax.importers.splits import prepare
 from coca_jax.models import coca, image_encoder, layers, rotary
 from coca_jax.models.pixels import shrink
+from coca_jax.training import warm_start
 from coca_jax.training.run import restore_or_begin
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from coca_jax import quiet
+from coca_jax.console import quiet
 from coca_jax.data import images, videos
 
 

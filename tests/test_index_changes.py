@@ -13,7 +13,9 @@ from test_search import embed, encoded, tree
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import bars, local_files, search
+from coca_jax import search
+from coca_jax.console import bars
+from coca_jax.files import local_files
 from coca_jax.inference import loading
 from coca_jax.searching import index, nearest, parts, staged
 from coca_jax.training import lease

@@ -11,9 +11,9 @@ from test_index_changes import again, call, captions, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import tree
 
-from coca_jax import storage
 from coca_jax.data import files, formats
 from coca_jax.engines import Engine
+from coca_jax.files import storage
 from coca_jax.searching import index, nearest, parts, staged
 
 

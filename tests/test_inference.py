@@ -392,7 +392,7 @@ def test_import_is_cheap_and_without_tensorflow():
 
 
 def test_a_run_without_its_vocabulary_says_what_is_missing(tmp_path, monkeypatch):
-    from coca_jax import checkpointing
+    from coca_jax.checkpoints import checkpointing
 
     monkeypatch.setattr(checkpointing, "find_step", lambda path: (tmp_path / "checkpoints", 1))
     monkeypatch.setattr(checkpointing, "load_params", lambda path: ({}, None))

@@ -11,7 +11,8 @@ from one_device import train_alone
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
-from coca_jax import checkpointing, compile, run_config
+from coca_jax import compile, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
 from coca_jax.estimate import goodput
 from coca_jax.training import saving

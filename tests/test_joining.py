@@ -11,8 +11,9 @@ import sys
 import jax
 import pytest
 
-from coca_jax import activity, processes
+from coca_jax.console import activity
 from coca_jax.importers import indexes
+from coca_jax.machine import processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEP = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="a", SLURM_LOCALID="0", SLURM_PROCID="0")
@@ -147,7 +148,7 @@ def test_what_another_process_writes_is_waited_for_with_a_word_and_a_bound(monke
 
 ALONE = """
 import sys
-from coca_jax import processes
+from coca_jax.machine import processes
 processes.TOLD_AFTER = processes.TOLD_EVERY = 0.3
 processes.start(f"localhost:{sys.argv[1]}", 2, 0)
 """
@@ -181,7 +182,8 @@ import json, os, sys, time, types
 from coca_jax.training import stopping
 stopping.install()
 import jax
-from coca_jax import config, processes
+from coca_jax import config
+from coca_jax.machine import processes
 from coca_jax.evaluators import tasks
 from coca_jax.training import agreement, lease
 number, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]

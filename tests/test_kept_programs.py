@@ -14,8 +14,8 @@ from coca_jax import partitioning
 from coca_jax.config import Config, Section
 from coca_jax.config.section import inner
 from coca_jax.estimate.step import abstract_batch
-from coca_jax.optimizer import make_schedule
 from coca_jax.training import gradients, memory, state, step
+from coca_jax.training.optimizer import make_schedule
 
 STEPS, LENGTHS = 100, (4, 8)
 MODEL = {"model.image.depth": 1, "model.text.unimodal_depth": 1, "model.text.multimodal_depth": 1}

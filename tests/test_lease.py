@@ -12,7 +12,7 @@ import time
 import pytest
 from prepare_cases import write_tar
 
-from coca_jax import storage
+from coca_jax.files import storage
 from coca_jax.training import lease
 
 ROOT = pathlib.Path(__file__).parent.parent

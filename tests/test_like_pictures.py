@@ -9,7 +9,7 @@ import scipy.cluster.vq
 import scipy.sparse.csgraph
 from test_search import clustered
 
-from coca_jax import bars
+from coca_jax.console import bars
 from coca_jax.searching import alike, nearest
 
 

@@ -15,23 +15,17 @@ from one_device import train_alone
 from test_inference import random_params
 from test_train import tiny_run
 
-from coca_jax import (
-    activity,
-    checkpointing,
-    export_format,
-    optimizer,
-    partitioning,
-    run_config,
-    warm_start,
-)
+from coca_jax import export_format, partitioning, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Config, Model, Optimizer, read, typed
+from coca_jax.console import activity
 from coca_jax.data import features, images, random_access, vocabulary
 from coca_jax.data.batches import Batches, trained
 from coca_jax.data.records import Record
 from coca_jax.metrics import TimeBuckets
 from coca_jax.models import coca, two_towers
 from coca_jax.models.pixels import normalise_pixels
-from coca_jax.training import locked, setup, stopping
+from coca_jax.training import locked, optimizer, setup, stopping, warm_start
 from coca_jax.training.gradients import loss_and_metrics
 from coca_jax.training.state import trainable
 

@@ -7,8 +7,10 @@ import pytest
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import cache_folder, cgroups, partitioning
+from coca_jax import partitioning
 from coca_jax.config import typed
+from coca_jax.files import cache_folder
+from coca_jax.machine import cgroups
 from coca_jax.training import memory
 
 

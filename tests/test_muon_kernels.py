@@ -11,7 +11,7 @@ from optimizer_cases import draw, gradients_of, nested
 from coca_jax import ops, partitioning
 from coca_jax.ops.cpu import Cpu, muon_kernels
 from coca_jax.ops.reference import Reference
-from coca_jax.optimizer import MUON_ITERATIONS, make_optimizer
+from coca_jax.training.optimizer import MUON_ITERATIONS, make_optimizer
 
 ABC = jnp.float32([3.4445, -4.7750, 2.0315])
 

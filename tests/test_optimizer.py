@@ -30,8 +30,9 @@ from optimizer_cases import (
     ours,
 )
 
-from coca_jax import optimizer, partitioning
+from coca_jax import partitioning
 from coca_jax.models import coca
+from coca_jax.training import optimizer
 from coca_jax.training import step as train_steps
 from coca_jax.training.state import TrainState
 

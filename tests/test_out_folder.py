@@ -9,8 +9,9 @@ from test_inference import model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, export_format, inference, out_folder, report
+from coca_jax import export, export_format, inference, report
 from coca_jax.evaluators import results
+from coca_jax.files import out_folder
 from coca_jax.inference import export_folder
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import COMPILE_FAST
 
-from coca_jax import checkpointing, checksums
+from coca_jax.checkpoints import checkpointing, checksums
 from coca_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -93,7 +93,10 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
 SHARES = """
 import contextlib, json, resource, sys
 import jax, numpy as np
-from coca_jax import checkpointing, checksums, evaluators, partitioning, processes, quiet
+from coca_jax import evaluators, partitioning
+from coca_jax.checkpoints import checkpointing, checksums
+from coca_jax.machine import processes
+from coca_jax.console import quiet
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.evaluators.writing import NotWritten, Writing
 from coca_jax.config import typed

@@ -13,7 +13,6 @@ from one_device import train_alone as train
 from PIL import Image
 
 import coca_jax
-from coca_jax import sealed_json
 from coca_jax.config import typed
 from coca_jax.data import kinds, mixture, questions, run_vocabulary, sources, vocabulary
 from coca_jax.data.loaders import open_stream
@@ -21,6 +20,7 @@ from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import base
 from coca_jax.evaluators.records import Records
+from coca_jax.files import sealed_json
 from coca_jax.importers import own_data
 from coca_jax.prepare import prepare
 

@@ -14,9 +14,10 @@ import pytest
 from test_recaption_inputs import asked, encoded, tars  # noqa: F401
 from test_version_0_1 import flags_of
 
-from coca_jax import recaption, sealed_json
+from coca_jax import recaption
 from coca_jax.data import prepared
 from coca_jax.engines import Engine
+from coca_jax.files import sealed_json
 from coca_jax.importers import metadata, parquet, splits
 from coca_jax.importers.items import Item, Options
 from coca_jax.recaptioning import running, shard, whole, writers

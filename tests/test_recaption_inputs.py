@@ -12,10 +12,11 @@ import pytest
 from test_search import encoded
 from test_version_0_1 import flags_of
 
-from coca_jax import recaption, sealed_json
+from coca_jax import recaption
 from coca_jax.data import prepared, teachers
 from coca_jax.data.records import Record
 from coca_jax.engines import Engine
+from coca_jax.files import sealed_json
 from coca_jax.importers import metadata, splits, webdataset
 from coca_jax.importers.items import Drawn, Item, Options, Unit
 from coca_jax.recaptioning import choose, flags, running, shard, whole, writers

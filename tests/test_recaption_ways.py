@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_version_0_1 import unpacked
 
-from coca_jax import local_files
+from coca_jax.files import local_files
 from coca_jax.importers import shards
 from coca_jax.importers.items import Options
 from coca_jax.inference.generation.settings import Settings

@@ -10,7 +10,7 @@ from test_inference import no_compile_cache, words  # noqa: F401
 from test_model_checksum import changed
 from test_serve import Client, model, png  # noqa: F401
 
-from coca_jax import sealed_json
+from coca_jax.files import sealed_json
 from coca_jax.searching import index, nearest, parts
 from coca_jax.serving import reopening
 

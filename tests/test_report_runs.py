@@ -5,7 +5,8 @@ import html
 import pytest
 from conftest import tiny_config
 
-from coca_jax import metrics, out_folder, report, sealed_json
+from coca_jax import metrics, report
+from coca_jax.files import out_folder, sealed_json
 
 
 def make_run(folder, steps):

@@ -9,8 +9,9 @@ from conftest import tiny_config
 from optimizer_cases import KEY
 
 import coca_jax
-from coca_jax import optimizer, partitioning, recipes
+from coca_jax import partitioning, recipes
 from coca_jax.models import coca, roles
+from coca_jax.training import optimizer
 
 
 @pytest.fixture(scope="module")

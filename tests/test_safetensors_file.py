@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from coca_jax import bars
+from coca_jax.console import bars
 from coca_jax.interop import safetensors_file
 from coca_jax.interop.safetensors_file import Blocks
 

@@ -12,9 +12,11 @@ from conftest import tiny
 from test_checkpointing import assert_equal, restore, state_of
 from test_version_0_1 import flags_of
 
-from coca_jax import ablate, checkpointing, fit, recipes, sealed_json
+from coca_jax import ablate, fit, recipes
 from coca_jax.ablating import running
+from coca_jax.checkpoints import checkpointing
 from coca_jax.data.mixture import Mixture
+from coca_jax.files import sealed_json
 from coca_jax.fitting import run as fitting
 from coca_jax.metrics import TimeBuckets
 from coca_jax.training import replicas, saving, skipping, spikes, stopping

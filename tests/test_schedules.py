@@ -9,8 +9,8 @@ import update_rules
 from conftest import tiny
 from optimizer_cases import make_config
 
-from coca_jax import optimizer
 from coca_jax.config import Optimizer, checks
+from coca_jax.training import optimizer
 
 
 def rates(kind, warmup, steps, count, peak=0.8):

@@ -7,7 +7,7 @@ import types
 from test_index_changes import again, captions, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import local_files
+from coca_jax.files import local_files
 from coca_jax.importers.items import printable
 from coca_jax.searching import index
 from coca_jax.searching.parts import Known

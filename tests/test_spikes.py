@@ -11,9 +11,11 @@ from data_cases import data_config, write_folder
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import checkpointing, prepare, run_config, sealed_json
+from coca_jax import prepare, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
 from coca_jax.data.mixture import Mixture
+from coca_jax.files import sealed_json
 from coca_jax.metrics import read_metrics
 from coca_jax.training import gradients, left_out, run, spikes, step, stopping
 from coca_jax.training.skipping import Diverged

@@ -10,7 +10,8 @@ import pytest
 TWO = """
 import glob, os, sys
 import jax, numpy as np
-from coca_jax import checkpointing, partitioning
+from coca_jax import partitioning
+from coca_jax.checkpoints import checkpointing
 from coca_jax.training.state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec as P
 

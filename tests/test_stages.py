@@ -9,13 +9,14 @@ from conftest import scenes_words, tiny_config
 from data_cases import data_config, equal, take, write_data
 from one_device import train_alone
 
-from coca_jax import checkpointing, optimizer, run_config
+from coca_jax import run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Config, checks, read, typed
 from coca_jax.data import run_vocabulary, stages
 from coca_jax.data.loaders import open_stream
 from coca_jax.data.mixture import Mixture
 from coca_jax.metrics import read_metrics
-from coca_jax.training import stopping
+from coca_jax.training import optimizer, stopping
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 RAMP = ((0.25, 4), (0.5, 8))

@@ -14,7 +14,8 @@ import time
 import pytest
 from conftest import COMPILE_FAST
 
-from coca_jax import checkpointing, quiet
+from coca_jax.checkpoints import checkpointing
+from coca_jax.console import quiet
 from coca_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -204,7 +205,7 @@ def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(commands
 
 FAILING = """
 import os, signal, sys, time
-from coca_jax import processes
+from coca_jax.machine import processes
 from coca_jax.training import stopping
 
 def fails(number, port, alone):

@@ -11,9 +11,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from coca_jax import report, storage, trackers
+from coca_jax import report, trackers
 from coca_jax.evaluators import captioning, results, unfinished
 from coca_jax.evaluators.writing import Writing
+from coca_jax.files import growing_file, storage
 from coca_jax.metrics import MetricWriter, read_metrics
 
 
@@ -45,13 +46,13 @@ def test_files_are_written_whole_or_not_at_all(folder):
 
 def test_a_growing_file_keeps_its_begin_and_loses_nothing(folder):
     path = storage.place(folder) / "rows.jsonl"
-    rows = storage.Growing(path)
+    rows = growing_file.Growing(path)
     for number in range(3):
         rows.write(f"row {number}\n".encode())
     rows.flush()
     assert path.read_text() == "row 0\nrow 1\nrow 2\n"  # before it is closed
     rows.write(b"after the last save")  # and then the program is killed
-    again = storage.Growing(path, keep=12)
+    again = growing_file.Growing(path, keep=12)
     assert path.read_text() == "row 0\nrow 1\n"
     again.write(b"row 2 again\n")
     again.close()
@@ -60,7 +61,7 @@ def test_a_growing_file_keeps_its_begin_and_loses_nothing(folder):
 
 def test_a_growing_object_is_brought_up_to_date_now_and_then(s3):
     path = storage.place(f"{s3}/often.txt")
-    often = storage.Growing(path, seconds=0)
+    often = growing_file.Growing(path, seconds=0)
     often.write(b"one\n")
     assert path.read_bytes() == b"one\n"
 
@@ -68,10 +69,10 @@ def test_a_growing_object_is_brought_up_to_date_now_and_then(s3):
 def test_a_large_growing_object_is_written_more_rarely(s3, monkeypatch):
     """All of it is sent each time: those of a long run would be a hundred gigabytes in the end."""
     now = [0.0]
-    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(storage, "OFTEN", 100)
+    monkeypatch.setattr(growing_file.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(growing_file, "OFTEN", 100)
     path, sent = storage.place(f"{s3}/large.txt"), []
-    growing = storage.Growing(path, seconds=60)
+    growing = growing_file.Growing(path, seconds=60)
     for _ in range(100):
         now[0] += 61
         before, size = growing._written_at, len(growing._parts[0]) if growing._parts else 0
@@ -203,7 +204,7 @@ def test_places_where_no_run_can_live(tmp_path, monkeypatch):
 def test_a_growing_file_on_a_full_disk_keeps_what_waits(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails
-    rows = storage.Growing(tmp_path / "rows")
+    rows = growing_file.Growing(tmp_path / "rows")
     rows.write(b"one\n")
     resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))  # a disk with two bytes left
     try:

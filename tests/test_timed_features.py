@@ -8,7 +8,8 @@ import pytest
 from conftest import scenes_words
 from one_device import smallest_run
 
-from coca_jax import benchmark_input, partitioning
+from coca_jax import partitioning
+from coca_jax.benchmarking import input_rate
 from coca_jax.config import typed
 from coca_jax.fitting import measure
 
@@ -63,4 +64,4 @@ def test_the_benchmark_of_input_refuses_what_reads_no_pictures():
         {"data.features": "kept", "optimizer.image_learning_rate": 0.0}
     )
     with pytest.raises(ValueError, match="data.features=kept: this times the reading of pictures"):
-        benchmark_input.read_input(config, 1.0, 0.0, 1)
+        input_rate.read_input(config, 1.0, 0.0, 1)

@@ -134,7 +134,7 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
 
     import jax
 
-    from coca_jax import processes
+    from coca_jax.machine import processes
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802

@@ -17,15 +17,15 @@ from conftest import scenes_words, tiny_config
 from data_cases import write_folder
 from one_device import smallest_run, train_alone
 
-from coca_jax import checkpointing, metrics, partitioning, run_config
+from coca_jax import metrics, partitioning, run_config
 from coca_jax import prepare as command
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
 from coca_jax.data import vocabulary
 from coca_jax.importers.splits import prepare
 from coca_jax.metrics import read_metrics
 from coca_jax.train import train
 from coca_jax.training import goodput, objectives, run, setup, stopping
-from coca_jax.training.stopping import Preempted
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -116,7 +116,7 @@ def test_a_run_that_sigterm_stopped_goes_on_as_if_uninterrupted(
     monkeypatch.setattr(stopping.Stop, "reached", sent)
     config = tiny_run()
     config.data.vocabulary = scenes_words()  # what the whole run trained
-    with pytest.raises(Preempted, match="step 3 is saved"):
+    with pytest.raises(stopping.Preempted, match="step 3 is saved"):
         train(config, str(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is former
     _, step = checkpointing.find_step(str(tmp_path))

@@ -160,12 +160,13 @@ def test_the_old_setting_of_a_slice_s_restarts_is_read(tmp_path):
 
 
 def test_the_old_name_of_a_benchmark_s_beams_is_read(monkeypatch, capsys):
-    from coca_jax import benchmark, benchmark_model
+    from coca_jax import benchmark
+    from coca_jax.benchmarking import model_times
 
     flags_of("benchmark", monkeypatch)
     benchmark.flags.FLAGS(["benchmark", "--beams=3"])
     monkeypatch.setattr(benchmark, "typed", lambda config: config)
-    monkeypatch.setattr(benchmark_model, "caption", lambda config, batch, tokens, beams, *_: beams)
+    monkeypatch.setattr(model_times, "caption", lambda config, batch, tokens, beams, *_: beams)
     assert benchmark.measure("caption") == 3
     assert "--beams is now --num_beams; the old name works until 0.3" in capsys.readouterr().err
 

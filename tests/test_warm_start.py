@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from conftest import params_of, tiny, tiny_config
 
-from coca_jax import checkpointing, export_format, inherit, recipes, run_config, warm_start
+from coca_jax import export_format, inherit, recipes, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
 from coca_jax.fitting import weights
 from coca_jax.models import coca
-from coca_jax.training import run, setup
+from coca_jax.training import run, setup, warm_start
 from coca_jax.training.state import state_shardings
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from coca_jax import activity
+from coca_jax.console import activity
 from coca_jax.evaluators.records import Records
 from coca_jax.inference.devices import Devices
 from coca_jax.metrics import TimeBuckets

@@ -18,8 +18,8 @@ import numpy as np
 from scipy import stats
 
 import coca_jax
-from coca_jax import sealed_json, storage
 from coca_jax.ablating.table import Table, Variant
+from coca_jax.files import sealed_json, storage
 from coca_jax.report import ablation, scores
 from coca_jax.training import skipping
 

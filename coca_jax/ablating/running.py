@@ -23,13 +23,14 @@ from typing import Any
 
 import jax
 
-from coca_jax import metrics, out_folder, recipes, sealed_json
+from coca_jax import metrics, recipes
 from coca_jax.ablating import outcome
 from coca_jax.ablating.table import Table, Variant
 from coca_jax.config import Config, checks
 from coca_jax.config.section import dotted, plain
 from coca_jax.data import files, kinds, sources
 from coca_jax.evaluators import declarations
+from coca_jax.files import out_folder, sealed_json
 from coca_jax.importers import asked, indexes, own_data
 from coca_jax.training import lease, setup
 from coca_jax.training import run as training

@@ -25,7 +25,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (makes numpy know bfloat16)
 import numpy as np
 
-from coca_jax import image_shape, sealed_json
+from coca_jax import image_shape
 from coca_jax.config import Config, Entry
 from coca_jax.config.model import BLOCK
 from coca_jax.data import pixels
@@ -33,6 +33,7 @@ from coca_jax.data.pixels import Plan
 from coca_jax.data.random_access import Source
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
+from coca_jax.files import sealed_json
 
 GIB = 2**30
 MISSING, GOOD, BAD = 0, 1, 2  # states of a row; BAD: the image does not decode

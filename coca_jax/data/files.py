@@ -13,9 +13,9 @@ import stat
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from coca_jax import local_files
 from coca_jax.data import own_folders, split_names, unreachable
-from coca_jax.storage import as_os_error, filesystem, is_remote
+from coca_jax.files import local_files
+from coca_jax.files.storage import as_os_error, filesystem, is_remote
 
 _OF_SYSTEMS = ("__MACOSX", "@eaDir")  # folders that macOS packs and Synology's stations make
 _UNREACHED = (ConnectionError, TimeoutError, socket.gaierror)

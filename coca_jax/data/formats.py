@@ -12,8 +12,8 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coca_jax import storage
 from coca_jax.data import bounded_json, files, images, own_folders, videos
+from coca_jax.files import storage
 
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 METADATA = (  # of an imagefolder

@@ -6,8 +6,8 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 
-from coca_jax import local_files
 from coca_jax.data import files, formats, images, own_folders, videos
+from coca_jax.files import local_files
 
 
 def find(paths: Sequence[str], video: bool = False) -> list[str]:

@@ -15,11 +15,11 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 
-from coca_jax import local_files
 from coca_jax.data import files, range_cache, references
 from coca_jax.data.random_access import Indices, Reader
 from coca_jax.data.records import Record
 from coca_jax.data.references import Reference
+from coca_jax.files import local_files
 
 _OPEN_FILES = 128  # that are kept open
 _UNPACKED_BYTES = 64 << 20  # of pages that are kept unpacked

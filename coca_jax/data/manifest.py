@@ -6,8 +6,8 @@ import hashlib
 import posixpath
 from typing import Any
 
-from coca_jax import local_files
 from coca_jax.data import bounded_json, files
+from coca_jax.files import local_files
 
 FILE = "manifest.json"
 MAX_BYTES = 256 << 20  # of a manifest; 100,000 shards take 20 million

@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax import sealed_json
 from coca_jax.data import files, formats
+from coca_jax.files import sealed_json
 
 _MOST_BELOW = 500_000  # files
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import cores, image_shape
+from coca_jax import image_shape
 from coca_jax.config import Config
 from coca_jax.data import augment, images, native, order, render, resizing, texts, videos
 from coca_jax.data.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.image_shape import Size
+from coca_jax.machine import cores
 from coca_jax.models import head_kinds, native_layout
 
 Plan = dict[str, np.ndarray]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from coca_jax import local_files, storage
 from coca_jax.config import Entry
 from coca_jax.data import (
     files,
@@ -25,6 +24,7 @@ from coca_jax.data import (
 )
 from coca_jax.data.random_access import Indices, Reader, Source
 from coca_jax.data.records import Record
+from coca_jax.files import local_files, storage
 
 HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
 # Shards of a source that stay open: this share of what the process may have, and so many at most;

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from absl import logging
 
-from coca_jax import activity
+from coca_jax.console import activity
 from coca_jax.data import kinds
 from coca_jax.data.records import Record
 

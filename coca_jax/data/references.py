@@ -13,8 +13,8 @@ import posixpath
 import zlib
 from typing import Any, NamedTuple
 
-from coca_jax import local_files
 from coca_jax.data import bounded_json, files
+from coca_jax.files import local_files
 
 _SCHEMES = ("s3", "s3a", "gs", "gcs", "memory")
 

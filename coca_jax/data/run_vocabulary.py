@@ -7,11 +7,13 @@ import time
 
 from absl import logging
 
-from coca_jax import activity, export_format, storage
+from coca_jax import export_format
 from coca_jax.config import Config, checks
+from coca_jax.console import activity
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.files import storage
 
 VOCABULARY_FILE = "vocabulary.model"
 _SENTENCES_PER_PIECE = 50  # enough for stable unigram probabilities, and quick for small sizes

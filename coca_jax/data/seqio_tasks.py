@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import extras, quiet
+from coca_jax import extras
+from coca_jax.console import quiet
 
 try:
     with quiet.importing():

@@ -16,8 +16,8 @@ import shutil
 import time
 from collections.abc import Iterator
 
-from coca_jax import cache_folder, storage
 from coca_jax.data import files, unreachable
+from coca_jax.files import cache_folder, storage
 
 LIMIT = "COCA_JAX_SHARD_CACHE_GIB"  # a variable of the environment
 DEFAULT_GIB = 100.0

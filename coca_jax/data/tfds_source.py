@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from coca_jax import extras, quiet
+from coca_jax import extras
 from coca_jax.config import Entry
+from coca_jax.console import quiet
 from coca_jax.data.random_access import Indices, Source
 from coca_jax.data.records import Record
 

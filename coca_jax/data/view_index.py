@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from coca_jax import activity
+from coca_jax.console import activity
 from coca_jax.data import files
-from coca_jax.storage import write_bytes
+from coca_jax.files.storage import write_bytes
 
 FOLDER = "views"  # of index files, beside the shards or in a workdir
 _FORMAT = 2  # of index files; a file of another is made anew. 2: answers of null are none

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from coca_jax import activity
 from coca_jax.config import Entry
+from coca_jax.console import activity
 from coca_jax.data import kinds
 from coca_jax.data.field_texts import (
     INNER_LABELS,

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from coca_jax import ops as operations
-from coca_jax import partitioning, run_config, storage
+from coca_jax import partitioning, run_config
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.estimate import flops, gpu, hlo, schedule, tpu
 from coca_jax.estimate.chips import Gpu, Slice, get_slice
 from coca_jax.estimate.step import build_step
+from coca_jax.files import storage
 
 
 def analyse(

@@ -12,7 +12,7 @@ from coca_jax import partitioning
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
-from coca_jax.optimizer import make_schedule
+from coca_jax.training.optimizer import make_schedule
 from coca_jax.training.state import build_model, state_shardings
 from coca_jax.training.step import of_step, shared_train_step
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from absl import logging
 
-from coca_jax import bars
+from coca_jax.console import bars
 from coca_jax.image_shape import Size
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import image_shape, storage
+from coca_jax import image_shape
 from coca_jax.config import rules
 from coca_jax.evaluators import (
     Predictor,
@@ -28,6 +28,7 @@ from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Set
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
 from coca_jax.evaluators.outputs import Outputs
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture, seen
+from coca_jax.files import storage
 from coca_jax.inference.generation.settings import Settings
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax import sealed_json, storage
 from coca_jax.data import bounded_json
+from coca_jax.files import sealed_json, storage
 
 FILE = "evaluations.jsonl"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax import storage
 from coca_jax.data import bounded_json
 from coca_jax.evaluators import Record
 from coca_jax.evaluators.writing import Writing
+from coca_jax.files import growing_file, storage
 
 
 class Outputs:
@@ -43,7 +43,7 @@ class Outputs:
                     logging.warning(told, self._path, number, error)
                     break
         self._taken = 0
-        self._file: storage.Growing | None = None
+        self._file: growing_file.Growing | None = None
 
     def take(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Returns what the file holds of the records that come next: of all, the first, or none."""
@@ -64,7 +64,7 @@ class Outputs:
         if self._file is None:
             begin = (self._first + _lines(self._found[: self._taken])).encode()
             storage.write_bytes(self._path, begin)
-            self._file = storage.Growing(self._path, keep=len(begin))
+            self._file = growing_file.Growing(self._path, keep=len(begin))
         self._file.write(_lines(outputs).encode())
 
     def close(self) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import activity
 from coca_jax.config.data import Entry
+from coca_jax.console import activity
 from coca_jax.data import kinds
 from coca_jax.evaluators import Record, declarations
 from coca_jax.importers import unprepared

@@ -16,9 +16,9 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from coca_jax import local_files, storage
 from coca_jax.data import bounded_json, files, resizing, videos
 from coca_jax.evaluators import Predictor
+from coca_jax.files import local_files, storage
 
 _THUMBNAIL = 96
 STEPS = "eval_steps.json"  # task -> step of the run after which it was scored

@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from coca_jax import evaluators, processes
+from coca_jax import evaluators
 from coca_jax.evaluators import Predictor, declarations, history, results
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.records import records_of
 from coca_jax.evaluators.unfinished import Unfinished
 from coca_jax.evaluators.writing import Writing
+from coca_jax.machine import processes
 from coca_jax.models.head_kinds import HeadKind
 
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax import storage
 from coca_jax.evaluators import results
 from coca_jax.evaluators.writing import Writing
+from coca_jax.files import storage
 from coca_jax.inference import model_checksum
 
 

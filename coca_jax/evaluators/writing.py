@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from coca_jax import processes
+from coca_jax.machine import processes
 
 
 class NotWritten(OSError):

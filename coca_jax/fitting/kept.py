@@ -9,8 +9,8 @@ import pathlib
 import shutil
 from typing import Any
 
-from coca_jax import out_folder, storage
 from coca_jax.data import bounded_json
+from coca_jax.files import out_folder, storage
 
 FILE = "fit.json"
 RECIPE = "recipe.py"

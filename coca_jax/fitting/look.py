@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import bars
+from coca_jax.console import bars
 from coca_jax.data import images
 from coca_jax.importers import checks, dedup
 from coca_jax.importers.items import Item

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax import cores
+from coca_jax.machine import cores
 from coca_jax.ops.cpu import build
 from coca_jax.training import memory
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import compile_cache, inference, out_folder, recipes
+from coca_jax import inference, recipes
 from coca_jax.config import Config
 from coca_jax.data import files, kinds, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepared import read_manifest
 from coca_jax.evaluators.records import Records
+from coca_jax.files import out_folder
 from coca_jax.fitting import choose, look, measure, recipe, sizes, tell, weights
 from coca_jax.fitting.kept import RECIPE, Kept, Request
 from coca_jax.fitting.machine import look as look_at_machine
@@ -24,6 +25,7 @@ from coca_jax.importers import asked, indexes, own_data
 from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.metadata import MANIFEST
 from coca_jax.inference import export_programs
+from coca_jax.machine import compile_cache
 from coca_jax.training import lease, memory, setup, stopping
 from coca_jax.training import run as training
 

@@ -7,9 +7,11 @@ import pathlib
 
 import jax
 
-from coca_jax import checkpointing, export_format, warm_start
+from coca_jax import export_format
+from coca_jax.checkpoints import checkpointing
 from coca_jax.fitting.choose import Weights
 from coca_jax.models import coca
+from coca_jax.training import warm_start
 
 
 def read(path: str) -> Weights:

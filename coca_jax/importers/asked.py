@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from coca_jax import out_folder
 from coca_jax.data import files
+from coca_jax.files import out_folder
 from coca_jax.importers import metadata, shards
 from coca_jax.importers.items import Options, Unit
 

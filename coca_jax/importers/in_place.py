@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import posixpath
 
-from coca_jax import local_files
 from coca_jax.data import files, named_files, references
 from coca_jax.data.records import Record
+from coca_jax.files import local_files
 from coca_jax.importers import tar_members
 from coca_jax.importers.items import Item, Options, Unit
 

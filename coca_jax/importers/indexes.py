@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax import activity, cache_folder, local_files
 from coca_jax.config import Config, Entry
+from coca_jax.console import activity
 from coca_jax.data import files, formats, manifest, named_files, references
+from coca_jax.files import cache_folder, local_files
+from coca_jax.files.storage import write_bytes
 from coca_jax.importers import in_place, metadata, shards, split_field, splits
 from coca_jax.importers.items import Options, Unit, whole_files
-from coca_jax.storage import write_bytes
 
 _ASKED_AT_ONCE = 16  # files: a network's disk takes half a millisecond to answer for each
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from coca_jax import local_files
 from coca_jax.data import files, manifest
+from coca_jax.files import local_files
+from coca_jax.files.storage import write_bytes
 from coca_jax.importers.items import Drawn
-from coca_jax.storage import write_bytes
 
 MANIFEST = manifest.FILE
 _FEATURE = "tensorflow_datasets.core.features."

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from array_record.python import array_record_module
 
-from coca_jax import storage
 from coca_jax.data import files, images, records, unreachable
 from coca_jax.data.records import Record
+from coca_jax.files import storage
 from coca_jax.importers import checks, dedup, in_place, remarks
 from coca_jax.importers.items import Drawn, Item, Options, Unit, printable
 

@@ -12,9 +12,9 @@ import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from coca_jax import local_files
 from coca_jax.data import files, formats, named_files
 from coca_jax.data.formats import SIDECARS, TEXTS
+from coca_jax.files import local_files
 from coca_jax.importers import lines, tar_members, webdataset
 from coca_jax.importers.items import (
     Item,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from coca_jax import activity
+from coca_jax.console import activity
 from coca_jax.data import split_names, unreachable
 from coca_jax.importers import dedup, metadata, nothing_left, remarks, shards, splits
 from coca_jax.importers.items import Options, Unit, whole_files

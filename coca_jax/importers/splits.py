@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from coca_jax import activity, local_files, storage
+from coca_jax.console import activity
 from coca_jax.data import files, unreachable
 from coca_jax.engines import Engine
+from coca_jax.files import local_files, storage
 from coca_jax.importers import asked, dedup, in_place, metadata, nothing_left, remarks, shards
 from coca_jax.importers.items import Options, Unit, named_classes, printable
 from coca_jax.importers.work import Hands, written

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax import activity, bars, cores
+from coca_jax.console import activity, bars
 from coca_jax.engines import Engine
 from coca_jax.importers import dedup, shards
 from coca_jax.importers.items import Options
+from coca_jax.machine import cores
 
 
 @dataclasses.dataclass(frozen=True)

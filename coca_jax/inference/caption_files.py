@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coca_jax import sealed_json, storage
 from coca_jax.data import bounded_json, formats
+from coca_jax.files import sealed_json, storage
 from coca_jax.inference import model_checksum, read_ahead
 
 if TYPE_CHECKING:

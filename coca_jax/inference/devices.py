@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import activity, partitioning
+from coca_jax import partitioning
+from coca_jax.console import activity
 
 WHOLE = P()
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from coca_jax import bars, renamed
+from coca_jax import renamed
 from coca_jax.config import Config, StoredConfig, checks
+from coca_jax.console import bars
 from coca_jax.data import native
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data.vocabulary import Vocabulary

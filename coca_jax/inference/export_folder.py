@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from coca_jax import export_format, image_shape, out_folder, storage
+from coca_jax import export_format, image_shape
 from coca_jax.export_format import CARD, PREPROCESSOR
+from coca_jax.files import out_folder, storage
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop.hub import push
 from coca_jax.models import tower_kinds

@@ -18,7 +18,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import export_format, extras, storage
+from coca_jax import export_format, extras
+from coca_jax.files import storage
 from coca_jax.inference import export_folder, export_programs
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import roles

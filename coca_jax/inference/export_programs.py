@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import export_format, storage
+from coca_jax import export_format
 from coca_jax.config import Model, read
+from coca_jax.files import storage
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import coca, decoding, roles

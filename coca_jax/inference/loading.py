@@ -14,16 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax import compile_cache, export_format, partitioning, storage
+from coca_jax import export_format, partitioning
 from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.files import storage
 from coca_jax.inference import devices as chosen_devices
 from coca_jax.inference import read_images
 from coca_jax.inference.model import CoCaModel
 from coca_jax.inference.two_towers import TwoTowerModel
 from coca_jax.interop import hub, weights_files
 from coca_jax.interop.open_clip_layout import compare
+from coca_jax.machine import compile_cache
 from coca_jax.models import coca, roles, two_towers
 
 
@@ -136,7 +138,7 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
 
 
 def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary, int]:
-    from coca_jax import checkpointing  # Orbax: only where a run is read
+    from coca_jax.checkpoints import checkpointing  # Orbax: only where a run is read
 
     directory, step = checkpointing.find_step(path)
     params, config = checkpointing.load_params(path)

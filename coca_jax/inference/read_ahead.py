@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from coca_jax import cores
+from coca_jax.machine import cores
 
 Item = TypeVar("Item")
 AHEAD = 2  # batches

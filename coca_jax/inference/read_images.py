@@ -14,13 +14,16 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from coca_jax import bars, cores, image_shape, local_files
+from coca_jax import image_shape
 from coca_jax.config import rules
+from coca_jax.console import bars
 from coca_jax.data import image_files, resizing, videos
 from coca_jax.data import images as image_data
 from coca_jax.data import native as native_data
+from coca_jax.files import local_files
 from coca_jax.image_shape import Size
 from coca_jax.inference.devices import Devices
+from coca_jax.machine import cores
 from coca_jax.models import native_layout
 
 

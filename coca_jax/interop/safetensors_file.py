@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from coca_jax import bars, storage
+from coca_jax.console import bars
+from coca_jax.files import storage
 
 DTYPES = {
     "F64": np.dtype(np.float64),

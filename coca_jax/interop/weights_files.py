@@ -6,7 +6,8 @@ import os
 
 import numpy as np
 
-from coca_jax import export_format, storage
+from coca_jax import export_format
+from coca_jax.files import storage
 from coca_jax.interop import open_clip_config, safetensors_file, torch_file, towers_config
 
 FOREIGN = (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES)

@@ -11,8 +11,8 @@ import posixpath
 from collections.abc import Iterable
 from typing import Any
 
-from coca_jax import local_files, sealed_json
 from coca_jax.data import files
+from coca_jax.files import local_files, sealed_json
 from coca_jax.importers import shards, sidecars, split_field, splits
 from coca_jax.importers.items import Options, Unit
 from coca_jax.recaptioning.request import Request

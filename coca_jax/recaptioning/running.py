@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coca_jax import bars
+from coca_jax.console import bars
 from coca_jax.engines import Engine, Report
 from coca_jax.importers import shards
 from coca_jax.importers.shards import Job

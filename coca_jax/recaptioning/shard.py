@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
+from coca_jax.files import sealed_json, storage
 from coca_jax.importers import checks, shards
 from coca_jax.importers.items import Item, printable
 from coca_jax.importers.shards import Job

@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from coca_jax import local_files, out_folder, sealed_json, storage
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
+from coca_jax.files import local_files, out_folder, sealed_json, storage
 from coca_jax.importers import asked, metadata, remarks, shards, splits
 from coca_jax.importers.shards import Job
 from coca_jax.inference import model_checksum

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from coca_jax import storage
 from coca_jax.evaluators.declarations import Metric, Scale
+from coca_jax.files import storage
 from coca_jax.report import charts, numbers, page
 
 TRAIN = "train"  # where evaluators have their name, of the losses in training

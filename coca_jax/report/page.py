@@ -12,8 +12,9 @@ from typing import Any
 import jinja2
 from etils import epath
 
-from coca_jax import image_shape, storage
+from coca_jax import image_shape
 from coca_jax.config.section import flatten
+from coca_jax.files import storage
 from coca_jax.report import charts, examples, numbers, run_files, scores
 from coca_jax.report.run_files import RunFiles
 from coca_jax.training import goodput as training

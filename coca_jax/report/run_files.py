@@ -10,9 +10,9 @@ from typing import Any
 from etils import epath
 
 from coca_jax import config as typed
-from coca_jax import out_folder, sealed_json, storage
 from coca_jax.data import bounded_json, files
 from coca_jax.evaluators import history, results
+from coca_jax.files import out_folder, sealed_json, storage
 from coca_jax.metrics import read_metrics
 from coca_jax.training import goodput
 

@@ -11,7 +11,7 @@ import scipy.cluster.vq
 import scipy.sparse
 import scipy.sparse.csgraph
 
-from coca_jax import bars
+from coca_jax.console import bars
 from coca_jax.searching.index import Index
 from coca_jax.searching.nearest import Exact
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coca_jax import storage
+from coca_jax.files import storage
 from coca_jax.inference import model_checksum
 
 STAGED = "staged"

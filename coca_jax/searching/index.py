@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coca_jax import bars, local_files, storage
+from coca_jax.console import bars
 from coca_jax.data import files, image_files
+from coca_jax.files import local_files, storage
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from absl import logging
 
-from coca_jax import bars, extras, storage
+from coca_jax import extras
+from coca_jax.console import bars
+from coca_jax.files import storage
 
 EXACT_BELOW = 100_000  # pictures: every one is compared, in some 10 ms
 FILE = "nearest.usearch"

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coca_jax import local_files, sealed_json, storage
 from coca_jax.data import bounded_json
+from coca_jax.files import local_files, sealed_json, storage
 from coca_jax.searching import checks
 
 _KEY = b"coca_jax"

@@ -9,8 +9,8 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from coca_jax import local_files
 from coca_jax.data import files, formats, image_files, named_files
+from coca_jax.files import local_files
 from coca_jax.importers import imagefolder, shards, sidecars
 from coca_jax.importers.items import Item, Options, Unit, printable
 

@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from coca_jax import bars, storage
+from coca_jax.console import bars
 from coca_jax.data import files
 from coca_jax.engines import Engine, Report
+from coca_jax.files import storage
 from coca_jax.importers.items import printable
 from coca_jax.searching import embedding, pictures
 from coca_jax.searching.checks import STAGED, check_model

@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 from starlette.concurrency import run_in_threadpool
 
-from coca_jax import storage
+from coca_jax.files import storage
 from coca_jax.searching.index import Index, stamp
 
 SECONDS = 5.0  # between two looks at the folder

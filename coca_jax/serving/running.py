@@ -14,9 +14,9 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from coca_jax import local_files
+from coca_jax.files import local_files
+from coca_jax.machine.signals import AT_ONCE, SAME_KEY
 from coca_jax.serving import connections
-from coca_jax.signals import AT_ONCE, SAME_KEY
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from starlette.datastructures import UploadFile
 
-from coca_jax import cores
 from coca_jax.data import images, videos
+from coca_jax.machine import cores
 from coca_jax.serving.refusals import check_room
 
 # Pictures that are decoded at a time at most: each takes some 7 bytes a pixel, however few bytes

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import storage
 from coca_jax.data import bounded_json
+from coca_jax.files import storage
 from coca_jax.suites import metrics
 
 

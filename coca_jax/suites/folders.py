@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import storage
 from coca_jax.data import bounded_json, files, prompts
 from coca_jax.evaluators.records import Records
+from coca_jax.files import storage
 from coca_jax.importers import tar_members, unprepared
 from coca_jax.suites import pairs
 

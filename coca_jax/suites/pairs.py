@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from coca_jax import storage
 from coca_jax.data import bounded_json, images
+from coca_jax.files import storage
 
 SUGARCREPE = ("filename", "caption", "negative_caption")
 ARO = ("image_path", "true_caption", "false_caption")

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from coca_jax import storage
 from coca_jax.data import formats
 from coca_jax.evaluators import results
 from coca_jax.evaluators.intervals import scored
+from coca_jax.files import storage
 from coca_jax.importers import indexes
 from coca_jax.inference import model_checksum
 from coca_jax.suites import measuring, metrics

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from coca_jax import storage
+from coca_jax.files import storage
 from coca_jax.suites import folders, metrics
 
 ACC, MEAN = "acc1", "mean_per_class_recall"

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 from absl import logging
 
-from coca_jax import extras, storage
+from coca_jax import extras
 from coca_jax.data import bounded_json
+from coca_jax.files import storage
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 UNASKED = "tensorboard"  # the default of a run: written where its package is there

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from coca_jax import storage
+from coca_jax.files import growing_file, storage
 
 
 @contextlib.contextmanager
@@ -39,8 +39,8 @@ class _Files:
     """Files as `storage` writes them: a local one is seen at once, one in a bucket grows by whole
     copies, with the credentials of the run's other files."""
 
-    def open(self, path: str) -> storage.Growing:
-        return storage.Growing(path.removeprefix(f"{SCHEME}:"))
+    def open(self, path: str) -> growing_file.Growing:
+        return growing_file.Growing(path.removeprefix(f"{SCHEME}:"))
 
     def directory_check(self, path: str) -> None:
         """Folders are made with their first file."""

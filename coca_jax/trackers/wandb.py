@@ -8,7 +8,8 @@ from typing import Any
 
 import wandb
 
-from coca_jax import storage, trackers
+from coca_jax import trackers
+from coca_jax.files import storage
 
 
 class WeightsAndBiases:

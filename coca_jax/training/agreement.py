@@ -19,8 +19,10 @@ from typing import Any
 import jax
 
 import coca_jax
-from coca_jax import processes, run_config, storage
+from coca_jax import run_config
 from coca_jax.config import Config
+from coca_jax.files import storage
+from coca_jax.machine import processes
 from coca_jax.training import stopping
 
 FILE = "processes.token"  # in the workdir while the processes look for it

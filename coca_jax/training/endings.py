@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from coca_jax import checkpointing
+from coca_jax.checkpoints import checkpointing
 from coca_jax.training import replicas, stopping
 
 

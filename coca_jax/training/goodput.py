@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax import storage
+from coca_jax.files import storage
 from coca_jax.metrics import BUCKETS, TimeBuckets
 
 FILE = "goodput.json"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from coca_jax import storage, trackers
-from coca_jax.checkpointing import Checkpoints
+from coca_jax import trackers
+from coca_jax.checkpoints.checkpointing import Checkpoints
 from coca_jax.evaluators import history, writing
+from coca_jax.files import storage
 from coca_jax.metrics import MetricWriter, Progress
 from coca_jax.training import guard
 from coca_jax.training.best import Best

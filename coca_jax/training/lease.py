@@ -22,7 +22,8 @@ import uuid
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from coca_jax import local_files, processes, storage
+from coca_jax.files import local_files, storage
+from coca_jax.machine import processes
 from coca_jax.training import stopping
 
 FILE = "lease.json"

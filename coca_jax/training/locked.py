@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from coca_jax import activity, checksums, partitioning
+from coca_jax import partitioning
+from coca_jax.checkpoints import checksums
+from coca_jax.console import activity
 from coca_jax.data import features
 from coca_jax.data.features import Features
 from coca_jax.data.pixels import Pixels

@@ -21,12 +21,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 import coca_jax
-from coca_jax import cache_folder, cgroups, partitioning, storage
 from coca_jax import ops as operations
+from coca_jax import partitioning
 from coca_jax.config import Config, typed
 from coca_jax.data import stages
 from coca_jax.data.mixture import head_classes
 from coca_jax.estimate.step import abstract_batch, build_step
+from coca_jax.files import cache_folder, storage
+from coca_jax.machine import cgroups
 from coca_jax.training.state import of_state, trainable
 
 # On a CPU: the same buffers, code that nobody runs. Other compilers take no such options.

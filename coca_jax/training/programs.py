@@ -12,10 +12,10 @@ from coca_jax import image_shape, partitioning
 from coca_jax import ops as operations
 from coca_jax.image_shape import Size
 from coca_jax.models.coca import CoCa
-from coca_jax.optimizer import make_schedule
 from coca_jax.training import replicas, text_lengths
 from coca_jax.training.feed import Measured
 from coca_jax.training.gradients import Metrics
+from coca_jax.training.optimizer import make_schedule
 from coca_jax.training.setup import Run
 from coca_jax.training.state import Alike, TrainState, state_shardings
 from coca_jax.training.step import of_step, shared_train_step, size_at

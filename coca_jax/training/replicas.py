@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import checksums
+from coca_jax.checkpoints import checksums
 
 
 class Corrupted(RuntimeError):

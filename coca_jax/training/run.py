@@ -10,20 +10,13 @@ from typing import Any
 
 import jax
 
-from coca_jax import (
-    checkpointing,
-    image_shape,
-    local_files,
-    metrics,
-    out_folder,
-    partitioning,
-    run_config,
-    storage,
-)
+from coca_jax import image_shape, metrics, partitioning, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import stages
 from coca_jax.data.features import Features
 from coca_jax.evaluators import results
+from coca_jax.files import local_files, out_folder, storage
 from coca_jax.importers import asked, indexes
 from coca_jax.training import (
     agreement,
@@ -298,7 +291,7 @@ def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[
     run.begin("making the model")
     state = init_state(run.model, run.config, run.mesh)
     if run.config.init_from:
-        from coca_jax import warm_start
+        from coca_jax.training import warm_start
 
         config, model = run.config, run.config.model
         if line := warm_start.remark(config):

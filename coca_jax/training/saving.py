@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from coca_jax.checkpointing import Checkpoints, SaveFailed
+from coca_jax.checkpoints.checkpointing import Checkpoints, SaveFailed
 from coca_jax.estimate import goodput
 from coca_jax.training import hooks
 from coca_jax.training.setup import Run

@@ -12,27 +12,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from coca_jax import (
-    checkpoint_places,
-    checkpointing,
-    metrics,
-    ops,
-    out_folder,
-    partitioning,
-    run_config,
-    storage,
-    trackers,
-    warm_start,
-)
+from coca_jax import metrics, ops, partitioning, run_config, trackers
+from coca_jax.checkpoints import checkpointing, saved_steps
 from coca_jax.config import Config, Entry
 from coca_jax.data import files, run_vocabulary, scored, teachers, vocabulary
 from coca_jax.data.loaders import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.evaluators import declarations
+from coca_jax.files import out_folder, storage
 from coca_jax.importers import indexes
 from coca_jax.models import coca
-from coca_jax.optimizer import orthogonalises
-from coca_jax.training import best, guard, replicas
+from coca_jax.training import best, guard, replicas, warm_start
+from coca_jax.training.optimizer import orthogonalises
 from coca_jax.training.state import build_model
 from coca_jax.training.stopping import Stop
 
@@ -92,7 +83,7 @@ def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     mesh = check_config(config)
     out_folder.check_run(workdir)
-    checkpoint_places.check_writable(workdir)
+    saved_steps.check_writable(workdir)
     check_start(config, workdir)
     for source in config.data.sources:
         out_folder.check_apart(workdir, source.path)

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from coca_jax import storage
+from coca_jax.files import storage
 from coca_jax.training.gradients import Metrics
 from coca_jax.training.left_out import Ranges, number_of
 from coca_jax.training.setup import Run

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from coca_jax import sealed_json, storage
 from coca_jax.data import stages
+from coca_jax.files import sealed_json, storage
 from coca_jax.training.gradients import Metrics
 from coca_jax.training.left_out import Ranges, leave_out, number_of
 from coca_jax.training.setup import Run

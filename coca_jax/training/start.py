@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from coca_jax import huge_pages
+from coca_jax.machine import huge_pages
 from coca_jax.training import stopping
 
 

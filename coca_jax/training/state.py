@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from coca_jax import lora, partitioning
+from coca_jax import partitioning
 from coca_jax.config import Config, Optimizer, Recipe, typed
 from coca_jax.models import coca, pooler_kinds, roles
 from coca_jax.models.coca import CoCa
 from coca_jax.ops.global_contrastive import UNSEEN
-from coca_jax.optimizer import averages, make_optimizer
-from coca_jax.training import objectives
+from coca_jax.training import lora, objectives
+from coca_jax.training.optimizer import averages, make_optimizer
 
 
 class TrainState(flax.struct.PyTreeNode):

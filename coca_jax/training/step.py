@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from coca_jax import image_shape, lora
+from coca_jax import image_shape
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import stages
 from coca_jax.image_shape import Size
@@ -20,7 +20,10 @@ from coca_jax.models.coca import CoCa
 from coca_jax.models.pixels import normalise_pixels, shrink
 from coca_jax.ops import packed
 from coca_jax.ops.reference import Reference
-from coca_jax.optimizer import (
+from coca_jax.training import lora
+from coca_jax.training.gradients import Metrics, draws, value_and_gradients
+from coca_jax.training.objectives import ESTIMATE
+from coca_jax.training.optimizer import (
     Schedule,
     average_decay,
     averages,
@@ -30,8 +33,6 @@ from coca_jax.optimizer import (
     rate_factors,
     without_schedule,
 )
-from coca_jax.training.gradients import Metrics, draws, value_and_gradients
-from coca_jax.training.objectives import ESTIMATE
 from coca_jax.training.parts import Batch, merge_rows, split_rows
 from coca_jax.training.state import Alike, TrainState, merge, trainable
 from coca_jax.training.text_lengths import Lengths, trim

@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from coca_jax import processes
-from coca_jax.signals import AT_ONCE, SAME_KEY
+from coca_jax.machine import processes
+from coca_jax.machine.signals import AT_ONCE, SAME_KEY
 
 SAVED = ("ablate", "fit", "train")  # commands that save what they did when they are asked to stop
 EXIT_AGAIN = 75  # EX_TEMPFAIL: the launchers start the run again

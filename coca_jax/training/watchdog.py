@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax import activity, storage
+from coca_jax.console import activity
+from coca_jax.files import storage
 from coca_jax.metrics import TimeBuckets
 from coca_jax.training import stopping
 

@@ -6,7 +6,7 @@
 
 A module's faults are data, `tests/mutation/MODULE.toml`:
 
-    file = "coca_jax/optimizer.py"          # or wherever in the package the text has moved to
+    file = "coca_jax/training/optimizer.py"  # or wherever in the package the text has moved to
     tests = ["tests/test_optimizer.py"]     # pytest's arguments: what should see every fault here
 
     [[fault]]

@@ -263,7 +263,7 @@ def stall(work: pathlib.Path) -> str:
 
 RATE = """
 import jax.numpy as jnp
-from coca_jax import optimizer
+from coca_jax.training import optimizer
 
 plain = optimizer.learning_rate
 

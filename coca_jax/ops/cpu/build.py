@@ -20,7 +20,8 @@ import time
 
 import jax
 
-from coca_jax import cache_folder, compile_cache
+from coca_jax.files import cache_folder
+from coca_jax.machine import compile_cache
 
 HEADERS = tuple(sorted(pathlib.Path(__file__).parent.glob("*.h")))  # what the sources share
 # No -ffast-math: the library would switch off denormal numbers in the whole process.

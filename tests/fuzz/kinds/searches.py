@@ -11,7 +11,7 @@ import shutil
 import mutate
 import numpy as np
 
-from coca_jax import sealed_json
+from coca_jax.files import sealed_json
 from coca_jax.searching.index import Index
 from coca_jax.searching.parts import Parts, Row
 from kinds import Kind

@@ -16,9 +16,11 @@ import mutate
 import numpy as np
 from absl import flags
 
-from coca_jax import checkpointing, cli, recipes, report, run_config, sealed_json
+from coca_jax import cli, recipes, report, run_config
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import checks
 from coca_jax.data import mixture, sources, view_index
+from coca_jax.files import sealed_json
 from coca_jax.importers import splits
 from coca_jax.importers.items import Options
 from coca_jax.inference import caption_files

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from coca_jax import benchmark_peer, compile_cache, partitioning, run_config, text_ends
-from coca_jax.benchmark_model import build, random_batch, timed
+from coca_jax import partitioning, run_config, text_ends
+from coca_jax.benchmarking import peer_times
+from coca_jax.benchmarking.model_times import build, random_batch, timed
 from coca_jax.config import Config
 from coca_jax.data import files
-from coca_jax.optimizer import make_schedule
+from coca_jax.machine import compile_cache
 from coca_jax.training import programs, text_lengths
+from coca_jax.training.optimizer import make_schedule
 from coca_jax.training.state import init_state
 from coca_jax.training.step import of_step
 
@@ -77,7 +79,7 @@ def batches(config: Config, texts: str) -> list[Batch]:
     found = []
     for start in range(0, min(len(lines), 4 * size) - size + 1, size):
         batch = random_batch(config, size)
-        ids = benchmark_peer.tokens(lines[start : start + size], text.max_len)
+        ids = peer_times.tokens(lines[start : start + size], text.max_len)
         valid = ids > 0
         batch["tokens"][:] = np.where(valid, 1 + (ids - 1) % (text.vocab_size - 1), 0)
         batch["text_valid"][:] = valid
@@ -120,8 +122,8 @@ def ours(config: Config) -> Callable[[Batch], Any]:
 
 
 def theirs(config: Config) -> Callable[[Batch], float]:
-    """The same by open_clip: see benchmark_peer.trainer."""
-    step = benchmark_peer.trainer(config)
+    """The same by open_clip: see peer_times.trainer."""
+    step = peer_times.trainer(config)
     return lambda batch: step(batch["image"], np.where(batch["text_valid"], batch["tokens"], 0))
 
 
@@ -137,7 +139,7 @@ def _peak(name: str, config: dict[str, Any], batch: Batch) -> int:
     compile_cache.use()  # compiling is not what is measured
     typed = read(Config, config)
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
-    benchmark_peer.import_torch()
+    peer_times.import_torch()
 
     def work() -> None:
         step: Callable[[Batch], Any] = (ours if name == "ours" else theirs)(typed)

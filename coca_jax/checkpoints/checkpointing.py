@@ -1,6 +1,6 @@
 """Checkpoints of a run: asynchronous saves, restore on any mesh, parameters alone.
 
-Contents are checked when they are read (see checkpoint_record.py). Where the newest checkpoint is
+Contents are checked when they are read (see saved_record.py). Where the newest checkpoint is
 damaged, the one before it is used and a line says so.
 """
 
@@ -16,19 +16,12 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from coca_jax import (
-    activity,
-    checkpoint_items,
-    checkpoint_places,
-    checkpoint_record,
-    lean_saves,
-    save_barrier,
-    sealed_json,
-    storage,
-)
-from coca_jax.checkpoint_items import first_line
-from coca_jax.checkpoint_record import Damaged
+from coca_jax.checkpoints import lean_saves, save_barrier, saved_items, saved_record, saved_steps
+from coca_jax.checkpoints.saved_items import first_line
+from coca_jax.checkpoints.saved_record import Damaged
 from coca_jax.config import StoredConfig, read
+from coca_jax.console import activity
+from coca_jax.files import sealed_json, storage
 from coca_jax.training.state import TrainState, merge
 
 
@@ -52,7 +45,7 @@ class Checkpoints:
         best: ocp.checkpoint_managers.PreservationPolicy | None = None,
         run: dict[str, Any] | None = None,
     ) -> None:
-        self.directory = checkpoint_places.place(workdir) / "checkpoints"
+        self.directory = saved_steps.place(workdir) / "checkpoints"
         self._run, self._opened = run or {}, 0
         newest = ocp.checkpoint_managers.LatestN(keep)
         self._stay = [newest] if best is None else [newest, best]
@@ -62,7 +55,7 @@ class Checkpoints:
     def _open(self) -> None:
         self._opened += 1
         if jax.process_index() == 0:
-            for folder in checkpoint_places.unfinished(
+            for folder in saved_steps.unfinished(
                 self.directory
             ):  # what a killed or failed save left
                 with contextlib.suppress(OSError):
@@ -74,7 +67,7 @@ class Checkpoints:
             create=True,
             multiprocessing_options=several,
             async_options=save_barrier.options(),
-            **checkpoint_places.atomicity(self.directory),
+            **saved_steps.atomicity(self.directory),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -91,8 +84,8 @@ class Checkpoints:
             return
         trees = _items(state)
         items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in trees.items()}
-        record = checkpoint_record.make(trees, self._run)
-        items[checkpoint_record.ITEM] = ocp.args.JsonSave(record)
+        record = saved_record.make(trees, self._run)
+        items[saved_record.ITEM] = ocp.args.JsonSave(record)
         try:
             with activity.doing(f"writing {self.directory / str(step)}"):
                 self._manager.save(step, args=ocp.args.Composite(**items))
@@ -166,7 +159,7 @@ class Checkpoints:
         try:
             with activity.doing(f"reading {folder}"):
                 parts = _items(target).items()
-                found = {name: checkpoint_items.restore(folder, name, x) for name, x in parts}
+                found = {name: saved_items.restore(folder, name, x) for name, x in parts}
         except Damaged as error:
             problem: str | None = str(error)
         else:
@@ -175,7 +168,7 @@ class Checkpoints:
             return None, problem or "damaged where another process reads it"
         try:
             for name, tree in found.items():
-                checkpoint_items.check(folder, name, tree)
+                saved_items.check(folder, name, tree)
         except Damaged as error:
             return None, str(error)
         counters = found.pop("counters")
@@ -191,7 +184,7 @@ class Checkpoints:
                     break
                 name = f"{step}.damaged{number}"
             if jax.process_index() == 0:
-                checkpoint_places.rename(self.directory / str(step), self.directory / name)
+                saved_steps.rename(self.directory / str(step), self.directory / name)
             lines.append(
                 f"checkpoint {step} is damaged ({problem}): set aside as {self.directory / name}"
             )
@@ -244,19 +237,19 @@ def find_steps(path: str) -> tuple[epath.Path, list[int]]:
 
     Raises FileNotFoundError when there is no whole checkpoint.
     """
-    found = checkpoint_places.place(path)
-    if found.name.isdecimal() and (found / "params").is_dir() and checkpoint_places.is_whole(found):
+    found = saved_steps.place(path)
+    if found.name.isdecimal() and (found / "params").is_dir() and saved_steps.is_whole(found):
         return found.parent, [int(found.name)]
     for directory in (found / "checkpoints", found):
         if directory.is_dir():
             steps = [
                 int(p.name)
                 for p in directory.iterdir()
-                if p.name.isdecimal() and checkpoint_places.is_whole(p)
+                if p.name.isdecimal() and saved_steps.is_whole(p)
             ]
             if steps:
                 return directory, sorted(steps, reverse=True)
-    cut = checkpoint_places.unfinished(found / "checkpoints")
+    cut = saved_steps.unfinished(found / "checkpoints")
     note = f" ({len(cut)} there were not written to their end)" if cut else ""
     raise FileNotFoundError(
         f"no checkpoint under {path}{note}; give a run's workdir or one of its steps"
@@ -294,7 +287,7 @@ def read_run(workdir: str) -> dict[str, Any]:
     except ValueError as error:
         with contextlib.suppress(FileNotFoundError, ValueError):
             directory, step = find_step(workdir)
-            record = checkpoint_record.read(directory / str(step))
+            record = saved_record.read(directory / str(step))
             if record is not None and record["config"]:
                 logging.warning("%s; the config kept with step %d is used", error, step)
                 return record["config"]
@@ -326,7 +319,7 @@ def _params(folder: epath.Path, shardings: Any) -> Any:
     """The parameters of one checkpoint, checked."""
 
     def read(item: str) -> Any:
-        tree = checkpoint_items.metadata(folder, item)
+        tree = saved_items.metadata(folder, item)
         if shardings is None:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             places = jax.tree.map(lambda _: device, tree)
@@ -335,14 +328,14 @@ def _params(folder: epath.Path, shardings: Any) -> Any:
         target = jax.tree.map(
             lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), tree, places
         )
-        return checkpoint_items.read(folder, item, target)
+        return saved_items.read(folder, item, target)
 
-    record = checkpoint_record.read(folder)
+    record = saved_record.read(folder)
     averaged = (folder / "ema").is_dir() if record is None else "ema" in record["items"]
     if not averaged:
         return read("params")
     ema = read("ema")  # of what the run trains: all, or the head alone
-    count = len(jax.tree.leaves(checkpoint_items.metadata(folder, "params")))
+    count = len(jax.tree.leaves(saved_items.metadata(folder, "params")))
     return ema if len(jax.tree.leaves(ema)) == count else merge(read("params"), ema)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from coca_jax import bucket_arrays, storage
+from coca_jax.checkpoints import bucket_arrays
+from coca_jax.files import storage
 
 _COMMITTED = "commit_success.txt"  # what Orbax writes last
 

@@ -13,8 +13,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from coca_jax import checkpoint_record, checksums
-from coca_jax.checkpoint_record import Damaged
+from coca_jax.checkpoints import checksums, saved_record
+from coca_jax.checkpoints.saved_record import Damaged
 
 
 def read(folder: epath.Path, item: str, target: Any) -> Any:
@@ -34,14 +34,14 @@ def restore(folder: epath.Path, item: str, target: Any) -> Any:
     Raises Misfit for another tree or other shapes, Damaged for what is no item, OSError where
     storage does not answer.
     """
-    record = checkpoint_record.read(folder)
+    record = saved_record.read(folder)
     if record is not None and item not in record["items"]:
         stored: dict[str, str] = {}
     elif record is not None:
         stored = {name: shape for name, (shape, _) in record["items"][item].items()}
     else:
         stored = checksums.shapes(metadata(folder, item))
-    checkpoint_record.check_fits(folder, item, stored, target)
+    saved_record.check_fits(folder, item, stored, target)
     _ignore_late_answers()
     with _reading(folder / item) as handler:
         tree = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
@@ -52,9 +52,9 @@ def restore(folder: epath.Path, item: str, target: Any) -> Any:
 def check(folder: epath.Path, item: str, tree: Any) -> None:
     """Raises Damaged, on all processes or on none, where values are not those that were saved. All
     processes call it: the checksum of an array that is spread over them is computed by all."""
-    record = checkpoint_record.read(folder)
+    record = saved_record.read(folder)
     if record is not None:
-        checkpoint_record.check_contents(folder, item, record, tree)
+        saved_record.check_contents(folder, item, record, tree)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def _reading(path: epath.Path) -> Iterator[ocp.StandardCheckpointHandler]:
     try:
         yield handler
     except Exception as error:
-        if not checkpoint_record.is_damage(error):
+        if not saved_record.is_damage(error):
             raise OSError(f"{path} cannot be read: {first_line(error)}") from error
         raise Damaged(f"{path} cannot be read: {first_line(error)}") from error
     finally:

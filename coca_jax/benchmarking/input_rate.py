@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax import benchmark_peer
+from coca_jax.benchmarking import peer_times
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import run_vocabulary
 from coca_jax.data.loaders import open_stream
@@ -48,8 +48,8 @@ def read_input(
     os.sched_setaffinity(0, {max(cores)})
     try:
         with tempfile.TemporaryDirectory() as folder:
-            benchmark_peer.write_tar(source.read(range(count)), f"{folder}/0.tar")
-            peer = benchmark_peer.input_batches(
+            peer_times.write_tar(source.read(range(count)), f"{folder}/0.tar")
+            peer = peer_times.input_batches(
                 f"{folder}/0.tar", count, config.batch_size, config.model.image_size
             )
             next(peer)

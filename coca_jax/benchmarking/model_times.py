@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import benchmark_peer, partitioning
+from coca_jax import partitioning
+from coca_jax.benchmarking import peer_times
 from coca_jax.config import Config
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
@@ -78,7 +79,7 @@ def random_batch(config: Config, size: int) -> dict[str, np.ndarray]:
 
 def encode(config: Config, batch: int, repeats: int, compare: bool = False) -> dict[str, float]:
     """Image embeddings of a batch: images_per_second."""
-    peer = benchmark_peer.build(config.model) if compare else None
+    peer = peer_times.build(config.model) if compare else None
     model, params = build(config), make_params(config)
     pixels = random_batch(config, batch)["image"]
 
@@ -90,7 +91,7 @@ def encode(config: Config, batch: int, repeats: int, compare: bool = False) -> d
     result = timed(
         lambda: embed(params, pixels),
         repeats,
-        (lambda: benchmark_peer.encode(peer, pixels)) if compare else None,
+        (lambda: peer_times.encode(peer, pixels)) if compare else None,
     )
     return result | {"images_per_second": batch / result["seconds"]}
 
@@ -111,7 +112,7 @@ def caption(
             f"(model.text.max_len={text.max_len}); give --tokens={most} or less"
         )
     tokens = tokens or min(USUAL_TOKENS, most)
-    peer = benchmark_peer.build(config.model) if compare else None
+    peer = peer_times.build(config.model) if compare else None
     model, params = build(config), make_params(config)
     spec = decoding.decoder(config.model, num_ids=text.vocab_size, eos_id=text.vocab_size - 1)
     # As inference.CoCaModel does.
@@ -133,7 +134,7 @@ def caption(
     result = timed(
         lambda: write(tokens),
         repeats,
-        (lambda: benchmark_peer.caption(peer, pixels, tokens, beams)) if compare else None,
+        (lambda: peer_times.caption(peer, pixels, tokens, beams)) if compare else None,
     )
     result["encode_seconds"] = timed(lambda: look(params, pixels), repeats)["seconds"]
     image_tokens = jax.block_until_ready(look(params, pixels))

@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 
-from coca_jax import quiet
+from coca_jax.console import quiet
 
 SETTINGS, OPTION = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"  # 2.35 and newer
 OF_THE_SYSTEM = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -7,8 +7,8 @@ import json
 import os
 from typing import Any
 
-from coca_jax import storage
 from coca_jax.data import bounded_json
+from coca_jax.files import storage
 
 KEY = "sha256_of_the_rest"
 

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax import activity
+from coca_jax.console import activity
 
 # Without a sign of life of another process for so long, a process ends in place of waiting.
 PEER_SECONDS = 60

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from coca_jax import storage
+from coca_jax.files import storage
 
 # Where botocore found the credentials -> what TensorStore calls it.
 _CREDENTIALS = {

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax import storage
 from coca_jax.data import bounded_json
+from coca_jax.files import storage
 
 PLAN = "plan.json"  # of an ablation, in its folder
 

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from coca_jax import checkpointing, export_format, partitioning, storage
+from coca_jax import export_format, partitioning
+from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Config, Model
 from coca_jax.config.section import flatten
+from coca_jax.files import storage
 from coca_jax.interop import open_clip_config
 from coca_jax.models import coca, roles
 from coca_jax.training.state import TrainState

@@ -11,7 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from coca_jax import checksums, sealed_json, storage
+from coca_jax.checkpoints import checksums
+from coca_jax.files import sealed_json, storage
 
 FORMAT = 1
 ITEM = "record"

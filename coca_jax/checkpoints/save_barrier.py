@@ -14,8 +14,8 @@ import sys
 import jax
 import orbax.checkpoint as ocp
 
-from coca_jax import processes
-from coca_jax.checkpoint_items import first_line
+from coca_jax.checkpoints.saved_items import first_line
+from coca_jax.machine import processes
 
 # Of Orbax's names, those that a process skips whose part of the save has failed.
 SKIPPED = ("async_write_complete", "async_commit_complete")

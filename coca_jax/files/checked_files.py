@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from coca_jax import storage
+from coca_jax.files import storage
 
 KEY = "files"
 _CHUNK = 1 << 20

@@ -8,7 +8,8 @@ import pathlib
 import platform
 import sys
 
-from coca_jax import cache_folder, cores
+from coca_jax.files import cache_folder
+from coca_jax.machine import cores
 
 MOST_BYTES = 4 << 30  # kept; beyond it the programs used least recently go
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 
-from coca_jax import cgroups
+from coca_jax.machine import cgroups
 
 
 def count() -> int:

@@ -15,17 +15,16 @@ import re
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import fsspec
-from absl import logging as absl_logging
 from etils import epath
 
-from coca_jax import extras, local_files
+from coca_jax import extras
+from coca_jax.files import local_files
 
 # Where TensorFlow is installed, etils would reach buckets through it: another way of finding
 # credentials than that of the data's files, seconds to import, and no s3://.
@@ -35,8 +34,6 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
-_AGAIN = "%s could not be written, it is tried again: %s"
-OFTEN = 16 << 20  # bytes of an object that grows; one of twice as many is written half as often
 UNNAMED = re.compile(r"(.*)\.[0-9a-f]+\.new")  # what `unnamed` gives
 
 # gcsfs logs what it also raises, with a traceback, and a line a call where it may not ask for the
@@ -149,80 +146,6 @@ def remove(path: str) -> None:
     system, plain = filesystem(path)
     if system.exists(plain):
         system.rm(plain, recursive=True)
-
-
-class Growing:
-    """A file that is written piece by piece, such as metrics.jsonl.
-
-    A local one is appended to at once. An object in a bucket cannot grow: pieces gather in memory
-    and `flush` writes the whole object again; `write` does so when that is long ago for its size.
-
-    Args:
-        path: of the file; its folder is made when missing.
-        keep: bytes of what is there that stay; the rest is cut off.
-        seconds: how often `write` brings an object in a bucket of up to OFTEN bytes up to date.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, keep: int = 0, seconds: float = 60.0):
-        self._path, self._seconds = place(path), seconds
-        self._parts: list[bytes] = []
-        self._file: Any = None
-        self._changed, self._warned, self._written_at = False, False, time.monotonic()
-        if is_remote(self._path):
-            found = self._path.read_bytes() if self._path.exists() else b""
-            self._parts, self._changed = [found[:keep]], len(found) > keep
-            self.flush()
-        else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab", buffering=0)
-            self._file.truncate(keep)
-
-    def write(self, data: bytes, *, patient: bool = True) -> None:
-        """Adds `data` at the end. What does not fit on a full disk is kept for the next time;
-        unless patient it raises OSError."""
-        self._parts.append(data)
-        if self._file is not None:
-            try:
-                self._drain()
-                self._warned = False
-            except OSError as error:
-                if not patient:
-                    self._parts = []  # `close` would fail once more
-                    raise
-                if not self._warned:
-                    absl_logging.warning(_AGAIN, self._path, error)
-                self._warned = True
-            return
-        self._changed = True
-        rarer = max(1.0, len(self._parts[0]) / OFTEN)  # parts: what is there, then what is new
-        if time.monotonic() - self._written_at > self._seconds * rarer:
-            try:
-                self.flush()
-            except OSError as error:  # nothing is lost: the next one writes all of it
-                self._written_at = time.monotonic()
-                absl_logging.warning(_AGAIN, self._path, error)
-
-    def flush(self) -> None:
-        """Returns when all that was written is in the file. Raises OSError when it cannot be."""
-        if self._file is not None:
-            self._drain()
-        elif self._changed:
-            self._parts = [b"".join(self._parts)]
-            with as_os_error(self._path, "cannot be written"):
-                self._path.write_bytes(self._parts[0])
-            self._changed, self._written_at = False, time.monotonic()
-
-    def _drain(self) -> None:
-        """Writes what waits to the local file, as far as it goes."""
-        while self._parts:
-            written = self._file.write(self._parts[0])
-            self._parts[:1] = filter(None, [self._parts[0][written:]])
-
-    def close(self) -> None:
-        """Flushes; nothing may be written afterwards."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
 
 
 def check_writable(workdir: str | os.PathLike[str], *, make: bool = True) -> None:

@@ -1,0 +1,1 @@
+"""What `coca-jax benchmark` times, a file for each of its words."""

@@ -1,0 +1,1 @@
+"""Where things are kept: a path's file or object, folders to write into, files with checksums."""
