@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
         f"import os, signal, sys, time; sys.path.insert(0, {TESTS!r})\n"
         f"import conftest; conftest.scenes_words = lambda: {scenes_words()!r}\n"
         "from test_buckets import small_run\n"
-        "from coca_jax import storage\n"
+        "from coca_jax.files import storage\n"
         "from coca_jax.training import stopping\n"
         f"saved = storage.place({workdir!r}) / 'checkpoints/2/commit_success.txt'\n"
         "def reached(self, step):\n"
