@@ -207,6 +207,24 @@ print(*told())
     assert len(list(tmp_path.glob("started-*"))) == 4  # none twice
 
 
+@needs_compiler
+def test_what_several_want_at_once_is_compiled_once(tmp_path, monkeypatch):
+    """As the processes of a run on one machine do, and one whose compiler fails keeps none back."""
+    script, source = tmp_path / "slow-c++", tmp_path / "one.cc"
+    source.write_text("int one() { return 1; }")
+    monkeypatch.setattr(build.cache_folder, "folder", lambda: tmp_path)
+    monkeypatch.setenv("CXX", str(script))
+    for then, libraries in (("exit 1", 0), ('exec c++ "$@" -O0', 1)):
+        script.write_text(f"#!/bin/sh\nmktemp {tmp_path}/started-XXXXXX\nsleep 0.2\n{then}\n")
+        script.chmod(0o755)
+        with futures.ThreadPoolExecutor(3) as threads:
+            built = [threads.submit(build._build, source, "") for _ in range(3)]
+        assert len(list(tmp_path.glob("*.so"))) == libraries
+        assert sum(one.exception() is None for one in built) == 3 * libraries
+    assert len(list(tmp_path.glob("started-*"))) == 3 + 1
+    assert not list(tmp_path.glob(f"{build.SCRATCH}*"))
+
+
 def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):
     config = tiny_config()
     config.model.text.vocab_size = 320

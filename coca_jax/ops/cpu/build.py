@@ -20,7 +20,7 @@ import time
 
 import jax
 
-from coca_jax.files import cache_folder
+from coca_jax.files import cache_folder, local_files
 from coca_jax.machine import compile_cache
 
 HEADERS = tuple(sorted(pathlib.Path(__file__).parent.glob("*.h")))  # what the sources share
@@ -106,12 +106,32 @@ def _build(source: pathlib.Path, define: str) -> ctypes.CDLL:
     made_for = (texts, command, jax.__version__, compile_cache.processor())
     key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
     folder = cache_folder.folder()
+    if found := _loaded(folder, key):
+        return found
+    _clear(folder)
+    turn = folder / f"{SCRATCH}{key}"
+    turn.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with local_files.alone_in(turn):  # the processes of a run all want it at once
+            return _loaded(folder, key) or _compiled(command, source, folder, key)
+    finally:
+        shutil.rmtree(turn, ignore_errors=True)
+
+
+def _loaded(folder: pathlib.Path, key: str) -> ctypes.CDLL | None:
+    """The library that is there already."""
     for library in folder.glob(f"cpu_kernels-{key}-*.so"):
         if _is_whole(library):
             # A folder that machines share may hold that of another system, with another C library.
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(library))
-    _clear(folder)
+    return None
+
+
+def _compiled(
+    command: list[str], source: pathlib.Path, folder: pathlib.Path, key: str
+) -> ctypes.CDLL:
+    """Compiles and loads it. Raises as `_build`."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
         made = pathlib.Path(scratch) / "kernels.so"
         try:
