@@ -129,6 +129,23 @@ def test_a_question_to_a_head_that_reads_none_is_refused(words, images):  # noqa
             headed.classify(images[:2], texts)
 
 
+def test_class_names_are_as_many_as_the_head_has(words):  # noqa: F811
+    config = tiny_parts()[0]
+    config.head.kind = "classification"
+    config = typed(config)
+    params = random_params(coca.build(config.model, head=config.head, num_classes=3))
+    for names, says in (
+        (["cat", "dog"], "^class_names: 2 names for a task head of 3 classes; give one for each"),
+        ([], "^class_names: 0 names for a task head of 3 classes"),
+        ("cat", "^class_names='cat': give a list of the names$"),
+        (["cat", "dog", 3], r"^class_names\[2\]=3: give a str"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CoCaModel(config, params, words, class_names=names)
+    named = CoCaModel(config, params, words, class_names=iter(("cat", "dog", "owl")))
+    assert named.class_names == ["cat", "dog", "owl"]
+
+
 def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
     known = len(model.vocabulary.encode("a red"))
     for prompt, before, least in (("", 0, 24), ("a red", known, 24 - known)):

@@ -61,7 +61,7 @@ class Encoders:
         if class_names is None:
             class_names = config.class_names if isinstance(config, StoredConfig) else ()
         with_head = roles.has_task_head(params)
-        self.class_names = list(class_names) if with_head else []
+        self.class_names = _names(class_names, roles.num_classes(params)) if with_head else []
         self.head_kind = head_kinds.of(config.head.kind) if with_head else None
         module = self._module(params)
         self._programs = Programs(module, model, self._devices)
@@ -312,6 +312,21 @@ def _made_again(
     model: Encoders = kind(*made_of, **how)
     vars(model).update(told)
     return model
+
+
+def _names(given: Sequence[str], classes: int) -> list[str]:
+    """The names of the classes of a task head. Raises ValueError for another number of them, and
+    for what is no list of texts."""
+    if isinstance(given, str):
+        raise ValueError(f"class_names={given!r}: give a list of the names")
+    names = list(given)
+    text_arrays.check(names, "class_names")
+    if len(names) != classes:
+        raise ValueError(
+            f"class_names: {len(names)} names for a task head of {classes} classes; give one for "
+            "each, in the order of its outputs"
+        )
+    return names
 
 
 def joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

@@ -57,7 +57,8 @@ class CoCaModel(Scores):
         step: of the run, after which `load` found it in a checkpoint; None of other weights.
 
     Raises:
-        ValueError: the vocabulary is larger than the model's, or the config impossible.
+        ValueError: the vocabulary is larger than the model's, the config impossible, or
+            class_names are not as many as the task head's classes.
     """
 
     writes_captions: ClassVar[bool] = True
