@@ -281,7 +281,7 @@ class CoCaModel(Scores):
         for question in questions:
             ids = self.vocabulary.encode_question(question, self.max_len)
             whole = len(ids) > len(self.vocabulary.encode(question))
-            text_arrays.note_cuts(not whole, 1, self.max_len)
+            text_arrays.note_cuts([not whole], self.max_len)
             prompts.append(question if whole else self.vocabulary.decode(ids[1:]))
         written = self.caption(images, prompts, progress=progress, **how)
         known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
