@@ -146,6 +146,28 @@ def test_class_names_are_as_many_as_the_head_has(words):  # noqa: F811
     assert named.class_names == ["cat", "dog", "owl"]
 
 
+def test_ids_that_the_model_has_not_are_refused(model, images):  # noqa: F811
+    """Those of another tokenizer gave embeddings, of other words."""
+    ids, valid = model.tokenize(["a red circle", "a"])
+    wanted = model.encode_text(["a red circle", "a"])
+    for given in (ids, ids.astype(np.int64), ids.tolist()):
+        found = model.encode_tokens(given, valid.tolist())
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    pixels = np.zeros((2, 16, 16, 3), np.float32)
+    for bad in (320, -1):
+        other = ids.copy()
+        other[1, 1] = bad
+        says = rf"holds {min(bad, 0)}\.\.{max(bad, ids.max())}; ids go from 0 to 319$"
+        with pytest.raises(ValueError, match=f"^tokens {says}"):
+            model.encode_tokens(other, valid)
+        with pytest.raises(ValueError, match=f"^token_ids {says}"):
+            model.forward(pixels, other)
+    with pytest.raises(ValueError, match="^tokens are float32: give whole numbers, the ids of"):
+        model.encode_tokens(ids.astype(np.float32), valid)
+    with pytest.raises(ValueError, match=r"^tokens have shape \(2, 24\) and valid \(24,\); give"):
+        model.encode_tokens(ids, valid[0])
+
+
 def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
     known = len(model.vocabulary.encode("a red"))
     for prompt, before, least in (("", 0, 24), ("a red", known, 24 - known)):

@@ -162,7 +162,14 @@ class Encoders:
 
     def encode_tokens(self, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Texts as ids int32 [N, L], begin symbol first, and which are valid, bool [N, L] ->
-        float32 [N, E], L2-normalised."""
+        float32 [N, E], L2-normalised. Raises ValueError for other shapes, what is no whole number,
+        and ids that the model has not."""
+        tokens, valid = np.asarray(tokens), np.asarray(valid, bool)
+        if tokens.ndim != 2 or valid.shape != tokens.shape:
+            raise ValueError(
+                f"tokens have shape {tokens.shape} and valid {valid.shape}; give [N, L] of both"
+            )
+        tokens = text_arrays.checked_ids(tokens, "tokens", self.config.model.text.vocab_size)
         parts = []
         for start in range(0, len(tokens), self.batch_size):
             rows = slice(start, start + self.batch_size)

@@ -351,16 +351,13 @@ class CoCaModel(Scores):
                 "coca_jax.models.pixels.normalise_pixels(pixels, model.config.model), or call "
                 "encode_image"
             )
-        tokens = np.asarray(token_ids, np.int32)
+        tokens = np.asarray(token_ids)
         if tokens.ndim != 2 or len(tokens) != len(pixels):
             raise ValueError(
                 f"token_ids has shape {tokens.shape} for {len(pixels)} images; give [N, L]"
             )
         ids = self.config.model.text.vocab_size
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < ids:
-            raise ValueError(
-                f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to {ids - 1}"
-            )
+        tokens = text_arrays.checked_ids(tokens, "token_ids", ids)
         valid = text_arrays.validity(self.vocabulary, tokens)
         out = self._run(self._programs.forward, np.asarray(pixels, np.float32), tokens, valid)
         return Forward(*out)

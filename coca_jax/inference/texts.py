@@ -113,6 +113,18 @@ def trimmed(tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return tokens[:, :length], valid[:, :length]
 
 
+def checked_ids(tokens: np.ndarray, name: str, count: int) -> np.ndarray:
+    """The tokens as int32. Raises ValueError for others than whole numbers from 0 and below
+    `count`, in whose place the program would read another row of the table."""
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise ValueError(f"{name} are {tokens.dtype}: give whole numbers, the ids of tokens")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < count:
+        raise ValueError(
+            f"{name} holds {tokens.min()}..{tokens.max()}; ids go from 0 to {count - 1}"
+        )
+    return tokens.astype(np.int32)
+
+
 def known_rows(
     vocabulary: Vocabulary, ids: Sequence[Sequence[int]], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
