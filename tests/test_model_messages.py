@@ -1,5 +1,6 @@
 """What is said where a model is loaded or asked in another way than there is."""
 
+import io
 import os
 import re
 import time
@@ -166,6 +167,29 @@ def test_ids_that_the_model_has_not_are_refused(model, images):  # noqa: F811
         model.encode_tokens(ids.astype(np.float32), valid)
     with pytest.raises(ValueError, match=r"^tokens have shape \(2, 24\) and valid \(24,\); give"):
         model.encode_tokens(ids, valid[0])
+
+
+def test_a_picture_whose_file_was_closed_is_told_so(model, images, tmp_path):  # noqa: F811
+    """PIL reads pixels when they are asked for: it was told to be damaged, without a reason."""
+    for name in ("a.png", "a.jpg", "a.gif"):
+        Image.fromarray(images[0]).save(tmp_path / name)
+        with Image.open(tmp_path / name) as left:
+            pass
+        closed = Image.open(tmp_path / name)
+        closed.close()
+        with open(tmp_path / name, "rb") as file:
+            behind = Image.open(file)
+        for picture in (left, closed, behind):
+            with pytest.raises(
+                ValueError, match=r"^images\[1\]: its file was closed before its pix"
+            ):
+                model.encode_image([images[0], picture])
+        with Image.open(tmp_path / name) as read:
+            read.load()
+        assert model.encode_image(read).shape == (1, 16)
+    cut = Image.open(io.BytesIO((tmp_path / "a.jpg").read_bytes()[:-40]))
+    with pytest.raises(ValueError, match="^damaged image: image file is truncated"):
+        model.encode_image(cut)
 
 
 def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
