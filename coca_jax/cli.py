@@ -111,7 +111,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
 
 
 def _start(name: str, arguments: Sequence[str] | None) -> None:
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [_from_home(one) for one in (sys.argv[1:] if arguments is None else arguments)]
     before = given[: given.index("--")] if "--" in given else given
     wants_help = any(argument in HELP_FLAGS for argument in before)
     # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
@@ -255,6 +255,14 @@ def _own_flags(module: Any) -> list[flags.Flag]:
     names = [module.__name__, *getattr(module, "SHARES_FLAGS_OF", ())]
     names += [engines.__name__, recipes.__name__, own_data_flags.__name__]
     return [flag for name in names for flag in flags.FLAGS.get_flags_for_module(name)]
+
+
+def _from_home(argument: str) -> str:
+    """`local_files.from_home` of a flag's value, which would be a folder called '~' here."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("-"):
+        return argument
+    return f"{name}{equals}{local_files.from_home(value)}"
 
 
 def parse_flags(argv: Sequence[str], module: Any) -> list[str]:

@@ -16,9 +16,10 @@ from step L on log probabilities are NaN. Of a model of clips (preprocess.num_fr
 there) images are uint8 [b, T, S, S, 3]. No program computes a task head.
 
 --format=onnx writes onnx/encode_image.onnx and so on, with the weights inside, for batches of
---batch_size rows. Inputs are in_0, in_1, ..., outputs out_0, ..., in the order above. decode_start
-gives what the decoder reads of the image and then the state; decode_step takes both, the token and
-its place, and gives log probabilities and the state. onnxruntime runs each beside the model.
+--batch_size rows. They compute in float32, whatever the model does. Inputs are in_0, in_1, ...,
+outputs out_0, ..., in the order above. decode_start gives what the decoder reads of the image and
+then the state; decode_step takes both, the token and its place, and gives log probabilities and the
+state. onnxruntime runs each beside the model.
 
 Examples:
   coca-jax export --checkpoint=runs/demo --out=exported

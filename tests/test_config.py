@@ -296,6 +296,18 @@ OF_PATH = dict(path="data/mine")
         (dict(OF_PATH, objects=(1,)), r"objects=\(1,\) is of data by builtin"),
         (dict(OF_PATH, data_dir="/x"), "data_dir='/x' is of data by tfds"),
         (dict(OF_PATH, module="x"), "module='x' is of data by seqio"),
+        (
+            dict(builtin="scenes", captions="scored"),
+            "captions='scored' is of .*by builtin='scenes'; ",
+        ),
+        (
+            dict(tfds="a", captions="scored", synthetic=1.0),
+            "captions='scored' is of .* by tfds='a'; ",
+        ),
+        (
+            dict(seqio="a", captions="scored"),
+            "captions='scored' is of what `recaption` wrote, data ",
+        ),
         (dict(builtin="scenes", image_field="x"), "image_field='x' is of data by path or tfds or"),
     ],
 )

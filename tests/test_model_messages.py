@@ -1,5 +1,6 @@
 """What is said where a model is loaded or asked in another way than there is."""
 
+import io
 import os
 import re
 import time
@@ -127,6 +128,68 @@ def test_a_question_to_a_head_that_reads_none_is_refused(words, images):  # noqa
     for texts in ("what?", ["what?", "who?"], []):
         with pytest.raises(ValueError, match="^texts: a head of kind 'classification' reads none"):
             headed.classify(images[:2], texts)
+
+
+def test_class_names_are_as_many_as_the_head_has(words):  # noqa: F811
+    config = tiny_parts()[0]
+    config.head.kind = "classification"
+    config = typed(config)
+    params = random_params(coca.build(config.model, head=config.head, num_classes=3))
+    for names, says in (
+        (["cat", "dog"], "^class_names: 2 names for a task head of 3 classes; give one for each"),
+        ([], "^class_names: 0 names for a task head of 3 classes"),
+        ("cat", "^class_names='cat': give a list of the names$"),
+        (["cat", "dog", 3], r"^class_names\[2\]=3: give a str"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CoCaModel(config, params, words, class_names=names)
+    named = CoCaModel(config, params, words, class_names=iter(("cat", "dog", "owl")))
+    assert named.class_names == ["cat", "dog", "owl"]
+
+
+def test_ids_that_the_model_has_not_are_refused(model, images):  # noqa: F811
+    """Those of another tokenizer gave embeddings, of other words."""
+    ids, valid = model.tokenize(["a red circle", "a"])
+    wanted = model.encode_text(["a red circle", "a"])
+    for given in (ids, ids.astype(np.int64), ids.tolist()):
+        found = model.encode_tokens(given, valid.tolist())
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    pixels = np.zeros((2, 16, 16, 3), np.float32)
+    for bad in (320, -1):
+        other = ids.copy()
+        other[1, 1] = bad
+        says = rf"holds {min(bad, 0)}\.\.{max(bad, ids.max())}; ids go from 0 to 319$"
+        with pytest.raises(ValueError, match=f"^tokens {says}"):
+            model.encode_tokens(other, valid)
+        with pytest.raises(ValueError, match=f"^token_ids {says}"):
+            model.forward(pixels, other)
+    with pytest.raises(ValueError, match="^tokens are float32: give whole numbers, the ids of"):
+        model.encode_tokens(ids.astype(np.float32), valid)
+    with pytest.raises(ValueError, match=r"^tokens have shape \(2, 24\) and valid \(24,\); give"):
+        model.encode_tokens(ids, valid[0])
+
+
+def test_a_picture_whose_file_was_closed_is_told_so(model, images, tmp_path):  # noqa: F811
+    """PIL reads pixels when they are asked for: it was told to be damaged, without a reason."""
+    for name in ("a.png", "a.jpg", "a.gif"):
+        Image.fromarray(images[0]).save(tmp_path / name)
+        with Image.open(tmp_path / name) as left:
+            pass
+        closed = Image.open(tmp_path / name)
+        closed.close()
+        with open(tmp_path / name, "rb") as file:
+            behind = Image.open(file)
+        for picture in (left, closed, behind):
+            with pytest.raises(
+                ValueError, match=r"^images\[1\]: its file was closed before its pix"
+            ):
+                model.encode_image([images[0], picture])
+        with Image.open(tmp_path / name) as read:
+            read.load()
+        assert model.encode_image(read).shape == (1, 16)
+    cut = Image.open(io.BytesIO((tmp_path / "a.jpg").read_bytes()[:-40]))
+    with pytest.raises(ValueError, match="^damaged image: image file is truncated"):
+        model.encode_image(cut)
 
 
 def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811

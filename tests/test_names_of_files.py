@@ -103,6 +103,20 @@ def test_pictures_of_one_stem_have_keys_of_their_own(tmp_path):
     assert texts("sidecars", folder / "*.png", tmp_path / "q") == {"a.png": ("one",)}
 
 
+def test_an_empty_text_hides_no_caption_of_its_name(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for number, (text, caption) in enumerate((("", "one"), (" \n", "two"), ("own", "three"))):
+        (folder / f"{number}.jpg").write_bytes(encode(number))
+        (folder / f"{number}.txt").write_text(text)
+        (folder / f"{number}.caption").write_text(caption)
+    assert texts("sidecars", folder, tmp_path / "p") == {
+        "0": ("one",),
+        "1": ("two",),
+        "2": ("own",),
+    }
+
+
 def test_pictures_below_a_list_are_looked_for_anew_and_hidden_ones_do_not_count(tmp_path):
     def found(out):
         import_data("csv", tmp_path / "a" / "list.csv", tmp_path / out)

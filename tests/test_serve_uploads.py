@@ -1,5 +1,6 @@
 """What is sent to the server: how much is decoded at once, what becomes of half an upload."""
 
+import asyncio
 import concurrent.futures
 import importlib.util
 import socket
@@ -18,6 +19,7 @@ if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_cl
 from starlette.datastructures import FormData  # noqa: E402
 from test_serve import Client, png  # noqa: E402
 
+from coca_jax import image_shape  # noqa: E402
 from coca_jax.serving import endpoints, forms, refusals, uploads, works  # noqa: E402
 
 
@@ -134,3 +136,33 @@ def test_an_answer_says_whether_its_question_was_cut(model, monkeypatch):
     assert next(works.Head(1).run(model, items[:1])) == [
         dict(labels=[dict(label="yes", probability=1.0)])
     ]
+
+
+def test_what_is_embedded_searched_and_compared_says_whether_it_was_cut(model):
+    """Texts that begin alike had the same embedding, and nothing said why."""
+
+    async def answers(work, items):
+        return next(work.run(model, items)) if items else []
+
+    index = SimpleNamespace(letters=0, search=lambda query, k: [])
+
+    async def now():
+        return index
+
+    server = SimpleNamespace(
+        batcher=SimpleNamespace(answers=answers), index=SimpleNamespace(now=now)
+    )
+    room = model.max_len - 2  # beside the begin and the end symbol
+    short, fits, long = (" ".join(["a"] * count) for count in (1, room, room + 1))
+    asked = [fits, long, short]
+    found = asyncio.run(endpoints.embed(server, dict(image=[], text=asked)))
+    assert found["cut"] == [False, True, False]
+    np.testing.assert_allclose(found["texts"], model.encode_text([fits, fits, short]), atol=1e-6)
+    weights = dict(text_weight=1.0, image_weight=1.0)
+    for texts, cut in (([short, fits], False), ([short, long], True)):
+        values = dict(image=[], text=texts, like=[], k=3, **weights)
+        assert asyncio.run(endpoints.search(server, values)) == dict(results=[], cut=cut)
+    pixels = np.zeros((*image_shape.pair(model.image_size), 3), np.uint8)
+    for label, cut in ((fits, False), (long, True)):
+        (told,) = next(works.ZeroShot((short, label), "{}").run(model, [pixels]))
+        assert told["cut"] is cut and len(told["labels"]) == 2

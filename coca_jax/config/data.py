@@ -115,7 +115,8 @@ class Entry(Section):
                 )
 
     def check_read(self, name: str) -> None:
-        """The same for a source that is trained on, and for a key that its kind does not read."""
+        """The same for a source that is trained on, and for a key that its kind does not read, or a
+        value that its data cannot have."""
         self.check_place(name)
         told = self.to_dict()
         for one, kind in _OF_KINDS.items():
@@ -124,6 +125,12 @@ class Entry(Section):
                     f"{name}: {one}={told[one]!r} is of kind={kind!r}, and this is kind="
                     f"{self.kind!r}; leave it out, or set that kind"
                 )
+        place = next((given for given in PLACES if given in told), "")
+        if self.captions == "scored" and place not in ("", "path"):
+            raise ValueError(
+                f"{name}: captions='scored' is of what `recaption` wrote, data by path, and these "
+                f"are by {place}={told[place]!r}; leave it out"
+            )
         if "synthetic" in told and self.captions != "scored":
             raise ValueError(
                 f"{name}: synthetic={self.synthetic} is of captions='scored', and captions="

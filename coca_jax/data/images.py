@@ -193,8 +193,15 @@ def _whole(image: Image.Image, told: str = "") -> np.ndarray:
     """`to_rgba`. Raises ValueError for a damaged image; told: what the text says of it."""
     try:
         return to_rgba(image)
-    except ValueError:
-        raise
+    except (ValueError, AssertionError) as error:
+        file = getattr(image, "fp", image)
+        if not told and (file is None or getattr(file, "closed", False)):
+            raise ValueError(
+                "its file was closed before its pixels were read; call its load() while it is open"
+            ) from None
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"damaged image{told}: {error}") from None
     except Exception as error:  # a damaged file surfaces as any of a dozen types
         raise ValueError(f"damaged image{told}: {error}") from None
 

@@ -21,6 +21,14 @@ def plain(name: str) -> str:
     return path if os.path.exists(path) else urllib.parse.unquote(path)
 
 
+def from_home(name: str) -> str:
+    """The path of '~/a', in the home folder, as shells have it where it stands alone: they leave
+    `--out=~/a` as it is. A file or folder that is there by that very name stays."""
+    if not name.startswith("~/") or os.path.lexists(name):
+        return name
+    return os.path.expanduser(name)
+
+
 def whole_path(name: str, folder: str = "") -> str:
     """The one spelling of a name: './a', 'a' and '/here/a' are one file, and a URL is itself.
 

@@ -143,7 +143,8 @@ def _beside(
     group.add(suffix[1:].lower(), member)
     for beside in SIDECARS:
         kind = "txt" if beside in TEXTS else beside[1:]
-        if stem + beside in there and kind not in group.data:
+        empty = not group.data.get(kind, b"").strip()  # such a text hides no other
+        if stem + beside in there and empty:
             try:
                 roots = (unit.root, *options.allow_paths)
                 path = named_files.resolve(unit.path, there[stem + beside], roots)

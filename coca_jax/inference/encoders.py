@@ -61,7 +61,7 @@ class Encoders:
         if class_names is None:
             class_names = config.class_names if isinstance(config, StoredConfig) else ()
         with_head = roles.has_task_head(params)
-        self.class_names = list(class_names) if with_head else []
+        self.class_names = _names(class_names, roles.num_classes(params)) if with_head else []
         self.head_kind = head_kinds.of(config.head.kind) if with_head else None
         module = self._module(params)
         self._programs = Programs(module, model, self._devices)
@@ -162,7 +162,14 @@ class Encoders:
 
     def encode_tokens(self, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Texts as ids int32 [N, L], begin symbol first, and which are valid, bool [N, L] ->
-        float32 [N, E], L2-normalised."""
+        float32 [N, E], L2-normalised. Raises ValueError for other shapes, what is no whole number,
+        and ids that the model has not."""
+        tokens, valid = np.asarray(tokens), np.asarray(valid, bool)
+        if tokens.ndim != 2 or valid.shape != tokens.shape:
+            raise ValueError(
+                f"tokens have shape {tokens.shape} and valid {valid.shape}; give [N, L] of both"
+            )
+        tokens = text_arrays.checked_ids(tokens, "tokens", self.config.model.text.vocab_size)
         parts = []
         for start in range(0, len(tokens), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -312,6 +319,21 @@ def _made_again(
     model: Encoders = kind(*made_of, **how)
     vars(model).update(told)
     return model
+
+
+def _names(given: Sequence[str], classes: int) -> list[str]:
+    """The names of the classes of a task head. Raises ValueError for another number of them, and
+    for what is no list of texts."""
+    if isinstance(given, str):
+        raise ValueError(f"class_names={given!r}: give a list of the names")
+    names = list(given)
+    text_arrays.check(names, "class_names")
+    if len(names) != classes:
+        raise ValueError(
+            f"class_names: {len(names)} names for a task head of {classes} classes; give one for "
+            "each, in the order of its outputs"
+        )
+    return names
 
 
 def joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

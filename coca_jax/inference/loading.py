@@ -18,7 +18,7 @@ from coca_jax import export_format, partitioning
 from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
-from coca_jax.files import storage
+from coca_jax.files import local_files, storage
 from coca_jax.inference import devices as chosen_devices
 from coca_jax.inference import read_images
 from coca_jax.inference.model import CoCaModel
@@ -60,7 +60,7 @@ def load(
         TypeError: an option that there is not.
     """
     _check(path, dtype, options)
-    path = hub.local(os.fspath(path), pretrained)
+    path = hub.local(local_files.from_home(os.fspath(path)), pretrained)
     compile_cache.use()
     place, step = storage.place(path), None
     if not storage.reach(place):

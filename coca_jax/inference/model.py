@@ -57,7 +57,8 @@ class CoCaModel(Scores):
         step: of the run, after which `load` found it in a checkpoint; None of other weights.
 
     Raises:
-        ValueError: the vocabulary is larger than the model's, or the config impossible.
+        ValueError: the vocabulary is larger than the model's, the config impossible, or
+            class_names are not as many as the task head's classes.
     """
 
     writes_captions: ClassVar[bool] = True
@@ -280,7 +281,7 @@ class CoCaModel(Scores):
         for question in questions:
             ids = self.vocabulary.encode_question(question, self.max_len)
             whole = len(ids) > len(self.vocabulary.encode(question))
-            text_arrays.note_cuts(not whole, 1, self.max_len)
+            text_arrays.note_cuts([not whole], self.max_len)
             prompts.append(question if whole else self.vocabulary.decode(ids[1:]))
         written = self.caption(images, prompts, progress=progress, **how)
         known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
@@ -350,16 +351,13 @@ class CoCaModel(Scores):
                 "coca_jax.models.pixels.normalise_pixels(pixels, model.config.model), or call "
                 "encode_image"
             )
-        tokens = np.asarray(token_ids, np.int32)
+        tokens = np.asarray(token_ids)
         if tokens.ndim != 2 or len(tokens) != len(pixels):
             raise ValueError(
                 f"token_ids has shape {tokens.shape} for {len(pixels)} images; give [N, L]"
             )
         ids = self.config.model.text.vocab_size
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < ids:
-            raise ValueError(
-                f"token_ids holds {tokens.min()}..{tokens.max()}; ids go from 0 to {ids - 1}"
-            )
+        tokens = text_arrays.checked_ids(tokens, "token_ids", ids)
         valid = text_arrays.validity(self.vocabulary, tokens)
         out = self._run(self._programs.forward, np.asarray(pixels, np.float32), tokens, valid)
         return Forward(*out)

@@ -114,7 +114,7 @@ class ImageReader:
         num_frames: T; 0: the reader's. Raises ValueError: cannot be decoded.
         """
         if isinstance(image, str):
-            image = local_files.plain(image)
+            image = local_files.from_home(local_files.plain(image))
         if self._native:
             return self._packed(image, num_frames or self._num_frames, *self._native)
         frames, size = num_frames or self._num_frames, image_shape.pair(self._size)
@@ -156,7 +156,7 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
     if isinstance(images, (str, os.PathLike)):
         if not os.fspath(images):
             raise ValueError(f"images={images!r}: give the path or URL of an image or a folder")
-        images = local_files.plain(os.fspath(images))
+        images = local_files.from_home(local_files.plain(os.fspath(images)))
         return image_files.find([os.fspath(images)], video=clips)
     if isinstance(images, (bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
         return [images]

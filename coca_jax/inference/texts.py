@@ -14,10 +14,29 @@ import numpy as np
 from coca_jax import text_ends
 from coca_jax.data.vocabulary import Vocabulary
 
-# (texts that were cut, texts in all, max_len) of each batch of the call that is going on.
-_cuts: contextvars.ContextVar[list[tuple[int, int, int]] | None] = contextvars.ContextVar(
-    "cuts", default=None
-)
+
+class Cuts:
+    """Which texts of a call were cut. rows: whether, of each in the order in which they were read;
+    max_len: what they were cut to."""
+
+    def __init__(self) -> None:
+        self.rows: list[bool] = []
+        self.max_len = 0
+
+
+# Of the call that is going on.
+_cuts: contextvars.ContextVar[Cuts | None] = contextvars.ContextVar("cuts", default=None)
+
+
+@contextlib.contextmanager
+def noting_cuts() -> Iterator[Cuts]:
+    """Which of the texts that are read within are cut; calls within do not warn of them."""
+    found = Cuts()
+    before = _cuts.set(found)
+    try:
+        yield found
+    finally:
+        _cuts.reset(before)
 
 
 @contextlib.contextmanager
@@ -27,25 +46,23 @@ def telling_cuts() -> Iterator[None]:
     if _cuts.get() is not None:
         yield
         return
-    found: list[tuple[int, int, int]] = []
-    before = _cuts.set(found)
-    try:
-        yield
-    finally:
-        _cuts.reset(before)
-    cut, count = (sum(one[place] for one in found) for place in (0, 1))
-    if cut:
-        warnings.warn(
-            f"{cut} of {count} texts are cut: they have more tokens than "
-            f"model.text.max_len={found[0][2]} leaves room for",
-            stacklevel=4,  # whoever called the method
-        )
+    with noting_cuts() as found:
+        try:
+            yield
+        finally:
+            if any(found.rows):
+                warnings.warn(
+                    f"{sum(found.rows)} of {len(found.rows)} texts are cut: they have more tokens "
+                    f"than model.text.max_len={found.max_len} leaves room for",
+                    stacklevel=4,  # whoever called the method
+                )
 
 
-def note_cuts(cut: int, count: int, max_len: int) -> None:
-    """Tells the call that is going on how many of `count` texts were cut."""
+def note_cuts(cut: Iterable[bool], max_len: int) -> None:
+    """Tells the call that is going on which of some texts were cut, to `max_len` tokens."""
     if (found := _cuts.get()) is not None:
-        found.append((cut, count, max_len))
+        found.rows += map(bool, cut)
+        found.max_len = max_len
 
 
 def check(texts: Sequence[Any], name: str = "texts", kinds: tuple[type, ...] = (str,)) -> None:
@@ -82,7 +99,9 @@ def tokenize(
     full = np.flatnonzero((tokens[:, -2:] != vocabulary.pad_id).any(1))  # or fit to the last token
     ids = vocabulary.encode_many([texts[int(row)] for row in full])
     room = max_len - (3 if labels else 2)
-    note_cuts(sum(len(one) > room for one in ids), len(texts), max_len)
+    cut = np.zeros(len(texts), bool)
+    cut[full] = [len(one) > room for one in ids]
+    note_cuts(cut, max_len)
     return trimmed(tokens, valid)
 
 
@@ -92,6 +111,18 @@ def trimmed(tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarr
     longest = max(int(text_ends.lengths(valid).max(initial=0)), 1)
     length = min(-(-(longest + 1) // 16) * 16, max_len)
     return tokens[:, :length], valid[:, :length]
+
+
+def checked_ids(tokens: np.ndarray, name: str, count: int) -> np.ndarray:
+    """The tokens as int32. Raises ValueError for others than whole numbers from 0 and below
+    `count`, in whose place the program would read another row of the table."""
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise ValueError(f"{name} are {tokens.dtype}: give whole numbers, the ids of tokens")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < count:
+        raise ValueError(
+            f"{name} holds {tokens.min()}..{tokens.max()}; ids go from 0 to {count - 1}"
+        )
+    return tokens.astype(np.int32)
 
 
 def known_rows(
@@ -110,8 +141,11 @@ def questions(
     """Tokens [N, L] of questions, L a multiple of 16 or max_len, and their lengths [N]."""
     ids = [vocabulary.encode_question(text, max_len) for text in texts]
     most = max(map(len, ids), default=0)
-    full = [text for text, row in zip(texts, ids) if len(row) == most]
-    note_cuts(sum(len(row) >= most for row in vocabulary.encode_many(full)), len(texts), max_len)
+    full = [place for place, row in enumerate(ids) if len(row) == most]
+    whole = vocabulary.encode_many([texts[place] for place in full])
+    cut = np.zeros(len(texts), bool)
+    cut[full] = [len(row) >= most for row in whole]
+    note_cuts(cut, max_len)
     lengths = np.array([len(row) for row in ids], np.int32)
     length = min(-(-int(lengths.max()) // 16) * 16, max_len)
     tokens = np.full((len(ids), length), vocabulary.pad_id, np.int32)

@@ -61,13 +61,13 @@ class TwoTowerModel(Encoders):
         pad = words.pad_id if model.pad_id < 0 else model.pad_id
         tokens = np.full((len(texts), self.max_len), pad, np.int32)
         lengths = np.zeros(len(texts), np.int64)
-        room, cut = self.max_len - len(begin) - 1, 0
+        room, cut = self.max_len - len(begin) - 1, []
         for row, ids in enumerate(words.encode_many(texts)):
             whole = [*begin, *ids[:room], *end]
             tokens[row, : len(whole)] = whole
             lengths[row] = len(whole)
-            cut += len(ids) > room
-        text_arrays.note_cuts(cut, len(texts), self.max_len)
+            cut.append(len(ids) > room)
+        text_arrays.note_cuts(cut, self.max_len)
         return tokens, np.arange(self.max_len)[None] < lengths[:, None]
 
     def _trimmed(self, tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

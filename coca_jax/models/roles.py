@@ -160,6 +160,11 @@ def has_task_head(params: dict) -> bool:
     return "head" in params
 
 
+def num_classes(params: dict) -> int:
+    """Of the task head that weights have; 0 without one."""
+    return params["head"]["classifier"]["kernel"].shape[-1] if has_task_head(params) else 0
+
+
 def without_task_head(params: dict) -> dict:
     """Weights without their task head."""
     return {name: part for name, part in params.items() if name != "head"}

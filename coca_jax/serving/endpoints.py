@@ -195,13 +195,14 @@ async def embed(server: Server, values: Values) -> Any:
         raise Refused(400, "nothing to embed; send pictures as 'image' or texts as 'text'")
     return dict(
         images=[row.astype(float).tolist() for row in pictures],
-        texts=[row.astype(float).tolist() for row in texts],
+        texts=[row.astype(float).tolist() for row, _ in texts],
+        cut=[cut for _, cut in texts],
     )
 
 
 async def _embedded(
     server: Server, pictures: list[np.ndarray], texts: list[str]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+) -> tuple[list[np.ndarray], list[tuple[np.ndarray, bool]]]:
     return (
         await server.batcher.answers(works.EmbedImages(), pictures),
         await server.batcher.answers(works.EmbedTexts(), texts),
@@ -213,7 +214,8 @@ async def search(server: Server, values: Values) -> Any:
     index = await _index(server)
     like = [index.place(row) for row in values["like"]]
     texts = [text for text in values["text"] if text.strip()]
-    pictures, words = await _embedded(server, values["image"], texts)
+    pictures, found = await _embedded(server, values["image"], texts)
+    words, cut = [row for row, _ in found], any(cut for _, cut in found)
     pictures += [index.embeddings[place].astype(np.float32) for place in like]
     if not pictures and not words:
         raise Refused(400, "nothing to look for; send text, image, or like")
@@ -223,11 +225,11 @@ async def search(server: Server, values: Values) -> Any:
             raise Refused(400, f"{name}_weight={weight}: there is no {name} that it weighs")
     weights = [text_weight] * len(words) + [image_weight] * len(pictures)
     query = mixed(np.stack([*words, *pictures]), weights)
-    found = await run_in_threadpool(index.search, query, values["k"])
-    for one in found:  # names below the folder that all pictures are in: no paths of this machine
+    nearest = await run_in_threadpool(index.search, query, values["k"])
+    for one in nearest:  # names below the folder that all pictures are in: no paths of this machine
         one["image"] = one["image"][index.letters :]
         one["picture"] = f"{PICTURES}{one['row']}"
-    return dict(results=found)
+    return dict(results=nearest, cut=cut)
 
 
 async def _index(server: Server) -> Any:
@@ -290,7 +292,8 @@ ENDPOINTS = (
     ),
     Endpoint(
         "/api/zero_shot",
-        "Probabilities of labels for each picture, without training.",
+        "Probabilities of labels for each picture, without training; cut: a label in its sentence "
+        "is longer than what the model reads.",
         [
             IMAGE,
             Field(
@@ -307,7 +310,7 @@ ENDPOINTS = (
             ),
         ],
         zero_shot,
-        dict(results=[dict(labels=[dict(label="cat", probability=0.98)])]),
+        dict(results=[dict(labels=[dict(label="cat", probability=0.98)], cut=False)]),
     ),
     Endpoint(
         "/api/head",
@@ -331,14 +334,16 @@ ENDPOINTS = (
     ),
     Endpoint(
         "/api/embed",
-        "Embeddings of pictures and texts, of length 1.",
+        "Embeddings of pictures and texts, of length 1; cut, of each text: it is longer than what "
+        "the model reads of it.",
         [IMAGE, Field("text", "A text; may be repeated.", many=True)],
         embed,
-        dict(images=[[0.6, 0.8]], texts=[[0.8, 0.6]]),
+        dict(images=[[0.6, 0.8]], texts=[[0.8, 0.6]], cut=[False]),
     ),
     Endpoint(
         "/api/search",
-        "The pictures of the index that are most similar to texts and pictures together.",
+        "The pictures of the index that are most similar to texts and pictures together; cut: a "
+        "text is longer than what the model reads of it.",
         [
             IMAGE,
             Field("text", "A text; may be repeated.", many=True),
@@ -352,7 +357,8 @@ ENDPOINTS = (
             results=[
                 dict(rank=1, row=7, image="photos/7.jpg", score=0.31, caption="a red circle",
                      picture="/api/pictures/7"),
-            ]
+            ],
+            cut=False,
         ),
     ),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.explain import Explanation, Word
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.model import CoCaModel
@@ -91,7 +92,8 @@ class Explain:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
-    """Items: pixels. Answers: {"labels": [{"label", "probability"}]}, the most probable first.
+    """Items: pixels. Answers: {"labels": [{"label", "probability"}], the most probable first,
+    "cut": whether the model has read a beginning of a label in its sentence alone}.
     template: the sentence around a label; '': those of `model.zero_shot`."""
 
     labels: tuple[str, ...]
@@ -99,8 +101,10 @@ class ZeroShot:
 
     def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
         """See the class."""
-        found = model.zero_shot(np.stack(items), self.labels, self.template or None)
-        yield [dict(labels=_ranked(self.labels, row)) for row in found]
+        with text_arrays.noting_cuts() as cuts:
+            found = model.zero_shot(np.stack(items), self.labels, self.template or None)
+        cut = any(cuts.rows)
+        yield [dict(labels=_ranked(self.labels, row), cut=cut) for row in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +154,14 @@ class EmbedImages:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedTexts:
-    """Items: texts. Answers: embeddings float32 [E]."""
+    """Items: texts. Answers: (embedding float32 [E], whether the model has read a beginning of the
+    text alone)."""
 
     def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
         """See the class."""
-        yield list(model.encode_text(items))
+        with text_arrays.noting_cuts() as cuts:
+            found = model.encode_text(items)
+        yield list(zip(found, cuts.rows, strict=True))
 
 
 def _captions(

@@ -171,10 +171,11 @@ $("labels-form").addEventListener("submit", (event) => {
   const { label, template } = event.target;
   during(event.target, "Comparing …", async (signal) => {
     const values = { label: label.value, template: template.value };
-    const [{ labels }, one] = await askAbout("/api/zero_shot", values, signal);
+    const [{ labels, cut }, one] = await askAbout("/api/zero_shot", values, signal);
     if (one !== current) return "";
     bars("labels", labels);
-    return `Most probable: ${labels[0].label}, ${percent(labels[0].probability)}.`;
+    const told = cut ? " A label was cut: the model reads fewer words." : "";
+    return `Most probable: ${labels[0].label}, ${percent(labels[0].probability)}.${told}`;
   });
 });
 
@@ -210,7 +211,7 @@ function searchForm(values) {
 }
 
 async function search(form, signal) {
-  const { results: found } = await (await ask("/api/search", form, signal)).json();
+  const { results: found, cut } = await (await ask("/api/search", form, signal)).json();
   $("found").hidden = false;
   document.querySelectorAll("#gallery img").forEach((img) => URL.revokeObjectURL(img.src));
   $("gallery").replaceChildren(
@@ -226,7 +227,7 @@ async function search(form, signal) {
       return make("li", {}, button);
     })
   );
-  return `Found ${plural(found.length, "picture")}.`;
+  return `Found ${plural(found.length, "picture")}.${cut ? " The text was cut: the model reads fewer words." : ""}`;
 }
 
 let enlarged = null; // the find that is shown large
