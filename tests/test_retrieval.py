@@ -110,12 +110,17 @@ def test_a_guesser_has_the_recall_that_random_embeddings_have():
         for metric in ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1"):
             sums[metric] = sums.get(metric, 0) + got[f"retrieval/toy/{metric}"] / draws
     found = guessing.guessed(records)
+    assert {k: evaluator.examples["chance"][k] for k in found} == pytest.approx(found)
     for metric, mean in sums.items():
         assert found[metric] == pytest.approx(mean, abs=0.03), metric
     # Of 37 captions 24 are of 8 pictures, 9 of 9 and 4 of one.
     assert found["text_to_image_r1"] == pytest.approx((24 * 8 + 9 * 9 + 4) / 37 / 32)
     assert found["image_to_text_r10"] == 1  # eight different captions in all
     more = guessing.guessed(records, ["nobody", "shade 0"])
+    further = retrieval.Retrieval("toy", num_examples=0, extra_texts=["nobody", "shade 0"])
+    table["nobody"] = unit(rng, 12)
+    dict(further.run(Fake(unit(rng, 32, 12), table.__getitem__), records))
+    assert {k: further.examples["chance"][k] for k in more} == pytest.approx(more)
     assert more["image_to_text_r1"] == pytest.approx(found["image_to_text_r1"] * 8 / 9)
 
 

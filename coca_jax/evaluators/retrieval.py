@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -22,6 +23,7 @@ from coca_jax.evaluators import (
     retrieval_examples,
     stack_images,
 )
+from coca_jax.evaluators.chance import among_first
 from coca_jax.evaluators.declarations import (
     DATA,
     Evaluator,
@@ -41,13 +43,16 @@ _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 
 
 def _chance(to: str, k: int) -> Callable[[Mapping[str, float]], float]:
-    """Of a match among k that are drawn, where an image has as many texts as on average."""
+    """Of a match among k that are drawn, as far as counts tell it: where each image has as many
+    texts as on average, and no text two images. `_Encoded.chance` looks."""
 
     def reached(counts: Mapping[str, float]) -> float:
         if to == "text_to_image":
             return min(1, k / counts["num_images"])
         matches = counts["text_to_image_r1_count"] / counts["image_to_text_r1_count"]
-        return 1 - max(0, 1 - matches / counts["num_texts"]) ** k
+        texts = counts["num_texts"]
+        drawn = range(int(min(k, texts)))
+        return 1 - math.prod(max(0, texts - matches - i) / (texts - i) for i in drawn)
 
     return reached
 
@@ -64,6 +69,7 @@ _METRICS = (
         for to, name in _TITLES.items()
     }
 )
+_AGAIN = ("normalised", "reranked")  # scores beside, of the same queries
 _KEPT_IMAGES = 1_000  # pictures that the report's text queries search
 
 
@@ -91,6 +97,21 @@ class _Encoded:
         record_of = np.repeat(np.arange(len(counts)), counts)
         caption = np.concatenate([np.asarray(numbers, np.int64) for numbers in self.texts_of])
         return np.stack([np.asarray(self.image_of)[record_of], caption], 1), record_of
+
+    def chance(self, matches: np.ndarray) -> dict[str, float]:
+        """What blind guesses reach, {'image_to_text_r1': ...}. matches: as `matches` gives them."""
+        image, text = np.unique(matches, axis=0).T
+        texts_of = np.bincount(image, minlength=len(self.images))
+        images_of = np.bincount(text, minlength=len(self.texts))
+        right = dict(
+            image_to_text=(len(self.texts), texts_of[self.image_of]),
+            text_to_image=(len(self.images), images_of[matches[:, 1]]),
+        )
+        return {
+            f"{direction}_r{k}": among_first(count, answers, k)
+            for direction, (count, answers) in right.items()
+            for k in CUTOFFS
+        }
 
 
 class Retrieval(Evaluator):
@@ -123,7 +144,7 @@ class Retrieval(Evaluator):
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
     metrics = _METRICS | {
         f"{how}_{name}": dataclasses.replace(metric, title=f"{metric.title}, {how}")
-        for how in ("normalised", "reranked")
+        for how in _AGAIN
         for name, metric in _METRICS.items()
     }
 
@@ -213,7 +234,9 @@ class Retrieval(Evaluator):
         self.examples = retrieval_examples.examples(
             found.images, found.kept, found.texts, found.embeddings, matches, self.num_examples
         )
-        self.examples |= dict(map=self._map(found, matches, ranks[0] < 1))
+        chance = found.chance(matches)
+        chance |= {f"{how}_{name}": share for how in _AGAIN for name, share in chance.items()}
+        self.examples |= dict(map=self._map(found, matches, ranks[0] < 1), chance=chance)
         yield from self._metrics("", ranks, found, matches, record_of)
         if self.bank is not None:
             without_hubs = self._normalised(predict, found, matches)
