@@ -32,6 +32,22 @@ def test_intervals_of_other_figures_agree_with_theory():
     assert sums.shape == (130, 2) and (sums == 7).all()
 
 
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_the_interval_over_classes_holds_the_truth_with_few_examples_each(each):
+    """Of one each the resamples within classes are all alike: an interval without width."""
+    rng, held, totals = np.random.default_rng(2), 0, np.full(60, each)
+    for seed in range(100):
+        right = np.clip(rng.normal(0.7, 0.15, 60), 0, 1)
+        hits = rng.binomial(totals, right)
+        low, high = intervals.limits(intervals.mean_of_classes(hits, totals, seed=seed))
+        held += low <= right.mean() <= high
+    assert 89 <= held <= 100
+    if each == 1:  # the accuracy, whose interval is the same but for the draws
+        _, first, last = intervals.bootstrap(hits)
+        assert (low, high) == pytest.approx((first, last), abs=0.03)
+    assert intervals.limits(intervals.mean_of_classes(totals, totals)) == (1, 1)
+
+
 def test_bootstrap_agrees_with_theory_and_is_deterministic():
     rng = np.random.default_rng(4)
     for n in (400, 20_000):

@@ -75,13 +75,18 @@ def mean_of_classes(hits: np.ndarray, totals: np.ndarray, *, seed: int = 0) -> n
     """Returns [R]: the mean of the classes' shares, resampled within each class.
 
     hits, totals: [C], right and all examples of each class; all of `totals` at least 1. A resample
-    of a class's n examples of which h are right holds Binomial(n, h / n) right ones.
+    of a class's n examples of which h are right holds Binomial(n, h / n) right ones, which vary
+    less than new examples would: so much more is drawn, n / (n - 1) of the variance. A single
+    example tells nothing of its class's: it varies as one that is right as often as the mean.
     """
     rng = np.random.default_rng(seed)
     totals = np.asarray(totals, np.int64)
     share = np.asarray(hits, np.float64) / totals
-    drawn = [rng.binomial(totals, share) / totals for _ in range(_RESAMPLES)]
-    return np.stack(drawn).mean(1)
+    alone = totals == 1
+    centre = np.where(alone, share.mean(), share)
+    wider = np.where(alone, 1.0, np.sqrt(totals / np.maximum(totals - 1, 1)))
+    drawn = [(rng.binomial(totals, centre) / totals - centre) * wider for _ in range(_RESAMPLES)]
+    return np.clip(share.mean() + np.stack(drawn).mean(1), 0.0, 1.0)
 
 
 def median_limits(values: np.ndarray) -> tuple[float, float]:
