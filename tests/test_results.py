@@ -48,6 +48,21 @@ def test_the_interval_over_classes_holds_the_truth_with_few_examples_each(each):
     assert intervals.limits(intervals.mean_of_classes(totals, totals)) == (1, 1)
 
 
+def test_the_interval_of_a_median_holds_the_truth_where_values_of_one_owner_are_alike():
+    """Five values each of 100: taken for 500 apart, 95% intervals held the median in 77 of 100."""
+    rng, held, owners = np.random.default_rng(3), 0, np.repeat(np.arange(100), 5)
+    for _ in range(100):
+        values = rng.normal(size=(100, 1)) + rng.normal(size=(100, 5))
+        low, high = intervals.median_limits(values.ravel(), owners)
+        held += low <= 0 <= high
+    assert 89 <= held <= 100
+    same = np.repeat(rng.normal(size=100), 5)  # as 100 values, and no more
+    low, high = intervals.median_limits(same, owners)
+    first, last = intervals.median_limits(same[::5])
+    assert (low, high) == pytest.approx((first, last), abs=0.1)
+    assert intervals.median_limits(np.zeros(4), np.arange(4)) == (0, 0)
+
+
 def test_bootstrap_agrees_with_theory_and_is_deterministic():
     rng = np.random.default_rng(4)
     for n in (400, 20_000):

@@ -89,10 +89,21 @@ def mean_of_classes(hits: np.ndarray, totals: np.ndarray, *, seed: int = 0) -> n
     return np.clip(share.mean() + np.stack(drawn).mean(1), 0.0, 1.0)
 
 
-def median_limits(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 95% interval of the median of values [N], by its order statistics."""
-    ordered = np.sort(np.asarray(values, np.float64))
+def median_limits(values: np.ndarray, owners: np.ndarray | None = None) -> tuple[float, float]:
+    """Returns the 95% interval of the median of values [N], by its order statistics.
+
+    owners: int [N], whose each value is, by default its own. Values of one owner may be alike, and
+    are then worth fewer (Woodruff 1952): the share of values up to the median varies as its sums by
+    owner do.
+    """
+    values = np.asarray(values, np.float64)
+    ordered = np.sort(values)
     half = 0.98 * np.sqrt(len(ordered))  # 1.96 standard deviations of Binomial(N, 1/2)
+    if owners is not None:
+        below = (values <= np.median(values)).astype(float)
+        below -= below.mean()
+        by_owner, own = np.square(np.bincount(owners, below)).sum(), np.square(below).sum()
+        half *= np.sqrt(max(by_owner / own, 1.0)) if own else 1.0
     low = max(int(np.floor(len(ordered) / 2 - half)), 0)
     high = min(int(np.ceil(len(ordered) / 2 + half)), len(ordered) - 1)
     return float(ordered[low]), float(ordered[high])

@@ -376,8 +376,8 @@ class Retrieval(Evaluator):
             value = shares[0][0, column]
             interval = limits(shares[1][:, column])
             yield from scored(f"{self.name}/{metric}", value, interval, number)
-        for direction, (places, _) in by_direction.items():
-            low, high = median_limits(places)
+        for direction, (places, owner) in by_direction.items():
+            low, high = median_limits(places, owner)
             metric = f"{self.name}/{prefix}{direction}_median_rank"
             yield from scored(metric, np.median(places) + 1, (low + 1, high + 1), len(places))
         means = [s.mean(1) for s in shares]
