@@ -63,6 +63,19 @@ def test_the_interval_of_a_median_holds_the_truth_where_values_of_one_owner_are_
     assert intervals.median_limits(np.zeros(4), np.arange(4)) == (0, 0)
 
 
+def test_what_is_of_one_owner_is_drawn_together():
+    """Four alike of each of fifty say as much as the fifty do."""
+    rng = np.random.default_rng(6)
+    values = (rng.uniform(size=50) < 0.6).astype(float)
+    owners = np.repeat(np.arange(50), 4)
+    found = dict(intervals.with_interval("x", np.repeat(values, 4), owners=owners))
+    once = dict(intervals.with_interval("x", values))
+    assert {k: found[k] for k in ("x", "x_low", "x_high")} == pytest.approx(
+        {k: once[k] for k in ("x", "x_low", "x_high")}
+    )
+    assert (found["x_count"], once["x_count"]) == (200, 50)
+
+
 def test_bootstrap_agrees_with_theory_and_is_deterministic():
     rng = np.random.default_rng(4)
     for n in (400, 20_000):

@@ -120,8 +120,18 @@ def scored(
 
 
 def with_interval(
-    name: str, values: np.ndarray, weights: np.ndarray | None = None
+    name: str,
+    values: np.ndarray,
+    weights: np.ndarray | None = None,
+    owners: np.ndarray | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """Yields what `scored` does for the mean of values [N], or their sum over that of weights."""
+    """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
+
+    owners: int [N], whose each value is, drawn with all that are theirs; by default its own.
+    """
+    count = len(values)
+    if owners is not None:
+        weights = np.bincount(owners, weights)
+        values = np.bincount(owners, np.asarray(values, np.float64))
     mean, low, high = bootstrap(values, weights)
-    yield from scored(name, mean, (low, high), len(values))
+    yield from scored(name, mean, (low, high), count)
