@@ -91,12 +91,11 @@ class _Encoded:
     texts_of: list[list[int]]
     kept: list[np.ndarray]
 
-    def matches(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each caption of each record: its image and text, int64 [C, 2]; and its record, [C]."""
+    def matches(self) -> np.ndarray:
+        """Of each caption of each record: its image and text, int64 [C, 2]."""
         counts = [len(numbers) for numbers in self.texts_of]
-        record_of = np.repeat(np.arange(len(counts)), counts)
         caption = np.concatenate([np.asarray(numbers, np.int64) for numbers in self.texts_of])
-        return np.stack([np.asarray(self.image_of)[record_of], caption], 1), record_of
+        return np.stack([np.repeat(self.image_of, counts), caption], 1)
 
     def chance(self, matches: np.ndarray) -> dict[str, float]:
         """What blind guesses reach, {'image_to_text_r1': ...}. matches: as `matches` gives them."""
@@ -220,16 +219,16 @@ class Retrieval(Evaluator):
 
         A record needs `image` and `text`, one caption or several (any of them is right); one
         without raises ValueError. Every record is a query of image-to-text, every caption of every
-        record one of text-to-image. The bootstrap draws records with all their captions, as those
-        are not independent. Records are read twice to rerank. Afterwards `examples` holds queries
-        and what they found.
+        record one of text-to-image. The bootstrap draws images with all their records and captions,
+        as those are not independent. Records are read twice to rerank. Afterwards `examples` holds
+        queries and what they found.
         """
         from coca_jax.evaluators.ranks import retrieval_ranks  # JAX, which declarations do without
 
         if self.rerank:
             records = records if isinstance(records, Sized) else list(records)
         found = self._encode(predict, records, self.extra_texts)
-        matches, record_of = found.matches()
+        matches = found.matches()
         ranks = retrieval_ranks(found.images, found.embeddings, matches, chunk=self.chunk)
         self.examples = retrieval_examples.examples(
             found.images, found.kept, found.texts, found.embeddings, matches, self.num_examples
@@ -237,13 +236,13 @@ class Retrieval(Evaluator):
         chance = found.chance(matches)
         chance |= {f"{how}_{name}": share for how in _AGAIN for name, share in chance.items()}
         self.examples |= dict(map=self._map(found, matches, ranks[0] < 1), chance=chance)
-        yield from self._metrics("", ranks, found, matches, record_of)
+        yield from self._metrics("", ranks, found, matches)
         if self.bank is not None:
             without_hubs = self._normalised(predict, found, matches)
-            yield from self._metrics("normalised_", without_hubs, found, matches, record_of)
+            yield from self._metrics("normalised_", without_hubs, found, matches)
         if self.rerank:
             ranks = self._reranked(predict, records, found, matches, ranks)
-            yield from self._metrics("reranked_", ranks, found, matches, record_of)
+            yield from self._metrics("reranked_", ranks, found, matches)
         yield f"{self.name}/num_images", float(len(found.images))
         yield f"{self.name}/num_texts", float(len(found.texts))
 
@@ -347,31 +346,31 @@ class Retrieval(Evaluator):
         ranks: tuple[np.ndarray, np.ndarray],
         found: _Encoded,
         matches: np.ndarray,
-        record_of: np.ndarray,
     ) -> Iterator[tuple[str, float]]:
         """prefix: of the names; ranks: of each image's best text and each text's best image."""
-        counts = np.bincount(record_of)  # captions of each record
-        by_direction = dict(  # (rank, record) of each query
-            image_to_text=(ranks[0][np.asarray(found.image_of)], np.arange(len(counts))),
-            text_to_image=(ranks[1][matches[:, 1]], record_of),
+        image_of, size = np.asarray(found.image_of), len(found.images)
+        by_direction = dict(  # (rank, image) of each query
+            image_to_text=(ranks[0][image_of], image_of),
+            text_to_image=(ranks[1][matches[:, 1]], matches[:, 0]),
         )
-        # What each record adds to: hits at each cut-off in each direction, and queries.
+        # What each image adds to: hits at each cut-off in each direction, and queries.
         hits = np.stack(
             [
-                np.bincount(owner, places < k, minlength=len(counts))
+                np.bincount(owner, places < k, minlength=size)
                 for places, owner in by_direction.values()
                 for k in CUTOFFS
             ],
             1,
         )
-        stats = np.concatenate([hits, np.ones((len(counts), 1)), counts[:, None]], 1)
+        asked = [np.bincount(owner, minlength=size) for _, owner in by_direction.values()]
+        stats = np.concatenate([hits, np.stack(asked, 1)], 1)
         drawn = resampled_sums(stats)
         shares = [
             np.concatenate([s[:, :3] / s[:, 6:7], s[:, 3:6] / s[:, 7:8]], 1)
             for s in (stats.sum(0, keepdims=True), drawn)
         ]
         names = [f"{prefix}{direction}_r{k}" for direction in by_direction for k in CUTOFFS]
-        queries = [len(counts)] * 3 + [int(counts.sum())] * 3
+        queries = [len(image_of)] * 3 + [len(matches)] * 3
         for column, (metric, number) in enumerate(zip(names, queries)):
             value = shares[0][0, column]
             interval = limits(shares[1][:, column])
