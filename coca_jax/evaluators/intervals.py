@@ -127,7 +127,8 @@ def with_interval(
 ) -> Iterator[tuple[str, float]]:
     """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
 
-    owners: int [N], whose each value is, drawn with all that are theirs; by default its own.
+    owners: int [N], 0, 1, ... without gaps, whose each value is: drawn with all that are theirs; by
+    default its own.
     """
     count = len(values)
     if owners is not None:
