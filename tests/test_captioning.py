@@ -56,6 +56,17 @@ def test_captions_of_the_report_have_their_words_where_asked():
             assert list(base64.b64decode(word["map"])) == [255, 128, 128, 0]
 
 
+def test_the_same_caption_of_one_image_is_no_collapse():
+    """A list with a row a caption, five of each picture: of 200 captions a fifth are distinct."""
+    said = [f"number {min(i, 38)} of what there is" for i in range(40)]
+    rows = [dict(image=picture(i), text=f"{c} of {i}") for i in range(40) for c in range(5)]
+    evaluator = captioning.Captioning("s", perplexity=False)
+    got = dict(evaluator.run(Fake(captions=said), rows))
+    assert got["captioning/s/distinct"] == pytest.approx(39 / 40) and not evaluator.warning
+    assert got["captioning/s/distinct_count"] == 40 and got["captioning/s/bleu4_count"] == 200
+    assert got["captioning/s/self_bleu"] == pytest.approx(collapse.self_bleu(said).mean())
+
+
 def test_captioning_with_several_references():
     records = [
         dict(image=picture(0), text=["A dog, running.", "a brown dog"]),

@@ -185,6 +185,10 @@ def test_places_are_scored():
     assert found["grounding/s/accuracy_50_count"] == 3
     assert [item["exact"] for item in evaluator.examples["items"]] == [True, True, False]
     json.dumps(evaluator.examples)
+    # Regions of one image are drawn together: with a single one no draw is another.
+    alone = dict(grounding.Grounding("s").run(model, records[:2]))
+    named = [alone[f"grounding/s/named{end}"] for end in ("", "_low", "_high", "_count")]
+    assert named == [0.5, 0.5, 0.5, 2]
     with pytest.raises(ValueError, match="grounding/s: no record has a region"):
         list(grounding.Grounding("s").run(model, records[1:2]))
 

@@ -8,6 +8,7 @@ from test_report import Reader
 
 from coca_jax import report
 from coca_jax.evaluators import classification, results, retrieval_examples
+from coca_jax.report import numbers
 
 
 def test_every_class_is_listed_and_what_was_skipped_is_said(tmp_path):
@@ -95,6 +96,30 @@ def test_the_right_one_of_a_query_is_shown_with_its_rank(tmp_path):
     assert "text 11 -0.11, rank 12" in text and page.count("<small>rank 12</small>") == 1
     assert re.search(r"Image to text R@1 25\.0% 16\.7%", text)  # two captions an image, of twelve
     assert re.search(r"Text to image R@1 50\.0% 8\.3%", text)
+
+
+def test_chance_is_that_of_the_data(tmp_path):
+    """Of several labels any is right: a guess among four names is right as often as they are of
+    the picture. What the evaluation says of its data stands in place of what counts tell."""
+    tally = classification.Tally("zeroshot/x", list("abcd"), missing=True)
+    image = np.zeros((8, 8, 3), np.uint8)
+    records = [dict(image=image, labels=labels) for labels in ("ab", "abc", "d", "e")]
+    tally.add(np.eye(4), records)
+    results.save_examples(tmp_path, "zeroshot/x", tally.examples())
+    results.save_results(tmp_path, dict(tally.results()))
+    assert tally.chance()["top1"] == (2 + 3 + 1 + 0) / 4 / 4
+    assert tally.chance()["mean_per_class"] == pytest.approx((2.5 / 4 + 1 / 4) / 2)
+    text = Reader(report.write_report(tmp_path).read_text()).text
+    assert "By chance 37.5%" in text and re.search(r"Mean per class .* 43\.8% 3", text)
+    # Of an older run, by its counts: ten of ten texts hold the right one.
+    counts = dict(num_images=10, num_texts=10, image_to_text_r1_count=10, text_to_image_r1_count=10)
+    scores = {f"retrieval/y/{k}": v for k, v in counts.items()}
+    for k, share in ((1, "10.0%"), (5, "50.0%"), (10, "100.0%")):
+        name = f"image_to_text_r{k}"
+        metric = numbers.metric_of("retrieval", name, [0.5])
+        assert numbers.chance(metric, scores, f"retrieval/y/{name}", {}) == share
+        examples = {"retrieval/y": dict(chance={name: 0.25})}
+        assert numbers.chance(metric, scores, f"retrieval/y/{name}", examples) == "25.0%"
 
 
 def test_of_several_right_texts_the_best_one_follows():

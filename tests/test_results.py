@@ -32,6 +32,50 @@ def test_intervals_of_other_figures_agree_with_theory():
     assert sums.shape == (130, 2) and (sums == 7).all()
 
 
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_the_interval_over_classes_holds_the_truth_with_few_examples_each(each):
+    """Of one each the resamples within classes are all alike: an interval without width."""
+    rng, held, totals = np.random.default_rng(2), 0, np.full(60, each)
+    for seed in range(100):
+        right = np.clip(rng.normal(0.7, 0.15, 60), 0, 1)
+        hits = rng.binomial(totals, right)
+        low, high = intervals.limits(intervals.mean_of_classes(hits, totals, seed=seed))
+        held += low <= right.mean() <= high
+    assert 89 <= held <= 100
+    if each == 1:  # the accuracy, whose interval is the same but for the draws
+        _, first, last = intervals.bootstrap(hits)
+        assert (low, high) == pytest.approx((first, last), abs=0.03)
+    assert intervals.limits(intervals.mean_of_classes(totals, totals)) == (1, 1)
+
+
+def test_the_interval_of_a_median_holds_the_truth_where_values_of_one_owner_are_alike():
+    """Five values each of 100: taken for 500 apart, 95% intervals held the median in 77 of 100."""
+    rng, held, owners = np.random.default_rng(3), 0, np.repeat(np.arange(100), 5)
+    for _ in range(100):
+        values = rng.normal(size=(100, 1)) + rng.normal(size=(100, 5))
+        low, high = intervals.median_limits(values.ravel(), owners)
+        held += low <= 0 <= high
+    assert 89 <= held <= 100
+    same = np.repeat(rng.normal(size=100), 5)  # as 100 values, and no more
+    low, high = intervals.median_limits(same, owners)
+    first, last = intervals.median_limits(same[::5])
+    assert (low, high) == pytest.approx((first, last), abs=0.1)
+    assert intervals.median_limits(np.zeros(4), np.arange(4)) == (0, 0)
+
+
+def test_what_is_of_one_owner_is_drawn_together():
+    """Four alike of each of fifty say as much as the fifty do."""
+    rng = np.random.default_rng(6)
+    values = (rng.uniform(size=50) < 0.6).astype(float)
+    owners = np.repeat(np.arange(50), 4)
+    found = dict(intervals.with_interval("x", np.repeat(values, 4), owners=owners))
+    once = dict(intervals.with_interval("x", values))
+    assert {k: found[k] for k in ("x", "x_low", "x_high")} == pytest.approx(
+        {k: once[k] for k in ("x", "x_low", "x_high")}
+    )
+    assert (found["x_count"], once["x_count"]) == (200, 50)
+
+
 def test_bootstrap_agrees_with_theory_and_is_deterministic():
     rng = np.random.default_rng(4)
     for n in (400, 20_000):

@@ -110,12 +110,17 @@ def test_a_guesser_has_the_recall_that_random_embeddings_have():
         for metric in ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1"):
             sums[metric] = sums.get(metric, 0) + got[f"retrieval/toy/{metric}"] / draws
     found = guessing.guessed(records)
+    assert {k: evaluator.examples["chance"][k] for k in found} == pytest.approx(found)
     for metric, mean in sums.items():
         assert found[metric] == pytest.approx(mean, abs=0.03), metric
     # Of 37 captions 24 are of 8 pictures, 9 of 9 and 4 of one.
     assert found["text_to_image_r1"] == pytest.approx((24 * 8 + 9 * 9 + 4) / 37 / 32)
     assert found["image_to_text_r10"] == 1  # eight different captions in all
     more = guessing.guessed(records, ["nobody", "shade 0"])
+    further = retrieval.Retrieval("toy", num_examples=0, extra_texts=["nobody", "shade 0"])
+    table["nobody"] = unit(rng, 12)
+    dict(further.run(Fake(unit(rng, 32, 12), table.__getitem__), records))
+    assert {k: further.examples["chance"][k] for k in more} == pytest.approx(more)
     assert more["image_to_text_r1"] == pytest.approx(found["image_to_text_r1"] * 8 / 9)
 
 
@@ -150,7 +155,7 @@ def test_equal_images_are_one_candidate():
         dict(retrieval.Retrieval("toy").run(model, records))
 
 
-def test_retrieval_intervals_draw_records_with_all_their_captions():
+def test_retrieval_intervals_draw_images_with_all_their_captions():
     """Five captions that always share their fate are no more evidence than one."""
     rng = np.random.default_rng(7)
     found = rng.random(200) < 0.5
@@ -168,6 +173,23 @@ def test_retrieval_intervals_draw_records_with_all_their_captions():
     assert got["retrieval/toy/mean_recall_count"] == 1200
     low, high = (got[f"retrieval/toy/image_to_text_median_rank_{e}"] for e in ("low", "high"))
     assert low <= got["retrieval/toy/image_to_text_median_rank"] <= high
+
+
+def test_intervals_are_the_same_with_a_record_a_caption():
+    """Lists often have a row a caption, five of a picture: these are no five pictures."""
+    rng = np.random.default_rng(7)
+    images, texts = unit(rng, 60, 8), [[f"{i} {c}" for c in range(5)] for i in range(60)]
+    table = {t: images[i] + 0.3 * rng.normal(size=8) for i, own in enumerate(texts) for t in own}
+    model = Fake(images, lambda t: zeroshot.normalise(table[t]))
+    whole = [dict(image=picture(i), text=own) for i, own in enumerate(texts)]
+    rows = [dict(one, text=[text]) for one in whole for text in one["text"]]
+    of_whole, of_rows = (dict(retrieval.Retrieval("x").run(model, r)) for r in (whole, rows))
+    for name in ("text_to_image_r1", "image_to_text_r1", "text_to_image_median_rank"):
+        for end in ("", "_low", "_high"):
+            key = f"retrieval/x/{name}{end}"
+            assert of_rows[key] == pytest.approx(of_whole[key]), key
+    assert 0.5 < of_whole["retrieval/x/text_to_image_r1"] < 0.99
+    assert of_rows["retrieval/x/image_to_text_r1_count"] == 300
 
 
 def test_retrieval_of_one_record_and_of_none():

@@ -28,6 +28,7 @@ from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Set
 from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
 from coca_jax.evaluators.outputs import Outputs
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture, seen
+from coca_jax.evaluators.retrieval import content_digest
 from coca_jax.files import storage
 from coca_jax.inference.generation.settings import Settings
 
@@ -185,6 +186,7 @@ class Captioning(Evaluator):
         captions: list[str] = []
         gains: list[tuple[float, float]] = []
         recent: list[Record] = []
+        places: dict[bytes, int] = {}  # the first record of each image
         references: list[list[str]] = []
         shown, worst = Spread(self.num_examples), Worst(self.num_examples // 2)
         show = f"{self.name} images" if self.progress else ""
@@ -197,6 +199,7 @@ class Captioning(Evaluator):
                 found = found + made
             recent = [*recent, *batch][-collapse.APART :]
             for record, one in zip(batch, found):
+                places.setdefault(content_digest(record["image"]), len(references))
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
                     sums.append(sum(one["log_likelihood"]))  # an image's: they are no draws apart
@@ -224,7 +227,7 @@ class Captioning(Evaluator):
             f1_name = "attribute_f1" if self.scorer is score_scene else "word_f1"
             yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1))
             yield from self._corpus_metrics(captions, references)
-            yield from self._collapse(captions, references, gains)
+            yield from self._collapse(captions, references, gains, list(places.values()))
         items, worse = shown.items(), worst.items()
         _with_words(predict, items + worse, self.attention)
         self.examples = dict(kind="captioning", items=items, worst=worse, notes=self._notes())
@@ -297,8 +300,11 @@ class Captioning(Evaluator):
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
         gains: Sequence[tuple[float, float]],
+        once: Sequence[int],
     ) -> Iterator[tuple[str, float]]:
-        """Whether the model says the same of everything; `warning` says so."""
+        """Whether the model says the same of everything; `warning` says so. once: the first record
+        of each image, as a list may name it for each of its captions."""
+        captions, references = [captions[i] for i in once], [references[i] for i in once]
         found = dict(distinct=collapse.distinct(captions), self_bleu=collapse.self_bleu(captions))
         figures = {name: float(values.mean()) for name, values in found.items()}
         for name, values in found.items():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from coca_jax.evaluators import Record
+from coca_jax.evaluators.chance import among_first
 from coca_jax.evaluators.class_names import check_distinct
 from coca_jax.evaluators.declarations import Metric
 from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
@@ -64,6 +65,7 @@ class Tally:
         self.tie, self.relative, self.missing = tie, relative, missing
         self._number = {label: i for i, label in enumerate(labels)}
         self._ranks: list[np.ndarray] = []
+        self._right: list[np.ndarray] = []  # how many classes each image has
         self._truths: list[int] = []  # the first name, for accuracy by class and confusion; or -1
         self._guesses: list[np.ndarray] = []
         self._shown, self._worst = Spread(num_examples), Worst(num_examples // 2)
@@ -91,6 +93,7 @@ class Tally:
             right[row, known] = True
             self._truths.append(known[0] if known else -1)
         self._ranks.append(rank_of_best(scores, right, self.tie, self.relative))
+        self._right.append(right.sum(1))
         # Among equal scores a wrong class is the guess, as in the rank.
         top = scores.max(1, keepdims=True)
         best = scores >= top - _width(self.tie, top, self.relative)
@@ -141,6 +144,18 @@ class Tally:
         """Returns bool [N]: whether each image's first guess is right."""
         return np.concatenate(self._ranks) < 1
 
+    def chance(self) -> dict[str, float]:
+        """What blind guesses reach of top1, top5 and mean_per_class."""
+        right, count = np.concatenate(self._right), len(self.class_names)
+        found = {f"top{k}": among_first(count, right, k) for k in (1, 5)}
+        known = np.asarray(self._truths) >= 0
+        if known.any():
+            truth, right = np.asarray(self._truths)[known], right[known]
+            total = np.bincount(truth)
+            shares = np.bincount(truth, right / count)[total > 0] / total[total > 0]
+            found["mean_per_class"] = float(shares.mean())
+        return found
+
     def _guessed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rank, first true class, guess) of every image that has a class; with several true
         classes a guess of any of them stands on the diagonal."""
@@ -167,7 +182,7 @@ class Tally:
         )
 
     def examples(self) -> dict[str, Any]:
-        """Returns confusions, accuracies by class and pictures for the report."""
+        """Returns confusions, accuracies by class, pictures and chance, for the report."""
         rank, truth, guess = self._guessed()
         names = self.class_names
         present, place, total = np.unique(truth, return_inverse=True, return_counts=True)
@@ -190,6 +205,7 @@ class Tally:
             ],
             items=self._shown.items(),
             worst=self._worst.items(),
+            chance=self.chance(),
         )
         rows, columns = present, np.unique(np.concatenate([present, guess]))
         if len(columns) <= _MAX_CONFUSION:

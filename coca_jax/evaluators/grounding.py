@@ -44,8 +44,9 @@ class Grounding(Pictured):
         """Yields accuracy_50 (boxes whose intersection over union with the right one is at least a
         half), overlap (the mean of that; 0 where no box is written), boxes (the share of answers
         that are any) and named (places whose text is written exactly, but for case and
-        punctuation), each of all regions, with intervals; and left_out, the number of regions
-        whose text leaves the model no room for a place, which are not asked for.
+        punctuation), each of all regions, with intervals that draw images with all their regions;
+        and left_out, the number of regions whose text leaves the model no room for a place, which
+        are not asked for.
 
         A record needs `image` and `extra` with regions (data/regions.py); what has none is passed
         over. Afterwards `examples` holds pictures with what was written. Raises ValueError where no
@@ -53,6 +54,8 @@ class Grounding(Pictured):
         """
         left: list[Region] = []
         found: list[tuple[float, bool, bool]] = []
+        owners: list[int] = []  # which image each region is of
+        last: Record | None = None
         shown = Spread(self.num_examples)
         pairs = _with_room(predict, records, left)
         show = f"{self.name} regions" if self.progress else ""
@@ -68,6 +71,8 @@ class Grounding(Pictured):
                 score = 0.0 if box is None else regions.overlap(box, region.box)
                 right = canonical_text(after(name, give)) == canonical_text(region.text)
                 found.append((score, box is not None, right))
+                owners.append(owners[-1] + (record is not last) if owners else 0)
+                last = record
                 shown.offer(functools.partial(_item, record, region, place, score))
         why = "no record has a region; check the data and its split"
         if left:
@@ -80,10 +85,9 @@ class Grounding(Pictured):
         if not found:
             raise ValueError(f"{self.name}: {why}")
         overlap, boxes, named = (np.asarray(column, np.float64) for column in zip(*found))
-        yield from with_interval(f"{self.name}/accuracy_50", (overlap >= RIGHT).astype(float))
-        yield from with_interval(f"{self.name}/overlap", overlap)
-        yield from with_interval(f"{self.name}/boxes", boxes)
-        yield from with_interval(f"{self.name}/named", named)
+        shares = dict(accuracy_50=overlap >= RIGHT, overlap=overlap, boxes=boxes, named=named)
+        for name, share in shares.items():
+            yield from with_interval(f"{self.name}/{name}", share, owners=np.asarray(owners))
         yield f"{self.name}/left_out", float(len(left))
         self.examples = dict(kind="captioning", items=shown.items(), worst=[])
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from coca_jax.evaluators import Record, record_texts
+from coca_jax.evaluators.chance import among_first
 from coca_jax.evaluators.retrieval import CUTOFFS, content_digest
 
 
 def guessed(records: Iterable[Record], extra_texts: Sequence[str] = ()) -> dict[str, float]:
     """What the evaluator gives one as a rule: {'image_to_text_r1': ...}, at each cut-off.
 
-    Of N candidates with m right ones that is 1 - C(N - m, k) / C(N, k), a mean over the queries.
     Raises ValueError for a record without a text.
     """
     texts_of: dict[bytes, set[str]] = {}
@@ -29,10 +28,8 @@ def guessed(records: Iterable[Record], extra_texts: Sequence[str] = ()) -> dict[
         image_to_text=(len(images_of), [len(texts_of[image]) for image in shown]),
         text_to_image=(len(texts_of), [len(images_of[text]) for text in written]),
     )
-    found = {}
-    for direction, (count, answers) in right.items():
-        for k in CUTOFFS:
-            first = min(k, count)
-            missed = [math.comb(count - m, first) / math.comb(count, first) for m in answers]
-            found[f"{direction}_r{k}"] = 1 - sum(missed) / len(missed)
-    return found
+    return {
+        f"{direction}_r{k}": among_first(count, answers, k)
+        for direction, (count, answers) in right.items()
+        for k in CUTOFFS
+    }

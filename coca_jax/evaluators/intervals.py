@@ -75,19 +75,35 @@ def mean_of_classes(hits: np.ndarray, totals: np.ndarray, *, seed: int = 0) -> n
     """Returns [R]: the mean of the classes' shares, resampled within each class.
 
     hits, totals: [C], right and all examples of each class; all of `totals` at least 1. A resample
-    of a class's n examples of which h are right holds Binomial(n, h / n) right ones.
+    of a class's n examples of which h are right holds Binomial(n, h / n) right ones, which vary
+    less than new examples would: so much more is drawn, n / (n - 1) of the variance. A single
+    example tells nothing of its class's: it varies as one that is right as often as the mean.
     """
     rng = np.random.default_rng(seed)
     totals = np.asarray(totals, np.int64)
     share = np.asarray(hits, np.float64) / totals
-    drawn = [rng.binomial(totals, share) / totals for _ in range(_RESAMPLES)]
-    return np.stack(drawn).mean(1)
+    alone = totals == 1
+    centre = np.where(alone, share.mean(), share)
+    wider = np.where(alone, 1.0, np.sqrt(totals / np.maximum(totals - 1, 1)))
+    drawn = [(rng.binomial(totals, centre) / totals - centre) * wider for _ in range(_RESAMPLES)]
+    return np.clip(share.mean() + np.stack(drawn).mean(1), 0.0, 1.0)
 
 
-def median_limits(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 95% interval of the median of values [N], by its order statistics."""
-    ordered = np.sort(np.asarray(values, np.float64))
+def median_limits(values: np.ndarray, owners: np.ndarray | None = None) -> tuple[float, float]:
+    """Returns the 95% interval of the median of values [N], by its order statistics.
+
+    owners: int [N], whose each value is, by default its own. Values of one owner may be alike, and
+    are then worth fewer (Woodruff 1952): the share of values up to the median varies as its sums by
+    owner do.
+    """
+    values = np.asarray(values, np.float64)
+    ordered = np.sort(values)
     half = 0.98 * np.sqrt(len(ordered))  # 1.96 standard deviations of Binomial(N, 1/2)
+    if owners is not None:
+        below = (values <= np.median(values)).astype(float)
+        below -= below.mean()
+        by_owner, own = np.square(np.bincount(owners, below)).sum(), np.square(below).sum()
+        half *= np.sqrt(max(by_owner / own, 1.0)) if own else 1.0
     low = max(int(np.floor(len(ordered) / 2 - half)), 0)
     high = min(int(np.ceil(len(ordered) / 2 + half)), len(ordered) - 1)
     return float(ordered[low]), float(ordered[high])
@@ -104,8 +120,19 @@ def scored(
 
 
 def with_interval(
-    name: str, values: np.ndarray, weights: np.ndarray | None = None
+    name: str,
+    values: np.ndarray,
+    weights: np.ndarray | None = None,
+    owners: np.ndarray | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """Yields what `scored` does for the mean of values [N], or their sum over that of weights."""
+    """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
+
+    owners: int [N], 0, 1, ... without gaps, whose each value is: drawn with all that are theirs; by
+    default its own.
+    """
+    count = len(values)
+    if owners is not None:
+        weights = np.bincount(owners, weights)
+        values = np.bincount(owners, np.asarray(values, np.float64))
     mean, low, high = bootstrap(values, weights)
-    yield from scored(name, mean, (low, high), len(values))
+    yield from scored(name, mean, (low, high), count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -22,6 +23,7 @@ from coca_jax.evaluators import (
     retrieval_examples,
     stack_images,
 )
+from coca_jax.evaluators.chance import among_first
 from coca_jax.evaluators.declarations import (
     DATA,
     Evaluator,
@@ -41,13 +43,16 @@ _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 
 
 def _chance(to: str, k: int) -> Callable[[Mapping[str, float]], float]:
-    """Of a match among k that are drawn, where an image has as many texts as on average."""
+    """Of a match among k that are drawn, as far as counts tell it: where each image has as many
+    texts as on average, and no text two images. `_Encoded.chance` looks."""
 
     def reached(counts: Mapping[str, float]) -> float:
         if to == "text_to_image":
             return min(1, k / counts["num_images"])
         matches = counts["text_to_image_r1_count"] / counts["image_to_text_r1_count"]
-        return 1 - max(0, 1 - matches / counts["num_texts"]) ** k
+        texts = counts["num_texts"]
+        drawn = range(int(min(k, texts)))
+        return 1 - math.prod(max(0, texts - matches - i) / (texts - i) for i in drawn)
 
     return reached
 
@@ -64,6 +69,7 @@ _METRICS = (
         for to, name in _TITLES.items()
     }
 )
+_AGAIN = ("normalised", "reranked")  # scores beside, of the same queries
 _KEPT_IMAGES = 1_000  # pictures that the report's text queries search
 
 
@@ -85,12 +91,26 @@ class _Encoded:
     texts_of: list[list[int]]
     kept: list[np.ndarray]
 
-    def matches(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each caption of each record: its image and text, int64 [C, 2]; and its record, [C]."""
+    def matches(self) -> np.ndarray:
+        """Of each caption of each record: its image and text, int64 [C, 2]."""
         counts = [len(numbers) for numbers in self.texts_of]
-        record_of = np.repeat(np.arange(len(counts)), counts)
         caption = np.concatenate([np.asarray(numbers, np.int64) for numbers in self.texts_of])
-        return np.stack([np.asarray(self.image_of)[record_of], caption], 1), record_of
+        return np.stack([np.repeat(self.image_of, counts), caption], 1)
+
+    def chance(self, matches: np.ndarray) -> dict[str, float]:
+        """What blind guesses reach, {'image_to_text_r1': ...}. matches: as `matches` gives them."""
+        image, text = np.unique(matches, axis=0).T
+        texts_of = np.bincount(image, minlength=len(self.images))
+        images_of = np.bincount(text, minlength=len(self.texts))
+        right = dict(
+            image_to_text=(len(self.texts), texts_of[self.image_of]),
+            text_to_image=(len(self.images), images_of[matches[:, 1]]),
+        )
+        return {
+            f"{direction}_r{k}": among_first(count, answers, k)
+            for direction, (count, answers) in right.items()
+            for k in CUTOFFS
+        }
 
 
 class Retrieval(Evaluator):
@@ -123,7 +143,7 @@ class Retrieval(Evaluator):
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
     metrics = _METRICS | {
         f"{how}_{name}": dataclasses.replace(metric, title=f"{metric.title}, {how}")
-        for how in ("normalised", "reranked")
+        for how in _AGAIN
         for name, metric in _METRICS.items()
     }
 
@@ -199,28 +219,30 @@ class Retrieval(Evaluator):
 
         A record needs `image` and `text`, one caption or several (any of them is right); one
         without raises ValueError. Every record is a query of image-to-text, every caption of every
-        record one of text-to-image. The bootstrap draws records with all their captions, as those
-        are not independent. Records are read twice to rerank. Afterwards `examples` holds queries
-        and what they found.
+        record one of text-to-image. The bootstrap draws images with all their records and captions,
+        as those are not independent. Records are read twice to rerank. Afterwards `examples` holds
+        queries and what they found.
         """
         from coca_jax.evaluators.ranks import retrieval_ranks  # JAX, which declarations do without
 
         if self.rerank:
             records = records if isinstance(records, Sized) else list(records)
         found = self._encode(predict, records, self.extra_texts)
-        matches, record_of = found.matches()
+        matches = found.matches()
         ranks = retrieval_ranks(found.images, found.embeddings, matches, chunk=self.chunk)
         self.examples = retrieval_examples.examples(
             found.images, found.kept, found.texts, found.embeddings, matches, self.num_examples
         )
-        self.examples |= dict(map=self._map(found, matches, ranks[0] < 1))
-        yield from self._metrics("", ranks, found, matches, record_of)
+        chance = found.chance(matches)
+        chance |= {f"{how}_{name}": share for how in _AGAIN for name, share in chance.items()}
+        self.examples |= dict(map=self._map(found, matches, ranks[0] < 1), chance=chance)
+        yield from self._metrics("", ranks, found, matches)
         if self.bank is not None:
             without_hubs = self._normalised(predict, found, matches)
-            yield from self._metrics("normalised_", without_hubs, found, matches, record_of)
+            yield from self._metrics("normalised_", without_hubs, found, matches)
         if self.rerank:
             ranks = self._reranked(predict, records, found, matches, ranks)
-            yield from self._metrics("reranked_", ranks, found, matches, record_of)
+            yield from self._metrics("reranked_", ranks, found, matches)
         yield f"{self.name}/num_images", float(len(found.images))
         yield f"{self.name}/num_texts", float(len(found.texts))
 
@@ -324,37 +346,37 @@ class Retrieval(Evaluator):
         ranks: tuple[np.ndarray, np.ndarray],
         found: _Encoded,
         matches: np.ndarray,
-        record_of: np.ndarray,
     ) -> Iterator[tuple[str, float]]:
         """prefix: of the names; ranks: of each image's best text and each text's best image."""
-        counts = np.bincount(record_of)  # captions of each record
-        by_direction = dict(  # (rank, record) of each query
-            image_to_text=(ranks[0][np.asarray(found.image_of)], np.arange(len(counts))),
-            text_to_image=(ranks[1][matches[:, 1]], record_of),
+        image_of, size = np.asarray(found.image_of), len(found.images)
+        by_direction = dict(  # (rank, image) of each query
+            image_to_text=(ranks[0][image_of], image_of),
+            text_to_image=(ranks[1][matches[:, 1]], matches[:, 0]),
         )
-        # What each record adds to: hits at each cut-off in each direction, and queries.
+        # What each image adds to: hits at each cut-off in each direction, and queries.
         hits = np.stack(
             [
-                np.bincount(owner, places < k, minlength=len(counts))
+                np.bincount(owner, places < k, minlength=size)
                 for places, owner in by_direction.values()
                 for k in CUTOFFS
             ],
             1,
         )
-        stats = np.concatenate([hits, np.ones((len(counts), 1)), counts[:, None]], 1)
+        asked = [np.bincount(owner, minlength=size) for _, owner in by_direction.values()]
+        stats = np.concatenate([hits, np.stack(asked, 1)], 1)
         drawn = resampled_sums(stats)
         shares = [
             np.concatenate([s[:, :3] / s[:, 6:7], s[:, 3:6] / s[:, 7:8]], 1)
             for s in (stats.sum(0, keepdims=True), drawn)
         ]
         names = [f"{prefix}{direction}_r{k}" for direction in by_direction for k in CUTOFFS]
-        queries = [len(counts)] * 3 + [int(counts.sum())] * 3
+        queries = [len(image_of)] * 3 + [len(matches)] * 3
         for column, (metric, number) in enumerate(zip(names, queries)):
             value = shares[0][0, column]
             interval = limits(shares[1][:, column])
             yield from scored(f"{self.name}/{metric}", value, interval, number)
-        for direction, (places, _) in by_direction.items():
-            low, high = median_limits(places)
+        for direction, (places, owner) in by_direction.items():
+            low, high = median_limits(places, owner)
             metric = f"{self.name}/{prefix}{direction}_median_rank"
             yield from scored(metric, np.median(places) + 1, (low + 1, high + 1), len(places))
         means = [s.mean(1) for s in shares]

@@ -82,11 +82,21 @@ def interval(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
     return f"{first}\u2009\u2013\u2009{last}{sign}"
 
 
-def chance(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
-    """What blind guesses would reach of a score, in its scale; '' where that is not known."""
+def chance(
+    metric: Metric, scores: Mapping[str, Any], name: str, examples: Mapping[str, Any]
+) -> str:
+    """What blind guesses would reach of a score, in its scale; '' where that is not known.
+
+    examples: of the evaluations by name, which say it of the very data where they have `chance`.
+    """
+    task, _, own = name.rpartition("/")
+    found = examples.get(task)
+    told = found.get("chance") if isinstance(found, Mapping) else None
+    if isinstance(told, Mapping) and is_number(told.get(own)):
+        return score(metric, told[own])
     if metric.chance is None:
         return ""
-    task = name.rpartition("/")[0] + "/"
+    task += "/"
     counts = {key.removeprefix(task): scores[key] for key in scores if key.startswith(task)}
     try:
         return score(metric, metric.chance(counts))

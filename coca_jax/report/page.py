@@ -49,7 +49,7 @@ def write_report(
     context: dict[str, Any] = dict(
         title=run.name,
         summary=summary(run),
-        headlines=scores.headlines(run.scores, tasks),
+        headlines=scores.headlines(run.scores, tasks, run),
         tables=scores.tables(run.scores, tasks, run),
         evaluations=[*charts.evaluations([run]), *charts.blended(run.blend.get("curve", []))],
         training=charts.training([run]),

@@ -43,12 +43,14 @@ def _metric_order(evaluator: str) -> Any:
     return place
 
 
-def headlines(scores: Scores, metrics: Mapping[tuple[str, str], list[str]]) -> list[dict[str, Any]]:
+def headlines(
+    scores: Scores, metrics: Mapping[tuple[str, str], list[str]], run: RunFiles
+) -> list[dict[str, Any]]:
     """A tile a task: its first headline large, with its interval, and the others small."""
     tiles = []
     for (evaluator, data), there in metrics.items():
         wanted = headline_metrics(evaluator, there)
-        lines = [_line(scores, evaluator, data, metric) for metric in wanted]
+        lines = [_line(scores, evaluator, data, metric, run) for metric in wanted]
         if lines:
             title = numbers.title_of(evaluator)
             tiles.append(dict(title=title, data=data, first=lines[0], rest=lines[1:3]))
@@ -63,7 +65,7 @@ def headline_metrics(evaluator: str, there: Sequence[str]) -> list[str]:
     return [metric for metric in known.headlines if metric in there]
 
 
-def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, Any]:
+def _line(scores: Scores, evaluator: str, data: str, metric: str, run: RunFiles) -> dict[str, Any]:
     name = f"{evaluator}/{data}/{metric}"
     shown = numbers.metric_of(evaluator, metric, [scores[name]])
     count = scores.get(f"{name}_count")
@@ -71,7 +73,7 @@ def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, A
         title=shown.title,
         value=numbers.score(shown, scores[name]),
         interval=numbers.interval(shown, scores, name),
-        chance=numbers.chance(shown, scores, name),
+        chance=numbers.chance(shown, scores, name, run.examples),
         count="" if count is None else f"{count:,.0f}",
         lower=shown.lower,
     )
@@ -91,7 +93,7 @@ def tables(
             if metric.startswith(_COUNTED) and scores[f"{evaluator}/{data}/{metric}"] is not None
         ]
         rows = [
-            _line(scores, evaluator, data, metric)
+            _line(scores, evaluator, data, metric, run)
             for metric in there
             if not metric.startswith(_COUNTED)
         ]
