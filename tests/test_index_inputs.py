@@ -174,3 +174,15 @@ def test_pictures_of_a_folder_that_was_moved_are_told_and_dropped(model, folder)
     other.mkdir()
     assert f"`mkdir {other}/below` and `search" in told()
     assert again(model, str(other)) == (0, 0, 2, 0, 4) and told() == ""
+
+
+def test_an_index_that_drops_more_than_half_a_million_pictures_is_read(tmp_path):
+    """Their numbers are more JSON than one part is trusted with."""
+    there = parts.Parts(str(tmp_path / "i"))
+    there.begin(dict(model="0", checkpoint="c", width=1))
+    rows = [parts.Row("a.jpg", "")] * 600_000
+    there.write("many.tar", np.ones((600_000, 1), np.float32), rows, {}, True)
+    there.drop(range(10, 600_000))
+    found = parts.Parts(str(tmp_path / "i"))
+    assert len(list((tmp_path / "i/metadata").iterdir())) == 1 + 2
+    assert found.rows().tolist() == list(range(10)) and found.embeddings().shape == (10, 1)
