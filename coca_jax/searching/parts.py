@@ -315,9 +315,16 @@ class Parts:
         Raises:
             ValueError: a part is missing or damaged.
         """
-        found = [self._part(number) for number in range(len(self._tables))]
-        whole = np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)
-        return np.delete(whole, sorted(self._dropped), axis=0) if self._dropped else whole
+        kept = np.ones(self._rows, bool)
+        kept[list(self._dropped)] = False
+        whole = np.empty((int(kept.sum()), self.about["width"]), np.float16)
+        first = place = 0
+        for number, table in enumerate(self._tables):  # one part at a time is in memory twice
+            rows = kept[first : first + len(table)]
+            count = int(rows.sum())
+            whole[place : place + count] = self._part(number)[rows]
+            first, place = first + len(table), place + count
+        return whole
 
     def check(self) -> None:
         """Raises ValueError where the embeddings of a part are missing or cut."""
