@@ -137,16 +137,20 @@ class MetricWriter:
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, or []; skips a line cut off in writing."""
+    return list(rows(workdir))
+
+
+def rows(workdir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """As `read_metrics`, one line after the other: of a million all take gigabytes."""
     path = storage.place(workdir) / "metrics.jsonl"
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-    return rows
+        return
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row:
+                    yield row
 
 
 def _bytes_until(path: Any, step: int) -> int:

@@ -347,3 +347,15 @@ def test_each_image_of_a_long_list_is_asked_whether_it_changed(tmp_path):
         after = now()
         assert after != first and after.split("-")[:2] == own
         first = after
+
+
+def test_of_pictures_with_texts_beside_them_no_plan_of_classes_is_made(tmp_path, monkeypatch):
+    """It goes through all of them, and evaluation asks a dozen times what the data are."""
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+        (tmp_path / f"{number}.txt").write_text(f"no. {number}")
+    monkeypatch.setattr(imagefolder, "plan", lambda *_: pytest.fail("made a plan"))
+    entry = dict(path=str(tmp_path), kind="caption")
+    assert unprepared.splits(entry) == [] and unprepared.choose_split(entry) == "test"
+    assert unprepared.counts(entry) == dict(caption=3, label=0)
+    assert len(unprepared.open_source(entry, "test")) == 3

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -174,3 +175,33 @@ def test_pictures_of_a_folder_that_was_moved_are_told_and_dropped(model, folder)
     other.mkdir()
     assert f"`mkdir {other}/below` and `search" in told()
     assert again(model, str(other)) == (0, 0, 2, 0, 4) and told() == ""
+
+
+def test_an_index_that_drops_more_than_half_a_million_pictures_is_read(tmp_path):
+    """Their numbers are more JSON than one part is trusted with."""
+    there = parts.Parts(str(tmp_path / "i"))
+    there.begin(dict(model="0", checkpoint="c", width=1))
+    rows = [parts.Row("a.jpg", "")] * 600_000
+    there.write("many.tar", np.ones((600_000, 1), np.float32), rows, {}, True)
+    there.drop(range(10, 600_000))
+    found = parts.Parts(str(tmp_path / "i"))
+    assert len(list((tmp_path / "i/metadata").iterdir())) == 1 + 2
+    assert found.rows().tolist() == list(range(10)) and found.embeddings().shape == (10, 1)
+
+
+def test_the_embeddings_of_an_index_are_read_into_their_place(tmp_path):
+    """Of a large one, those of all parts and the whole beside them were twice its memory."""
+    there = parts.Parts(str(tmp_path / "i"))
+    there.begin(dict(model="0", checkpoint="c", width=8))
+    wanted = np.random.default_rng(0).normal(size=(20, 1000, 8)).astype(np.float16)
+    for number, some in enumerate(wanted):
+        there.write(f"{number}.tar", some, [parts.Row("a.jpg", "")] * 1000, {}, True)
+    gone = [0, 999, 1000, *range(7000, 8000), 19_999]
+    for dropped in ([], gone):
+        there.drop(dropped)
+        tracemalloc.start()
+        found = there.embeddings()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        np.testing.assert_array_equal(found, np.delete(wanted.reshape(-1, 8), dropped, axis=0))
+        assert most < 1.4 * found.nbytes

@@ -233,7 +233,8 @@ def test_the_better_text_is_kept_by_score():
     assert choose.texts(bad, "better") == [("alt", 0.2)]
     assert choose.texts(result([], [("x x x", 0.9, "repeats")]), "better") == [("x x x", 0.9)]
     assert choose.kept(one, "all", 0.25) == [("good", 0.3)]
-    assert choose.quantile([one, bad], "all", 0.5) == 0.2
+    assert choose.quantile(choose.scores([one, bad], "all"), 0.5) == 0.2
+    assert choose.quantile(choose.scores([], "all"), 0.5) == float("-inf")
 
 
 def test_the_least_score_is_that_of_both_flags(monkeypatch):
@@ -245,7 +246,8 @@ def test_the_least_score_is_that_of_both_flags(monkeypatch):
         return shard.threshold(["a job"], asked("c", "in", "out", text="all", **how))
 
     assert least() == float("-inf") and least(min_score=0.1) == 0.1
-    assert least(quantile=0.9, min_score=0.1) == choose.quantile([one], "all", 0.9) > 0.1
+    scores = choose.scores([one], "all")
+    assert least(quantile=0.9, min_score=0.1) == choose.quantile(scores, 0.9) > 0.1
     assert least(quantile=0.9, min_score=0.7) == 0.7
 
 

@@ -11,7 +11,7 @@ from coca_jax.importers import shards
 from coca_jax.importers.items import Options
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.texts import without_halves
-from coca_jax.recaptioning import inputs
+from coca_jax.recaptioning import inputs, shard
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request, way
 
@@ -79,3 +79,16 @@ def test_the_files_of_a_folder_are_asked_for_at_once(tmp_path, monkeypatch):
         patched.setattr(local_files, "stamp", stamp)
         (tmp_path / "07.txt").write_text("another caption")
         assert inputs._digest("sidecars", unit) != told
+
+
+def test_the_scores_of_many_shards_are_asked_for_at_once(monkeypatch):
+    """A bucket takes tens of milliseconds for a part of a shard."""
+    together = threading.Barrier(8)
+
+    def results(job):
+        together.wait(10)  # raises where fewer are under way
+        return [dict(originals=[dict(text="alt", score=job / 16)], captions=[])]
+
+    monkeypatch.setattr(shard, "results", results)
+    request = Request("in", format="webdataset", out="out", text="original", quantile=0.5)
+    assert shard.threshold(list(range(16)), request) == 7.5 / 16

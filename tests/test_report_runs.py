@@ -1,12 +1,15 @@
 """Which folders a report takes, and what of their configs it shows."""
 
 import html
+import json
+import tracemalloc
 
 import pytest
 from conftest import tiny_config
 
 from coca_jax import metrics, report
 from coca_jax.files import out_folder, sealed_json
+from coca_jax.report import run_files
 
 
 def make_run(folder, steps):
@@ -40,3 +43,24 @@ def test_the_folder_of_an_ablation_is_told_with_its_page_and_its_runs(tmp_path):
     line = f"is the folder of an ablation: its page is {tmp_path}/report.html; a run of it is "
     with pytest.raises(ValueError, match=f"{line}{tmp_path}/VARIANT/seedN$"):
         report.write_report(tmp_path)
+
+
+def test_what_a_long_run_logged_is_kept_by_columns(tmp_path):
+    names = [f"metric{number}" for number in range(30)]
+    lines = []
+    for step in range(1, 4001):
+        row = dict(step=step, step_seconds=0.5, **{name: step / 3 for name in names})
+        if step % 2:
+            row |= dict(loss=None, goodput=step / 4000)
+        lines.append(json.dumps(row | dict(eval_seconds=0.25) if step > 2 else row))
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:9], "{cut", *lines[9:], '{"st']))
+    tracemalloc.start()
+    logged = run_files.read(tmp_path).logged
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4000 * 36 * 8 * 2 + 1e6  # 8 bytes a number and some to grow by; as dicts 12 MB
+    assert len(logged) == 4000 and logged.last["step"] == 4000
+    assert list(logged.points("metric7"))[-1] == (4000, 4000 / 3)
+    assert list(logged.points("goodput"))[1] == (3, 3 / 4000)
+    assert not list(logged.points("loss")) and not list(logged.points("nothing"))
+    assert logged.seconds() == dict(step=2000.0, eval=999.5)

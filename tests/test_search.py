@@ -191,6 +191,21 @@ def test_exact_search_is_the_sorted_products(tmp_path):
     assert nearest.Exact(x[:3])(queries, 7)[1].shape == (5, 3)
 
 
+@pytest.mark.parametrize("most", [1, 1000])  # of a component: with 1 most pictures have equals
+def test_exact_search_sorts_no_more_than_it_gives_and_keeps_the_order_of_equals(most, monkeypatch):
+    monkeypatch.setattr(nearest, "_ROWS", 300)
+    rng = np.random.default_rng(0)  # whole numbers, of which products are exact
+    x, queries = (rng.integers(-most, most + 1, (n, 4)).astype(np.float32) for n in (1000, 5))
+    similar = queries @ x.T
+    want = np.argsort(-similar, axis=1, kind="stable")[:, :7]
+    argsort, numbers = np.argsort, []
+    monkeypatch.setattr(np, "argsort", lambda a, **to: numbers.append(a.size) or argsort(a, **to))
+    scores, rows = nearest.Exact(x.astype(np.float16))(queries, 7)
+    np.testing.assert_array_equal(rows, want)
+    np.testing.assert_array_equal(scores, np.take_along_axis(similar, want, 1))
+    assert sum(numbers) == 4 * 5 * 7 or most == 1  # four blocks, of each what is given
+
+
 def test_the_graph_finds_what_exact_search_finds(tmp_path):
     pytest.importorskip("usearch", reason="needs the extra 'search'")
     x = clustered(6000, 32)

@@ -161,9 +161,8 @@ def _is_plain_folder(entry: Entry) -> bool:
     path = entry.path
     if not os.path.isdir(path) or files.exists(files.join(path, prepared.MANIFEST)):
         return False
-    try:
-        found = imagefolder.plan(path, "", Options())
-        return bool(found) and formats.guess(path) == "imagefolder"
+    try:  # what it is first: a plan goes through all pictures, for each question about the data
+        return formats.guess(path) == "imagefolder" and bool(imagefolder.plan(path, "", Options()))
     except FileNotFoundError:
         return False
 

@@ -41,7 +41,11 @@ def kept(result: dict[str, Any], rule: str, threshold: float) -> list[Scored]:
     return [one for one in texts(result, rule) if one[1] >= threshold]
 
 
-def quantile(results: Iterable[dict[str, Any]], rule: str, share: float) -> float:
-    """The score below which lies `share` of the chosen texts; minus infinity without texts."""
-    scores = [score for result in results for _, score in texts(result, rule)]
-    return round(float(np.quantile(scores, share)), 6) if scores else float("-inf")
+def scores(results: Iterable[dict[str, Any]], rule: str) -> np.ndarray:
+    """Of the texts of some images that the rule chooses, float64 [n]."""
+    return np.array([score for result in results for _, score in texts(result, rule)], np.float64)
+
+
+def quantile(scores: np.ndarray, share: float) -> float:
+    """The score below which lies `share` of them; minus infinity without scores."""
+    return round(float(np.quantile(scores, share)), 6) if len(scores) else float("-inf")

@@ -217,8 +217,10 @@ def threshold(jobs: list[Job], request: Request) -> float:
     least = float("-inf") if request.min_score is None else request.min_score
     if not request.quantile:
         return least
-    every = itertools.chain.from_iterable(results(job) for job in jobs)
-    return max(least, choose.quantile(every, request.text, request.quantile))
+    # Of many shards at once: a bucket is asked for each of their parts.
+    every = shards.of_each(lambda job: choose.scores(results(job), request.text), jobs)
+    scores = np.concatenate([np.zeros(0), *every])
+    return max(least, choose.quantile(scores, request.quantile))
 
 
 def as_number(value: float) -> float | None:

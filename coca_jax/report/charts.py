@@ -12,7 +12,7 @@ import dataclasses
 import fnmatch
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -66,14 +66,14 @@ class Curve:
 def training(runs: Sequence[RunFiles]) -> list[Markup]:
     """Charts of what the steps logged, with the curves of all runs."""
     charts = []
-    logged = sorted({name for run in runs for row in run.rows for name in row})
+    logged = sorted({name for run in runs for name in run.logged.columns})
     for title, unit, keys in TRAINING:
         curves = []
         matched = (name for key in keys for name in logged if fnmatch.fnmatchcase(name, key))
         there = list(dict.fromkeys(matched))
         for place, run in enumerate(runs):
             for colour, key in enumerate(there):
-                points = [(r["step"], r[key]) for r in run.rows if is_number(r.get(key))]
+                points = list(run.logged.points(key))
                 if len(points) > 1:
                     name = key.replace("_", " ").replace("/", " \u00b7 ")
                     curves.append(_curve(name, thin(points, FINE), colour, place, runs))
@@ -301,15 +301,3 @@ def spread(title: str, across: str, rows: Sequence[Spread]) -> Markup:
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg></figure>"
     )
-
-
-def time_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds by what the run was doing, over all its rows, the longest first."""
-    totals: dict[str, float] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key.endswith("_seconds") and is_number(value):
-                name = key.removesuffix("_seconds")
-                totals[name] = totals.get(name, 0.0) + value
-    positive = {name: seconds for name, seconds in totals.items() if seconds > 0}
-    return dict(sorted(positive.items(), key=lambda item: -item[1]))

@@ -145,7 +145,7 @@ def layouts() -> set[str]:
 
 def summary(run: RunFiles) -> str:
     """The run in a line: steps, batch, model, time, last loss."""
-    config, rows, parts = run.config, run.rows, []
+    config, last, parts = run.config, run.logged.last, []
     if run.last_step:
         parts.append(f"{run.last_step:,} steps")
     if "batch_size" in config:
@@ -157,8 +157,8 @@ def summary(run: RunFiles) -> str:
     seconds = sum(spent for part, spent in time_totals(run).items() if part != "down")
     if seconds:
         parts.append(numbers.duration(seconds))
-    if rows and isinstance(rows[-1].get("loss"), float):
-        parts.append(f"final loss {numbers.number(rows[-1]['loss'])}")
+    if isinstance(last.get("loss"), float):
+        parts.append(f"final loss {numbers.number(last['loss'])}")
     return " \u00b7 ".join(parts)
 
 
@@ -172,7 +172,7 @@ def time_totals(run: RunFiles) -> dict[str, float]:
     """Seconds of each part of a run, the longest first, over all of its starts where goodput.json
     says, else as its rows of metrics.jsonl have it."""
     if "life" not in run.goodput:
-        return charts.time_totals(run.rows)
+        return run.logged.seconds()
     found = training.fold(run.goodput, run.goodput["life"]["step"], 0.0)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

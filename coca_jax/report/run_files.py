@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from coca_jax import config as typed
+from coca_jax import metrics
 from coca_jax.data import bounded_json, files
 from coca_jax.evaluators import history, results
 from coca_jax.files import out_folder, sealed_json, storage
-from coca_jax.metrics import read_metrics
+from coca_jax.report.logged import Logged
 from coca_jax.training import goodput
 
 _MAX_BYTES = 1 << 30  # of one of these files; those with pictures are the largest
@@ -23,14 +24,14 @@ _MAX_BYTES = 1 << 30  # of one of these files; those with pictures are the large
 class RunFiles:
     """A run's files, empty where they are missing.
 
-    rows: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
+    logged: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
     goodput: as training/goodput.py keeps it over restarts; blend: what `blend` scored; steps: after
     which a task ('retrieval/x') was scored.
     """
 
     folder: epath.Path
     config: dict[str, Any]
-    rows: list[dict[str, Any]]
+    logged: Logged
     evaluations: list[dict[str, Any]]
     scores: dict[str, Any]
     examples: dict[str, Any]
@@ -47,8 +48,8 @@ class RunFiles:
     @property
     def last_step(self) -> int:
         """The last one that is logged or evaluated; 0 where nothing says."""
-        if self.rows:
-            return int(self.rows[-1]["step"])
+        if self.logged:
+            return int(self.logged.last["step"])
         return int(self.scores.get("step") or 0)
 
 
@@ -84,7 +85,7 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
     found = RunFiles(
         folder=folder,
         config=config,
-        rows=_numbers(read_metrics(folder)),
+        logged=Logged.of(_numbers(metrics.rows(folder))),
         evaluations=[row | dict(scores=_scores(row["scores"])) for row in _numbers(evaluations)],
         scores=_scores(_read_json(folder / "eval.json")),
         examples=_read_json(folder / "eval_examples.json"),
@@ -92,7 +93,7 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         goodput=_goodput(folder / goodput.FILE),
         blend=_read_json(folder / "blend.json"),
     )
-    if not found.rows and not found.scores:
+    if not found.logged and not found.scores:
         if (folder / out_folder.PLAN).exists():
             raise ValueError(
                 f"{workdir} is the folder of an ablation: its page is {folder / 'report.html'}; "
@@ -127,11 +128,12 @@ def _goodput(path: epath.Path) -> dict[str, Any]:
         return {}
 
 
-def _numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _numbers(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows whose step is one, in order of steps; of a damaged one nothing is told."""
-    steps = [(row.get("step"), row) for row in rows]
-    found = [row for n, row in steps if isinstance(n, int) and _plain(n) and n >= 0]
-    return [{k: v for k, v in row.items() if _plain(v) or k == "scores"} for row in found]
+    for row in rows:
+        step = row.get("step")
+        if isinstance(step, int) and _plain(step) and step >= 0:
+            yield {k: v for k, v in row.items() if _plain(v) or k == "scores"}
 
 
 def _scores(scores: dict[str, Any]) -> dict[str, Any]:

@@ -43,14 +43,37 @@ class Exact:
         rows = np.zeros((len(queries), 0), np.int64)
         for start in range(0, len(self.embeddings), _ROWS):
             block = self.embeddings[start : start + _ROWS].astype(np.float32)
-            numbers = np.arange(start, start + len(block))
+            before = best.shape[1]
             best = np.concatenate([best, queries @ block.T], 1)
-            rows = np.concatenate([rows, np.broadcast_to(numbers, (len(rows), len(block)))], 1)
-            # Stable: of equal similarities the earlier picture comes first.
-            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+            order = _highest(best, k)
             best = np.take_along_axis(best, order, 1)
-            rows = np.take_along_axis(rows, order, 1)
+            new = order + (start - before)  # of places in this block
+            if before:
+                known = np.take_along_axis(rows, np.minimum(order, before - 1), 1)
+                new = np.where(order < before, known, new)
+            rows = new
         return best, rows
+
+
+def _highest(values: np.ndarray, k: int) -> np.ndarray:
+    """The places of the k highest of each row of float32 [Q, N], int64 [Q, k or N], the highest
+    first; of equal values the earlier comes first. A whole sort takes ten times as long: it is left
+    to rows with more of the k-th value than there is room for, as of pictures that are there
+    twice."""
+    if values.shape[1] <= k or not k:
+        return np.argsort(-values, axis=1, kind="stable")[:, :k]
+    least = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]
+    there = values >= least
+    plain = there.sum(1) == k
+    places = np.empty((len(values), k), np.int64)
+    places[plain] = np.nonzero(there[plain])[1].reshape(-1, k)
+    places[plain] = np.take_along_axis(
+        places[plain],
+        np.argsort(-np.take_along_axis(values[plain], places[plain], 1), axis=1, kind="stable"),
+        1,
+    )
+    places[~plain] = np.argsort(-values[~plain], axis=1, kind="stable")[:, :k]
+    return places
 
 
 class OfOthers(ValueError):

@@ -34,6 +34,8 @@ from coca_jax.searching import checks
 
 _KEY = b"coca_jax"
 _HEADER = 128  # bytes before the numbers, as NumPy writes it
+_DROPPED = 300_000  # rows that one part drops, of which its schema holds the numbers
+_MOST = 1 << 26  # bytes that it may hold; earlier parts drop any number of rows
 _NAME = re.compile(r"metadata_(\d+)\.parquet")
 COLUMNS = ("image_path", "caption")
 STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
@@ -114,7 +116,7 @@ class Parts:
         path = storage.place(self.folder) / f"metadata/metadata_{number}.parquet"
         try:
             table = pq.read_table(io.BytesIO(path.read_bytes()))
-            said = bounded_json.parse(table.schema.metadata[_KEY])
+            said = bounded_json.parse(table.schema.metadata[_KEY], _MOST)
             kinds = (said["group"], str), (said["skipped"], dict), (said["last"], bool)
             if not all(isinstance(value, kind) for value, kind in kinds):
                 raise ValueError("its metadata have other types")
@@ -275,9 +277,10 @@ class Parts:
             for table in self._tables
         )
         old = {row for row, is_file in zip(rows, of_files) if is_file and row not in last}
-        dropped = (old | set(gone)) - self._dropped
-        if dropped:
-            self.write("", np.zeros((0, self.about["width"])), [], {}, True, dropped)
+        dropped = sorted((old | set(gone)) - self._dropped)
+        for start in range(0, len(dropped), _DROPPED):
+            some = dropped[start : start + _DROPPED]
+            self.write("", np.zeros((0, self.about["width"])), [], {}, True, some)
 
     def names(self) -> list[str]:
         """Of all pictures, in the order of the embeddings."""
@@ -312,9 +315,16 @@ class Parts:
         Raises:
             ValueError: a part is missing or damaged.
         """
-        found = [self._part(number) for number in range(len(self._tables))]
-        whole = np.concatenate(found) if found else np.zeros((0, self.about["width"]), np.float16)
-        return np.delete(whole, sorted(self._dropped), axis=0) if self._dropped else whole
+        kept = np.ones(self._rows, bool)
+        kept[list(self._dropped)] = False
+        whole = np.empty((int(kept.sum()), self.about["width"]), np.float16)
+        first = place = 0
+        for number, table in enumerate(self._tables):  # one part at a time is in memory twice
+            rows = kept[first : first + len(table)]
+            count = int(rows.sum())
+            whole[place : place + count] = self._part(number)[rows]
+            first, place = first + len(table), place + count
+        return whole
 
     def check(self) -> None:
         """Raises ValueError where the embeddings of a part are missing or cut."""
