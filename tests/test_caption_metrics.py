@@ -181,7 +181,8 @@ def test_meteor_is_asked_for_each_image_and_then_for_the_set(java_metrics):
 def test_the_interval_of_meteor_stays_in_its_range(whole, limits, java_metrics, monkeypatch):
     monkeypatch.setattr(cm, "meteor", lambda said, wanted: (whole, np.array([0.0, 1.0])))
     evaluator = captioning.Captioning("m", java_metrics=True)
-    got = dict(evaluator._corpus_metrics(["a cat", "a dog"], [["a cat"], ["a cow"]]))
+    references, owners = [["a cat"], ["a cow"]], np.arange(2)
+    got = dict(evaluator._corpus_metrics(["a cat", "a dog"], references, owners))
     found = [got[f"captioning/m/meteor{end}"] for end in ("", "_low", "_high")]
     assert found == pytest.approx([whole, *limits])
 

@@ -67,6 +67,26 @@ def test_the_same_caption_of_one_image_is_no_collapse():
     assert got["captioning/s/self_bleu"] == pytest.approx(collapse.self_bleu(said).mean())
 
 
+def test_intervals_draw_an_image_with_all_of_its_rows():
+    """Each picture three times in a list: no more is known than of each once."""
+    said = [f"{'a b c d e f g h'[: 2 * (i % 7) + 1]} and number {i}" for i in range(30)]
+    rows = [dict(image=picture(i), text=f"a b c d and number {i} of 30") for i in range(30)]
+    once, thrice = (
+        dict(captioning.Captioning("s").run(Fake(captions=said), rows * times)) for times in (1, 3)
+    )
+    for name in ("exact_match", "word_f1", "bleu4", "rouge_l", "perplexity"):
+        assert thrice[f"captioning/s/{name}_count"] == 3 * once[f"captioning/s/{name}_count"]
+        for end in ("", "_low", "_high"):
+            value = once[f"captioning/s/{name}{end}"]
+            assert thrice[f"captioning/s/{name}{end}"] == pytest.approx(value, rel=1e-9)
+    assert once["captioning/s/bleu4_high"] > 1.1 * once["captioning/s/bleu4_low"] > 0
+    # CIDEr-D, whose words nobody used weigh by the number of records, has another value.
+    wide = [
+        got["captioning/s/cider_d_high"] - got["captioning/s/cider_d_low"] for got in (once, thrice)
+    ]
+    assert wide[1] == pytest.approx(wide[0], rel=0.2)  # and not 0.58 of it
+
+
 def test_captioning_with_several_references():
     records = [
         dict(image=picture(0), text=["A dog, running.", "a brown dog"]),

@@ -25,7 +25,14 @@ from coca_jax.evaluators import (
 )
 from coca_jax.evaluators.caption_match import Scorer, score_references, score_scene
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting, called
-from coca_jax.evaluators.intervals import bootstrap, limits, resampled_sums, scored, with_interval
+from coca_jax.evaluators.intervals import (
+    bootstrap,
+    limits,
+    of_owners,
+    resampled_sums,
+    scored,
+    with_interval,
+)
 from coca_jax.evaluators.outputs import Outputs
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture, seen
 from coca_jax.evaluators.retrieval import content_digest
@@ -182,11 +189,10 @@ class Captioning(Evaluator):
         Afterwards `examples` holds pictures with captions and references.
         """
         sums, tokens, f1 = list[float](), list[list[int]](), list[float]()
-        exact: list[bool] = []
-        captions: list[str] = []
+        exact, captions = list[bool](), list[str]()
         gains: list[tuple[float, float]] = []
         recent: list[Record] = []
-        places: dict[bytes, int] = {}  # the first record of each image
+        places, image_of = dict[bytes, int](), list[int]()  # the first of an image; and a record's
         references: list[list[str]] = []
         shown, worst = Spread(self.num_examples), Worst(self.num_examples // 2)
         show = f"{self.name} images" if self.progress else ""
@@ -199,7 +205,8 @@ class Captioning(Evaluator):
                 found = found + made
             recent = [*recent, *batch][-collapse.APART :]
             for record, one in zip(batch, found):
-                places.setdefault(content_digest(record["image"]), len(references))
+                first = places.setdefault(content_digest(record["image"]), len(references))
+                image_of.append(first)
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
                     sums.append(sum(one["log_likelihood"]))  # an image's: they are no draws apart
@@ -220,14 +227,15 @@ class Captioning(Evaluator):
             self.outputs.close()
         if not references:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
+        once, owners = np.unique(image_of, return_inverse=True)  # a list may name an image twice
         if self.perplexity:
-            yield from self._perplexity(sums, tokens, predict.max_len)
+            yield from self._perplexity(sums, tokens, owners, predict.max_len)
         if self.captions:
-            yield from with_interval(f"{self.name}/exact_match", np.asarray(exact))
+            yield from with_interval(f"{self.name}/exact_match", np.asarray(exact), owners=owners)
             f1_name = "attribute_f1" if self.scorer is score_scene else "word_f1"
-            yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1))
-            yield from self._corpus_metrics(captions, references)
-            yield from self._collapse(captions, references, gains, list(places.values()))
+            yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1), owners=owners)
+            yield from self._corpus_metrics(captions, references, owners)
+            yield from self._collapse(captions, references, gains, once.tolist())
         items, worse = shown.items(), worst.items()
         _with_words(predict, items + worse, self.attention)
         self.examples = dict(kind="captioning", items=items, worst=worse, notes=self._notes())
@@ -278,9 +286,13 @@ class Captioning(Evaluator):
         return made
 
     def _perplexity(
-        self, sums: Sequence[float], tokens: Sequence[Sequence[int]], max_len: int
+        self,
+        sums: Sequence[float],
+        tokens: Sequence[Sequence[int]],
+        owners: np.ndarray,
+        max_len: int,
     ) -> Iterator[tuple[str, float]]:
-        """Of each image's log likelihood and its references' predicted tokens. `cut` says how many
+        """Of each record's log likelihood and its references' predicted tokens. `cut` says how many
         references have as many as a text of max_len can, with its begin: most were longer."""
         counts = [count for several in tokens for count in several]
         full = sum(count >= max_len - 1 for count in counts)
@@ -290,7 +302,8 @@ class Captioning(Evaluator):
                 "and what is longer loses its end: perplexity is of what is left"
             )
             warn(self.name, self.cut)
-        nats = bootstrap(-np.asarray(sums), np.asarray([sum(one) for one in tokens]))
+        predicted = of_owners(np.asarray([sum(one) for one in tokens]), owners)
+        nats = bootstrap(-of_owners(np.asarray(sums), owners), predicted)
         with np.errstate(over="ignore"):  # above 709 nats a token it is infinite
             found, low, high = np.exp(nats).tolist()
         yield from scored(f"{self.name}/perplexity", found, (low, high), len(sums))
@@ -321,26 +334,31 @@ class Captioning(Evaluator):
             warn(self.name, self.warning)
 
     def _corpus_metrics(
-        self, captions: Sequence[str], references: Sequence[Sequence[str]]
+        self, captions: Sequence[str], references: Sequence[Sequence[str]], owners: np.ndarray
     ) -> Iterator[tuple[str, float]]:
+        """owners: the image of each caption, which is drawn with all of its records."""
         said = [caption_metrics.tokenize(caption) for caption in captions]
         wanted = [[caption_metrics.tokenize(text) for text in several] for several in references]
         stats = caption_metrics.bleu_stats(said, wanted)
         yield from scored(
             f"{self.name}/bleu4",
             caption_metrics.bleu(stats.sum(0))[3],
-            limits(caption_metrics.bleu(resampled_sums(stats))[:, 3]),
+            limits(caption_metrics.bleu(resampled_sums(of_owners(stats, owners)))[:, 3]),
             len(said),
         )
-        yield from with_interval(f"{self.name}/rouge_l", caption_metrics.rouge_l(said, wanted))
-        yield from with_interval(f"{self.name}/cider_d", caption_metrics.cider_d(said, wanted))
+        for name, metric in (
+            ("rouge_l", caption_metrics.rouge_l),
+            ("cider_d", caption_metrics.cider_d),
+        ):
+            yield from with_interval(f"{self.name}/{name}", metric(said, wanted), owners=owners)
         if not self.java_metrics:
             return
         self.skipped = {m: w for m in ("meteor", "spice") if (w := caption_metrics.why_not(m))}
         if "meteor" not in self.skipped:
             whole, each = caption_metrics.meteor(said, wanted)
             # METEOR's own figure is not the mean of the images': its interval is theirs, moved.
-            mean, low, high = bootstrap(each)
+            counts = np.bincount(owners)
+            mean, low, high = bootstrap(of_owners(each, owners), counts)
             moved = (max(whole + low - mean, 0.0), min(whole + high - mean, 1.0))
             yield from scored(f"{self.name}/meteor", whole, moved, len(said))
         if "spice" not in self.skipped:
@@ -348,4 +366,4 @@ class Captioning(Evaluator):
                 [" ".join(tokens) for tokens in said],
                 [[" ".join(tokens) for tokens in several] for several in wanted],
             )
-            yield from with_interval(f"{self.name}/spice", each)
+            yield from with_interval(f"{self.name}/spice", each, owners=owners)

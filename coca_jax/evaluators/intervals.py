@@ -39,6 +39,17 @@ def resampled_sums(stats: np.ndarray, *, resamples: int = _RESAMPLES, seed: int 
     return np.concatenate(drawn)
 
 
+def of_owners(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Returns float64 [owners] or [owners, K]: sums of values [N] or [N, K] over whose they are.
+
+    owners: int [N], 0, 1, ... without gaps, such as the image of each record.
+    """
+    values = np.asarray(values, np.float64)
+    sums = np.zeros((int(owners.max()) + 1, *values.shape[1:]))
+    np.add.at(sums, owners, values)
+    return sums
+
+
 def limits(samples: np.ndarray) -> tuple[float, float]:
     """Returns the 2.5% and 97.5% quantiles of a bootstrap distribution [R], NaN left out."""
     tail = (1 - _LEVEL) / 2
@@ -127,12 +138,12 @@ def with_interval(
 ) -> Iterator[tuple[str, float]]:
     """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
 
-    owners: int [N], 0, 1, ... without gaps, whose each value is: drawn with all that are theirs; by
-    default its own.
+    owners: whose each value is, as `of_owners` has it: drawn with all that are theirs; by default
+    its own.
     """
     count = len(values)
     if owners is not None:
-        weights = np.bincount(owners, weights)
-        values = np.bincount(owners, np.asarray(values, np.float64))
+        weights = of_owners(np.ones(count) if weights is None else weights, owners)
+        values = of_owners(values, owners)
     mean, low, high = bootstrap(values, weights)
     yield from scored(name, mean, (low, high), count)
