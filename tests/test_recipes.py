@@ -166,6 +166,11 @@ def test_values_are_replaced_from_the_command_line(parse):
         ),
         (["--config.data.sources[0].path=x"], "no such key; give all of it"),
         (["--config.data.sources[7].kind=x"], "no such element"),
+        (["--config.text_lengths[0]=3"], "is not set by itself; .*--config.text_lengths="),
+        (
+            ["--config.data.sources[0]=3"],
+            r"it is a dict, .* --config.data.sources\[0\].KEY=VALUE; ",
+        ),
         (["--config.image_sizes=((0.5, 32)"], "not a Python value"),
         (["--learning_rate=1e-4"], "no such flag; .* is --config.optimizer.learning_rate=1e-4"),
         (["--config.batch_size=big"], "error: --config.batch_size=big: give a whole number, as 16"),
