@@ -166,7 +166,7 @@ def test_values_are_replaced_from_the_command_line(parse):
         ),
         (["--config.data.sources[0].path=x"], "no such key; give all of it"),
         (["--config.data.sources[7].kind=x"], "no such element"),
-        (["--config.text_lengths[0]=3"], "is not set by itself; .*--config.text_lengths="),
+        (["--config.log.trackers[0]=x"], "is not set by itself; .*--config.log.trackers="),
         (
             ["--config.data.sources[0]=3"],
             r"it is a dict, .* --config.data.sources\[0\].KEY=VALUE; ",
