@@ -296,3 +296,10 @@ def test_a_run_goes_on_without_the_weights_that_it_began_from(parse, elsewhere, 
     pathlib.Path("other/vocabulary.model").unlink()
     with pytest.raises(FileNotFoundError, match="data.vocabulary=weights/vocabulary.model: no"):
         run_vocabulary.load_or_train(after, "other")
+
+
+def test_a_group_behind_one_of_its_keys_is_a_line(commands, tmp_path):
+    given = ["--config.model.image.width=8", "--config.model.image=3"]
+    done = commands.run(["train", "--config=tiny", "--workdir=w", *given], tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: Flag --config.model.image is provided after")

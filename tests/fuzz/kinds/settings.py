@@ -87,7 +87,7 @@ def read_overrides(path: pathlib.Path) -> str:
         with contextlib.redirect_stderr(said):
             try:
                 recipes.define_flag()
-            except (ValueError, OSError) as error:
+            except (flags.Error, ValueError, OSError) as error:
                 cli.fail(str(error))
             cli.parse_flags(sys.argv, sys.modules[__name__])
             if flags.FLAGS.config is None:
