@@ -124,11 +124,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
     module = importlib.import_module(f"coca_jax.{name}")
     try:
         module.define_flags()
-    except (
-        flags.Error,
-        ValueError,
-        OSError,
-    ) as error:  # of flags: --config.a=X behind --config.a.b
+    except (flags.Error, ValueError, OSError) as error:  # as --config.a=X behind --config.a.b
         fail(str(error))
     if wants_help:
         with _pipe_may_close():

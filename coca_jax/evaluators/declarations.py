@@ -15,7 +15,7 @@ import functools
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import coca_jax.evaluators
@@ -67,16 +67,11 @@ class Scale(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A row of the report.
-
-    lower: whether a lower value is better. chance: what blind guesses reach, from the other values
-    of the task by their metrics' names (`num_classes`, ...), of which it may miss some (KeyError).
-    """
+    """A row of the report. lower: whether a lower value is better."""
 
     title: str
     scale: Scale = Scale.PERCENT
     lower: bool = False
-    chance: Callable[[Mapping[str, float]], float] | None = None
 
 
 @dataclasses.dataclass
@@ -121,7 +116,7 @@ class Evaluator(abc.ABC):
     Of an instance:
         name: `<kind>/<data set>`.
         examples: after `run`, what the report shows; `kind` in it names the layout, a file of
-            report/templates/layouts.
+            report/templates/layouts, and `chance` says what blind guesses reach, by metric.
         classes: after `run`, accuracy by class and confusion, or {}.
         skipped: metrics that could not run, and why.
         further: what it learns from beside the records of the task, each a `records.Records`.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -40,29 +39,8 @@ from coca_jax.evaluators.results import picture
 
 CUTOFFS = (1, 5, 10)
 _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
-
-
-def _chance(to: str, k: int) -> Callable[[Mapping[str, float]], float]:
-    """Of a match among k that are drawn, as far as counts tell it: where each image has as many
-    texts as on average, and no text two images. `_Encoded.chance` looks."""
-
-    def reached(counts: Mapping[str, float]) -> float:
-        if to == "text_to_image":
-            return min(1, k / counts["num_images"])
-        matches = counts["text_to_image_r1_count"] / counts["image_to_text_r1_count"]
-        texts = counts["num_texts"]
-        drawn = range(int(min(k, texts)))
-        return 1 - math.prod(max(0, texts - matches - i) / (texts - i) for i in drawn)
-
-    return reached
-
-
 _METRICS = (
-    {
-        f"{to}_r{k}": Metric(f"{name} R@{k}", chance=_chance(to, k))
-        for to, name in _TITLES.items()
-        for k in CUTOFFS
-    }
+    {f"{to}_r{k}": Metric(f"{name} R@{k}") for to, name in _TITLES.items() for k in CUTOFFS}
     | {"mean_recall": Metric("Mean recall")}
     | {
         f"{to}_median_rank": Metric(f"{name} median rank", Scale.PLAIN, lower=True)

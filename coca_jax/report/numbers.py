@@ -82,26 +82,14 @@ def interval(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
     return f"{first}\u2009\u2013\u2009{last}{sign}"
 
 
-def chance(
-    metric: Metric, scores: Mapping[str, Any], name: str, examples: Mapping[str, Any]
-) -> str:
-    """What blind guesses would reach of a score, in its scale; '' where that is not known.
-
-    examples: of the evaluations by name, which say it of the very data where they have `chance`.
-    """
+def chance(metric: Metric, name: str, examples: Mapping[str, Any]) -> str:
+    """What blind guesses reach of a score, in its scale, as its evaluation said in `chance` of its
+    examples; '' where it does not, as those of before this did not."""
     task, _, own = name.rpartition("/")
     found = examples.get(task)
     told = found.get("chance") if isinstance(found, Mapping) else None
-    if isinstance(told, Mapping) and is_number(told.get(own)):
-        return score(metric, told[own])
-    if metric.chance is None:
-        return ""
-    task += "/"
-    counts = {key.removeprefix(task): scores[key] for key in scores if key.startswith(task)}
-    try:
-        return score(metric, metric.chance(counts))
-    except (KeyError, TypeError, ZeroDivisionError):  # of an older run, or not finite
-        return ""
+    known = isinstance(told, Mapping) and is_number(told.get(own))
+    return score(metric, told[own]) if known else ""
 
 
 def split_name(name: str) -> tuple[str, str, str]:

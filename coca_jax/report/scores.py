@@ -73,7 +73,7 @@ def _line(scores: Scores, evaluator: str, data: str, metric: str, run: RunFiles)
         title=shown.title,
         value=numbers.score(shown, scores[name]),
         interval=numbers.interval(shown, scores, name),
-        chance=numbers.chance(shown, scores, name, run.examples),
+        chance=numbers.chance(shown, name, run.examples),
         count="" if count is None else f"{count:,.0f}",
         lower=shown.lower,
     )
