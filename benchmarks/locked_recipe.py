@@ -16,7 +16,7 @@ def get_config(given: str) -> ConfigDict:
     kind, steps, *run = given.split(",")
     config = emoji.get_config()
     config.batch_size, config.steps = 64, int(steps)
-    config.image_sizes, config.text_lengths = (), ()
+    config.image_sizes, config.text_lengths, config.text_parts = (), (), 1
     config.data.resize = "squash"  # as it was when this was measured, as the next two
     config.loss.min_temperature, config.model.temperature = 0.0, 0.07
     rule = dict(warmup_steps=60, schedule="cosine", average_share=0.0, projection_rate=1.0)

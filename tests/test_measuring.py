@@ -26,7 +26,7 @@ import text_lengths  # noqa: E402
 
 from coca_jax import run_config  # noqa: E402
 from coca_jax.ablating import table  # noqa: E402
-from coca_jax.config import typed  # noqa: E402
+from coca_jax.config import checks, typed  # noqa: E402
 
 
 @pytest.fixture
@@ -155,23 +155,30 @@ def test_three_seeds_of_a_recipe(given):
     assert found == {"x": dict(seed_0=0.0, seed_1=10.0, seed_2=20.0)}
 
 
+def whole(given):
+    """A recipe as a run has it, its values checked against each other."""
+    config = typed(given)
+    checks.check(config)
+    return config
+
+
 def test_the_recipes_of_benchmarks_are_whole():
-    assert typed(pictures_recipe.get_config("data/x")).data.sources[0].path == "data/x"
-    assert typed(released_recipe.get_config("coca_ViT-L-14")).model.image.depth == 24
-    assert typed(earlier_recipe.get_config("emoji")).steps == measuring_runs.EARLIER_STEPS
+    assert whole(pictures_recipe.get_config("data/x")).data.sources[0].path == "data/x"
+    assert whole(released_recipe.get_config("coca_ViT-L-14")).model.image.depth == 24
+    assert whole(earlier_recipe.get_config("emoji")).steps == measuring_runs.EARLIER_STEPS
     for name in ("emoji", "emoji_reinforced"):
-        emoji = typed(earlier_recipe.get_config(name))
+        emoji = whole(earlier_recipe.get_config(name))
         assert (emoji.data.resize, emoji.model.dtype) == ("squash", "float32")
         assert (emoji.loss.min_temperature, emoji.model.temperature) == (0.0, 0.07)
         assert emoji.optimizer.projection_rate == 1.0
-    demo = typed(earlier_recipe.get_config("demo"))
+    demo = whole(earlier_recipe.get_config("demo"))
     assert demo.optimizer.schedule == "cosine" and demo.optimizer.average_share == 0
     assert [source.scenery for source in demo.data.sources] == ["plain", "plain"]
-    captioner = typed(locked_recipe.get_config("captioner,500,runs/a"))
+    captioner = whole(locked_recipe.get_config("captioner,500,runs/a"))
     assert captioner.init_from == "runs/a" and captioner.steps == 500
     assert set(captioner.data.sources[0].where["label"]) == set(locked_recipe.GROUPS)
     assert [task["kind"] for task in captioner.eval.tasks] == ["retrieval", "captioning"]
-    contrastive = typed(locked_recipe.get_config("contrastive,700"))
+    contrastive = whole(locked_recipe.get_config("contrastive,700"))
     assert [task["kind"] for task in contrastive.eval.tasks] == ["retrieval"]
 
 
