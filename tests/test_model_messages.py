@@ -73,7 +73,7 @@ def test_options_that_models_do_not_have_are_a_line_before_anything_is_read(expo
     for size in (0, -1, 2.5, None):
         with pytest.raises(ValueError, match=f"^batch_size={size}: give a whole number of images"):
             coca_jax.load("none", batch_size=size)
-    for path in (None, 3, b"runs"):
+    for path in (None, 3, b"runs", ""):
         with pytest.raises(ValueError, match=f"^path={path!r}: give a run, an export, weights"):
             coca_jax.load(path)
     with pytest.raises(ValueError, match="^dtype='fp16'"):

@@ -1,12 +1,14 @@
 """What is said of files of weights that are none, and of those in the wrong place."""
 
 import io
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 from conversion_cases import small_weights, write_source
 from PIL import Image
+from safetensors.numpy import save_file
 from test_version_0_1 import flags_of
 
 import coca_jax
@@ -38,6 +40,16 @@ def test_first_bytes_say_what_a_file_is(tmp_path, name, data, says):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"{name}: {says}"):
         weights_files.read(str(tmp_path / name))
+
+
+def test_renamed_files_are_read_by_what_they_are(tmp_path):
+    golden = pathlib.Path(__file__).parent / "golden/tiny.pt"
+    shutil.copy(golden, tmp_path / "a.safetensors")
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_file({"x": numbers}, tmp_path / "b.pt")
+    read = weights_files.read(str(tmp_path / "a.safetensors"))
+    np.testing.assert_array_equal(read["plain"], np.arange(24).reshape(4, 6))
+    np.testing.assert_array_equal(weights_files.read(str(tmp_path / "b.pt"))["x"], numbers)
 
 
 def test_shards_are_named(tmp_path):

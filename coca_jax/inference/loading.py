@@ -94,7 +94,7 @@ def load(
 def _check(path: Any, dtype: str | None, options: dict[str, Any]) -> None:
     """Raises ValueError for what is no path or dtype, TypeError for an option that models do not
     have, before anything is read."""
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):  # of which "" is here
         raise ValueError(f"path={path!r}: give a run, an export, weights or hf-hub:OWNER/NAME")
     if dtype is not None:
         try:

@@ -78,17 +78,29 @@ def refuse(path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Tensors of a file by their names in the model, mapped, not read.
+    """Tensors of a file by their names in the model, mapped, not read. Which kind it is its first
+    bytes say, for people rename files.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is neither safetensors nor of torch.save, or two tensors have one name.
     """
     _refuse_others(path)
-    is_safetensors = path.endswith(".safetensors")
+    is_safetensors = _is_safetensors(path)
     tensors = safetensors_file.read(path) if is_safetensors else torch_file.read(path)
     names = torch_file.strip_prefixes(tensors)
     return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _is_safetensors(path: str) -> bool:
+    """Whether a file is of this kind by its first bytes, or by its name where they say nothing."""
+    begun = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            begun = file.read(9)
+    if begun.startswith(b"PK\3\4"):  # a zip archive, which is torch.save's kind
+        return False
+    return begun[8:] == b"{" or path.endswith(".safetensors")  # JSON behind its length
 
 
 def _refuse_others(path: str) -> None:
