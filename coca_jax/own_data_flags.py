@@ -25,3 +25,10 @@ def define() -> None:
 def fields() -> dict[str, str]:
     """The fields that the flags beside `--data` name; '' for those that are not given."""
     return {name: flags.FLAGS[name].value for name in FIELDS}
+
+
+def given() -> dict[str, str]:
+    """Those of these flags that are given, as the processes of a run compare them: {flag: value}.
+    Of other data one process would wait for an index that no other makes."""
+    found = {"data": " ".join(flags.FLAGS.data)} | fields()
+    return {f"--{name}": value for name, value in found.items() if value}

@@ -10,7 +10,7 @@ from one_device import smallest_run, train_alone
 from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
 from coca_jax.evaluators import history, tasks
-from coca_jax.training import best
+from coca_jax.training import best, spikes
 
 NAME = "retrieval/s/mean_recall"
 TASK = dict(kind="retrieval", name="s", data=dict(builtin="scenes", split="test", kind="caption"))
@@ -33,6 +33,37 @@ def settled(folder):
         seen = now
         time.sleep(0.5)
     return seen
+
+
+def test_scores_behind_a_spike_go_with_the_steps(tmp_path, monkeypatch):
+    """Seen at step 5: back to step 2, past the scores of 3 and 4. Killed in the evaluation of the
+    new step 3, the next start does that."""
+    config = run_of(given=(TASK,))
+    config.steps, config.data.vocabulary, config.checkpoint.keep = 6, scenes_words(), 3
+    config.loss.captioning_weight = 0.0
+    config.faults.update(spike_deviations=20.0, spike_batches=3)
+    spike, scores = [5], iter([0.2, 0.5, 0.9, 0.1, None, 0.3, 0.1, 0.1, 0.1])
+
+    def looked(self, found):
+        if found and found[0] in spike:
+            raise spikes.WentUp(spike.pop(), 9.0, 1.0)
+
+    def scored(*_):
+        value = next(scores)
+        if value is None:
+            raise KeyboardInterrupt
+        return {NAME: value}
+
+    monkeypatch.setattr(spikes.Spikes, "_look", looked)
+    monkeypatch.setattr(tasks, "run_task", scored)
+    with pytest.raises(KeyboardInterrupt):
+        train_alone(config, tmp_path)
+    assert [row["step"] for row in history.read(tmp_path)] == [1, 2]
+    settled(tmp_path / "checkpoints")
+    train_alone(config, tmp_path)
+    found = {row["step"]: row["scores"][NAME] for row in history.read(tmp_path)}
+    assert found == {1: 0.2, 2: 0.5, 3: 0.3, 4: 0.1, 5: 0.1, 6: 0.1}
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4", "5", "6"]
 
 
 def test_the_best_step_stays_when_the_run_is_killed_and_goes_on(tmp_path, monkeypatch, capfd):

@@ -255,8 +255,8 @@ def test_load_goes_back_too_but_never_from_a_step_that_was_named(workdir, caplog
     for path in (workdir / "checkpoints/5/ema").rglob("d/*"):
         path.write_bytes(b"")
     assert largest.exists()
-    params, _ = checkpointing.load_params(str(workdir))
-    assert_equal(params, state_of(3).ema)
+    params, _, step = checkpointing.load_step(str(workdir))
+    assert_equal((params, step), (state_of(3).ema, 3))
     assert "checkpoint 5 is damaged" in caplog.text
     assert (workdir / "checkpoints/5").is_dir()  # who only reads renames nothing
     with pytest.raises(Damaged, match="checkpoints/5/ema"):

@@ -137,6 +137,7 @@ def test_weights_that_a_batch_cannot_have_and_kinds_that_nothing_has_are_told(tm
 def test_train_has_them(monkeypatch):
     assert {"data", "text_field", "label_field", "image_field"} <= flags_of("train", monkeypatch)
     own_data_flags.flags.FLAGS(["train", "--text_field=words"])
+    assert own_data_flags.given() == {"--text_field": "words"}  # what processes compare
     fields = own_data_flags.fields()
     assert fields == dict(text_field="words", label_field="", image_field="")
     with pytest.raises(ValueError, match="--text_field=words is of --data; give --data=PATH"):

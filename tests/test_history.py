@@ -97,6 +97,8 @@ def test_scores_of_an_earlier_step_say_so_in_the_report(whole, tmp_path):
     assert json.loads((out / results.STEPS).read_text()) == steps | {"zeroshot/early": 2}
     assert report.write_report(out).read_text().count("after step 2") == 1
     assert json.loads((out / "eval.json").read_text()).items() >= found.items()
+    shutil.rmtree(out / "checkpoints/4/ema/d")
+    assert coca_jax.load(out).step == 2  # whose weights are read, as those of 4 are damaged
 
 
 @pytest.mark.slow  # six runs of a minute each

@@ -395,6 +395,6 @@ def test_a_run_without_its_vocabulary_says_what_is_missing(tmp_path, monkeypatch
     from coca_jax.checkpoints import checkpointing
 
     monkeypatch.setattr(checkpointing, "find_step", lambda path: (tmp_path / "checkpoints", 1))
-    monkeypatch.setattr(checkpointing, "load_params", lambda path: ({}, None))
+    monkeypatch.setattr(checkpointing, "load_step", lambda path: ({}, None, 1))
     with pytest.raises(FileNotFoundError, match="vocabulary.model is missing, the run's own"):
         loading._read_run(str(tmp_path))

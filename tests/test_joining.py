@@ -207,6 +207,8 @@ faster = plain.change({"optimizer.learning_rate": 5e-4, "seed": 3})
 tell("config", lambda: agreement.on_command(faster if number else plain, shared))
 sources = [dict(path=f"{folder}/{name}", split="train") for name in "ab"]
 mine = plain.change({"data.sources": (sources[0], sources[number])})
+other_data = {"--data": f"{folder}/{'ab'[number]}"} | ({"--text_field": "x"} if number else {})
+tell("flags", lambda: agreement.on_command(plain, shared, other_data))
 tell("source", lambda: agreement.on_command(mine, shared))
 tell("workdir", lambda: agreement.on_command(plain, other))
 told = dict(plain.to_dict(), data_told=[dict(examples=9 + number, sha256="a")], workdir=other)
@@ -260,6 +262,10 @@ def test_processes_that_differ_all_say_so_and_end(tmp_path):
     )
     assert f'has data.sources[1].path="{tmp_path}/b", process 0 has "{tmp_path}/a";' in str(
         first["source"]
+    )
+    assert first["flags"] == (
+        f"process 1 has --data={tmp_path}/b, process 0 has {tmp_path}/a (--text_field too); start "
+        "all processes with the same command, recipe and data"
     )
     assert first["workdir"] == (
         f"{tmp_path}/own1 of process 1 is not the folder of process 0 ({tmp_path}/own0): the "

@@ -1,15 +1,18 @@
 """Views of data: which records are examples, and the file that remembers it."""
 
+import itertools
 import json
 import os
 import re
 import threading
+import types
 
 import numpy as np
 import pytest
 from data_cases import write_data
 
 from coca_jax.config import Entry
+from coca_jax.console import activity
 from coca_jax.data import field_texts, sources, view_index, views
 from coca_jax.data.view_index import Indexes
 from coca_jax.importers.items import Options
@@ -163,6 +166,20 @@ def test_other_processes_wait_for_the_first(data, scans):
     copy.unlink()  # a later run has another workdir, and the file beside the data
     sources.open_source(entry, indexes=Indexes(workdir, 0, 2))
     assert copy.exists() and len(scans) == 1
+
+
+def test_other_processes_wait_for_hours_where_the_first_reads_so_long(data, monkeypatch):
+    """As a billion records take: the clock goes on by five hours at each look."""
+    entry, workdir = dict(path=str(data / "a"), where={"group": 1}), str(data / "run")
+    clock, want = itertools.count(0.0, 5 * 3600.0), []
+
+    def sleep(_):
+        want.append(keys(sources.open_source(entry, indexes=Indexes(workdir, 0, 2))))
+
+    stand_in = types.SimpleNamespace(monotonic=lambda: next(clock), sleep=sleep)
+    monkeypatch.setattr(activity, "time", stand_in)
+    found = keys(sources.open_source(entry, indexes=Indexes(workdir, 1, 2)))
+    assert [found] == want
 
 
 def test_a_damaged_record_is_named_where_all_must_be_read(data):

@@ -5,6 +5,7 @@ import itertools
 import random
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import tiny
 
 from coca_jax import export_format, recipes
 from coca_jax.config import typed
+from coca_jax.console import activity
 from coca_jax.data import run_vocabulary, vocabulary
 
 TEXTS = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("cat", "dog", "bird")]
@@ -105,6 +107,19 @@ def test_a_process_that_waits_for_the_vocabulary_does_so_whatever_the_clock_says
     config = typed(recipes.load("tiny")).change({"model.text.vocab_size": trained[0].size})
     found = run_vocabulary.load_or_train(config, str(tmp_path), process_index=1)
     writer.join()
+    assert found.checksum == trained[0].checksum
+
+
+def test_a_process_waits_for_a_vocabulary_whose_texts_take_hours_to_read(
+    trained, tmp_path, monkeypatch
+):
+    clock, made = itertools.count(0.0, 5 * 3600.0), tmp_path / run_vocabulary.VOCABULARY_FILE
+    stand_in = types.SimpleNamespace(
+        monotonic=lambda: next(clock), sleep=lambda _: trained[0].save(str(made))
+    )
+    monkeypatch.setattr(activity, "time", stand_in)
+    config = typed(recipes.load("tiny")).change({"model.text.vocab_size": trained[0].size})
+    found = run_vocabulary.load_or_train(config, str(tmp_path), process_index=1)
     assert found.checksum == trained[0].checksum
 
 

@@ -295,7 +295,14 @@ def read_run(workdir: str) -> dict[str, Any]:
 
 
 def load_params(path: str, shardings: Any = None) -> tuple[Any, StoredConfig]:
-    """Parameters alone (their average when the run keeps one) and the run's config.
+    """`load_step` without the step."""
+    params, config, _ = load_step(path, shardings)
+    return params, config
+
+
+def load_step(path: str, shardings: Any = None) -> tuple[Any, StoredConfig, int]:
+    """Parameters alone (their average when the run keeps one), the run's config, and the step that
+    the parameters are of.
 
     Of a workdir, those of the newest step that is not damaged; a warning names the damaged ones.
     Raises Damaged when the step that `path` names, or every step, is.
@@ -307,7 +314,7 @@ def load_params(path: str, shardings: Any = None) -> tuple[Any, StoredConfig]:
     config = read_config(str(directory.parent))
     for step in steps:
         try:
-            return _params(directory / str(step), shardings), config
+            return _params(directory / str(step), shardings), config, step
         except Damaged as error:
             if step == steps[-1]:
                 raise

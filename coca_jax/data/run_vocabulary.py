@@ -58,7 +58,8 @@ def load_or_train(
             )
     elif process_index:
         there = storage.place(path)
-        activity.until(f"process 0 to write {path}", lambda: there.exists() or None)
+        # It reads a sample of all data, in a bucket shard by shard, and then trains.
+        activity.until(f"process 0 to write {path}", lambda: there.exists() or None, hours=24)
         vocabulary = vocabularies.load(path)
     elif given is not None:
         _check(config, given)  # before anything is left in the workdir

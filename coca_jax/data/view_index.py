@@ -65,7 +65,7 @@ class Indexes:
             make: makes the index.
 
         Raises:
-            ValueError: what `make` raises; or the first process has written nothing in an hour.
+            ValueError: what `make` raises; or the first process has written nothing in a day.
         """
         name = f"{hashlib.blake2b(mark.encode(), digest_size=12).hexdigest()}.npz"
         found = self._find(folder, name, mark, rows)
@@ -93,7 +93,8 @@ class Indexes:
     def _wait(self, name: str, mark: str, rows: int) -> Index:
         path = f"{self._workdir}/{FOLDER}/{name}"
         look = functools.partial(self._find, "", name, mark, rows)
-        return activity.until(f"process 0 to write {path}", look, pause=0.5)
+        # It may read a billion records. Where it ends meanwhile, this process hears of that.
+        return activity.until(f"process 0 to write {path}", look, hours=24, pause=0.5)
 
     def _save(self, folder: str, name: str, data: bytes) -> None:
         written = bool(folder) and _write(folder, name, data)

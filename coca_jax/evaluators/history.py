@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -39,8 +39,19 @@ def add(workdir: str | os.PathLike[str], step: int, scores: Mapping[str, float])
     went back to an earlier checkpoint, are dropped: each step occurs once."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
     rows = [row for row in read(workdir) if row["step"] < step]
-    rows.append(dict(step=int(step), scores=clean))
-    text = "".join(json.dumps(sealed_json.seal(row), allow_nan=False) + "\n" for row in rows)
+    _write(workdir, [*rows, dict(step=int(step), scores=clean)])
+
+
+def drop_after(workdir: str | os.PathLike[str], step: int) -> None:
+    """Drops the evaluations of later steps than `step`, whose weights the run gives up."""
+    rows = read(workdir)
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < len(rows):
+        _write(workdir, kept)
+
+
+def _write(workdir: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(sealed_json.seal(dict(row)), allow_nan=False) + "\n" for row in rows)
     storage.write_text(storage.place(workdir) / FILE, text)
 
 

@@ -140,9 +140,8 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
 def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary, int]:
     from coca_jax.checkpoints import checkpointing  # Orbax: only where a run is read
 
-    directory, step = checkpointing.find_step(path)
-    params, config = checkpointing.load_params(path)
-    file = directory.parent / "vocabulary.model"
+    params, config, step = checkpointing.load_step(path)
+    file = checkpointing.find_step(path)[0].parent / "vocabulary.model"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is missing, the run's own vocabulary; copy it there from where the run was"

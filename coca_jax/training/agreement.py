@@ -32,15 +32,16 @@ FREE = ("workdir", "data.num_threads")  # spelled otherwise, and a machine's cor
 _LONG = 80  # letters of a value that a message shows
 
 
-def on_command(config: Config, workdir: str) -> None:
+def on_command(config: Config, workdir: str, given: Mapping[str, str] | None = None) -> None:
     """Before anything is written or computed: that config, code and workdir are those of process 0.
 
-    Raises ValueError on all processes, naming the first one and what differs.
+    given: {flag: value}, of what else the command was given. Raises ValueError on all processes,
+    naming the first one and what differs.
     """
     if jax.process_count() == 1:
         return
     with _token(workdir) as token:
-        mine = _keys(config.to_dict(), workdir) | _code()
+        mine = _keys(config.to_dict(), workdir) | _code() | dict(given or {})
         first = json.loads(processes.from_first("command", json.dumps([workdir, token, mine])))
         line = processes.difference(first[2], mine) or _elsewhere(workdir, *first[:2])
         found = processes.agreed("command", line)

@@ -58,6 +58,10 @@ class Best:
         if value is not None and value == value:
             self._values[step] = value
 
+    def forget_after(self, step: int) -> None:
+        """Forgets the scores of later steps than `step`, whose weights the run gives up."""
+        self._values = {n: value for n, value in self._values.items() if n <= step}
+
     def among(self, steps: Collection[int]) -> int | None:
         """The best of the steps that were scored, the last of equal ones."""
         sign = -1 if self._lower else 1

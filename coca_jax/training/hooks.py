@@ -146,6 +146,13 @@ class Evaluation:
         if step and self.due(step) and not history.has(self._run.workdir, step):
             self(step, state)
 
+    def forget_after(self, step: int) -> None:
+        """The run goes back to `step`: the scores of later ones are of weights that it gives up."""
+        if self._run.main_process:
+            history.drop_after(self._run.workdir, step)
+        if self._best is not None:
+            self._best.forget_after(step)
+
     def _check(self, state: TrainState) -> None:
         if not self._run.config.eval.tasks:
             return

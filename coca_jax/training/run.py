@@ -94,17 +94,15 @@ def train_alone(
         checkpoints = checkpointing.Checkpoints(
             workdir, keep=config.checkpoint.keep, best=best, run=contents
         )
-        spikes = Spikes.of(run)
+        evaluate, spikes = hooks.Evaluation(run, checkpoints, best), Spikes.of(run)
         if spikes.back is not None:  # killed while it went back
-            checkpoints.drop_after(spikes.back)
-            spikes.gone_back()
+            give_up_after(spikes.back, evaluate, checkpoints, spikes)
         state, start = restore_or_begin(run, checkpoints)
         if run.main_process:  # only now: a config that fails must not claim the workdir
             run_config.write(contents, workdir)
         announce(run, state, start)
         before = goodput.age_before(buckets) if stop.watched else 0.0
         good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
-    evaluate = hooks.Evaluation(run, checkpoints, best)
     try:
         try:
             evaluate.catch_up(start, state)
@@ -163,13 +161,14 @@ def steps(
         except WentUp as error:
             spike = error.with_traceback(None)  # whose frames hold the state
         del state
-        state, start = go_back(run, spike, checkpoints, good, spikes)
+        state, start = go_back(run, spike, checkpoints, evaluate, good, spikes)
 
 
 def go_back(
     run: Run,
     spike: WentUp,
     checkpoints: checkpointing.Checkpoints,
+    evaluate: hooks.Evaluation,
     good: goodput.Goodput,
     spikes: Spikes,
 ) -> tuple[TrainState, int]:
@@ -182,11 +181,22 @@ def go_back(
         f"warning: {spike}; going back to step {step} and leaving out the batches of the steps "
         f"{first} to {spike.step}"
     )
-    checkpoints.drop_after(step)
-    spikes.gone_back()
+    give_up_after(step, evaluate, checkpoints, spikes)
     good.go_back(step)
     with run.buckets("init"):
         return restore_or_begin(run, checkpoints)
+
+
+def give_up_after(
+    step: int,
+    evaluate: hooks.Evaluation,
+    checkpoints: checkpointing.Checkpoints,
+    spikes: Spikes,
+) -> None:
+    """Removes what is there of later steps than `step`, to which the run goes back."""
+    evaluate.forget_after(step)  # before the checkpoints go, at which the processes meet
+    checkpoints.drop_after(step)
+    spikes.gone_back()
 
 
 def steps_from(
