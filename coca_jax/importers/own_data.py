@@ -345,6 +345,7 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
         line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
     unread = remarks.unread(found.input, found.format)
     unread += remarks.files_beside(found.input, found.format)
+    unread += remarks.other_kinds(found.input, found.format)
     print(f"{line}{unread}", file=sys.stderr, flush=True)
     return dataclasses.replace(options, in_place=not why)
 
