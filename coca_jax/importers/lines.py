@@ -172,8 +172,8 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
     comes as its error.
 
     Raises:
-        ValueError: the file has no header that can be read, or one that names two columns alike,
-            or is UTF-16.
+        ValueError: the file has no header that can be read, or one that names two columns alike
+            or is the row of a picture, or is UTF-16.
     """
     with files.open_binary(path) as file:
         refuse_utf16(path, file)
@@ -193,6 +193,11 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
         named = [name for name in columns if name]
         if second and (twice := next((name for name in named if named.count(name) > 1), "")):
             raise ValueError(f"{path}: two columns are called {twice!r}; rename one of them")
+        if second and (cell := next((n for n in named if n.lower().endswith(formats.MEDIA)), "")):
+            raise ValueError(
+                f"{path}: its first line is the row of a picture, {cell}, where the names of the "
+                "columns are to be; put them before it, such as file_name and text"
+            )
         if start:
             source.go_to(start)
         while columns:
