@@ -61,6 +61,13 @@ def packed_lines(path: str) -> Iterator[tuple[bytes | None, int]]:
             yield line, size
 
 
+def no_object(line: bytes, error: ValueError) -> str:
+    """What is wrong with a line of JSON that is no object: `error`, and how an array is read."""
+    whole = "; one array of objects is read by --format=json with the list as --input"
+    of_array = line.lstrip().startswith(b"[")
+    return f"a line is to be a JSON object: {error}{whole if of_array else ''}"
+
+
 def of_file(path: str) -> Iterator[bytes | None]:
     """The lines of a file, packed or not, as `lines` gives them. Raises as `packed_lines`."""
     if path.lower().endswith(PACKED):

@@ -200,7 +200,7 @@ def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
 
 def _unread(input: str) -> str:
     """Which files in a folder of pictures may hold what is missed."""
-    names = formats.beside(input)
+    names = list(dict.fromkeys([*formats.beside(input), *formats.tables(input)]))
     if not names:
         return ""
     return f"; not read as they are: {_first(names)}"
