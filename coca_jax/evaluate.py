@@ -160,10 +160,20 @@ def kinds_of_flags(data: Mapping[str, Any]) -> list[str]:
             f"data {args.data} [{data['split']}]: no example has a {' or a '.join(needs)}, so "
             "there is nothing to score; name their fields as --text_field or --label_field"
         )
+    if not args.tasks and len(found) > 1 and "zeroshot" in found and _is_of_one_class(data):
+        found.remove("zeroshot")
     left = [kind for kind in usual if kind not in found]
     if not args.tasks and left:
         cli.say(f"{args.data} has nothing for {', '.join(left)}: left out")
     return found
+
+
+def _is_of_one_class(data: Mapping[str, Any]) -> bool:
+    """Whether all labels of some data are the same; False where a look at the records tells."""
+    looked = {"where", "text_field", "label_field"} & data.keys() or "path" not in data
+    if looked or flags.FLAGS.class_names:
+        return False
+    return len(unprepared.class_names(dict(data, kind="label"), data["split"])) == 1
 
 
 def able(model: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ def _told(input: str, parts: Any) -> str:
         beside = remarks.unread(input, format)
         if beside:
             beside += "; index these in a folder of their own, or take the others out of this one"
-        return f"read as {format}{beside}"
+        return f"read as {format}{beside}{remarks.other_kinds(input, format)}"
     except ValueError:
         if not index.emptied(input, parts):
             raise

@@ -1,11 +1,12 @@
 """The flag --data, and those beside it that name fields of its data."""
 
 import json
+import re
 import types
 
 import jax
 import pytest
-from test_own_data import captioned, picture, recipe, tar
+from test_own_data import by_class, captioned, picture, recipe, tar
 from test_version_0_1 import flags_of
 
 from coca_jax import own_data_flags, run_config
@@ -203,3 +204,25 @@ def test_data_that_were_moved_are_told_by_their_places_and_go_on_by_a_link(tmp_p
     run_config.check_before_data(begun, workdir)
     with pytest.raises(ValueError, match="or the same config$"):
         run_config.check_before_data(there, workdir)
+
+
+def test_labels_of_one_class_alone_do_not_train_and_beside_captions_are_not_scored(
+    tmp_path, capsys
+):
+    """`images/` within a folder was its one class: the run trained to its end, and each start
+    ended at its scores."""
+    one = by_class(tmp_path / "one", 40, ("images",))
+    says = f"--data={one}: all labels are 'images': with one class there is nothing to tell apart"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        own_data.apply(typed(recipe()), [str(one)], str(tmp_path / "run"))
+    other = captioned(tmp_path / "other", 40, label=lambda i: "photo")
+    found = own_data.apply(typed(recipe()), [str(other)], str(tmp_path / "captions"))
+    assert [entry.kind for entry in found.data.sources] == ["caption"]
+    capsys.readouterr()
+    found = own_data.apply(typed(recipe()), [str(one), str(other)], str(tmp_path / "both"))
+    assert [entry.kind for entry in found.data.sources] == ["label", "caption"]
+    assert {task["name"] for task in found.eval.tasks} == {"other_test"}
+    assert "are held out, and not scored, as all labels are 'images'" in capsys.readouterr().err
+    two = by_class(tmp_path / "two", 40, ("cat", "dog"))
+    found = own_data.apply(typed(recipe()), [str(one), str(two)], str(tmp_path / "classes"))
+    assert [task["name"] for task in found.eval.tasks] == ["two_test"]

@@ -16,7 +16,7 @@ from coca_jax import evaluate, inference, prepare
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.data.mixture import Mixture
-from coca_jax.evaluators import declarations
+from coca_jax.evaluators import class_names, declarations
 from coca_jax.evaluators import tasks as evaluation
 from coca_jax.evaluators.records import Records
 from coca_jax.importers import indexes, own_data, seen, splits, unprepared
@@ -54,6 +54,22 @@ def test_flags_name_the_data_and_their_split(ask, tmp_path, capsys):
     wanted = dict(path=out, split="train", where={"site": ["a", "b"]}, text_field="alt")
     assert evaluate.data_of_flags() == wanted
     assert f"{out} has no split 'test': 'train' is used" in capsys.readouterr().err
+
+
+def test_one_label_beside_captions_is_no_classification(ask, tmp_path, capsys):
+    """The command ended at the classes, and scored no captions, of which there were some."""
+    captioned(tmp_path / "one", 6, label=lambda i: "photo")
+    captioned(tmp_path / "two", 6, label=lambda i: ("photo", "drawing")[i % 2])
+    usual = ["zeroshot", "retrieval", "captioning"]
+    for name, kinds in (("one", usual[1:]), ("two", usual)):
+        ask(data=str(tmp_path / name))
+        assert [task["kind"] for task in evaluate.tasks_of_flags()] == kinds
+    assert capsys.readouterr().err.count("one has nothing for zeroshot: left out") == 1
+    ask(data=str(tmp_path / "one"), tasks="zeroshot")
+    (task,) = evaluate.tasks_of_flags()
+    says = "zeroshot of one_test: all labels are 'photo', and it tells two classes or more apart; "
+    with pytest.raises(ValueError, match=says):
+        class_names.names_and_labels(task)
 
 
 def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):

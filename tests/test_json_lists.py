@@ -144,3 +144,18 @@ def test_what_is_no_such_list_is_one_line(tmp_path):
         (tmp_path / "x.json").write_text(json.dumps(value))
         with pytest.raises(ValueError, match=line):
             import_data("json", tmp_path / "x.json", tmp_path / "out")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_in_a_file_for_lines_is_told_how_it_is_read(tmp_path, indent):
+    """Beside the pictures nobody named the list, and given itself it was told what it is alone."""
+    rows = [dict(image=f"{i}.jpg", text=f"a dog {i}") for i in range(3)]
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(i))
+    path = tmp_path / "list.jsonl"
+    path.write_text(json.dumps(rows, indent=indent))
+    with pytest.raises(ValueError, match="not read as they are: list.jsonl"):
+        import_data(formats.guess(str(tmp_path)), tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="; one array of objects is read by --format=json with"):
+        import_data("jsonl", path, tmp_path / "out")
+    assert import_data("json", path, tmp_path / "out")["written"] == 3

@@ -13,7 +13,7 @@ from test_tables import split_table, texts_of
 from test_version_0_1 import flags_of
 
 from coca_jax import prepare as command
-from coca_jax.data import prepared, sources, vocabulary
+from coca_jax.data import formats, prepared, sources, vocabulary
 from coca_jax.importers import own_data, parquet, remarks, shards
 from coca_jax.importers.items import Options
 
@@ -253,6 +253,27 @@ def test_tables_and_other_archives_beside_tars_are_named(tmp_path):
     assert remarks.of_format(str(root / "A.TAR"), "webdataset") == (
         f"{root}/A.TAR: read as --format=webdataset"
     )
+
+
+def test_pictures_of_kinds_that_are_not_opened_are_counted(tmp_path):
+    """A phone writes .heic beside .jpg: half of a folder was left out without a word."""
+    root = tmp_path / "in"
+    (root / "dogs").mkdir(parents=True)
+    for name in ("IMG_1.HEIC", "dogs/2.heic"):
+        (root / name).write_bytes(b"any")
+    with pytest.raises(ValueError, match="; make JPEGs or PNGs of the pictures first; give images"):
+        formats.guess(str(root))
+    (root / "dogs/1.jpg").write_bytes(encode(1))
+    said = (
+        "; not read: 2 pictures of kinds that are not opened (IMG_1.HEIC, dogs/2.heic), of which "
+        "JPEGs or PNGs would be"
+    )
+    for format in ("imagefolder", "sidecars"):
+        line = f"{root}: read as --format={format}"
+        assert remarks.of_format(str(root), format) == line + said
+    assert remarks.other_kinds(str(root), "webdataset") == ""
+    (root / "metadata.jsonl").write_text('{"file_name": "IMG_1.HEIC", "text": "a dog"}\n')
+    assert remarks.other_kinds(str(root), "imagefolder") == ""
 
 
 def test_a_large_row_group_is_not_read_once_for_each_unit(tmp_path, monkeypatch):

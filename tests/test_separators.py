@@ -47,6 +47,23 @@ def test_lists_with_another_mark_in_the_name_of_a_column(tmp_path):
     assert texts("r") == [("a dog",)]
 
 
+@pytest.mark.parametrize("mark", ["\t", ",", ";"])
+def test_a_list_without_a_header_is_told_so(tmp_path, mark):
+    """The row of the first picture was taken for the columns' names: it was lost, and they were
+    said to have no caption."""
+    for i in range(3):
+        (tmp_path / f"{i}.JPG").write_bytes(encode(i))
+    path = tmp_path / "list.csv"
+    path.write_text("".join(f"{i}.JPG{mark}a dog {i}\n" for i in range(3)))
+    assert formats.guess(str(tmp_path)) == "csv"
+    with pytest.raises(ValueError, match="list.csv: its first line is the row of a picture, 0.JPG"):
+        import_data("csv", path, tmp_path / "out", text_field="a dog 0")
+    path.write_text(f"file_name{mark}text\n" + path.read_text())
+    import_data("csv", path, tmp_path / "out")
+    found = [record.texts for record in sources.open_source(str(tmp_path / "out"))]
+    assert found == [("a dog 0",), ("a dog 1",), ("a dog 2",)]
+
+
 @pytest.mark.parametrize(
     "table, kept",
     [

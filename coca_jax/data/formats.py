@@ -16,6 +16,11 @@ from coca_jax.data import bounded_json, files, images, own_folders, videos
 from coca_jax.files import storage
 
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
+# Of pictures that are not opened, and which phones and cameras write beside others.
+UNREAD_PICTURES = (
+    *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2"),
+    *(".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
 METADATA = (  # of an imagefolder
     *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
 )
@@ -47,6 +52,7 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _READ = "images, tars, parquet, CSV, TSV or JSON lists"
 _HINTS = {  # by the ends of files' names
     (".zip", ".7z", ".rar"): "unpack the archive first",
+    UNREAD_PICTURES: "make JPEGs or PNGs of the pictures first",
     (".arrow",): "datasets.load_from_disk(PATH)['train'].to_parquet(FILE) writes what is read",
     _SUFFIXES["jsonl"]: "a list whose pictures are elsewhere is read by --format=jsonl with "
     "--image_field=COLUMN, and --allow_paths=FOLDER_OR_URL",

@@ -24,11 +24,18 @@ RULE = Rule(
 
 
 def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(names that go into the prompts, labels as the records have them)."""
+    """(names that go into the prompts, labels as the records have them). Raises ValueError for data
+    of fewer than two classes where the task names none."""
     given = task.get("class_names")
     if given and not isinstance(given, str):
         return list(given), list(given)
     declared = unprepared.class_names(task["data"], "test")
+    if not given and len(declared) < 2:
+        there = f"all labels are {declared[0]!r}" if declared else "there is no label"
+        raise ValueError(
+            f"{called(task)}: {there}, and it tells two classes or more apart; give data that have "
+            "such, or their names as class_names"
+        )
     return read_class_names(given, declared) if given else (declared, declared)
 
 

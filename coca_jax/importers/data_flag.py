@@ -142,6 +142,32 @@ def _lists_of_questions(path: str, split: str) -> list[str]:
     return list(found)
 
 
+def classes_of(source: Mapping[str, Any]) -> list[str]:
+    """The class names of a prepared source whose kind trains on them; [] of other kinds and
+    sources, and where they are not known without a look at the records."""
+    kind = kinds.KINDS[source["kind"]]
+    by_label = kind.has_classes and kind.declared
+    if not by_label or "path" not in source or "label_field" in source:
+        return []
+    return metadata.read_manifest(source["path"])["class_names"]
+
+
+def check_classes(texts: Sequence[str], sources: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where all that trains is one class name: no loss learns anything of that,
+    and its scores want two.
+
+    texts: of the flags; sources: their entries of path and kind.
+    """
+    found = [classes_of(source) for source in sources]
+    names = {name for classes in found for name in classes}
+    if all(found) and len(names) == 1:
+        flags = " ".join(f"--data={text}" for text in texts)
+        raise ValueError(
+            f"{flags}: all labels are {min(names)!r}: with one class there is nothing to tell "
+            "apart; give pictures of two classes or more, or captions"
+        )
+
+
 def described(
     one: Named,
     path: str,
@@ -165,7 +191,11 @@ def described(
             line += f"; --data={one.path}:{other.name} trains on its {other.name}s"
     if held:
         line += f"; {entries[held]['count']} of '{held}' are held out"
-        line += " for the scores" if scored else ""
+        names = classes_of({**source, **left, "path": path})
+        if scored and len(names) == 1:
+            line += f", and not scored, as all labels are {names[0]!r}"
+        elif scored:
+            line += " for the scores"
     else:
         line += (
             "; nothing is held out, so the run ends without scores: "

@@ -343,7 +343,7 @@ def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
         fields = bounded_json.parse(line)
     except ValueError as error:
         reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
-        detail = str(error) if reason == "bad_utf8" else f"a line is to be a JSON object: {error}"
+        detail = str(error) if reason == "bad_utf8" else lines.no_object(line, error)
         return Located(Item(where, problem=reason, detail=detail))
     if "image" in fields:
         fields["image"] = named_files.from_list(unit.path, fields["image"])

@@ -61,6 +61,13 @@ def packed_lines(path: str) -> Iterator[tuple[bytes | None, int]]:
             yield line, size
 
 
+def no_object(line: bytes, error: ValueError) -> str:
+    """What is wrong with a line of JSON that is no object: `error`, and how an array is read."""
+    whole = "; one array of objects is read by --format=json with the list as --input"
+    of_array = line.lstrip().startswith(b"[")
+    return f"a line is to be a JSON object: {error}{whole if of_array else ''}"
+
+
 def of_file(path: str) -> Iterator[bytes | None]:
     """The lines of a file, packed or not, as `lines` gives them. Raises as `packed_lines`."""
     if path.lower().endswith(PACKED):
@@ -172,8 +179,8 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
     comes as its error.
 
     Raises:
-        ValueError: the file has no header that can be read, or one that names two columns alike,
-            or is UTF-16.
+        ValueError: the file has no header that can be read, or one that names two columns alike
+            or is the row of a picture, or is UTF-16.
     """
     with files.open_binary(path) as file:
         refuse_utf16(path, file)
@@ -193,6 +200,11 @@ def csv_places(path: str, start: int = 0) -> Iterator[tuple[Row, int]]:
         named = [name for name in columns if name]
         if second and (twice := next((name for name in named if named.count(name) > 1), "")):
             raise ValueError(f"{path}: two columns are called {twice!r}; rename one of them")
+        if second and (cell := next((n for n in named if n.lower().endswith(formats.MEDIA)), "")):
+            raise ValueError(
+                f"{path}: its first line is the row of a picture, {cell}, where the names of the "
+                "columns are to be; put them before it, such as file_name and text"
+            )
         if start:
             source.go_to(start)
         while columns:

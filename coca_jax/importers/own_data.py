@@ -82,14 +82,14 @@ def apply(
         if held:
             of_all = {k: v for k, v in entries[0].items() if k in ("kind", "questions")}
             tasks += evaluations(config, dict(place, split=held, **of_all), f"{name}_{held}")
+    data_flag.check_classes(texts, sources)
     if len(sources) > (rows := config.batch_size):
         raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
     weights = [source["weight"] for source in sources]
     shares = mixture.nearest_shares(weights, config.batch_size)
     if main_process:
         _tell_shares(weights, shares)
-    for source, rows in zip(sources, shares):
-        source["weight"] = float(rows)
+    sources = [dict(source, weight=float(rows)) for source, rows in zip(sources, shares)]
     probes = [] if keep_tasks else _probes(config, kept, main_process)
     told = config.eval.tasks if keep_tasks else (*probes, *(kept or tasks))
     return config.change({"data.sources": tuple(sources), "eval.tasks": tuple(told)})
@@ -345,6 +345,7 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
         line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
     unread = remarks.unread(found.input, found.format)
     unread += remarks.files_beside(found.input, found.format)
+    unread += remarks.other_kinds(found.input, found.format)
     print(f"{line}{unread}", file=sys.stderr, flush=True)
     return dataclasses.replace(options, in_place=not why)
 
@@ -387,10 +388,12 @@ def choose_splits(path: str) -> tuple[str, str]:
 
 
 def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Tasks for `config.eval.tasks` on held-out data: what this run's losses teach.
+    """Tasks for `config.eval.tasks` on held-out data, of one class none: what these losses teach.
 
     data: an entry of path, split and kind; name: of the data set in the scores.
     """
+    if not config.head.kind and len(data_flag.classes_of(data)) == 1:
+        return []
     by_head = [dict(kind="classification")]
     tasks = by_head if config.head.kind else kinds.KINDS[data["kind"]].tasks(config)
     return [dict(name=name, data=data, limit=_AT_MOST) | task for task in tasks]

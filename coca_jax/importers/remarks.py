@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import field_texts, files, formats, split_names, views
+from coca_jax.data import field_texts, files, formats, own_folders, split_names, views
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
 from coca_jax.importers.items import Item, Options, class_number
@@ -22,6 +22,7 @@ _MOST_LOOKED_AT = 20_000  # files of a folder
 _MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
 _MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
+_BY_NAME = ("imagefolder", "sidecars")  # formats that find pictures by the ends of their names
 _LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *lines.PACKED)
 _LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list)
 
@@ -44,7 +45,8 @@ def of_format(input: str, format: str) -> str:
     beside = pictures_beside(input, format)
     if lists := _beside_lists(input, format):
         beside += f"{lists}; --format=imagefolder reads all, by their folders"
-    return f"{input}: read as --format={format}{beside}{files_beside(input, format)}"
+    beside += files_beside(input, format) + other_kinds(input, format)
+    return f"{input}: read as --format={format}{beside}"
 
 
 def unread(input: str, format: str) -> str:
@@ -92,6 +94,21 @@ def files_beside(input: str, format: str) -> str:
         told += f"; not read: other archives ({_first(archives)}), as tars have names that end in"
         told += " .tar, .tar.gz or .tgz"
     return told
+
+
+def other_kinds(input: str, format: str) -> str:
+    """What is said of pictures in a local folder that are of kinds which are not opened; '' for
+    none, and beside metadata and lists, which tell of each of their pictures."""
+    if format not in _BY_NAME or files.is_remote(input) or not os.path.isdir(input):
+        return ""
+    names = own_folders.without_ours([name for inside in files.walk(input) for name in inside])
+    left = [name for name in names if name.lower().endswith(formats.UNREAD_PICTURES)]
+    if not left or any(posixpath.basename(name) in formats.METADATA for name in names):
+        return ""
+    return (
+        f"; not read: {len(left)} pictures of kinds that are not opened ({_first(left)}), of which "
+        "JPEGs or PNGs would be"
+    )
 
 
 def _is_archive(folder: str, name: str) -> bool:
@@ -183,7 +200,7 @@ def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
 
 def _unread(input: str) -> str:
     """Which files in a folder of pictures may hold what is missed."""
-    names = formats.beside(input)
+    names = list(dict.fromkeys([*formats.beside(input), *formats.tables(input)]))
     if not names:
         return ""
     return f"; not read as they are: {_first(names)}"
