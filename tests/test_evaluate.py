@@ -252,6 +252,7 @@ def test_probes_take_names_of_classes_and_leave_out_what_has_no_label(tmp_path, 
     setting = Setting(batch_size=64, main_process=True, write=Writing(True), workdir=out)
     got = tasks.run_task(Reads(), task, setting)
     assert got[f"{kind}/c/top1"] == 1 and got[f"{kind}/c/num_train"] == 15
+    assert got[f"{kind}/c/mean_per_class_low"] == pytest.approx(0.025 ** (1 / 18))  # 18 of 18
     classes = json.loads((tmp_path / "out" / "eval_classes.json").read_text())[f"{kind}/c"]
     assert classes["class_names"] == list(names.values()) and classes["count"] == [6, 6, 6]
     assert f"{kind}/c: 3 examples to learn from have no label and are" in capsys.readouterr().err

@@ -76,6 +76,33 @@ def test_what_is_of_one_owner_is_drawn_together():
     assert (found["x_count"], once["x_count"]) == (200, 50)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_of_none_or_all_has_an_interval(value):
+    """Draws from equal examples are equal: 8 of 8 were said to be right of 100 to 100%."""
+
+    def room(count, **how):
+        owners = np.repeat(np.arange(count), 2)
+        values = np.full(2 * count, value * how.get("most", 1.0))
+        found = dict(intervals.with_interval("x", values, owners=owners, **how))
+        assert found["x"] == value * how.get("most", 1.0)
+        assert (found["x"] == found["x_low"]) != (found["x"] == found["x_high"])
+        return found["x_high"] - found["x_low"]
+
+    assert room(8) == pytest.approx(1 - 0.025 ** (1 / 8))
+    assert room(3, most=10.0) == pytest.approx(10 * (1 - 0.025 ** (1 / 3)))
+    assert intervals.bootstrap(np.full(8, value)) == (value, value, value)  # no share, as nats
+
+
+def test_intervals_of_high_shares_hold_the_truth():
+    """19 of 20 are right in the long run; all 20 are in 36 sets of 100, which said 100 to 100%."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        hits = rng.random(20) < 0.95
+        _, low, high = intervals.bootstrap(hits, most=1.0, resamples=200)
+        held += low <= 0.95 <= high
+    assert held >= 0.9 * 300
+
+
 def test_bootstrap_agrees_with_theory_and_is_deterministic():
     rng = np.random.default_rng(4)
     for n in (400, 20_000):

@@ -134,7 +134,10 @@ def test_equal_images_are_one_candidate():
     got = dict(retrieval.Retrieval("toy").run(model, records))
     assert got["retrieval/toy/num_images"] == 2 and got["retrieval/toy/num_texts"] == 3
     assert got["retrieval/toy/image_to_text_r1_count"] == 3
-    assert got["retrieval/toy/mean_recall"] == 1 == got["retrieval/toy/mean_recall_low"]
+    low = 0.025 ** (1 / 2)  # two of two images were right
+    for score in ("mean_recall", "image_to_text_r1", "text_to_image_r5"):
+        assert got[f"retrieval/toy/{score}"] == 1 == got[f"retrieval/toy/{score}_high"]
+        assert got[f"retrieval/toy/{score}_low"] == pytest.approx(low)
     # Other pixels with the same embedding are two candidates, and the tie counts as wrong.
     model.image = eye[[0, 0, 1]]
     records = [dict(image=picture(n), text=t) for n, t in zip((0, 1, 2), texts)]

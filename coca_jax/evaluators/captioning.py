@@ -346,11 +346,12 @@ class Captioning(Evaluator):
             limits(caption_metrics.bleu(resampled_sums(of_owners(stats, owners)))[:, 3]),
             len(said),
         )
-        for name, metric in (
-            ("rouge_l", caption_metrics.rouge_l),
-            ("cider_d", caption_metrics.cider_d),
+        for name, metric, most in (
+            ("rouge_l", caption_metrics.rouge_l, 1.0),
+            ("cider_d", caption_metrics.cider_d, 10.0),
         ):
-            yield from with_interval(f"{self.name}/{name}", metric(said, wanted), owners=owners)
+            each = metric(said, wanted)
+            yield from with_interval(f"{self.name}/{name}", each, owners=owners, most=most)
         if not self.java_metrics:
             return
         self.skipped = {m: w for m in ("meteor", "spice") if (w := caption_metrics.why_not(m))}

@@ -13,7 +13,7 @@ from coca_jax.evaluators import Record
 from coca_jax.evaluators.chance import among_first
 from coca_jax.evaluators.class_names import check_distinct
 from coca_jax.evaluators.declarations import Metric
-from coca_jax.evaluators.intervals import limits, mean_of_classes, scored, with_interval
+from coca_jax.evaluators.intervals import mean_of_classes, scored, share_limits, with_interval
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
 
 HEADLINES: tuple[str, ...] = ("top1", "top5", "mean_per_class")
@@ -132,12 +132,9 @@ class Tally:
         hits = np.bincount(truth, rank < 1, minlength=len(self.class_names))[total > 0]
         total = total[total > 0]
         if len(rank):
-            yield from scored(
-                f"{self.name}/mean_per_class",
-                float((hits / total).mean()),
-                limits(mean_of_classes(hits, total)),
-                len(rank),
-            )
+            mean = float((hits / total).mean())
+            interval = share_limits(mean_of_classes(hits, total), mean, len(rank))
+            yield from scored(f"{self.name}/mean_per_class", mean, interval, len(rank))
         yield f"{self.name}/num_classes", float(len(self.class_names))
 
     def hits(self) -> np.ndarray:

@@ -57,10 +57,28 @@ def limits(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def share_limits(
+    samples: np.ndarray, share: float, count: int, *, most: float = 1.0
+) -> tuple[float, float]:
+    """Returns the 95% interval of a mean that lies within 0 and `most`, such as a share.
+
+    samples: [R], its bootstrap distribution; count: independent examples. Where all examples have
+    the least, or the most, drawing them again varies nothing. Then it is Clopper and Pearson's
+    (1934): above 1 - 0.025^(1/count) so many would have shown another one in 97.5% of sets.
+    """
+    room = most * (1 - ((1 - _LEVEL) / 2) ** (1 / count))
+    if share <= 0:
+        return 0.0, room
+    if share >= most:
+        return most - room, most
+    return limits(samples)
+
+
 def bootstrap(
     values: np.ndarray,
     weights: np.ndarray | None = None,
     *,
+    most: float | None = None,
     resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float, float]:
@@ -69,6 +87,8 @@ def bootstrap(
     Args:
       values: [N], one figure an example, e.g. 1.0 where a guess is right.
       weights: [N], what the sum is divided by, e.g. tokens; ones by default.
+      most: where each value lies within 0 and `most` times its weight, as a share does within 1,
+        and the mean may be either: see `share_limits`. Default: values have no such ends.
 
     Raises ValueError when there is no example or the weights sum to zero.
     """
@@ -79,7 +99,10 @@ def bootstrap(
             f"{len(values)} examples with weights of sum {weights.sum()}: none to score"
         )
     top, bottom = resampled_sums(np.stack([values, weights], 1), resamples=resamples, seed=seed).T
-    return (float(values.sum() / weights.sum()), *limits(top[bottom > 0] / bottom[bottom > 0]))
+    mean, drawn = float(values.sum() / weights.sum()), top[bottom > 0] / bottom[bottom > 0]
+    if most is None:
+        return (mean, *limits(drawn))
+    return (mean, *share_limits(drawn, mean, int((weights > 0).sum()), most=most))
 
 
 def mean_of_classes(hits: np.ndarray, totals: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -135,15 +158,16 @@ def with_interval(
     values: np.ndarray,
     weights: np.ndarray | None = None,
     owners: np.ndarray | None = None,
+    most: float = 1.0,
 ) -> Iterator[tuple[str, float]]:
     """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
 
     owners: whose each value is, as `of_owners` has it: drawn with all that are theirs; by default
-    its own.
+    its own. most: that a value can be, of its weight; the least is 0.
     """
     count = len(values)
     if owners is not None:
         weights = of_owners(np.ones(count) if weights is None else weights, owners)
         values = of_owners(values, owners)
-    mean, low, high = bootstrap(values, weights)
+    mean, low, high = bootstrap(values, weights, most=most)
     yield from scored(name, mean, (low, high), count)

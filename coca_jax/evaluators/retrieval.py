@@ -32,7 +32,7 @@ from coca_jax.evaluators.declarations import (
     Setting,
     check_apart,
 )
-from coca_jax.evaluators.intervals import limits, median_limits, resampled_sums, scored
+from coca_jax.evaluators.intervals import median_limits, resampled_sums, scored, share_limits
 from coca_jax.evaluators.picture_map import POINTS, PictureMap
 from coca_jax.evaluators.records import Records, candidates
 from coca_jax.evaluators.results import picture
@@ -351,16 +351,15 @@ class Retrieval(Evaluator):
         queries = [len(image_of)] * 3 + [len(matches)] * 3
         for column, (metric, number) in enumerate(zip(names, queries)):
             value = shares[0][0, column]
-            interval = limits(shares[1][:, column])
+            interval = share_limits(shares[1][:, column], value, size)
             yield from scored(f"{self.name}/{metric}", value, interval, number)
         for direction, (places, owner) in by_direction.items():
             low, high = median_limits(places, owner)
             metric = f"{self.name}/{prefix}{direction}_median_rank"
             yield from scored(metric, np.median(places) + 1, (low + 1, high + 1), len(places))
-        means = [s.mean(1) for s in shares]
-        yield from scored(
-            f"{self.name}/{prefix}mean_recall", means[0][0], limits(means[1]), sum(queries) // 3
-        )
+        mean, means = shares[0].mean(), shares[1].mean(1)
+        interval = share_limits(means, mean, size)
+        yield from scored(f"{self.name}/{prefix}mean_recall", mean, interval, sum(queries) // 3)
 
     def _map(self, found: _Encoded, matches: np.ndarray, right: np.ndarray) -> dict[str, Any]:
         """right: bool of each image: its text came first."""
