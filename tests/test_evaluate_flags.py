@@ -14,7 +14,7 @@ from test_version_0_1 import flags_of
 
 from coca_jax import evaluate, inference, prepare
 from coca_jax.config import typed
-from coca_jax.data import sources
+from coca_jax.data import formats, sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import class_names, declarations
 from coca_jax.evaluators import tasks as evaluation
@@ -357,6 +357,14 @@ def test_data_that_are_not_there_are_told_before_the_model_is_loaded(place, comm
     done = commands.run(["evaluate", "--checkpoint=x", f"--data={place}"], tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"error: {place}: no such file or folder\n"
+
+
+def test_a_kind_behind_data_is_told_to_be_train_s(tmp_path):
+    for name in (f"{tmp_path}:caption", f"{tmp_path}:sound", f"{tmp_path}/none:label"):
+        with pytest.raises(FileNotFoundError, match=f"^{name}: no such file or folder") as error:
+            formats.guess(name)
+        told = f"; {tmp_path} is there, and :caption is of train's --data and of fit alone"
+        assert (told in str(error.value)) == name.endswith(f"{tmp_path}:caption")
 
 
 def test_bad_flags_are_one_line(commands, tmp_path):

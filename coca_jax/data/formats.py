@@ -78,7 +78,7 @@ def guess(path: str) -> str:
     with storage.as_os_error(path, "cannot be reached"):
         folder = system.isdir(plain)
     if not folder:
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(f"{path}: no such file or folder{_kind_behind(path)}")
     everything = _names(path)
     names = own_folders.without_ours(everything)
     tops = {name for name in names if "/" not in name}
@@ -113,6 +113,16 @@ def guess(path: str) -> str:
         raise ValueError(f"{path}: no images in it; {links}")
     hint = _other_form(names)
     raise ValueError(f"{path}: {_contents(everything)}{hint}; give {_READ}")
+
+
+def _kind_behind(path: str) -> str:
+    """What is said besides of a path that is there but for the kind that train takes behind one."""
+    from coca_jax.data import kinds  # takes a while, and only this wants it
+
+    place, _, kind = path.rpartition(":")
+    if kind not in kinds.KINDS or not files.exists(place):
+        return ""
+    return f"; {place} is there, and :{kind} is of train's --data and of fit alone"
 
 
 def _of_file(path: str, plain: str) -> str:
