@@ -104,15 +104,18 @@ def remark_batch(config: Config, num_examples: int) -> str:
 
 
 def remark_losses(config: Config) -> str:
-    """A warning where losses beside a head have nothing that they could train, else ''."""
+    """A warning where losses beside a head, or of the image encoder alone, have nothing that they
+    could train, else ''."""
     given = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight") and v}
-    if not (config.head.kind and config.optimizer.encoder_learning_rate == 0 and given):
+    if config.head.kind:
+        rate, left = "encoder_learning_rate", "leaves the head alone"
+    else:
+        rate, left = "image_learning_rate", "locks the image encoder"
+        given = {k: v for k, v in given.items() if k in ("bag_weight", "hidden_weight")}
+    if getattr(config.optimizer, rate) != 0 or not given:
         return ""
     named = " and ".join(f"loss.{name}={value}" for name, value in given.items())
-    return (
-        f"warning: {named} cost time and train nothing, as optimizer.encoder_learning_rate=0 "
-        "leaves the head alone; set 0"
-    )
+    return f"warning: {named} cost time and train nothing, as optimizer.{rate}=0 {left}; set 0"
 
 
 def remark_start(config: Config) -> str:

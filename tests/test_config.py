@@ -170,6 +170,18 @@ def test_losses_beside_a_head_that_train_nothing_are_told():
     assert not run_config.remarks(frozen.change(NO_LOSSES), 1000)
 
 
+def test_losses_of_a_locked_encoder_alone_are_told():
+    locked = tiny(**{"optimizer.image_learning_rate": 0.0, "init_from": "runs/coca"})
+    assert not run_config.remarks(locked, 1000)
+    both = {"loss.bag_weight": 0.5, "loss.hidden_weight": 1.0, "optimizer.ema": 0.99}
+    assert run_config.remarks(locked.change(both), 1000) == [
+        "warning: loss.bag_weight=0.5 and loss.hidden_weight=1.0 cost time and train nothing, as "
+        "optimizer.image_learning_rate=0 locks the image encoder; set 0"
+    ]
+    slow = both | {"optimizer.image_learning_rate": 1e-5}
+    assert not run_config.remarks(locked.change(slow), 1000)
+
+
 def test_a_batch_that_no_wide_tile_divides_is_told():
     config = tiny(batch_size=2038, **{"loss.contrastive_chunk": 512})  # 2 x 1019
     (line,) = run_config.remarks(config, 5000)
