@@ -89,7 +89,8 @@ def check_batch(config: Config, parts: int) -> None:
 def remarks(config: Config, num_examples: int) -> list[str]:
     """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
     found = [remark_batch(config, num_examples), remark_losses(config), remark_tiles(config)]
-    return [one for one in (*found, remark_augmentations(config), remark_start(config)) if one]
+    found += [remark_augmentations(config), remark_start(config), remark_unread(config)]
+    return [one for one in found if one]
 
 
 def remark_batch(config: Config, num_examples: int) -> str:
@@ -145,6 +146,27 @@ def remark_augmentations(config: Config) -> str:
         f"warning: data.augmentations={count} has no effect, as data.augment='none' and data.flip="
         "False leave images as they are; set 0, or another data.augment"
     )
+
+
+def remark_unread(config: Config) -> str:
+    """A warning where keys are set that say how something is done which the run does not, else
+    ''."""
+    optimizer, loss, data = config.optimizer, config.loss, config.data
+    plain, told = Config().to_dict(), []
+    for read_by, keys in (
+        ("" if optimizer.lora_rank else "optimizer.lora_rank above 0", ("lora", "lora_alpha")),
+        ("" if optimizer.schedule == "wsd" else "optimizer.schedule='wsd'", ("decay_share",)),
+        ("" if loss.hidden_weight else "loss.hidden_weight above 0", ("hidden_share",)),
+        ("" if loss.affinity_weight else "loss.affinity_weight above 0", ("teacher_scale",)),
+        ("" if loss.contrastive == "global" else "loss.contrastive='global'", ("global_rate",)),
+        ("" if data.augment == "randaugment" else "data.augment='randaugment'", ("randaugment",)),
+    ):
+        section = read_by.partition(".")[0]
+        for key in keys if read_by else ():
+            value = getattr(getattr(config, section), key)
+            if value != plain[section][key]:
+                told.append(f"{section}.{key}={value!r} without {read_by}")
+    return f"warning: no effect has {', and none '.join(told)}" if told else ""
 
 
 def remark_tiles(config: Config) -> str:

@@ -182,6 +182,32 @@ def test_losses_of_a_locked_encoder_alone_are_told():
     assert not run_config.remarks(locked.change(slow), 1000)
 
 
+@pytest.mark.parametrize(
+    "key, value, read_by",
+    [
+        ("optimizer.lora", "all", {"optimizer.lora_rank": 4}),
+        ("optimizer.lora_alpha", 32.0, {"optimizer.lora_rank": 4}),
+        ("optimizer.decay_share", 0.3, {"optimizer.schedule": "wsd"}),
+        ("loss.hidden_share", 0.6, {"loss.hidden_weight": 1.0}),
+        ("loss.teacher_scale", 50.0, {"loss.affinity_weight": 1.0}),
+        ("loss.global_rate", 0.9, {"loss.contrastive": "global"}),
+        ("data.randaugment", (3, 15), {"data.augment": "randaugment"}),
+    ],
+)
+def test_how_something_is_done_that_is_not_done_is_told(key, value, read_by):
+    (line,) = run_config.remarks(tiny(**{key: value}), 1000)
+    assert line.startswith(f"warning: no effect has {key}={value!r} without {next(iter(read_by))}")
+    assert not run_config.remarks(tiny(**{key: value} | read_by), 1000)
+
+
+def test_several_keys_without_effect_are_one_line():
+    both = {"optimizer.lora": "all", "optimizer.decay_share": 0.3}
+    assert run_config.remarks(tiny(**both), 1000) == [
+        "warning: no effect has optimizer.lora='all' without optimizer.lora_rank above 0, and none "
+        "optimizer.decay_share=0.3 without optimizer.schedule='wsd'"
+    ]
+
+
 def test_a_batch_that_no_wide_tile_divides_is_told():
     config = tiny(batch_size=2038, **{"loss.contrastive_chunk": 512})  # 2 x 1019
     (line,) = run_config.remarks(config, 5000)
