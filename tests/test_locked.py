@@ -1,11 +1,13 @@
 """A captioner on a locked encoder: what is taken, what moves, and tokens that are kept."""
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from coca_jax.metrics import TimeBuckets
 from coca_jax.models import coca, two_towers
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training import locked, optimizer, setup, stopping, warm_start
+from coca_jax.training import run as training_run
 from coca_jax.training.gradients import loss_and_metrics
 from coca_jax.training.state import trainable
 
@@ -249,6 +252,23 @@ def test_augmentations_that_are_all_the_same_are_kept_once():
         [], draw, draw.positions
     )
     assert read["row"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_warnings_are_told_before_hours_go_into_tokens(monkeypatch):
+    class Begun(Exception):
+        pass
+
+    said, config = [], typed(locked_run("", augment="none", augmentations=8))
+    run = types.SimpleNamespace(
+        config=config,
+        mixture=types.SimpleNamespace(num_examples=1000),
+        buckets=lambda name: contextlib.nullcontext(),
+        say=said.append,
+    )
+    monkeypatch.setattr(locked, "keep", mock.Mock(side_effect=Begun))
+    with pytest.raises(Begun):
+        training_run.steps_from(run, *[None] * 6, types.SimpleNamespace(left_out=()))
+    assert [line[:43] for line in said] == ["warning: data.augmentations=8 has no effect"]
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
