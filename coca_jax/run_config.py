@@ -90,6 +90,7 @@ def remarks(config: Config, num_examples: int) -> list[str]:
     """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
     found = [remark_batch(config, num_examples), remark_losses(config), remark_tiles(config)]
     found += [remark_augmentations(config), remark_start(config), remark_unread(config)]
+    found.append(remark_dropout(config))
     return [one for one in found if one]
 
 
@@ -134,6 +135,18 @@ def remark_start(config: Config) -> str:
     return (
         f"warning: init_parts={config.init_parts!r} leaves all but the image encoder as it is "
         f"drawn at random, and {given[0]} trains a part of that alone; set 'all'"
+    )
+
+
+def remark_dropout(config: Config) -> str:
+    """A warning where a frozen image encoder leaves out patches, as recipes have it of weights that
+    were trained so, else ''."""
+    share = config.model.image.patch_dropout
+    if not share or not partial_checks.frozen_encoder(config):
+        return ""
+    return (
+        f"warning: model.image.patch_dropout={share} hides patches from a frozen image encoder: "
+        "what is trained on its tokens sees others than in use; set 0, unless it is meant"
     )
 
 

@@ -182,6 +182,20 @@ def test_losses_of_a_locked_encoder_alone_are_told():
     assert not run_config.remarks(locked.change(slow), 1000)
 
 
+def test_patches_that_a_frozen_encoder_leaves_out_are_told(tmp_path):
+    """As a recipe has them of a run that was trained so."""
+    sealed_json.write(
+        tmp_path / "config.json", Config().change({"model.image.patch_dropout": 0.5}).to_dict()
+    )
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    frozen = typed(recipes.load(f"imagenet_frozen:{tmp_path}"))
+    (line,) = run_config.remarks(frozen, 10**6)
+    assert line.startswith("warning: model.image.patch_dropout=0.5 hides patches from a frozen im")
+    assert not run_config.remarks(frozen.change({"model.image.patch_dropout": 0.0}), 10**6)
+    tuned = frozen.change({"optimizer.encoder_learning_rate": 1e-4})
+    assert not run_config.remarks(tuned, 10**6)
+
+
 @pytest.mark.parametrize(
     "key, value, read_by",
     [
