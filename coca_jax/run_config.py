@@ -89,7 +89,9 @@ def check_batch(config: Config, parts: int) -> None:
 def remarks(config: Config, num_examples: int) -> list[str]:
     """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
     found = [remark_batch(config, num_examples), remark_losses(config), remark_tiles(config)]
-    return [one for one in (*found, remark_augmentations(config), remark_start(config)) if one]
+    found += [remark_augmentations(config), remark_start(config), remark_unread(config)]
+    found.append(remark_dropout(config))
+    return [one for one in found if one]
 
 
 def remark_batch(config: Config, num_examples: int) -> str:
@@ -104,15 +106,18 @@ def remark_batch(config: Config, num_examples: int) -> str:
 
 
 def remark_losses(config: Config) -> str:
-    """A warning where losses beside a head have nothing that they could train, else ''."""
+    """A warning where losses beside a head, or of the image encoder alone, have nothing that they
+    could train, else ''."""
     given = {k: v for k, v in config.loss.to_dict().items() if k.endswith("_weight") and v}
-    if not (config.head.kind and config.optimizer.encoder_learning_rate == 0 and given):
+    if config.head.kind:
+        rate, left = "encoder_learning_rate", "leaves the head alone"
+    else:
+        rate, left = "image_learning_rate", "locks the image encoder"
+        given = {k: v for k, v in given.items() if k in ("bag_weight", "hidden_weight")}
+    if getattr(config.optimizer, rate) != 0 or not given:
         return ""
     named = " and ".join(f"loss.{name}={value}" for name, value in given.items())
-    return (
-        f"warning: {named} cost time and train nothing, as optimizer.encoder_learning_rate=0 "
-        "leaves the head alone; set 0"
-    )
+    return f"warning: {named} cost time and train nothing, as optimizer.{rate}=0 {left}; set 0"
 
 
 def remark_start(config: Config) -> str:
@@ -133,6 +138,18 @@ def remark_start(config: Config) -> str:
     )
 
 
+def remark_dropout(config: Config) -> str:
+    """A warning where a frozen image encoder leaves out patches, as recipes have it of weights that
+    were trained so, else ''."""
+    share = config.model.image.patch_dropout
+    if not share or not partial_checks.frozen_encoder(config):
+        return ""
+    return (
+        f"warning: model.image.patch_dropout={share} hides patches from a frozen image encoder: "
+        "what is trained on its tokens sees others than in use; set 0, unless it is meant"
+    )
+
+
 def remark_augmentations(config: Config) -> str:
     """A warning where so many augmentations of an image are all the same, else ''."""
     count = config.data.augmentations
@@ -142,6 +159,27 @@ def remark_augmentations(config: Config) -> str:
         f"warning: data.augmentations={count} has no effect, as data.augment='none' and data.flip="
         "False leave images as they are; set 0, or another data.augment"
     )
+
+
+def remark_unread(config: Config) -> str:
+    """A warning where keys are set that say how something is done which the run does not, else
+    ''."""
+    optimizer, loss, data = config.optimizer, config.loss, config.data
+    plain, told = Config().to_dict(), []
+    for read_by, keys in (
+        ("" if optimizer.lora_rank else "optimizer.lora_rank above 0", ("lora", "lora_alpha")),
+        ("" if optimizer.schedule == "wsd" else "optimizer.schedule='wsd'", ("decay_share",)),
+        ("" if loss.hidden_weight else "loss.hidden_weight above 0", ("hidden_share",)),
+        ("" if loss.affinity_weight else "loss.affinity_weight above 0", ("teacher_scale",)),
+        ("" if loss.contrastive == "global" else "loss.contrastive='global'", ("global_rate",)),
+        ("" if data.augment == "randaugment" else "data.augment='randaugment'", ("randaugment",)),
+    ):
+        section = read_by.partition(".")[0]
+        for key in keys if read_by else ():
+            value = getattr(getattr(config, section), key)
+            if value != plain[section][key]:
+                told.append(f"{section}.{key}={value!r} without {read_by}")
+    return f"warning: no effect has {', and none '.join(told)}" if told else ""
 
 
 def remark_tiles(config: Config) -> str:

@@ -170,6 +170,58 @@ def test_losses_beside_a_head_that_train_nothing_are_told():
     assert not run_config.remarks(frozen.change(NO_LOSSES), 1000)
 
 
+def test_losses_of_a_locked_encoder_alone_are_told():
+    locked = tiny(**{"optimizer.image_learning_rate": 0.0, "init_from": "runs/coca"})
+    assert not run_config.remarks(locked, 1000)
+    both = {"loss.bag_weight": 0.5, "loss.hidden_weight": 1.0, "optimizer.ema": 0.99}
+    assert run_config.remarks(locked.change(both), 1000) == [
+        "warning: loss.bag_weight=0.5 and loss.hidden_weight=1.0 cost time and train nothing, as "
+        "optimizer.image_learning_rate=0 locks the image encoder; set 0"
+    ]
+    slow = both | {"optimizer.image_learning_rate": 1e-5}
+    assert not run_config.remarks(locked.change(slow), 1000)
+
+
+def test_patches_that_a_frozen_encoder_leaves_out_are_told(tmp_path):
+    """As a recipe has them of a run that was trained so."""
+    sealed_json.write(
+        tmp_path / "config.json", Config().change({"model.image.patch_dropout": 0.5}).to_dict()
+    )
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    frozen = typed(recipes.load(f"imagenet_frozen:{tmp_path}"))
+    (line,) = run_config.remarks(frozen, 10**6)
+    assert line.startswith("warning: model.image.patch_dropout=0.5 hides patches from a frozen im")
+    assert not run_config.remarks(frozen.change({"model.image.patch_dropout": 0.0}), 10**6)
+    tuned = frozen.change({"optimizer.encoder_learning_rate": 1e-4})
+    assert not run_config.remarks(tuned, 10**6)
+
+
+@pytest.mark.parametrize(
+    "key, value, read_by",
+    [
+        ("optimizer.lora", "all", {"optimizer.lora_rank": 4}),
+        ("optimizer.lora_alpha", 32.0, {"optimizer.lora_rank": 4}),
+        ("optimizer.decay_share", 0.3, {"optimizer.schedule": "wsd"}),
+        ("loss.hidden_share", 0.6, {"loss.hidden_weight": 1.0}),
+        ("loss.teacher_scale", 50.0, {"loss.affinity_weight": 1.0}),
+        ("loss.global_rate", 0.9, {"loss.contrastive": "global"}),
+        ("data.randaugment", (3, 15), {"data.augment": "randaugment"}),
+    ],
+)
+def test_how_something_is_done_that_is_not_done_is_told(key, value, read_by):
+    (line,) = run_config.remarks(tiny(**{key: value}), 1000)
+    assert line.startswith(f"warning: no effect has {key}={value!r} without {next(iter(read_by))}")
+    assert not run_config.remarks(tiny(**{key: value} | read_by), 1000)
+
+
+def test_several_keys_without_effect_are_one_line():
+    both = {"optimizer.lora": "all", "optimizer.decay_share": 0.3}
+    assert run_config.remarks(tiny(**both), 1000) == [
+        "warning: no effect has optimizer.lora='all' without optimizer.lora_rank above 0, and none "
+        "optimizer.decay_share=0.3 without optimizer.schedule='wsd'"
+    ]
+
+
 def test_a_batch_that_no_wide_tile_divides_is_told():
     config = tiny(batch_size=2038, **{"loss.contrastive_chunk": 512})  # 2 x 1019
     (line,) = run_config.remarks(config, 5000)

@@ -190,6 +190,30 @@ def test_pixels_keep_height_and_width_apart(size):
     assert small.shape == (1, 4, 8, 3) and np.abs(small[0] - means).mean() < 20
 
 
+@pytest.mark.parametrize("size", [(32, 128), (128, 32)])
+def test_wide_pictures_are_augmented_as_square_ones_are(size):
+    """A turn is a turn, and a cut has the proportions of the result, to which it is stretched."""
+    found = []
+    for high, wide in ((64, 64), size):
+        sides = np.full(500, high), np.full(500, wide)
+        how, keys = np.full(500, images.JPEG), order.key(np.arange(500), 3)
+        values = []
+        for mode in ("drawing", "randaugment"):
+            warp = augment.plan(mode, how, *sides, keys, (high, wide))["warp"].astype(np.float64)
+            centre = warp @ [(wide - 1) / 2, (high - 1) / 2, 1]
+            moved = (centre + 0.5) / [wide, high] - 0.5  # in shares of the sides
+            values += [warp[:, :, :2].reshape(500, 4), moved if mode == "drawing" else moved[:0]]
+        box = augment.plan("inception", how, *sides, keys, (high, wide))["box"]
+        assert box[:, 3].max() == wide and box[:, 2].max() == high
+        ratios = box[:, 3] / box[:, 2] * (high / wide)
+        middle = np.quantile(ratios, [0.1, 0.5, 0.9])  # sides are whole pixels
+        found.append((values, middle))
+    (square, of_square), (wide, of_wide) = found
+    for got, want in zip(wide, square, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(of_wide, of_square, atol=0.03)
+
+
 def test_an_identity_map_of_a_wide_result_is_a_resize():
     """Augmentation by maps of pixels where nothing is drawn: the picture as it is."""
     box, square = np.array([[0, 0, 24, 48]]), np.tile(np.eye(2, 3), (1, 1, 1))

@@ -1,11 +1,13 @@
 """A captioner on a locked encoder: what is taken, what moves, and tokens that are kept."""
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -22,10 +24,12 @@ from coca_jax.console import activity
 from coca_jax.data import features, images, random_access, vocabulary
 from coca_jax.data.batches import Batches, trained
 from coca_jax.data.records import Record
+from coca_jax.data.texts import Draw
 from coca_jax.metrics import TimeBuckets
 from coca_jax.models import coca, two_towers
 from coca_jax.models.pixels import normalise_pixels
 from coca_jax.training import locked, optimizer, setup, stopping, warm_start
+from coca_jax.training import run as training_run
 from coca_jax.training.gradients import loss_and_metrics
 from coca_jax.training.state import trainable
 
@@ -228,6 +232,43 @@ def test_two_parts_of_data_without_a_fingerprint_keep_their_tokens_apart():
     found = [features.about(config, source, number, {}) for number in range(3)]
     assert len({json.dumps(one) for one in found}) == 3
     assert found[2]["records"] == "seqio pictures, 3 records"  # as ever
+
+
+def test_augmentations_that_are_all_the_same_are_kept_once():
+    """In the folder of a run without, whatever the seed."""
+    plain = typed(locked_run("", augment="none", augmentations=0))
+    source = random_access.Source("pictures", 3, lambda indices: [])
+    for changes, rows in (
+        ({"data.augmentations": 8, "seed": 1}, 1),
+        ({"data.augmentations": 8, "data.flip": True}, 8),
+        ({"data.augmentations": 1, "data.augment": "crop"}, 1),
+    ):
+        config = plain.change(changes)
+        assert features.augmentations(config) == rows
+        found, wanted = (features.about(one, source, 0, {}) for one in (config, plain))
+        assert (found == wanted) == ("seed" in changes)
+    draw = Draw(0, 0, np.arange(5))
+    read = features.Tokens(plain.change({"data.augmentations": 8}), ()).plan(
+        [], draw, draw.positions
+    )
+    assert read["row"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_warnings_are_told_before_hours_go_into_tokens(monkeypatch):
+    class Begun(Exception):
+        pass
+
+    said, config = [], typed(locked_run("", augment="none", augmentations=8))
+    run = types.SimpleNamespace(
+        config=config,
+        mixture=types.SimpleNamespace(num_examples=1000),
+        buckets=lambda name: contextlib.nullcontext(),
+        say=said.append,
+    )
+    monkeypatch.setattr(locked, "keep", mock.Mock(side_effect=Begun))
+    with pytest.raises(Begun):
+        training_run.steps_from(run, *[None] * 6, types.SimpleNamespace(left_out=()))
+    assert [line[:43] for line in said] == ["warning: data.augmentations=8 has no effect"]
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])

@@ -181,6 +181,25 @@ def test_frozen_parts_keep_every_bit_and_have_no_state():
     np.testing.assert_allclose(metrics[2]["gradient_norm"], norm, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_what_no_loss_depends_on_keeps_every_bit(name):
+    """Weight decay alone would move it: by 23% in these steps."""
+    config = make_config(name=name, weight_decay=2.0, ema=0.5)
+    for weight, idle in (
+        ("captioning_weight", {"text_decoder/multimodal", "text_decoder/head"}),
+        ("contrastive_weight", {"image_to_joint", "log_scale", "text_decoder/unimodal_norm"}),
+    ):
+        found = [gradients_of(step) for step in range(3)]
+        for gradients in found:
+            for path in gradients:
+                if path.startswith(tuple(idle)):
+                    gradients[path] *= 0
+        last = flat(ours(config.change({f"loss.{weight}": 0.0}), found)[0][-1].params)
+        for path, start in draw(0, 0.3).items():
+            same = np.array_equal(last[path], start)
+            assert same == path.startswith(tuple(idle)), path
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_steps_that_are_not_finite_count_for_the_schedule_alone(name):
     """Moments, averages and parameters are as if the step had not been; the rate goes on."""

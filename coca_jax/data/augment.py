@@ -16,7 +16,7 @@ MODES = ("none", "crop", "inception", "drawing", "randaugment")
 LARGE = 1.5  # times the result: what is larger is shrunk to it before it is warped
 CROP_SCALE = 1.15  # 'crop': resize to this many times the size, cut the size
 INCEPTION_AREA = (0.08, 1.0)  # Szegedy et al. 2015: share of the image's area ...
-INCEPTION_ASPECT = (3 / 4, 4 / 3)  # ... and aspect of the cut
+INCEPTION_ASPECT = (3 / 4, 4 / 3)  # ... and aspect of the cut, over that of the result
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 # Operations that are not an affine map or a linear map of colours.
@@ -63,8 +63,8 @@ def plan(
         raise ValueError(f"data.augment={mode!r}: use one of {', '.join(MODES)}")
     draw = order.uniform(keys, 32)
     high, wide = image_shape.pair(size)
-    box = _cuts(mode, _region(height, width, resize, (high, wide)), draw)
-    affine, colour, background, operation, strength = _maps(mode, keys, draw, randaugment)
+    box = _cuts(mode, _region(height, width, resize, (high, wide)), draw, wide / high)
+    affine, colour, background, op, strength = _maps(mode, keys, draw, randaugment, wide / high)
     if flip:
         affine[draw[:, 4] < 0.5, :, 0] *= -1
     # JPEG decodes at 1/2, 1/4 or 1/8 for less than the full size costs (at other eighths for more).
@@ -80,13 +80,14 @@ def plan(
         warp=_pixel_maps(affine, box, (high, wide), large).astype(np.float32),
         colour=colour.astype(np.float32),
         background=background.astype(np.float32),
-        op=operation.astype(np.int32),
+        op=op.astype(np.int32),
         strength=strength.astype(np.float32),
     )
 
 
-def _cuts(mode: str, box: np.ndarray, draw: np.ndarray) -> np.ndarray:
-    """What `mode` cuts from boxes int64 [n, 4], by the draws [n, 32]."""
+def _cuts(mode: str, box: np.ndarray, draw: np.ndarray, proportions: float) -> np.ndarray:
+    """What `mode` cuts from boxes int64 [n, 4], by the draws [n, 32]. proportions: width over
+    height of the result, to which a cut is stretched."""
     n = len(box)
     if mode == "crop":
         return _cut(box, draw, np.full(n, 1 / CROP_SCALE), np.full(n, 1 / CROP_SCALE))
@@ -95,7 +96,7 @@ def _cuts(mode: str, box: np.ndarray, draw: np.ndarray) -> np.ndarray:
     low, high = INCEPTION_AREA
     area = low + (high - low) * draw[:, 2]
     log_aspect = np.log(INCEPTION_ASPECT)
-    aspect = np.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * draw[:, 3])
+    aspect = np.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * draw[:, 3]) * proportions
     pixels = area * box[:, 2] * box[:, 3]
     share_w = np.minimum(np.sqrt(pixels * aspect) / box[:, 3], 1.0)
     share_h = np.minimum(np.sqrt(pixels / aspect) / box[:, 2], 1.0)
@@ -103,20 +104,24 @@ def _cuts(mode: str, box: np.ndarray, draw: np.ndarray) -> np.ndarray:
 
 
 def _maps(
-    mode: str, keys: np.ndarray, draw: np.ndarray, randaugment: tuple[int, float]
+    mode: str,
+    keys: np.ndarray,
+    draw: np.ndarray,
+    randaugment: tuple[int, float],
+    proportions: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What `mode` does besides: maps of place [n, 2, 3] and colour [n, 3, 4], backgrounds [n, 3],
-    operations and their strength [n, layers]."""
+    operations and their strength [n, layers]. proportions: width over height of the result."""
     n = len(keys)
     affine = np.tile(np.eye(2, 3), (n, 1, 1))  # centred output -> centred input, unit square
     colour = np.tile(np.eye(3, 4), (n, 1, 1))
     background = np.full((n, 3), 255.0)
     operation, strength = np.zeros((n, 1), np.int32), np.zeros((n, 1))
     if mode == "drawing":
-        affine, colour, background, strength = _drawing(draw)
+        affine, colour, background, strength = _drawing(draw, proportions)
         operation = np.where(strength > 0, OUTLINE, KEEP)
     elif mode == "randaugment":
-        affine, colour, operation, strength = _randaugment(keys, n, *randaugment)
+        affine, colour, operation, strength = _randaugment(keys, n, *randaugment, proportions)
     return affine, colour, background, operation, strength
 
 
@@ -147,16 +152,21 @@ def _cut(box: np.ndarray, draw: np.ndarray, share_h: np.ndarray, share_w: np.nda
     return np.stack([top, left, height, width], 1)
 
 
-def _linear(angle: np.ndarray, scale: np.ndarray, shear: np.ndarray) -> np.ndarray:
-    """[n, 2, 2] maps of output to input coordinates of 'rotate, shear and scale by'."""
+def _linear(
+    angle: np.ndarray, scale: np.ndarray, shear: np.ndarray, proportions: float
+) -> np.ndarray:
+    """[n, 2, 2] maps of output to input coordinates of 'rotate, shear and scale by'. These are of
+    pixels, and the coordinates shares of the sides, whose width over height is `proportions`."""
     cos, sin = np.cos(angle), np.sin(angle)
     rotate = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], 1)
     skew = np.tile(np.eye(2), (len(angle), 1, 1))
     skew[:, 0, 1], skew[:, 1, 0] = shear[:, 0], shear[:, 1]
-    return skew @ rotate / scale[:, None, None]
+    return skew @ rotate / scale[:, None, None] * [[1, 1 / proportions], [proportions, 1]]
 
 
-def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _drawing(
+    draw: np.ndarray, proportions: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For small drawings, as another hand would draw them: an affine map, other colours, sometimes
     a light background; half get dark lines along the edges (their strength [n, 1]), and half of
     these are faded, down to a line drawing: what stays is shape."""
@@ -169,7 +179,7 @@ def _drawing(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     scale = between(9, 0.7, 1.2)
     shear = np.stack([between(10, -0.15, 0.15), between(11, -0.15, 0.15)], 1)
     affine = np.zeros((n, 2, 3))
-    affine[:, :, :2] = _linear(angle, scale, shear)
+    affine[:, :, :2] = _linear(angle, scale, shear, proportions)
     affine[:, 0, 2], affine[:, 1, 2] = between(12, -0.1, 0.1), between(13, -0.1, 0.1)
     gray = draw[:, 14] < 0.2
     colour = colour_map(
@@ -210,7 +220,7 @@ def colour_map(
 
 
 def _randaugment(
-    keys: np.ndarray, n: int, layers: int, magnitude: float
+    keys: np.ndarray, n: int, layers: int, magnitude: float, proportions: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """RandAugment (Cubuk et al. 2019): `layers` of 16 operations, one after another.
 
@@ -230,7 +240,7 @@ def _randaugment(
         angle = (which == 2) * sign * np.deg2rad(30) * level
         move[:, 0] = (which == 3) * sign * 0.45 * level
         move[:, 1] = (which == 4) * sign * 0.45 * level
-        step[:, :2, :2], step[:, :2, 2] = _linear(angle, one, shear), move
+        step[:, :2, :2], step[:, :2, 2] = _linear(angle, one, shear, proportions), move
         affine = step @ affine
         factor = 1 + sign * 0.9 * level
         tint = np.tile(np.eye(4), (n, 1, 1))

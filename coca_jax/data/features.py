@@ -26,7 +26,7 @@ import ml_dtypes  # noqa: F401 (makes numpy know bfloat16)
 import numpy as np
 
 from coca_jax import image_shape
-from coca_jax.config import Config, Entry
+from coca_jax.config import Config, Entry, partial_checks
 from coca_jax.config.model import BLOCK
 from coca_jax.data import pixels
 from coca_jax.data.pixels import Plan
@@ -55,8 +55,13 @@ def shape(config: Config) -> tuple[int, ...]:
 
 
 def augmentations(config: Config) -> int:
-    """How many rows an image has."""
-    return max(1, config.data.augmentations)
+    """How many rows an image has: one where its augmentations are all the same."""
+    return max(1, _drawn(config))
+
+
+def _drawn(config: Config) -> int:
+    """config.data.augmentations, or 0 where nothing is drawn for an image."""
+    return config.data.augmentations if partial_checks.moving(config.data) else 0
 
 
 def about(config: Config, source: Source, number: int, weights: Mapping[str, int]) -> dict:
@@ -67,10 +72,10 @@ def about(config: Config, source: Source, number: int, weights: Mapping[str, int
         format=1,
         records=source.fingerprint or _described(source, config.data.sources[number]),
         model={key: model[key] for key in keys},
-        data={key: data[key] for key in SEEN},
+        data={key: data[key] for key in SEEN} | dict(augmentations=_drawn(config)),
         weights=dict(weights),
     )
-    if data["augmentations"]:
+    if _drawn(config):
         found |= dict(seed=config.seed, source=number)
     return json.loads(json.dumps(found, default=list))
 

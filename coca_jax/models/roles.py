@@ -104,11 +104,17 @@ def select(tree: dict, wanted: Any, names: tuple[str, ...] = ()) -> dict:
     return found
 
 
-def served(tree: dict, words: Set[str], pooler: PoolerKind) -> dict:
-    """What of a tree by parameters losses depend on that serve `words`. What serves embeddings
-    reads the generative pooler, unless that is of captions alone."""
+def with_pooling(words: Set[str], pooler: PoolerKind) -> Set[str]:
+    """`serves` of all parts that losses depend on which serve `words`: what serves embeddings reads
+    the generative pooler, unless that is of captions alone."""
     pooled = {"pooling"} if "contrastive" in words and not pooler.of_captions else set()
-    return select(tree, lambda part: part.serves in words | pooled)
+    return words | pooled
+
+
+def served(tree: dict, words: Set[str], pooler: PoolerKind) -> dict:
+    """What of a tree by parameters losses depend on that serve `words`, see `with_pooling`."""
+    wanted = with_pooling(words, pooler)
+    return select(tree, lambda part: part.serves in wanted)
 
 
 def of_captions(tree: dict, pooler: PoolerKind) -> dict:

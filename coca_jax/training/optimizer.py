@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -301,7 +301,9 @@ def _equal_rms(updates: Any, params: Any) -> Any:
     return jax.tree.map(one, updates, kernel_axes(updates))
 
 
-def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
+def rate_factors(
+    params: Any, optimizer: Optimizer, has_head: bool, words: Set[str] | None = None
+) -> Any:
     """The learning rate of each parameter over `learning_rate`: a tree of floats, or of arrays
     [depth, 1, ...] for stacked layers.
 
@@ -310,7 +312,8 @@ def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
     of a tower of L by d^(L - i) and what lies below its first layer by d^(L + 1); in the decoder
     the two halves count as one tower; the norms at the end, the poolers and the projections are at
     the top, with d^0 (as in BEiT, Bao et al. 2022). The projections into the joint space have
-    projection_rate of what they had.
+    projection_rate of what they had. Parts that serve none of `words`, those of the run's losses,
+    have 0: weight decay would shrink what has no gradient. None: all are learned.
     """
     encoder, decay = 1.0, optimizer.layer_decay
     if has_head and optimizer.encoder_learning_rate >= 0:
@@ -323,6 +326,8 @@ def rate_factors(params: Any, optimizer: Optimizer, has_head: bool) -> Any:
     def one(role: Role, leaf: Any) -> Any:
         if role.part.serves == "head":
             return 1.0
+        if words is not None and role.part.serves not in words:
+            return 0.0
         own = image if role.part.serves == "image" else encoder
         if role.part.wide and role.kind != "table":  # beside them single numbers alone are wide
             own *= optimizer.projection_rate

@@ -211,10 +211,10 @@ def steps_from(
 ) -> TrainState:
     """All steps from `start` on. Raises WentUp besides."""
     with run.buckets("init"):
+        for remark in run_config.remarks(run.config, run.mixture.num_examples):
+            run.say(remark)  # before hours go into tokens that are kept
         batches = open_batches(run, start, spikes.left_out, locked.keep(run, state))
         run.say(run.mixture.describe())
-        for remark in run_config.remarks(run.config, run.mixture.num_examples):
-            run.say(remark)
         feed = Feed(batches, run.config, run.mesh, run.buckets)
     log = hooks.Log(run, start, feed, batches, good)
     save = saving.Save(run, checkpoints, state, start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import flax.struct
@@ -102,6 +102,13 @@ def trainable(params: dict, config: Config) -> dict:
     if config.optimizer.encoder_learning_rate != 0:
         words = words.union(*(objective.serves for objective in objectives.of(config)))
     return roles.served(params, words, pooler_kinds.of(config.model.pooler.kind))
+
+
+def learning(config: Config) -> Set[str]:
+    """`serves` of the parts of the model that the losses of a run depend on (see models/part.py).
+    What is trained besides has no gradient."""
+    words = frozenset().union(*(objective.serves for objective in objectives.of(config)))
+    return roles.with_pooling(words, pooler_kinds.of(config.model.pooler.kind))
 
 
 def merge(params: dict, part: dict) -> dict:

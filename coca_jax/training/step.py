@@ -34,7 +34,7 @@ from coca_jax.training.optimizer import (
     without_schedule,
 )
 from coca_jax.training.parts import Batch, merge_rows, split_rows
-from coca_jax.training.state import Alike, TrainState, merge, trainable
+from coca_jax.training.state import Alike, TrainState, learning, merge, trainable
 from coca_jax.training.text_lengths import Lengths, trim
 
 TrainStep = Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]
@@ -55,10 +55,10 @@ def make_update(
     """(state, gradients of what is trained, schedule) -> (the next state, metrics of the update).
 
     params <- params - rate(step) x factor x rule(gradients clipped to clip_norm), where rate is
-    the schedule's, factor is that of the parameter's part and layer, and rule is the optimizer's
-    with its weight decay; the temperature of the similarities goes no lower than
-    loss.min_temperature; ema <- ema x decay + params x (1 - decay), of the new parameters, where
-    decay is optimizer.average_decay.
+    the schedule's, factor is that of the parameter's part and layer (0 of what no loss depends on),
+    and rule is the optimizer's with its weight decay; the temperature of the similarities goes no
+    lower than loss.min_temperature; ema <- ema x decay + params x (1 - decay), of the new
+    parameters, where decay is optimizer.average_decay.
 
     A step whose gradient is not finite changes nothing but the step and the count of such steps; in
     the mean over steps (average_share) the parameters, as they stay, count once more.
@@ -77,7 +77,8 @@ def make_update(
             )
         else:
             updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-            factors = rate_factors(trained, config.optimizer, bool(config.head.kind))
+            has_head, words = bool(config.head.kind), learning(config)
+            factors = rate_factors(trained, config.optimizer, has_head, words)
             moved = jax.tree.map(
                 lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
             )
