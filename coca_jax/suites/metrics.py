@@ -22,6 +22,7 @@ Metric = Callable[[Outcome], float]
 
 RECALL_AT = (1, 5, 10)
 RESAMPLES = 1_000
+MANY = 10  # candidates of the examples that `jaccard_of_many` is of
 
 
 def of_classes(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
@@ -144,7 +145,7 @@ def share(name: str) -> Metric:
 def jaccard_of_many(found: Outcome) -> float:
     """The mean Jaccard score of the examples with ten candidates or more (DataComp's figure of
     WinoGAViL, whose examples have 5, 6, 10 or 12)."""
-    many = found["candidates"] >= 10
+    many = found["candidates"] >= MANY
     return float(found["jaccard"][many].mean()) if many.any() else float("nan")
 
 

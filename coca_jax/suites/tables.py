@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from coca_jax.files import storage
-from coca_jax.suites import folders, metrics
+from coca_jax.suites import folders, metrics, pairs
 
 ACC, MEAN = "acc1", "mean_per_class_recall"
 DATACOMP: dict[str, tuple[str, str]] = {
@@ -114,7 +114,7 @@ def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[
         if suite == "clip_benchmark":
             some = f"no {split}/nshards.txt in any"
         raise ValueError(f"--root={root} holds no data set of --suite={suite}: {some}")
-    here = [Task(key, wanted[key][0], folders.read(p, split), wanted[key][1]) for key, p in found]
+    here = [_task(key, *wanted[key], folders.read(path, split)) for key, path in found]
     there = {key for key, _ in found}
     called: dict[str, str] = {}
     for key in sorted(there):
@@ -124,6 +124,13 @@ def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[
                 "scores; rename one, or name one of them in a file for --suite"
             )
     return here, [key for key in wanted if key not in there]
+
+
+def _task(key: str, title: str, main: str, folder: folders.Folder) -> Task:
+    """The task of a data set: lists of cues have no figure in common with other pairs."""
+    if not main and folder.layout == "pairs" and pairs.have_cues(folder.path):
+        main = "jaccard"
+    return Task(key, title, folder, main)
 
 
 def _sets(root: str, split: str) -> dict[str, str]:
