@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from coca_jax.data import files
 from coca_jax.files import storage
 from coca_jax.suites import folders, metrics, pairs
 
@@ -159,12 +160,12 @@ def _listed(file: str) -> dict[str, tuple[str, str]]:
     place = storage.place(file)
     if not place.exists():
         raise ValueError(f"--suite={file}: choose {', '.join(NAMES)}, or give a file of names")
-    text = place.read_text()
+    lines = files.read_lines(file)
     if not file.endswith((".yml", ".yaml")):
-        keys = [line.strip().removeprefix("wds/") for line in text.splitlines() if line.strip()]
+        keys = [line.strip().removeprefix("wds/") for line in lines if line.strip()]
         return {key: (key, "") for key in keys}
     try:
-        found: Any = yaml.safe_load(text)
+        found: Any = yaml.safe_load("\n".join(lines))
     except yaml.YAMLError as error:
         raise ValueError(f"--suite={file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
