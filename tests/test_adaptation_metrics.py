@@ -160,6 +160,32 @@ def test_written_answers_are_compared_as_words():
         dict(Answers("set").run(Writer(), [dict(records[0], text=["a?", "b?"])]))
 
 
+def test_questions_of_one_image_are_one_draw():
+    """Six of each picture, all answered or none: no more is known than of one of each."""
+
+    class Asked(Fixed):
+        head_kind = head_kinds.Answer()
+
+        def answer(self, images, questions):
+            return [NAMES[image[0, 0, 0] % 2] for image in images]
+
+    labels = [[NAMES[0]]] * 40
+    once = [dict(one, text="what?") for one in records_of(labels)]
+    for number, record in enumerate(once):
+        record["image"] = np.full((4, 4, 3), number, np.uint8)
+    often = [record for record in once for _ in range(6)]
+    rows = np.eye(7, dtype=np.float32)[np.arange(40) % 2]
+    for evaluator, name in (
+        (Answers, "answers/s/exact_match"),
+        (Classification, "classification/s/top1"),
+    ):
+        few = dict(evaluator("s").run(Asked(rows), once))
+        many = dict(evaluator("s").run(Asked(np.repeat(rows, 6, 0)), often))
+        for end in ("", "_low", "_high"):
+            assert many[name + end] == few[name + end]
+        assert many[f"{name}_count"] == 240 and few[f"{name}_high"] - few[f"{name}_low"] > 0.25
+
+
 def blobs(count, spread=1.0):
     centres = np.random.default_rng(1).normal(size=(7, 12))
     rng = np.random.default_rng(count)

@@ -67,6 +67,28 @@ def test_the_same_caption_of_one_image_is_no_collapse():
     assert got["captioning/s/self_bleu"] == pytest.approx(collapse.self_bleu(said).mean())
 
 
+class Looks(Fake):
+    """Finds a caption one nat a token more probable with its own picture than with another."""
+
+    def caption_log_likelihood(self, images, texts):
+        own = [text == self.captions[i] for text, i in zip(texts, images[:, 0, 0, 0])]
+        tokens = np.asarray([len(t.split()) + 1 for t in texts])
+        return -0.5 * tokens - np.where(own, 0, tokens), tokens
+
+
+def test_the_gain_of_an_image_is_over_another_one():
+    """A list with a row a caption, ten of each picture: seven rows before is often the same one,
+    beside which nothing is gained."""
+    said = [f"number {i} of what there is" for i in range(8)]
+    rows = [dict(image=picture(i), text=f"{c} of {i}") for i in range(8) for c in range(10)]
+    for size in (128, 16):
+        evaluator = captioning.Captioning("s", batch_size=size)
+        got = dict(evaluator.run(Looks(captions=said), rows))
+        assert got["captioning/s/image_gain"] == pytest.approx(1)
+        assert got["captioning/s/image_gain_low"] == pytest.approx(1)
+        assert got["captioning/s/image_gain_count"] == 6  # of the first 64 rows, but for the first
+
+
 def test_intervals_draw_an_image_with_all_of_its_rows():
     """Each picture three times in a list: no more is known than of each once."""
     said = [f"{'a b c d e f g h'[: 2 * (i % 7) + 1]} and number {i}" for i in range(30)]

@@ -175,6 +175,10 @@ def test_a_step_occurs_once_and_damage_is_left_out(tmp_path):
     file.write_text(file.read_text().replace("0.5", "0.9") + '{"step": 30')
     assert [row["step"] for row in history.read(tmp_path)] == [10]
     assert history.has(tmp_path, 10) and not history.has(tmp_path, 20)
+    data = file.read_bytes()
+    file.write_bytes(data[:-3] + bytes([data[-3] ^ 0x80]) + data[-2:])  # a bit, as disks lose them
+    history.add(tmp_path, 40, {"a/b/c": 0.25})
+    assert [row["step"] for row in history.read(tmp_path)] == [10, 40]
 
 
 def test_a_report_that_cannot_be_written_costs_the_run_nothing_else(tmp_path, capsys):

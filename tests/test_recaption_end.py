@@ -302,6 +302,41 @@ def test_an_image_of_a_parquet_that_keeps_no_text_has_none_when_it_is_read(tmp_p
     assert [list(one.texts) for one in parquet.read(unit, options)] == [["a dog"], ["a dog"]]
 
 
+def test_a_row_group_holds_no_more_of_large_images(tmp_path, monkeypatch):
+    """Of 256 photographs of 8 MB each one took 10 GB of memory."""
+    monkeypatch.setattr(writers, "_GROUP_BYTES", 5000)
+    items = [Item(str(n), bytes([n]) * (2000 if n < 6 else 1)) for n in range(250)]
+    made = dict(key="a", captions=[], originals=[])
+    path = str(tmp_path / "0.parquet")
+    writers.write("parquet", path, (writers.Example(one.key, one, [], made) for one in items))
+    with pq.ParquetFile(path) as table:
+        groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        assert groups == [3, 3, 244]
+        assert table.read(["image"])["image"].to_pylist() == [one.image for one in items]
+
+
+def test_a_list_with_a_row_a_caption_is_no_collapse(tmp_path, monkeypatch):
+    """Of 240 captions of 40 pictures 40 differ, a sixth: the alarm is of less than a fifth."""
+
+    class OfPictures(Captioner):
+        def part(self, pictures, look):
+            found, told = super().part(pictures, look)
+            for one, picture in zip(found, pictures):
+                one["captions"] = [dict(text=f"drawn {picture.key}", score=0.6, flags=[])]
+            return found, told
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running, "Captioner", OfPictures)
+    rows = ["image,caption"]
+    for number in range(40):
+        pathlib.Path(f"{number}.png").write_bytes(encoded(number))
+        rows += [f"{number}.png,words {row} on {number}" for row in range(6)]
+    pathlib.Path("rows.csv").write_text("\n".join(rows))
+    told = do(asked("rows.csv", "out", "csv"))
+    assert told["count"] == 240 and told["collapse"]["captions"] == 40
+    assert told["collapse"]["distinct"] == 1 and told["collapse"]["warning"] == ""
+
+
 def test_shards_are_tidied_many_at_a_time(tars, monkeypatch):  # noqa: F811
     """A bucket takes tens of milliseconds to say of each that nothing of it is left."""
     request, clear, together = asked(), shard.clear, threading.Barrier(2, timeout=30)

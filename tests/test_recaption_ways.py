@@ -11,7 +11,7 @@ from coca_jax.importers import shards
 from coca_jax.importers.items import Options
 from coca_jax.inference.generation.settings import Settings
 from coca_jax.inference.texts import without_halves
-from coca_jax.recaptioning import inputs, shard
+from coca_jax.recaptioning import flags, inputs, shard
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request, way
 
@@ -54,6 +54,29 @@ def test_half_a_character_is_in_no_caption_that_is_kept(tmp_path):
     found, _ = captioner.part(pictures)
     kept = [caption["text"] for one in found for caption in one["captions"]]
     assert kept == [" ".join(text.replace("\ufffd", "").split()) for text in own]
+
+
+def test_an_image_that_a_list_names_several_times_is_one():
+    """Four rows of each of five images, whose captions are the same: none is said of others."""
+    owners, texts = np.arange(20) // 4 * 4, [[f"image {n // 4}"] for n in range(20)]
+    images = np.eye(5, dtype=np.float32)[owners // 4]
+    how: dict = dict(originals=[[]] * 20, finished=[[True]] * 20, images=images, captions=images)
+    assert flags.of_part(texts, owners=owners, **how) == [[[]]] * 20
+    told = flags.of_part([["image"]] * 12 + texts[12:], owners=owners, **how)
+    assert told == [[["collapsed"]]] * 12 + [[[]]] * 8  # the same of three images
+
+
+def test_what_a_model_gains_by_an_image_is_over_another_one(tmp_path):
+    weights = str(unpacked("converted_0_1", tmp_path) / "converted_0_1")
+    how: dict = dict(checkpoints=(weights,), ways=("greedy,max_tokens=6",), batch_size=4)
+    captioner = Captioner(Request("", "webdataset", "", **how))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    once = [Picture(n, str(n), [], (pixels[n],)) for n in range(2)]
+    often = [Picture(n, str(n), [], (pixels[n // 5],)) for n in range(10)]
+    _, wanted = captioner.part(once, look=True)
+    _, told = captioner.part(often, look=True)
+    assert told == dict(gain=pytest.approx(wanted["gain"], abs=2e-3), tokens=wanted["tokens"])
+    assert wanted["gain"] and captioner.part(often[:5], look=True)[1] == {}
 
 
 def test_the_files_of_a_folder_are_asked_for_at_once(tmp_path, monkeypatch):

@@ -189,6 +189,8 @@ def test_places_are_scored():
     alone = dict(grounding.Grounding("s").run(model, records[:2]))
     named = [alone[f"grounding/s/named{end}"] for end in ("", "_low", "_high", "_count")]
     assert named == [0.5, 0.5, 0.5, 2]
+    rows = [dict(image=image.copy(), extra={"regions": [one]}) for one in listed[:2]]  # of a list
+    assert alone == dict(grounding.Grounding("s").run(model, rows))
     with pytest.raises(ValueError, match="grounding/s: no record has a region"):
         list(grounding.Grounding("s").run(model, records[1:2]))
 

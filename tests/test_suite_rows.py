@@ -1,9 +1,10 @@
-"""The row that a suite writes into a table of several models."""
+"""The row that a suite writes into a table of several models, and the figure that counts."""
 
 import json
 
 import pytest
 from PIL import Image
+from test_suite_parts import Colours, folder, tar_set, write  # noqa: F401
 
 from coca_jax import evaluate
 from coca_jax.suites import folders, running, tables
@@ -66,3 +67,48 @@ def test_a_row_is_called_by_the_model_s_place():
     names = {"runs/a/": "a", "runs/a/checkpoints/2000": "a/2000", "b/checkpoints/2000/": "b/2000"}
     names |= {"weights": "weights", "2000": "2000", "coca_ViT-B-32:tag": "coca_ViT-B-32:tag"}
     assert {place: evaluate.called(place) for place in names} == names
+
+
+def test_texts_of_a_set_are_read_as_windows_writes_them_or_named(tmp_path):
+    """A byte order mark was of the first class's name, and of its prompts."""
+    example = dict(png=b"x", cls=b"0")
+    texts = dict(classnames="red\nblue\n", dataset_type="multilabel\n")
+    path = tar_set(tmp_path / "set", example, **texts)
+    for file in (*(tmp_path / "set").glob("*.txt"), tmp_path / "set/test/nshards.txt"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfset\r\n")
+    found = folders.read(path)
+    assert (found.kind, found.class_names, found.prompts) == (
+        *("multilabel", ("red", "blue")),
+        ("a {}",),
+    )
+    captions = tar_set(
+        tmp_path / "told", dict(png=b"x", txt=b"\xef\xbb\xbfa\r\nb"), dataset_type="retrieval"
+    )
+    assert [one["texts"] for one in folders.read(captions).examples()] == [["a", "b"]]
+    (task,), left = tables.tasks(str(tmp_path / "list.txt"), str(tmp_path))
+    assert task.key == "set" and not left
+    (tmp_path / "set/classnames.txt").write_bytes("caf\u00e9\nblue\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="set/classnames.txt: not UTF-8 text"):
+        folders.read(path)
+    (tmp_path / "set/dataset_type.txt").write_bytes(b"")  # as where there is none
+    (tmp_path / "set/classnames.txt").write_text("red\nblue")
+    assert folders.read(path).kind == "classification"
+
+
+def test_cues_count_by_their_own_figure_where_a_suite_names_none(folder, tmp_path_factory):  # noqa: F811
+    """They have no `acc`: the suite measured them, and ended there."""
+    rows = [
+        dict(cue="red", candidates=["a", "b"], associations=["a"]),
+        dict(cue="blue", candidates=["a", "b", "c"], associations=["a", "b"]),
+    ]
+    write(folder, "test.jsonl", rows)
+    out = tmp_path_factory.mktemp("out")
+    (out / "sets.txt").write_text(folder.name)
+    for suite, root in (("clip_benchmark", folder), (str(out / "sets.txt"), folder.parent)):
+        (task,), _ = tables.tasks(suite, str(root))
+        assert task.metric == "jaccard"
+        found, _ = running.run(Colours(), [task], str(out / task.title), suite="s", name="m")
+        name = f"suite/{task.key}/jaccard"
+        assert found[name] == found["suite/s/average"] == (1 + 1) / 2
+        assert f"{name}_10_12" not in found  # of examples with ten candidates, of which none has

@@ -275,6 +275,30 @@ def test_interval_of_a_difference_is_paired():
         metrics.difference("acc1", dict(target=target, guess=first), dict(target=1 + target))
 
 
+def test_the_interval_of_mean_average_precision_holds_the_mean_over_such_sets(monkeypatch):
+    """Sixty classes of ten images each: draws, which hold images twice, lie above the figure."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 100)
+    name, rng = "mean_average_precision", np.random.default_rng(0)
+
+    def drawn():
+        targets = rng.random((200, 60)) < 0.05
+        return dict(scores=rng.normal(size=(200, 60)) + 1.5 * targets, targets=targets)
+
+    truth = np.mean([metrics.value(name, drawn()) for _ in range(200)])
+    found = [drawn() for _ in range(40)]
+    limits = np.array([metrics.interval(name, one) for one in found])
+    assert ((limits[:, 0] <= truth) & (truth <= limits[:, 1])).sum() >= 36
+    values = np.array([metrics.value(name, one) for one in found])
+    assert np.abs(limits.mean(1) - values).max() < 0.01 and values.std() > 0.01
+    # A model that is a little better everywhere: the draws of both are the same.
+    better = dict(found[0], scores=found[0]["scores"] + 0.1 * found[0]["targets"])
+    change, low, high = metrics.difference(name, found[0], better)
+    assert 0 < low < change < high < 2 * change and metrics.difference(name, better, better)[1] == 0
+    sure = dict(scores=found[0]["targets"].astype(float), targets=found[0]["targets"])
+    low, high = metrics.interval(name, sure)
+    assert 0.99 < low <= high == 1 == metrics.value(name, sure)
+
+
 def test_draws_without_any_group_are_left_out_of_its_interval():
     """Of four examples one has a group, and is right: a third of the draws has none of it."""
     zeros = np.zeros(4, int)

@@ -190,7 +190,7 @@ class Captioning(Evaluator):
         """
         sums, tokens, f1 = list[float](), list[list[int]](), list[float]()
         exact, captions = list[bool](), list[str]()
-        gains: list[tuple[float, float]] = []
+        gains: list[tuple[float, float] | None] = []
         recent: list[Record] = []
         places, image_of = dict[bytes, int](), list[int]()  # the first of an image; and a record's
         references: list[list[str]] = []
@@ -215,7 +215,7 @@ class Captioning(Evaluator):
                     continue
                 caption = one["caption"]
                 captions.append(caption)
-                gains += [one["gain"]] if one.get("gain") else []
+                gains.append(one.get("gain"))
                 right, score = self.scorer(caption, record)
                 exact.append(right)
                 f1.append(score)
@@ -312,7 +312,7 @@ class Captioning(Evaluator):
         self,
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
-        gains: Sequence[tuple[float, float]],
+        gains: Sequence[tuple[float, float] | None],
         once: Sequence[int],
     ) -> Iterator[tuple[str, float]]:
         """Whether the model says the same of everything; `warning` says so. once: the first record
@@ -322,7 +322,9 @@ class Captioning(Evaluator):
         figures = {name: float(values.mean()) for name, values in found.items()}
         for name, values in found.items():
             yield from with_interval(f"{self.name}/{name}", values)
-        gain, count = np.asarray(gains, np.float64).reshape(-1, 2).T
+        # Of a first record alone: what a later one was compared with may be its own picture.
+        own = [one for i in once if (one := gains[i])]
+        gain, count = np.asarray(own, np.float64).reshape(-1, 2).T
         if count.sum() > 0:
             figures["image_gain"], low, high = bootstrap(gain, count)
             name = f"{self.name}/image_gain"

@@ -15,6 +15,7 @@ from coca_jax.evaluators.class_names import check_distinct
 from coca_jax.evaluators.declarations import Metric
 from coca_jax.evaluators.intervals import mean_of_classes, scored, share_limits, with_interval
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
+from coca_jax.evaluators.retrieval import content_digest, numbered
 
 HEADLINES: tuple[str, ...] = ("top1", "top5", "mean_per_class")
 METRICS = {
@@ -35,6 +36,8 @@ class Tally:
       tie: scores closer than this are equal.
       relative: `tie` is a share of the higher score, as probabilities need, of which most are tiny.
       missing: whether an image with none of the classes counts as wrong and is not refused.
+      asked: whether records ask something of images, of one several things: intervals draw it with
+        all of them.
       num_examples: pictures kept for the report.
 
     An image is right when any of its classes is guessed. Of classes that score the same the true
@@ -52,6 +55,7 @@ class Tally:
         tie: float = 1e-6,
         relative: bool = False,
         missing: bool = False,
+        asked: bool = False,
         num_examples: int = 16,
     ):
         labels = list(class_names if labels is None else labels)
@@ -62,7 +66,8 @@ class Tally:
                 "class_names; give one for each name"
             )
         self.name, self.class_names = name, list(class_names)
-        self.tie, self.relative, self.missing = tie, relative, missing
+        self.tie, self.relative, self.missing, self.asked = tie, relative, missing, asked
+        self._image_of: list[bytes] = []
         self._number = {label: i for i, label in enumerate(labels)}
         self._ranks: list[np.ndarray] = []
         self._right: list[np.ndarray] = []  # how many classes each image has
@@ -92,6 +97,8 @@ class Tally:
             known = self.true_classes(record)
             right[row, known] = True
             self._truths.append(known[0] if known else -1)
+            if self.asked:
+                self._image_of.append(content_digest(record["image"]))
         self._ranks.append(rank_of_best(scores, right, self.tie, self.relative))
         self._right.append(right.sum(1))
         # Among equal scores a wrong class is the guess, as in the rank.
@@ -124,9 +131,10 @@ class Tally:
         if not self._truths:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         rank, truth = np.concatenate(self._ranks), np.asarray(self._truths)
-        yield from with_interval(f"{self.name}/top1", rank < 1)
+        owners = numbered(self._image_of) if self.asked else None
+        yield from with_interval(f"{self.name}/top1", rank < 1, owners=owners)
         if len(self.class_names) > 5:
-            yield from with_interval(f"{self.name}/top5", rank < 5)
+            yield from with_interval(f"{self.name}/top5", rank < 5, owners=owners)
         rank, truth = rank[truth >= 0], truth[truth >= 0]
         total = np.bincount(truth, minlength=len(self.class_names))
         hits = np.bincount(truth, rank < 1, minlength=len(self.class_names))[total > 0]

@@ -16,6 +16,7 @@ from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.declarations import Metric, Pictured, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
+from coca_jax.evaluators.retrieval import content_digest, numbered
 
 RIGHT = 0.5  # overlap from which on a box is right, as in referring expressions (RefCOCO)
 
@@ -54,7 +55,7 @@ class Grounding(Pictured):
         """
         left: list[Region] = []
         found: list[tuple[float, bool, bool]] = []
-        owners: list[int] = []  # which image each region is of
+        image_of: list[bytes] = []  # the digest of each region's
         last: Record | None = None
         shown = Spread(self.num_examples)
         pairs = _with_room(predict, records, left)
@@ -71,7 +72,8 @@ class Grounding(Pictured):
                 score = 0.0 if box is None else regions.overlap(box, region.box)
                 right = canonical_text(after(name, give)) == canonical_text(region.text)
                 found.append((score, box is not None, right))
-                owners.append(owners[-1] + (record is not last) if owners else 0)
+                same = record is last  # else a list may name an image once a region
+                image_of.append(image_of[-1] if same else content_digest(record["image"]))
                 last = record
                 shown.offer(functools.partial(_item, record, region, place, score))
         why = "no record has a region; check the data and its split"
@@ -86,8 +88,9 @@ class Grounding(Pictured):
             raise ValueError(f"{self.name}: {why}")
         overlap, boxes, named = (np.asarray(column, np.float64) for column in zip(*found))
         shares = dict(accuracy_50=overlap >= RIGHT, overlap=overlap, boxes=boxes, named=named)
+        owners = numbered(image_of)
         for name, share in shares.items():
-            yield from with_interval(f"{self.name}/{name}", share, owners=np.asarray(owners))
+            yield from with_interval(f"{self.name}/{name}", share, owners=owners)
         yield f"{self.name}/left_out", float(len(left))
         self.examples = dict(kind="captioning", items=shown.items(), worst=[])
 

@@ -25,9 +25,10 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     None. A damaged line is left out with a warning."""
     path = storage.place(workdir) / FILE
     found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    # As bytes: one that is damaged may be no UTF-8, and is of its line alone.
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            row = sealed_json.unseal(bounded_json.loads(line), f"{path}, line {number},")
+            row = sealed_json.unseal(bounded_json.loads(line.decode()), f"{path}, line {number},")
             found.append(row)
         except ValueError as error:
             logging.warning("an evaluation is left out: %s", error)

@@ -57,6 +57,12 @@ def content_digest(image: Any) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def numbered(digests: Sequence[bytes]) -> np.ndarray:
+    """Which image each digest is of, int [N]: 0, 1, .. in their order."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(one, len(numbers)) for one in digests], np.int64)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
     """images, embeddings: of the different images and texts. image_of: the image of each record;

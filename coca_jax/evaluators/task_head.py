@@ -14,6 +14,7 @@ from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
+from coca_jax.evaluators.retrieval import content_digest, numbered
 from coca_jax.models.head_kinds import HeadKind
 
 QUESTIONS = Flag("questions", "", "Field that lists {question, answer} objects.")
@@ -104,6 +105,7 @@ class Classification(OfRecords):
         names = predict.class_names
         number = {name: i for i, name in enumerate(names)}
         how: dict[str, Any] = dict(missing=True, num_examples=self.num_examples)
+        how["asked"] = predict.head_kind.reads_text
         tally = Tally(self.name, names, relative=True, **how)
         surprise: list[float] = []
         count = 0
@@ -151,8 +153,10 @@ class Answers(OfRecords):
 
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields exact_match, and its interval: answers equal to one of the record's labels, in
-        lower case and without punctuation. Afterwards `examples` holds pictures with answers."""
+        lower case and without punctuation; the interval draws images with all their questions.
+        Afterwards `examples` holds pictures with answers."""
         exact: list[bool] = []
+        image_of: list[bytes] = []
         shown = Spread(self.num_examples)
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             questions = [question_of(record, self.name) for record in batch]
@@ -160,11 +164,13 @@ class Answers(OfRecords):
             for record, said in zip(batch, answers, strict=True):
                 wanted = {canonical_text(label) for label in record["labels"]}
                 exact.append(canonical_text(said) in wanted)
+                image_of.append(content_digest(record["image"]))
                 shown.offer(functools.partial(_item, record, said, exact[-1]))
         if not exact:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         self.examples = dict(kind="captioning", items=shown.items())
-        yield from with_interval(f"{self.name}/exact_match", np.asarray(exact))
+        owners = numbered(image_of)
+        yield from with_interval(f"{self.name}/exact_match", np.asarray(exact), owners=owners)
 
 
 def _item(record: Record, said: str, exact: bool) -> dict[str, Any]:

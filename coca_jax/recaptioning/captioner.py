@@ -15,6 +15,7 @@ import numpy as np
 
 import coca_jax
 from coca_jax.evaluators import check_finite
+from coca_jax.evaluators.retrieval import content_digest
 from coca_jax.importers.items import Item
 from coca_jax.inference import two_towers
 from coca_jax.inference.texts import without_halves
@@ -122,7 +123,8 @@ class Captioner:
             every = [text for several in texts for text in several]
             captions = model.encode_text(every)
             said = model.encode_text([text for several in originals for text in several])
-        wrong = flags.of_part(texts, originals, finished, images, captions)
+        owners = _owners(pictures)
+        wrong = flags.of_part(texts, originals, finished, images, captions, owners)
         found, at, first = [], 0, 0
         for i, picture in enumerate(pictures):
             own = captions[at : at + len(texts[i])]
@@ -144,23 +146,26 @@ class Captioner:
                 result["text_emb"] = _packed(np.concatenate([known, own]))
             found.append(result)
         blocks = [tokens for _, tokens in first_model]
-        return found, self._look(blocks, [one[0] for one in texts]) if look else {}
+        once = np.unique(owners[:_LOOKED_AT])
+        return found, self._look(blocks, [texts[i][0] for i in once], once) if look else {}
 
-    def _look(self, blocks: Sequence[jax.Array], captions: Sequence[str]) -> dict[str, Any]:
-        """How much more probable the first captions are with their own images than with others'; {}
-        of fewer than two images, which have no others.
+    def _look(
+        self, blocks: Sequence[jax.Array], texts: Sequence[str], numbers: np.ndarray
+    ) -> dict[str, Any]:
+        """How much more probable captions are with their own images than with others'; {} of fewer
+        than two images, which have no others.
 
-        blocks: tokens of the images, as `image_tokens` gives them for batches.
+        blocks: tokens of the images, as `image_tokens` gives them for batches; numbers: int [N],
+        the places of the texts' images, which all differ.
         """
-        model, texts = self.models[0], captions[:_LOOKED_AT]
-        count, per_block = len(texts), self.request.batch_size
+        model, count, per_block = self.models[0], len(texts), self.request.batch_size
         if count < 2:
             return {}
         with self.timed("scores"):
-            used = -(-count // per_block)
+            used = int(numbers.max()) // per_block + 1
             tokens = jnp.concatenate(blocks[:used]) if used > 1 else blocks[0]
             own = np.arange(count)
-            place = own // per_block * len(blocks[0]) + own % per_block
+            place = numbers // per_block * len(blocks[0]) + numbers % per_block
             sums, lengths = model.score_pairs(
                 tokens,
                 texts,
@@ -216,6 +221,13 @@ class Captioner:
                                 way=w,
                             )
                         )
+
+
+def _owners(pictures: Sequence[Picture]) -> np.ndarray:
+    """The first of the pictures with the same pixels as each, int [N]."""
+    first: dict[bytes, int] = {}
+    digests = (content_digest(picture.pixels[0]) for picture in pictures)
+    return np.array([first.setdefault(one, i) for i, one in enumerate(digests)], np.int64)
 
 
 def _short(value: Any) -> float:

@@ -5,6 +5,8 @@ repeats    a word three times in a row, or three words in the same order three t
 duplicate  the image has the same text already
 collapsed  the same text stands at ALIKE or more images and at SHARE of all images of the part
 generic    its score with its own image is not above its mean score with the part's other images
+
+An image that a list names several times, as for each of its texts, is one image.
 """
 
 from __future__ import annotations
@@ -36,18 +38,26 @@ def of_part(
     finished: Sequence[Sequence[bool]],
     images: np.ndarray,
     captions: np.ndarray,
+    owners: np.ndarray | None = None,
 ) -> list[list[list[str]]]:
     """The flags of each caption of each image of a part.
 
     texts: the captions of each image; originals: what the data say of it; finished: whether the
     end symbol came. images: float32 [N, E], captions: float32 [C, E], all captions one after the
-    other, both L2-normalised.
+    other, both L2-normalised. owners: int [N], the first that is the same image as each; by default
+    all differ.
     """
     plain = [[canonical_text(text) for text in several] for several in texts]
-    held = collections.Counter(itertools.chain.from_iterable(set(several) for several in plain))
-    enough = max(ALIKE, SHARE * len(texts))
-    mean = images.mean(0) if len(images) else np.zeros(captions.shape[1:], np.float32)
-    found, at, count = [], 0, len(images)
+    owners = np.arange(len(images)) if owners is None else owners
+    said = [set[str]() for _ in plain]
+    for owner, several in zip(owners, plain):
+        said[owner].update(several)
+    held = collections.Counter(itertools.chain.from_iterable(said))
+    own_images = images[np.unique(owners)]
+    count = len(own_images)
+    enough = max(ALIKE, SHARE * count)
+    mean = own_images.mean(0) if count else np.zeros(captions.shape[1:], np.float32)
+    found, at = [], 0
     for number, several in enumerate(plain):
         known = {canonical_text(text) for text in originals[number]}
         flags = []

@@ -16,6 +16,7 @@ import numpy as np
 
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
+from coca_jax.evaluators.retrieval import content_digest
 from coca_jax.files import sealed_json, storage
 from coca_jax.importers import checks, shards
 from coca_jax.importers.items import Item, printable
@@ -138,12 +139,12 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
     told: dict[str, Any] = dict(
         read=sum(part["read"] for part in read),
         quarantined=[one for part in read for one in part["quarantined"]],
-        collapse=_figures(read),
         with_original=sum(bool(one["originals"]) for part in read for one in part["results"]),
         replaced=0,
     )
     by_number = {one["number"]: one for part in read for one in part["results"]}
     scores: list[float] = []
+    once: dict[bytes, int] = {}  # the first of each image, which a list may name several times
 
     def examples() -> Iterator[writers.Example]:
         for number, item in selected(job):
@@ -155,6 +156,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
                     f"{job.units[0].path}: where {result['key']} was captioned there is now "
                     f"{item.key}: the input has changed; give another --out"
                 )
+            once.setdefault(content_digest(item.image), number)
             kept = choose.kept(result, request.text, threshold)
             scores.extend(score for _, score in choose.texts(result, request.text))
             if kept or threshold == float("-inf"):
@@ -172,6 +174,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
             told |= dict(file=name, bytes=os.path.getsize(local), sha256=shards.sha256(local))
         else:
             os.remove(local)
+    told["collapse"] = _figures(read, set(once.values()))
     told["filtered"] = told["read"] - told["count"] - len(told["quarantined"])
     told["highest"] = max(scores, default=None)
     sealed_json.write(f"{job.part}.json", told)
@@ -190,14 +193,12 @@ def _key(job: Job, number: int, item: Item) -> str:
     return f"{job.number:05d}{number:06d}"
 
 
-def _figures(read: list[dict[str, Any]]) -> dict[str, Any]:
+def _figures(read: list[dict[str, Any]], once: set[int]) -> dict[str, Any]:
     """Of the shard's first captions: count, distinct, self_bleu, gain, tokens; and the distinct
-    share of the originals."""
-    first = [one["captions"][0]["text"] for part in read for one in part["results"]]
-    first = first[: collapse.MOST]
-    said = [
-        one["originals"][0]["text"] for part in read for one in part["results"] if one["originals"]
-    ]
+    share of the originals. once: the numbers of the results that are looked at."""
+    looked = [one for part in read for one in part["results"] if one["number"] in once]
+    first = [one["captions"][0]["text"] for one in looked][: collapse.MOST]
+    said = [one["originals"][0]["text"] for one in looked if one["originals"]]
     shuffled: dict[str, float] = next((part["shuffled"] for part in read if "shuffled" in part), {})
     return dict(
         dict(gain=0.0, tokens=0) | shuffled,

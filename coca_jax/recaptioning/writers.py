@@ -19,7 +19,8 @@ from coca_jax.recaptioning.choose import Scored
 
 SUFFIXES = dict(tar="tar", parquet="parquet", array_record="array_record")
 EMBEDDINGS = ("image_emb", "text_emb")
-_ROWS = 256  # of a parquet row group
+_ROWS = 256  # of a parquet row group, or fewer that hold so many bytes: five times that is taken
+_GROUP_BYTES = 64 << 20
 _MAGIC = (
     (b"\xff\xd8", "jpg"),
     (b"\x89PNG", "png"),
@@ -158,6 +159,7 @@ def _parquet(path: str, examples: _Counted) -> None:
     )
     with pq.ParquetWriter(path, schema) as writer:
         rows: list[dict[str, Any]] = []
+        size = 0
         for one in examples:
             arrays = one.embeddings()
             rows.append(
@@ -173,9 +175,10 @@ def _parquet(path: str, examples: _Counted) -> None:
                     extra=plain_json(one.fields()),
                 )
             )
-            if len(rows) == _ROWS:
+            size += len(one.item.image)
+            if len(rows) == _ROWS or size >= _GROUP_BYTES:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
-                rows = []
+                rows, size = [], 0
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema))
 

@@ -169,8 +169,11 @@ def _plain_folder(path: str, split: str) -> Folder:
 
 
 def _lines(path: str, name: str) -> list[str]:
-    place = storage.place(path) / name
-    return place.read_text().splitlines() if place.exists() else []
+    """Of a file that may be missing, without a byte order mark, which would be of the first class's
+    name. Raises ValueError, naming it, for one that is no text in UTF-8."""
+    file = f"{path.rstrip('/')}/{name}"
+    found = files.read_lines(file) if storage.place(file).exists() else []
+    return [] if found == [""] else found
 
 
 def _groups(tar: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -196,7 +199,7 @@ def _groups(tar: str) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def _captions(members: Mapping[str, bytes], extra: Mapping[str, Any]) -> list[str]:
     if "txt" in members:
-        found: Any = members["txt"].decode().splitlines()
+        found: Any = files.decode_text(members["txt"]).splitlines()
     else:
         found = next((extra[name] for name in CAPTIONS if name in extra), [])
     texts = [found] if isinstance(found, str) else found

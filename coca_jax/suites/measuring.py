@@ -99,6 +99,8 @@ def _selection(model: Predictor, folder: Folder, size: int, show: str) -> Outcom
     for batch in in_batches(folder.examples(), max(size // 4, 1), show=show):
         for name, values in _of_pairs(model, batch).items():
             rows.setdefault(name, []).extend(values)
+    if max(rows.get("candidates", [metrics.MANY])) < metrics.MANY:  # a figure of none
+        del rows["candidates"]
     return {name: np.asarray(values) for name, values in rows.items()}
 
 

@@ -22,6 +22,7 @@ Metric = Callable[[Outcome], float]
 
 RECALL_AT = (1, 5, 10)
 RESAMPLES = 1_000
+MANY = 10  # candidates of the examples that `jaccard_of_many` is of
 
 
 def of_classes(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
@@ -144,7 +145,7 @@ def share(name: str) -> Metric:
 def jaccard_of_many(found: Outcome) -> float:
     """The mean Jaccard score of the examples with ten candidates or more (DataComp's figure of
     WinoGAViL, whose examples have 5, 6, 10 or 12)."""
-    many = found["candidates"] >= 10
+    many = found["candidates"] >= MANY
     return float(found["jaccard"][many].mean()) if many.any() else float("nan")
 
 
@@ -196,7 +197,8 @@ def _needed(name: str, found: Outcome) -> dict[str, np.ndarray]:
 
 def interval(name: str, found: Outcome, *, seed: int = 0) -> tuple[float, float]:
     """95% of a metric, by drawing examples with replacement (Efron 1979)."""
-    return limits(_drawn(name, [found], seed)[0])
+    drawn = _drawn(name, [found], seed)[0]
+    return limits(np.clip(drawn, 0.0, 1.0) if name in _MOVED else drawn)
 
 
 def difference(
@@ -218,8 +220,39 @@ def _drawn(name: str, outcomes: list[Outcome], seed: int) -> np.ndarray:
     """The metric of each outcome on each draw, float64 [outcomes, draws]."""
     rng, size = np.random.default_rng(seed), count(outcomes[0])
     needed = [_needed(name, found) for found in outcomes]
+    if name in _MOVED:
+        return np.stack([_MOVED[name](one, np.random.default_rng(seed)) for one in needed])
     values = []
     for _ in range(RESAMPLES):
         rows = rng.integers(0, size, size)
         values.append([METRICS[name][1]({k: x[rows] for k, x in one.items()}) for one in needed])
     return np.asarray(values).T
+
+
+def _precision_drawn(found: Outcome, rng: np.random.Generator) -> np.ndarray:
+    """The mean average precision and how far draws lie from their mean, [draws].
+
+    A draw holds an image of a class several times, each of which makes the others' precision
+    higher: the draws' mean lies above the value, the further the fewer images a class has, and as
+    they stand they would hold too little below it. Of n images of a class draws vary by (n - 1) / n
+    of what new ones would.
+    """
+    targets, size = found["targets"].astype(bool), len(found["targets"])
+    order, total = np.argsort(-found["scores"], 0, kind="stable"), targets.sum(0)
+    wider = np.sqrt(total / np.maximum(total - 1, 1))
+    drawn = np.zeros((RESAMPLES, len(total)))
+    for start in range(0, RESAMPLES, _AT_ONCE):
+        some = drawn[start : start + _AT_ONCE]
+        times = rng.multinomial(size, np.full(size, 1 / size), len(some)).astype(np.float64)
+        for one in np.flatnonzero(total):
+            ranked = times[:, order[:, one]]
+            true = targets[order[:, one], one]
+            own, above = ranked[:, true], ranked.cumsum(1)[:, true]
+            precision = own.cumsum(1) / np.maximum(above, 1)
+            some[:, one] = (precision * own).sum(1) / np.maximum(own.sum(1), 1)
+    return mean_average_precision(found) + ((drawn - drawn.mean(0)) * wider).mean(1)
+
+
+# Draws of metrics that lie elsewhere than the metric itself, moved to it.
+_MOVED = {"mean_average_precision": _precision_drawn}
+_AT_ONCE = 50  # draws whose examples are counted at a time

@@ -58,6 +58,11 @@ def _format(row: Any) -> tuple[str, ...] | None:
     return next((fields for fields in known if all(name in row for name in fields)), None)
 
 
+def have_cues(path: str) -> bool:
+    """Whether the first of the lists that `lists` finds, one at least, is WinoGAViL's."""
+    return _format(_rows(lists(path)[0])[0]) == WINOGAVIL
+
+
 def examples(path: str) -> Iterator[dict[str, Any]]:
     """dict(images, texts), where image i belongs to text i; of WinoGAViL dict(images, cue, right),
     the numbers of the images that belong to the cue. Raises ValueError for what lacks a field, and

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from coca_jax.data import files
 from coca_jax.files import storage
-from coca_jax.suites import folders, metrics
+from coca_jax.suites import folders, metrics, pairs
 
 ACC, MEAN = "acc1", "mean_per_class_recall"
 DATACOMP: dict[str, tuple[str, str]] = {
@@ -114,7 +115,7 @@ def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[
         if suite == "clip_benchmark":
             some = f"no {split}/nshards.txt in any"
         raise ValueError(f"--root={root} holds no data set of --suite={suite}: {some}")
-    here = [Task(key, wanted[key][0], folders.read(p, split), wanted[key][1]) for key, p in found]
+    here = [_task(key, *wanted[key], folders.read(path, split)) for key, path in found]
     there = {key for key, _ in found}
     called: dict[str, str] = {}
     for key in sorted(there):
@@ -124,6 +125,13 @@ def tasks(suite: str, root: str, split: str = "test") -> tuple[list[Task], list[
                 "scores; rename one, or name one of them in a file for --suite"
             )
     return here, [key for key in wanted if key not in there]
+
+
+def _task(key: str, title: str, main: str, folder: folders.Folder) -> Task:
+    """The task of a data set: lists of cues have no figure in common with other pairs."""
+    if not main and folder.layout == "pairs" and pairs.have_cues(folder.path):
+        main = "jaccard"
+    return Task(key, title, folder, main)
 
 
 def _sets(root: str, split: str) -> dict[str, str]:
@@ -152,12 +160,12 @@ def _listed(file: str) -> dict[str, tuple[str, str]]:
     place = storage.place(file)
     if not place.exists():
         raise ValueError(f"--suite={file}: choose {', '.join(NAMES)}, or give a file of names")
-    text = place.read_text()
+    lines = files.read_lines(file)
     if not file.endswith((".yml", ".yaml")):
-        keys = [line.strip().removeprefix("wds/") for line in text.splitlines() if line.strip()]
+        keys = [line.strip().removeprefix("wds/") for line in lines if line.strip()]
         return {key: (key, "") for key in keys}
     try:
-        found: Any = yaml.safe_load(text)
+        found: Any = yaml.safe_load("\n".join(lines))
     except yaml.YAMLError as error:
         raise ValueError(f"--suite={file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
