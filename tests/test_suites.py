@@ -296,7 +296,7 @@ def test_the_interval_of_mean_average_precision_holds_the_mean_over_such_sets(mo
     assert 0 < low < change < high < 2 * change and metrics.difference(name, better, better)[1] == 0
     sure = dict(scores=found[0]["targets"].astype(float), targets=found[0]["targets"])
     low, high = metrics.interval(name, sure)
-    assert 0.99 < low <= high == 1 == metrics.value(name, sure)
+    assert low == pytest.approx(0.025 ** (1 / 200)) and high == 1 == metrics.value(name, sure)
 
 
 def test_draws_without_any_group_are_left_out_of_its_interval():
@@ -304,7 +304,8 @@ def test_draws_without_any_group_are_left_out_of_its_interval():
     zeros = np.zeros(4, int)
     found = dict(target=zeros, guess=zeros, group=np.array([0, -1, -1, -1]), in_top5=zeros == 0)
     for name in ("acc_worst_group", "acc5_worst_group"):
-        assert metrics.value(name, found) == 1 and metrics.interval(name, found) == (1, 1)
+        assert metrics.value(name, found) == 1
+        assert metrics.interval(name, found) == pytest.approx((0.025, 1))  # of one, the worst group
     wrong = dict(found, guess=zeros + 1)
     assert metrics.difference("acc_worst_group", found, wrong) == (-1, -1, -1)
     none = metrics.value("acc_worst_group", dict(found, group=zeros - 1))

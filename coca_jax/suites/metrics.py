@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from coca_jax.evaluators.intervals import limits
+from coca_jax.evaluators.intervals import limits, share_limits
 
 Outcome = Mapping[str, np.ndarray]
 Metric = Callable[[Outcome], float]
@@ -196,9 +196,16 @@ def _needed(name: str, found: Outcome) -> dict[str, np.ndarray]:
 
 
 def interval(name: str, found: Outcome, *, seed: int = 0) -> tuple[float, float]:
-    """95% of a metric, by drawing examples with replacement (Efron 1979)."""
-    drawn = _drawn(name, [found], seed)[0]
-    return limits(np.clip(drawn, 0.0, 1.0) if name in _MOVED else drawn)
+    """95% of a metric, by drawing examples with replacement (Efron 1979).
+
+    Where it is 0 or 1 it is `share_limits`, by the smallest group where the worst one counts.
+    """
+    examples = count(found)
+    if "group" in METRICS[name][0]:  # -1: of none
+        sizes = np.unique(found["group"][found["group"] >= 0], return_counts=True)[1]
+        examples = int(sizes.min(initial=examples))
+    drawn = np.clip(_drawn(name, [found], seed)[0], 0.0, 1.0)
+    return share_limits(drawn, value(name, found), examples)
 
 
 def difference(
