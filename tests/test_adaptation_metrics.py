@@ -59,8 +59,11 @@ def test_top1_and_top5_equal_a_plain_count():
     assert low < scores["classification/set/top1"] < high
     assert scores["classification/set/unknown_labels"] == 1
     columns = [[NAMES.index(name) for name in set(names)] for names in labels[1:]]
-    nll = -np.mean([np.log(row[c].sum()) for row, c in zip(probability[1:], columns)])
-    np.testing.assert_allclose(scores["classification/set/nll"], nll, rtol=1e-5)
+    nll = -np.array([np.log(row[c].sum()) for row, c in zip(probability[1:], columns)])
+    np.testing.assert_allclose(scores["classification/set/nll"], nll.mean(), rtol=1e-5)
+    for end, sign in (("low", -1), ("high", 1)):
+        limit = nll.mean() + sign * 1.96 * nll.std() / np.sqrt(299)
+        np.testing.assert_allclose(scores[f"classification/set/nll_{end}"], limit, atol=0.02)
     table = np.array(evaluator.examples["confusion"]["counts"])
     assert table.sum() == 299 and len(evaluator.examples["items"]) == 16
     assert np.sum(evaluator.classes["count"]) == 299

@@ -12,7 +12,7 @@ from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, 
 from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
-from coca_jax.evaluators.intervals import with_interval
+from coca_jax.evaluators.intervals import bootstrap, scored, with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
 from coca_jax.evaluators.retrieval import content_digest, numbered
 from coca_jax.models.head_kinds import HeadKind
@@ -133,7 +133,8 @@ class Classification(OfRecords):
             )
         yield from tally.results()
         if surprise:
-            yield f"{self.name}/nll", float(np.mean(surprise))
+            nll, low, high = bootstrap(np.asarray(surprise))
+            yield from scored(f"{self.name}/nll", nll, (low, high), len(surprise))
         yield f"{self.name}/unknown_labels", float(count - len(surprise))
         self.examples, self.classes = tally.examples(), tally.classes()
 
