@@ -31,7 +31,7 @@ from absl import flags  # noqa: E402
 
 from coca_jax import cli, own_data_flags, recipes  # noqa: E402
 from coca_jax.config import Recipe  # noqa: E402
-from coca_jax.data import files, own_folders  # noqa: E402
+from coca_jax.data import files, formats, own_folders  # noqa: E402
 from coca_jax.files import out_folder, storage  # noqa: E402
 
 
@@ -52,14 +52,19 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.", -1)
 
 
-def refuse_prepared(workdir: str) -> None:
-    """Raises ValueError where a new run would go into a folder that `prepare` wrote."""
+def refuse_data(workdir: str) -> None:
+    """Raises ValueError where a new run would go into a folder of data: what `prepare` wrote, or
+    pictures."""
     if storage.is_remote(workdir) or not files.exists(workdir):
         return
     names = files.listing(workdir)
-    if own_folders.is_prepared(names) and "config.json" not in names:
+    if "config.json" in names:
+        return
+    pictures = [name for name in names if name.lower().endswith(formats.MEDIA)]
+    what = f"pictures ({pictures[0]})" if pictures else "prepared data"
+    if pictures or own_folders.is_prepared(names):
         raise ValueError(
-            f"--workdir={workdir} holds prepared data; give a folder of the run's own, and "
+            f"--workdir={workdir} holds {what}; give a folder of the run's own, and "
             f"--data={workdir} to train on them"
         )
 
@@ -79,7 +84,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         raise ValueError("--config.data.sources and --data both say what trains; give one of them")
     storage.check_slashes(flags.FLAGS.workdir)
     out_folder.check_run(flags.FLAGS.workdir)
-    refuse_prepared(flags.FLAGS.workdir)
+    refuse_data(flags.FLAGS.workdir)
     if storage.is_remote(flags.FLAGS.workdir):
         storage.check_writable(flags.FLAGS.workdir)  # before JAX starts and data are prepared
     if flags.FLAGS.process_id <= 0:

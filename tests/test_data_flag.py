@@ -9,7 +9,7 @@ import pytest
 from test_own_data import by_class, captioned, picture, recipe, tar
 from test_version_0_1 import flags_of
 
-from coca_jax import own_data_flags, run_config
+from coca_jax import own_data_flags, run_config, train
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.files import out_folder
@@ -146,6 +146,16 @@ def test_train_has_them(monkeypatch):
 
 
 RUNS = {"steps": 4, "epochs": 0, "optimizer.warmup_steps": 0}
+
+
+def test_a_new_run_s_workdir_is_no_folder_of_pictures(tmp_path):
+    (tmp_path / "Cat.JPG").write_bytes(b"")
+    says = rf"^--workdir={tmp_path} holds pictures \(Cat.JPG\); give .*, and --data={tmp_path} to"
+    with pytest.raises(ValueError, match=says):
+        train.refuse_data(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")  # a run has begun there
+    train.refuse_data(str(tmp_path))
+    train.refuse_data(str(tmp_path / "new"))
 
 
 def test_a_new_run_s_workdir_is_not_the_folder_of_its_data(tmp_path):
