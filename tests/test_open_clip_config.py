@@ -1,6 +1,7 @@
 """open_clip's configurations: which are read, to what sizes, and which are refused by name."""
 
 import json
+import re
 
 import numpy as np
 import open_clip_cases as cases
@@ -141,8 +142,10 @@ def test_the_model_is_found_by_its_tensors_or_asked_for(tmp_path):
 
 @pytest.mark.parametrize("key", ["interpolation", "resize_mode"])
 def test_other_preprocessing_is_refused(key):
-    with pytest.raises(ValueError, match=f"preprocess_cfg.{key}='other'"):
-        open_clip_preprocess.read({key: "other"})
+    for given in ("other", ["squash"], {"a": 1}):
+        says = re.escape(f"preprocess_cfg.{key}={given!r}")
+        with pytest.raises(ValueError, match=says):
+            open_clip_preprocess.read({key: given})
     with pytest.raises(
         ValueError, match="interpolation='bilinear'; of .*'shortest' only 'bicubic'"
     ):

@@ -44,7 +44,7 @@ def read(
                 "and blue"
             )
     mode = found.get("resize_mode") or mode
-    if mode not in _RESIZE:
+    if mode not in tuple(_RESIZE):  # by equality: a file may say a list
         raise ValueError(f"preprocess_cfg.resize_mode={short(mode)}; 'squash' or 'shortest'")
     how, any_of = found.get("interpolation"), _INTERPOLATIONS[mode]
     if how not in (*any_of, None):
