@@ -173,6 +173,18 @@ def test_a_text_that_a_request_must_have_is_not_blank():
     assert forms.read(fields["/api/caption"], FormData([("prompt", " ")]))["prompt"] == " "
 
 
+def test_a_template_is_one_sentence_and_no_name_of_a_set(model):
+    """'clip' made 80,000 texts of a thousand labels, which all others waited for."""
+    client, fields = Client(model), (("image", png(0)), ("label", "red"))
+    try:
+        for given in ("red", "clip", "{} {}"):
+            told = client.refused(400, "/api/zero_shot", *fields, ("template", given))
+            assert told == f"template={given!r}: it must hold '{{}}' once, where the label goes"
+        assert client.post("/api/zero_shot", *fields, ("template", "a {}"))[0] == 200
+    finally:
+        client.close()
+
+
 def test_an_answer_says_whether_its_question_was_cut(model, monkeypatch):
     monkeypatch.setattr(model, "answer", lambda pixels, questions: ["red"] * len(questions))
     monkeypatch.setattr(model, "classify", lambda pixels, texts: np.ones((len(pixels), 1)))

@@ -179,7 +179,11 @@ async def zero_shot(server: Server, values: Values) -> Any:
     longest = max(map(len, labels))
     if longest > forms.LONGEST:
         raise Refused(400, f"label: {longest} characters; at most {forms.LONGEST} each")
-    work = works.ZeroShot(labels, values["template"])
+    template = values["template"]
+    if template and template.count("{}") != 1:  # nor the name of a set, 80 sentences for each label
+        told = f"template={template[:80]!r}: it must hold '{{}}' once, where the label goes"
+        raise Refused(400, told)
+    work = works.ZeroShot(labels, template)
     return dict(results=await server.batcher.answers(work, _pictures(values)))
 
 
