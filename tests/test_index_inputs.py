@@ -1,5 +1,6 @@
 """What `search index` makes of its inputs: an index among them, links, texts, paths elsewhere."""
 
+import gc
 import pathlib
 import shutil
 import tracemalloc
@@ -49,6 +50,21 @@ def test_an_index_asks_once_what_others_have_staged(model, folder, monkeypatch):
     done = index.add(model, found, there, **how)
     assert done["pictures"] == 6 and sum(asked) == 2  # of the one that is, and to remove it
     assert staged.names("i") == set() and staged.names("none") == set()
+
+
+def test_an_opened_index_holds_its_texts_once(tmp_path):
+    """A server's tables of ten million names and captions were a gigabyte beside the lists."""
+    there = parts.Parts(str(tmp_path / "i"))
+    there.begin(dict(version=1, model="0", checkpoint="x", width=2, dtype="float32"))
+    rows = [parts.Row(f"{number}.png", f"{number} " * 250) for number in range(1000)]
+    there.write("", np.zeros((1000, 2), np.float32), rows, {}, True)
+    del there
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    found = index.Index(str(tmp_path / "i"))
+    gc.collect()
+    assert len(found.captions[999]) == 1000
+    assert pa.total_allocated_bytes() - before < 100_000  # the captions are a million
 
 
 def test_files_of_an_index_are_gone_through_once_for_all_that_was_dropped(tmp_path, monkeypatch):

@@ -100,3 +100,12 @@ def test_hundreds_of_clusters_are_those_of_scipy_in_a_pass_each_to_begin_with():
         assert found == sorted(filter(None, wanted), key=len, reverse=True)
     same = alike.clusters(Pictures(np.full((4, 2), 0.5**0.5)), 3, 0)
     assert [sorted(one["rows"]) for one in same] == [[0, 1, 2, 3]]
+
+
+def test_clusters_hold_no_distance_of_every_picture_from_every_centre():
+    x = Pictures(clustered(8000, 8))
+    tracemalloc.start()
+    alike.clusters(x, 1000, seed=0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 24 << 20  # all distances are 31 MiB, and of a million pictures 4 GB

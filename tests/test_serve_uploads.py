@@ -110,6 +110,59 @@ def test_half_an_upload_is_refused_and_no_traceback(model, caplog):
     assert 'status="500"' not in counted and not caplog.records
 
 
+def test_what_a_client_asked_that_hung_up_is_not_computed(model):
+    """Clients that give up and ask again would fill the queue with what nobody waits for: of three
+    that wait behind a batch the one that is still there is answered, alone."""
+    go, begun, asked = threading.Event(), threading.Event(), []
+
+    class Held:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def encode_text(self, texts):
+            asked.append(list(texts))
+            begun.set()
+            go.wait(60)
+            return model.encode_text(texts)
+
+    client = Client(Held())
+
+    def counted(status: int) -> str:
+        return f'coca_jax_requests_total{{path="/api/embed",status="{status}"}} 2.0'
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(client.post, "/api/embed", ("text", "a"))
+            assert begun.wait(60)
+            head = f"POST /api/embed HTTP/1.1\r\nHost: 127.0.0.1:{client.port}\r\n"
+            head += "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 6\r\n\r\n"
+            gone = []
+            for _ in range(2):
+                gone.append(socket.create_connection(("127.0.0.1", client.port)))
+                gone[-1].sendall(head.encode() + b"text=b")
+            _until(lambda: client.batcher.waiting == 2)
+            for one in gone:
+                one.close()
+            _until(lambda: counted(400) in client.numbers.text()[0].decode())
+            last = pool.submit(client.post, "/api/embed", ("text", "c"))
+            _until(lambda: client.batcher.waiting == 3)
+            go.set()
+            assert [one.result()[0] for one in (first, last)] == [200, 200]
+        assert asked == [["a"], ["c"]]
+    finally:
+        go.set()
+        client.close()
+
+
+def _until(there) -> None:
+    """Waits for it, a minute at most."""
+    for _ in range(6000):
+        if there():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
 def test_a_text_that_a_request_must_have_is_not_blank():
     fields = {one.path: one.fields for one in endpoints.ENDPOINTS}
     for path, name in (("/api/explain", "text"), ("/api/answer", "question")):
@@ -118,6 +171,18 @@ def test_a_text_that_a_request_must_have_is_not_blank():
                 forms.read(fields[path], FormData([(name, blank)]))
             assert found.value.status == 400
     assert forms.read(fields["/api/caption"], FormData([("prompt", " ")]))["prompt"] == " "
+
+
+def test_a_template_is_one_sentence_and_no_name_of_a_set(model):
+    """'clip' made 80,000 texts of a thousand labels, which all others waited for."""
+    client, fields = Client(model), (("image", png(0)), ("label", "red"))
+    try:
+        for given in ("red", "clip", "{} {}"):
+            told = client.refused(400, "/api/zero_shot", *fields, ("template", given))
+            assert told == f"template={given!r}: it must hold '{{}}' once, where the label goes"
+        assert client.post("/api/zero_shot", *fields, ("template", "a {}"))[0] == 200
+    finally:
+        client.close()
 
 
 def test_an_answer_says_whether_its_question_was_cut(model, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,8 @@ from coca_jax.searching.nearest import Exact
 _ROWS = 1024  # compared at a time
 _ROUNDING = 1e-6  # of the similarity of two equal vectors
 _NEIGHBOURS = 32  # of each picture that a graph is asked for
+_ROUNDS = 50  # of k-means at most
+_DISTANCES = 1 << 22  # of pictures from centres that are in memory
 
 
 def duplicates(index: Index, threshold: float, *, progress: bool = False) -> list[list[int]]:
@@ -112,11 +113,13 @@ def clusters(index: Index, count: int, seed: int) -> list[dict[str, Any]]:
     x = index.embeddings.astype(np.float32)
     if not 1 <= count <= len(x):
         raise ValueError(f"--clusters={count} of {len(x)} pictures; give a number from 1 to that")
-    with warnings.catch_warnings():
-        # Of clusters that lost all their pictures: they are left out.
-        warnings.simplefilter("ignore")
-        first = _first_centres(x, count, seed)
-        centres, chosen = scipy.cluster.vq.kmeans2(x, first, iter=50, minit="matrix")
+    centres = _first_centres(x, count, seed)
+    chosen = np.full(len(x), -1)
+    for _ in range(_ROUNDS):
+        before, chosen = chosen, _nearest_centres(x, centres)
+        if np.array_equal(before, chosen):
+            break
+        centres = _means(x, chosen, centres)
     centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
     near = np.einsum("ne,ne->n", x, centres[chosen])
     found = []
@@ -124,6 +127,25 @@ def clusters(index: Index, count: int, seed: int) -> list[dict[str, Any]]:
         rows = np.flatnonzero(chosen == number)
         found.append(dict(rows=rows[np.argsort(-near[rows], kind="stable")].tolist()))
     return sorted((one for one in found if one["rows"]), key=lambda one: -len(one["rows"]))
+
+
+def _nearest_centres(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Of each row of float32 [N, E] the nearest of float32 [count, E], int [N]. Some rows at a
+    time: SciPy holds the distances of all that it is given from all centres."""
+    rows = max(_DISTANCES // len(centres), 1)
+    found = [
+        scipy.cluster.vq.vq(x[start : start + rows], centres)[0] for start in range(0, len(x), rows)
+    ]
+    return np.concatenate(found)
+
+
+def _means(x: np.ndarray, chosen: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """float32 [count, E]: of the rows that chose each centre; of none the centre as it was."""
+    ones = np.ones(len(x), np.float32)
+    shape = len(centres), len(x)
+    sums = scipy.sparse.csr_matrix((ones, (chosen, np.arange(len(x)))), shape) @ x
+    counts = np.bincount(chosen, minlength=len(centres))[:, None]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), centres).astype(np.float32)
 
 
 def _first_centres(x: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from coca_jax.console import bars
 from coca_jax.data import files, image_files
@@ -276,9 +277,11 @@ class Index:
         self.checkpoint: Any = parts.checkpoint
         self.names, self.captions = parts.names(), parts.captions()
         self.embeddings, self._stamps = parts.embeddings(), parts.stamps()
-        self._whole_path = parts.whole_path
+        self._base = parts.base
         self.nearest = nearest.open_nearest(self.embeddings, folder)
         self.rows = parts.rows()
+        del parts  # whose tables hold all names and captions once more
+        pa.default_memory_pool().release_unused()
 
     def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""
@@ -296,7 +299,7 @@ class Index:
         Raises:
             ValueError: it is there no more, or not as it was when it was embedded.
         """
-        path = self._whole_path(self.names[row])
+        path = local_files.whole_path(self.names[row], self._base)
         now, before = local_files.stamp(path), self._stamps[row]
         if before.min() >= 0 and now != tuple(before):
             raise ValueError(f"{path} is gone or changed; run the same `search index` again")

@@ -19,6 +19,7 @@ _ROWS = 16_384  # compared at a time
 _CONNECTIVITY, _EXPANSION_ADD = 32, 128  # M and efConstruction of Malkov and Yashunin, 2018
 _EXPANSION_SEARCH = 2048  # efSearch: neighbours that the walk through the graph keeps in mind
 _CANDIDATES = 4  # times k that the walk finds, of which exact comparison takes k
+_MOST = _EXPANSION_SEARCH // _CANDIDATES  # pictures that a walk is asked for
 _LARGEST = 6.0  # of a component that 8 bits hold, in root mean squares of a unit vector's
 _ADDED = 50_000  # vectors at a time
 _COMPARED = 1000  # vectors that tell whether a graph belongs to the first rows of an index
@@ -87,8 +88,9 @@ class Graph:
     pictures that it finds the exact comparison takes k. The whole of it is in memory: NumPy asks
     for huge pages there, and a walk, which looks at some 20,000 places of a graph of gigabytes,
     takes a fifth less than over a mapped file. Where a walk ends with fewer pictures than it was to
-    find, as among many equal ones, every picture is compared. So are those behind the graph's last
-    row: while an index grows, and where that was stopped, it has more pictures than its graph.
+    find, as among many equal ones, every picture is compared; also where more than _MOST are asked
+    for, as a walk that gives all that it keeps in mind misses some. So are those behind the graph's
+    last row: while an index grows, and where that was stopped, it has more pictures than its graph.
 
     embeddings: as of `Exact`; folder: of the index, where the graph lies (`build`).
 
@@ -105,6 +107,8 @@ class Graph:
         self._graph.expansion_search = _EXPANSION_SEARCH
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if k > _MOST:
+            return Exact(self.embeddings)(queries, k)
         count = len(self._graph)
         best, rows = self._of_graph(queries, min(k, count))
         if count == len(self.embeddings):

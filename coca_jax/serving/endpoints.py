@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -31,6 +31,7 @@ PICTURES = "/api/pictures/"  # before a row of the index
 SIDES = (320, 1280)  # of pictures of the index
 
 Values = dict[str, Any]
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass
@@ -62,19 +63,43 @@ class Endpoint:
         except TimeoutError:
             raise Refused(408, f"not sent within {server.limits.seconds} s") from None
         try:
-            values = forms.read(self.fields, form)
-            pictures = values.get("image", [])
-            if len(pictures) > server.limits.images:
-                raise Refused(400, f"more than {server.limits.images} pictures; send fewer")
-            values["image"] = await uploads.read(
-                server.model, pictures, server.limits, server.decoder
-            )
-            answer = await self.answer(server, values)
+            answer = await _while_heard(request, self._answer(server, form))
         except ValueError as error:
             raise Refused(400, str(error)) from None
         finally:
             await form.close()
         return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+    async def _answer(self, server: Server, form: FormData) -> Any:
+        values = forms.read(self.fields, form)
+        pictures = values.get("image", [])
+        if len(pictures) > server.limits.images:
+            raise Refused(400, f"more than {server.limits.images} pictures; send fewer")
+        values["image"] = await uploads.read(server.model, pictures, server.limits, server.decoder)
+        return await self.answer(server, values)
+
+
+async def _while_heard(request: Request, answer: Coroutine[Any, Any, _T]) -> _T:
+    """The answer to a request that was read. Where its client hangs up it is given up, so that what
+    waits for the model is not computed for nobody before what others wait for. Raises Refused."""
+    answering = asyncio.ensure_future(answer)
+    alone = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait([answering, alone], return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():  # nobody reads this
+            raise Refused(400, "the client hung up before it was answered")
+        return answering.result()
+    finally:
+        alone.cancel()
+        answering.cancel()
+        # Until it has ended it may use the form's files.
+        await asyncio.gather(answering, return_exceptions=True)
+
+
+async def _hung_up(request: Request) -> None:
+    """Ends when the client has hung up; no part of the request is left to come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 IMAGE = Field(
@@ -154,7 +179,11 @@ async def zero_shot(server: Server, values: Values) -> Any:
     longest = max(map(len, labels))
     if longest > forms.LONGEST:
         raise Refused(400, f"label: {longest} characters; at most {forms.LONGEST} each")
-    work = works.ZeroShot(labels, values["template"])
+    template = values["template"]
+    if template and template.count("{}") != 1:  # nor the name of a set, 80 sentences for each label
+        told = f"template={template[:80]!r}: it must hold '{{}}' once, where the label goes"
+        raise Refused(400, told)
+    work = works.ZeroShot(labels, template)
     return dict(results=await server.batcher.answers(work, _pictures(values)))
 
 
