@@ -89,6 +89,9 @@ def test_half_an_upload_is_refused_and_no_traceback(model, caplog):
             body = multipart(text, text, end=end)
             status, _, answer = client.send("POST", "/api/search", body, kind)
             assert (status, b"closing boundary is missing" in answer) == (wanted, wanted == 400)
+        odd = {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}
+        status, _, answer = client.send("POST", "/api/search", multipart(text), odd)
+        assert status == 400 and b"the form is not in its charset; send UTF-8" in answer
         for head in ("multipart/form-data; boundary=x", "application/x-www-form-urlencoded"):
             before = client.numbers.answered
             sending = socket.create_connection(("127.0.0.1", client.port))
@@ -106,7 +109,7 @@ def test_half_an_upload_is_refused_and_no_traceback(model, caplog):
     finally:
         client.close()
     counted = client.numbers.text()[0].decode()
-    assert 'coca_jax_requests_total{path="/api/search",status="400"} 4.0' in counted
+    assert 'coca_jax_requests_total{path="/api/search",status="400"} 5.0' in counted
     assert 'status="500"' not in counted and not caplog.records
 
 

@@ -119,6 +119,8 @@ async def sent(request: Request) -> FormData:
         raise Refused(400, "the request ended before all of it was sent") from None
     except MultiPartException as error:
         raise Refused(400, error.message) from None
+    except (LookupError, UnicodeError):  # that the header names, or of bytes that are none of it
+        raise Refused(400, "the form is not in its charset; send UTF-8") from None
     if not parser.ended:
         await form.close()
         raise Refused(400, "the form was cut: its closing boundary is missing; send all of it")
