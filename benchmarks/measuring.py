@@ -36,7 +36,7 @@ class Given:
 
     def python(self, *words: str, one_core: bool = False, **more: str) -> str:
         """What this Python prints with these arguments; more: environment. Raises RuntimeError with
-        its last line if it fails."""
+        the last line of each of its outputs if it fails: a script may print what it found."""
         command = [sys.executable, *words]
         if one_core:
             command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
@@ -44,8 +44,9 @@ class Given:
             command, env=environment(**more), cwd=self.folder, capture_output=True, text=True
         )
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            raise RuntimeError(f"{' '.join(words[:4])}: status {done.returncode}: {''.join(said)}")
+            outputs = filter(None, (done.stderr.strip(), done.stdout.strip()))
+            said = " | ".join(text.splitlines()[-1] for text in outputs)
+            raise RuntimeError(f"{' '.join(words[:4])}: status {done.returncode}: {said}")
         return done.stdout
 
     def script(self, name: str, *words: str, one_core: bool = False) -> Any:

@@ -185,6 +185,9 @@ def test_the_recipes_of_benchmarks_are_whole():
 def test_a_failed_command_is_told_by_its_last_line(given):
     with pytest.raises(RuntimeError, match="status 3: too bad"):
         given.python("-c", "import sys; print('too bad', file=sys.stderr); sys.exit(3)")
+    with pytest.raises(RuntimeError, match=r"status 3: at last \| what was found"):
+        code = "print('at last', file=sys.stderr); print('what was found'); sys.exit(3)"
+        given.python("-c", f"import sys; {code}")
     assert json.loads(given.python("-c", "print(1)", one_core=True)) == 1
 
 
