@@ -73,6 +73,7 @@ def test_each_layout_of_pairs_gives_its_examples(folder):
     assert one["texts"] == ["blue", "red"] and colours(one["images"][0]) == [[0, 0, 200]] * 2
     (folder / "notes.json").write_text("[1, 2]")
     (folder / "broken.json").write_text("{")
+    (folder / "aro.json").write_bytes(b"\xef\xbb\xbf" + (folder / "aro.json").read_bytes())
     names = [place.name for place in pairs.lists(str(folder))]
     assert names == ["aro.json", "examples.jsonl", "vil.jsonl"]
 

@@ -43,7 +43,7 @@ def _is_list(place: Any) -> bool:
 
 
 def _rows(place: Any) -> list[Mapping[str, Any]]:
-    text = place.read_text()
+    text = place.read_bytes().decode("utf-8-sig")  # with a byte order mark, as Windows writes it
     if place.name.endswith(".jsonl"):
         return [bounded_json.loads(line) for line in text.split("\n") if line.strip()]
     found = bounded_json.loads(text)
