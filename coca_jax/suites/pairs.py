@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from coca_jax.data import bounded_json, images
+from coca_jax.data import bounded_json, files, images
 from coca_jax.files import storage
 
 SUGARCREPE = ("filename", "caption", "negative_caption")
@@ -43,7 +43,7 @@ def _is_list(place: Any) -> bool:
 
 
 def _rows(place: Any) -> list[Mapping[str, Any]]:
-    text = place.read_bytes().decode("utf-8-sig")  # with a byte order mark, as Windows writes it
+    text = files.decode_text(place.read_bytes())
     if place.name.endswith(".jsonl"):
         return [bounded_json.loads(line) for line in text.split("\n") if line.strip()]
     found = bounded_json.loads(text)
