@@ -172,21 +172,22 @@ def test_questions_of_one_image_are_one_draw():
         def answer(self, images, questions):
             return [NAMES[image[0, 0, 0] % 2] for image in images]
 
-    labels = [[NAMES[0]]] * 40
+    labels = [["something else"], *[[NAMES[0]]] * 39]  # of one the head has no class
     once = [dict(one, text="what?") for one in records_of(labels)]
     for number, record in enumerate(once):
         record["image"] = np.full((4, 4, 3), number, np.uint8)
     often = [record for record in once for _ in range(6)]
     rows = np.eye(7, dtype=np.float32)[np.arange(40) % 2]
-    for evaluator, name in (
-        (Answers, "answers/s/exact_match"),
-        (Classification, "classification/s/top1"),
+    for evaluator, name, count in (
+        (Answers, "answers/s/exact_match", 240),
+        (Classification, "classification/s/top1", 240),
+        (Classification, "classification/s/nll", 234),
     ):
         few = dict(evaluator("s").run(Asked(rows), once))
         many = dict(evaluator("s").run(Asked(np.repeat(rows, 6, 0)), often))
         for end in ("", "_low", "_high"):
-            assert many[name + end] == few[name + end]
-        assert many[f"{name}_count"] == 240 and few[f"{name}_high"] - few[f"{name}_low"] > 0.25
+            assert many[name + end] == pytest.approx(few[name + end], rel=1e-12)
+        assert many[f"{name}_count"] == count and few[f"{name}_high"] - few[f"{name}_low"] > 0.25
 
 
 def blobs(count, spread=1.0):

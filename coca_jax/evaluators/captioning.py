@@ -35,7 +35,7 @@ from coca_jax.evaluators.intervals import (
 )
 from coca_jax.evaluators.outputs import Outputs
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture, seen
-from coca_jax.evaluators.retrieval import content_digest
+from coca_jax.evaluators.same_images import content_digest, firsts
 from coca_jax.files import storage
 from coca_jax.inference.generation.settings import Settings
 
@@ -189,10 +189,9 @@ class Captioning(Evaluator):
         Afterwards `examples` holds pictures with captions and references.
         """
         sums, tokens, f1 = list[float](), list[list[int]](), list[float]()
-        exact, captions = list[bool](), list[str]()
+        exact, captions, image_of = list[bool](), list[str](), list[bytes]()  # digests
         gains: list[tuple[float, float] | None] = []
         recent: list[Record] = []
-        places, image_of = dict[bytes, int](), list[int]()  # the first of an image; and a record's
         references: list[list[str]] = []
         shown, worst = Spread(self.num_examples), Worst(self.num_examples // 2)
         show = f"{self.name} images" if self.progress else ""
@@ -205,8 +204,7 @@ class Captioning(Evaluator):
                 found = found + made
             recent = [*recent, *batch][-collapse.APART :]
             for record, one in zip(batch, found):
-                first = places.setdefault(content_digest(record["image"]), len(references))
-                image_of.append(first)
+                image_of.append(content_digest(record["image"]))
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
                     sums.append(sum(one["log_likelihood"]))  # an image's: they are no draws apart
@@ -227,7 +225,9 @@ class Captioning(Evaluator):
             self.outputs.close()
         if not references:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
-        once, owners = np.unique(image_of, return_inverse=True)  # a list may name an image twice
+        once, owners = np.unique(
+            firsts(image_of), return_inverse=True
+        )  # a list may name an image twice
         if self.perplexity:
             yield from self._perplexity(sums, tokens, owners, predict.max_len)
         if self.captions:

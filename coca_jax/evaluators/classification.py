@@ -15,7 +15,7 @@ from coca_jax.evaluators.class_names import check_distinct
 from coca_jax.evaluators.declarations import Metric
 from coca_jax.evaluators.intervals import mean_of_classes, scored, share_limits, with_interval
 from coca_jax.evaluators.results import Spread, Worst, encode_png, picture
-from coca_jax.evaluators.retrieval import content_digest, numbered
+from coca_jax.evaluators.same_images import content_digest, numbered
 
 HEADLINES: tuple[str, ...] = ("top1", "top5", "mean_per_class")
 METRICS = {
@@ -122,6 +122,10 @@ class Tally:
             guesses=[(self.class_names[c], float(scores[c])) for c in np.argsort(-scores)[:3]],
         )
 
+    def owners(self) -> np.ndarray | None:
+        """Which image each record asks about, int [N]; None where records ask nothing."""
+        return numbered(self._image_of) if self.asked else None
+
     def results(self) -> Iterator[tuple[str, float]]:
         """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
 
@@ -131,7 +135,7 @@ class Tally:
         if not self._truths:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         rank, truth = np.concatenate(self._ranks), np.asarray(self._truths)
-        owners = numbered(self._image_of) if self.asked else None
+        owners = self.owners()
         yield from with_interval(f"{self.name}/top1", rank < 1, owners=owners)
         if len(self.class_names) > 5:
             yield from with_interval(f"{self.name}/top5", rank < 5, owners=owners)

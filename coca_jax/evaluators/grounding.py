@@ -16,7 +16,7 @@ from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.declarations import Metric, Pictured, Setting
 from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
-from coca_jax.evaluators.retrieval import content_digest, numbered
+from coca_jax.evaluators.same_images import content_digest, numbered
 
 RIGHT = 0.5  # overlap from which on a box is right, as in referring expressions (RefCOCO)
 

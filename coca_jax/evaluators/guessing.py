@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from coca_jax.evaluators import Record, record_texts
 from coca_jax.evaluators.chance import among_first
-from coca_jax.evaluators.retrieval import CUTOFFS, content_digest
+from coca_jax.evaluators.retrieval import CUTOFFS
+from coca_jax.evaluators.same_images import content_digest
 
 
 def guessed(records: Iterable[Record], extra_texts: Sequence[str] = ()) -> dict[str, float]:

@@ -158,12 +158,12 @@ def with_interval(
     values: np.ndarray,
     weights: np.ndarray | None = None,
     owners: np.ndarray | None = None,
-    most: float = 1.0,
+    most: float | None = 1.0,
 ) -> Iterator[tuple[str, float]]:
     """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
 
     owners: whose each value is, as `of_owners` has it: drawn with all that are theirs; by default
-    its own. most: that a value can be, of its weight; the least is 0.
+    its own. most: that a value can be, of its weight, the least being 0; None: see `bootstrap`.
     """
     count = len(values)
     if owners is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -36,6 +35,7 @@ from coca_jax.evaluators.intervals import median_limits, resampled_sums, scored,
 from coca_jax.evaluators.picture_map import POINTS, PictureMap
 from coca_jax.evaluators.records import Records, candidates
 from coca_jax.evaluators.results import picture
+from coca_jax.evaluators.same_images import content_digest
 
 CUTOFFS = (1, 5, 10)
 _TITLES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
@@ -49,18 +49,6 @@ _METRICS = (
 )
 _AGAIN = ("normalised", "reranked")  # scores beside, of the same queries
 _KEPT_IMAGES = 1_000  # pictures that the report's text queries search
-
-
-def content_digest(image: Any) -> bytes:
-    """Tells images by content: encoded bytes, or an array."""
-    data = image.tobytes() if isinstance(image, np.ndarray) else bytes(image)
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def numbered(digests: Sequence[bytes]) -> np.ndarray:
-    """Which image each digest is of, int [N]: 0, 1, .. in their order."""
-    numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(one, len(numbers)) for one in digests], np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

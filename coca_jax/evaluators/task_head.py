@@ -12,9 +12,9 @@ from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, 
 from coca_jax.evaluators.caption_match import canonical_text
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
-from coca_jax.evaluators.intervals import bootstrap, scored, with_interval
+from coca_jax.evaluators.intervals import with_interval
 from coca_jax.evaluators.results import Spread, encode_png, picture
-from coca_jax.evaluators.retrieval import content_digest, numbered
+from coca_jax.evaluators.same_images import content_digest, numbered
 from coca_jax.models.head_kinds import HeadKind
 
 QUESTIONS = Flag("questions", "", "Field that lists {question, answer} objects.")
@@ -108,7 +108,7 @@ class Classification(OfRecords):
         how["asked"] = predict.head_kind.reads_text
         tally = Tally(self.name, names, relative=True, **how)
         surprise: list[float] = []
-        count = 0
+        named: list[bool] = []  # of each record, whether it has a class of the head
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             images = stack_images(batch)
             if predict.head_kind.images > 1:
@@ -118,24 +118,27 @@ class Classification(OfRecords):
                 texts = [question_of(record, self.name) for record in batch]
             found = check_finite(np.asarray(predict.classify(images, texts)), "class probabilities")
             tally.add(found, batch)
-            count += len(batch)
             for record, row in zip(batch, found):
                 known = list({number[label] for label in record["labels"] if label in number})
                 surprise += [-np.log(max(float(row[known].sum()), 1e-12))] if known else []
-        if count and not surprise:
+                named.append(bool(known))
+        if named and not surprise:
             given = ", ".join(map(repr, list(record["labels"])[:3])) or "none"
             shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
             warn(
                 self.name,
-                f"none of {count} records has a class of the head, so none can be right; labels "
-                f"of the last are {given}, the head's {len(names)} classes {shown}; give data of "
-                "these classes",
+                f"none of {len(named)} records has a class of the head, so none can be right; "
+                f"labels of the last are {given}, the head's {len(names)} classes {shown}; give "
+                "data of these classes",
             )
         yield from tally.results()
         if surprise:
-            nll, low, high = bootstrap(np.asarray(surprise))
-            yield from scored(f"{self.name}/nll", nll, (low, high), len(surprise))
-        yield f"{self.name}/unknown_labels", float(count - len(surprise))
+            owners = tally.owners()
+            if owners is not None:  # without gaps
+                owners = np.unique(owners[named], return_inverse=True)[1]
+            nats = np.asarray(surprise)
+            yield from with_interval(f"{self.name}/nll", nats, owners=owners, most=None)
+        yield f"{self.name}/unknown_labels", float(len(named) - len(surprise))
         self.examples, self.classes = tally.examples(), tally.classes()
 
 

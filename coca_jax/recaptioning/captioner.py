@@ -15,7 +15,7 @@ import numpy as np
 
 import coca_jax
 from coca_jax.evaluators import check_finite
-from coca_jax.evaluators.retrieval import content_digest
+from coca_jax.evaluators.same_images import content_digest, firsts
 from coca_jax.importers.items import Item
 from coca_jax.inference import two_towers
 from coca_jax.inference.texts import without_halves
@@ -123,7 +123,7 @@ class Captioner:
             every = [text for several in texts for text in several]
             captions = model.encode_text(every)
             said = model.encode_text([text for several in originals for text in several])
-        owners = _owners(pictures)
+        owners = firsts(content_digest(picture.pixels[0]) for picture in pictures)
         wrong = flags.of_part(texts, originals, finished, images, captions, owners)
         found, at, first = [], 0, 0
         for i, picture in enumerate(pictures):
@@ -221,13 +221,6 @@ class Captioner:
                                 way=w,
                             )
                         )
-
-
-def _owners(pictures: Sequence[Picture]) -> np.ndarray:
-    """The first of the pictures with the same pixels as each, int [N]."""
-    first: dict[bytes, int] = {}
-    digests = (content_digest(picture.pixels[0]) for picture in pictures)
-    return np.array([first.setdefault(one, i) for i, one in enumerate(digests)], np.int64)
 
 
 def _short(value: Any) -> float:

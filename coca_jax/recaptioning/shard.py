@@ -16,7 +16,7 @@ import numpy as np
 
 from coca_jax.data import files
 from coca_jax.evaluators import collapse
-from coca_jax.evaluators.retrieval import content_digest
+from coca_jax.evaluators.same_images import content_digest
 from coca_jax.files import sealed_json, storage
 from coca_jax.importers import checks, shards
 from coca_jax.importers.items import Item, printable
