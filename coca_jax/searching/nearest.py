@@ -20,6 +20,8 @@ _CONNECTIVITY, _EXPANSION_ADD = 32, 128  # M and efConstruction of Malkov and Ya
 _EXPANSION_SEARCH = 2048  # efSearch: neighbours that the walk through the graph keeps in mind
 _CANDIDATES = 4  # times k that the walk finds, of which exact comparison takes k
 _MOST = _EXPANSION_SEARCH // _CANDIDATES  # pictures that a walk is asked for
+_ISLAND = 2 * _CONNECTIVITY  # pictures nearly alike that have all their links among themselves
+_ALIKE = 0.98  # cosine from which on pictures may make an island; seen from 0.985 on
 _LARGEST = 6.0  # of a component that 8 bits hold, in root mean squares of a unit vector's
 _ADDED = 50_000  # vectors at a time
 _COMPARED = 1000  # vectors that tell whether a graph belongs to the first rows of an index
@@ -89,8 +91,9 @@ class Graph:
     for huge pages there, and a walk, which looks at some 20,000 places of a graph of gigabytes,
     takes a fifth less than over a mapped file. Where a walk ends with fewer pictures than it was to
     find, as among many equal ones, every picture is compared; also where more than _MOST are asked
-    for, as a walk that gives all that it keeps in mind misses some. So are those behind the graph's
-    last row: while an index grows, and where that was stopped, it has more pictures than its graph.
+    for, as a walk that gives all that it keeps in mind misses some, and where it found an island
+    (`_leaves_island`). So are those behind the graph's last row: while an index grows, and where
+    that was stopped, it has more pictures than its graph.
 
     embeddings: as of `Exact`; folder: of the index, where the graph lies (`build`).
 
@@ -132,12 +135,27 @@ class Graph:
             keys = np.atleast_2d(np.asarray(found.keys, np.int64))[whole]
             near = held[keys].astype(np.float32)  # [Q, 4k, E]
             similar = np.einsum("qe,qke->qk", queries[whole], near)
-            order = np.argsort(-similar, axis=1, kind="stable")[:, :k]
-            best[whole] = np.take_along_axis(similar, order, 1)
-            rows[whole] = np.take_along_axis(keys, order, 1)
+            order = np.argsort(-similar, axis=1, kind="stable")
+            best[whole] = np.take_along_axis(similar, order[:, :k], 1)
+            rows[whole] = np.take_along_axis(keys, order[:, :k], 1)
+            if k > _ISLAND:
+                left = [_leaves_island(one[places], k) for one, places in zip(near, order)]
+                whole[whole] = ~np.array(left)
         if not whole.all():
             best[~whole], rows[~whole] = Exact(held)(queries[~whole], k)
         return best, rows
+
+
+def _leaves_island(found: np.ndarray, k: int) -> bool:
+    """Whether k pictures are more than what a walk found of many that are nearly alike, of which
+    there may be more. Thousands of such pictures are linked to each other alone, in islands of some
+    150 to 600: a walk sees no other one, and fills up with what is far less similar.
+
+    found: float32 [n, E], what the walk found, the most similar to the query first, which places
+    those that are nearly alike side by side.
+    """
+    alike = np.einsum("ne,ne->n", found[1:], found[:-1]) >= _ALIKE
+    return int(alike.sum()) >= _ISLAND and not bool(alike[: k - 1].all())
 
 
 def build(embeddings: np.ndarray, folder: str, *, progress: bool = False) -> None:
