@@ -7,7 +7,7 @@ from PIL import Image
 from test_suite_parts import Colours, folder, tar_set, write  # noqa: F401
 
 from coca_jax import evaluate
-from coca_jax.suites import folders, running, tables
+from coca_jax.suites import folders, measuring, metrics, running, tables
 
 
 def test_a_row_goes_into_the_columns_of_the_table_that_is_there(tmp_path):
@@ -61,6 +61,22 @@ def test_pairs_that_counted_ties_as_right_are_measured_once_more(tmp_path):
     for place, more in (("pairs.json", ["ties are wrong"]), ("plain", [])):
         task = tables.Task(place, place, folders.read(str(tmp_path / place)))
         assert json.loads(running._data(task, []))[4:] == more
+
+
+def test_rows_of_one_image_are_one_image_of_retrieval(tmp_path):
+    """As of a list with a row a caption: the copies were wrong answers to each other's captions."""
+    rows = []
+    for name, colour in (("a.png", (250, 0, 0)), ("b.png", (0, 0, 250))):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / name)
+        what = "red" if name == "a.png" else "blue"
+        rows += [dict(file_name=name, text=f"{what} {number}") for number in range(3)]
+    write(tmp_path, "metadata.jsonl", rows[::2] + rows[1::2])
+    task = tables.Task("plain", "plain", folders.read(str(tmp_path)))
+    outcome = measuring.measure(Colours(), task.folder, batch_size=2)
+    assert outcome["texts"].tolist() == [3, 3]
+    for name in ("image_retrieval_recall@1", "text_retrieval_recall@1"):
+        assert metrics.value(name, outcome) == 1
+    assert json.loads(running._data(task, []))[4:] == ["an image is one, however many rows it has"]
 
 
 def test_a_row_is_called_by_the_model_s_place():

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.evaluators import Predictor, check_finite, encode_texts, in_batches
+from coca_jax.evaluators import (
+    Predictor,
+    check_finite,
+    encode_texts,
+    in_batches,
+    same_images,
+)
 from coca_jax.evaluators.zeroshot import class_embeddings, normalise
 from coca_jax.suites import linear_probe, metrics
 from coca_jax.suites.folders import Folder
@@ -81,12 +87,20 @@ def _retrieval(model: Predictor, folder: Folder, size: int, show: str) -> Outcom
     images: list[np.ndarray] = []
     texts: list[str] = []
     image_of: list[int] = []
+    numbers: dict[Any, int] = {}
     for batch in in_batches(folder.examples(), size, show=show and f"{show} images"):
-        start = sum(len(part) for part in images)
-        images.append(_embed(model, batch))
-        for number, one in enumerate(batch):
+        new = []
+        for one in batch:
+            # A list may name an image once a caption; an example of a tar is an image by itself.
+            plain = folder.layout == "plain"
+            image = same_images.content_digest(one["image"]) if plain else len(numbers)
+            if image not in numbers:
+                new.append(one)
+            number = numbers.setdefault(image, len(numbers))
             texts += one["texts"]
-            image_of += [start + number] * len(one["texts"])
+            image_of += [number] * len(one["texts"])
+        if new:
+            images.append(_embed(model, new))
     found = normalise(np.concatenate(images))
     embeddings = normalise(encode_texts(model, texts, size, show=show and f"{show} texts"))
     return metrics.of_retrieval(embeddings @ found.T, np.asarray(image_of))

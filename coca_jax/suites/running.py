@@ -27,6 +27,10 @@ from coca_jax.suites import measuring, metrics
 from coca_jax.suites.tables import DATACOMP, Task, slug
 
 WRITTEN = ("suite", "eval.json", results.STEPS, results.CHECKPOINT, "suite.md", "suite.csv")
+_COUNTED = {
+    ("selection", "pairs"): ("ties are wrong",),
+    ("retrieval", "plain"): ("an image is one, however many rows it has",),
+}
 LEADING = ("name", "pretrained", "params (M)", "FLOPs (B)")
 
 
@@ -82,8 +86,8 @@ def _data(task: Task, ours: Sequence[str]) -> str:
         beside = str(storage.place(folder.path).parent)
         states.append(indexes.state_of_place(beside, formats.MEDIA))
     texts = [folder.kind, *folder.class_names, *folder.prompts]
-    # Earlier versions counted ties of pairs as right: what they finished is measured once more.
-    counted = ["ties are wrong"] if folder.kind == "selection" else []
+    # What earlier versions finished that counted otherwise is measured once more.
+    counted = _COUNTED.get((folder.kind, folder.layout), ())
     return json.dumps([folder.path, folder.split, states, texts, *counted])
 
 
