@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_suite_parts import Colours, folder, tar_set, write  # noqa: F401
@@ -49,7 +50,7 @@ def test_a_bad_table_is_refused_before_anything_is_measured(tmp_path, data, says
     assert "\n" not in str(error.value) and file.read_bytes() == data
 
 
-def test_pairs_that_counted_ties_as_right_are_measured_once_more(tmp_path):
+def test_pairs_that_were_counted_otherwise_are_measured_once_more(tmp_path):
     """By the account of what the scores depend on, which of other sets is as it was."""
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     row = dict(filename="a.png", caption="one", negative_caption="two")
@@ -58,7 +59,7 @@ def test_pairs_that_counted_ties_as_right_are_measured_once_more(tmp_path):
     (tmp_path / "plain/test/blue").mkdir(parents=True)
     for name in ("red", "blue"):
         Image.new("RGB", (4, 4)).save(tmp_path / "plain/test" / name / "a.png")
-    for place, more in (("pairs.json", ["ties are wrong"]), ("plain", [])):
+    for place, more in (("pairs.json", ["ties are wrong", "images are drawn"]), ("plain", [])):
         task = tables.Task(place, place, folders.read(str(tmp_path / place)))
         assert json.loads(running._data(task, []))[4:] == more
 
@@ -77,6 +78,23 @@ def test_rows_of_one_image_are_one_image_of_retrieval(tmp_path):
     for name in ("image_retrieval_recall@1", "text_retrieval_recall@1"):
         assert metrics.value(name, outcome) == 1
     assert json.loads(running._data(task, []))[4:] == ["an image is one, however many rows it has"]
+
+
+def test_the_interval_of_pairs_draws_an_image_with_all_that_is_asked_of_it(folder):  # noqa: F811
+    """And with all pieces of it; ten questions of an image are worth one where they are alike."""
+    row = dict(image_path="a.png", true_caption="blue", false_caption="red")
+    whole = dict(row, bbox_x=5, bbox_y=0, bbox_w=5, bbox_h=8)
+    other = dict(row, image_path="b.png", true_caption="a", false_caption="b")
+    write(folder, "aro.json", [row, other, whole, other])
+    found = measuring.measure(Colours(), folders.read(str(folder)), batch_size=8)
+    assert found["image"].tolist() == [0, 1, 0, 1]
+    right, image = np.arange(40) % 2 == 0, np.arange(40) % 2
+    right[:2] = False, True  # of 20 rows of each of two images one is unlike the others
+    low, high = metrics.interval("acc", dict(acc=right, image=image))
+    assert (low, high) == (0.05, 0.95) and metrics.interval("acc", dict(acc=right))[0] > 0.3
+    old = dict(acc=~right)  # as earlier versions kept it
+    change = metrics.difference("acc", dict(acc=right, image=image), old)
+    np.testing.assert_allclose(change, (0, -0.9, 0.9), atol=1e-12)
 
 
 def test_a_row_is_called_by_the_model_s_place():

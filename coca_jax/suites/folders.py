@@ -58,7 +58,7 @@ class Folder:
 
     def examples(self, split: str = "") -> Iterator[dict[str, Any]]:
         """Its examples in their order: dict(image, and target: a number or a row of zeros and ones,
-        or texts; group where there are groups), of 'selection' dict(images, texts).
+        or texts; group where there are groups), of 'selection' what `pairs.examples` gives.
 
         split: another one than the folder's. Raises ValueError for a damaged one.
         """

@@ -108,14 +108,17 @@ def _retrieval(model: Predictor, folder: Folder, size: int, show: str) -> Outcom
 
 def _selection(model: Predictor, folder: Folder, size: int, show: str) -> Outcome:
     """Right or not, of each pair: by embeddings and, of a model that writes captions, by how
-    likely each text is for each image."""
+    likely each text is for each image; `image`, int, whose example each is."""
     rows: dict[str, list[float]] = {}
+    digests: list[bytes] = []
     for batch in in_batches(folder.examples(), max(size // 4, 1), show=show):
+        digests += [one["of"] for one in batch if "of" in one]
         for name, values in _of_pairs(model, batch).items():
             rows.setdefault(name, []).extend(values)
     if max(rows.get("candidates", [metrics.MANY])) < metrics.MANY:  # a figure of none
         del rows["candidates"]
-    return {name: np.asarray(values) for name, values in rows.items()}
+    found = {name: np.asarray(values) for name, values in rows.items()}
+    return found | (dict(image=same_images.numbered(digests)) if digests else {})
 
 
 def _of_pairs(model: Predictor, batch: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

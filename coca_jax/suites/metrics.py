@@ -6,7 +6,8 @@ the same: there ties count against the model, here the first of them is taken, b
 (Thrush et al. 2022; `measuring.chosen`).
 
 `Outcome`: arrays with an example a row, by name. Every metric is a function of an outcome, so that
-its interval, and that of the difference of two models, comes from drawing rows.
+its interval, and that of the difference of two models, comes from drawing rows, or, where `image`
+says which are of one, images with all their rows.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def interval(name: str, found: Outcome, *, seed: int = 0) -> tuple[float, float]
 
     Where it is 0 or 1 it is `share_limits`, by the smallest group where the worst one counts.
     """
-    examples = count(found)
+    examples = len(np.unique(found["image"])) if "image" in found else count(found)
     if "group" in METRICS[name][0]:  # -1: of none
         sizes = np.unique(found["group"][found["group"] >= 0], return_counts=True)[1]
         examples = int(sizes.min(initial=examples))
@@ -226,14 +227,27 @@ def difference(
 def _drawn(name: str, outcomes: list[Outcome], seed: int) -> np.ndarray:
     """The metric of each outcome on each draw, float64 [outcomes, draws]."""
     rng, size = np.random.default_rng(seed), count(outcomes[0])
+    # What an earlier version kept does not say whose its rows are, which are the same ones.
+    owners = next((found["image"] for found in outcomes if "image" in found), np.arange(size))
+    order, counts = np.argsort(owners, kind="stable"), np.bincount(owners)
     needed = [_needed(name, found) for found in outcomes]
     if name in _MOVED:
         return np.stack([_MOVED[name](one, np.random.default_rng(seed)) for one in needed])
     values = []
     for _ in range(RESAMPLES):
-        rows = rng.integers(0, size, size)
+        rows = order[_of_drawn(rng.integers(0, len(counts), len(counts)), counts)]
         values.append([METRICS[name][1]({k: x[rows] for k, x in one.items()}) for one in needed])
     return np.asarray(values).T
+
+
+def _of_drawn(drawn: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The places of all rows of the owners drawn, int [R], where rows lie owner by owner.
+
+    drawn: int [D]; counts: int [owners], rows of each.
+    """
+    rows = counts[drawn]
+    before = (counts.cumsum() - counts)[drawn] - (rows.cumsum() - rows)
+    return np.arange(rows.sum()) + np.repeat(before, rows)
 
 
 def _precision_drawn(found: Outcome, rng: np.random.Generator) -> np.ndarray:

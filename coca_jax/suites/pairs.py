@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from coca_jax.data import bounded_json, files, images
+from coca_jax.evaluators.same_images import content_digest
 from coca_jax.files import storage
 
 SUGARCREPE = ("filename", "caption", "negative_caption")
@@ -64,9 +65,12 @@ def have_cues(path: str) -> bool:
 
 
 def examples(path: str) -> Iterator[dict[str, Any]]:
-    """dict(images, texts), where image i belongs to text i; of WinoGAViL dict(images, cue, right),
-    the numbers of the images that belong to the cue. Raises ValueError for what lacks a field, and
-    FileNotFoundError for an image that is not there."""
+    """dict(images, texts, of), where image i belongs to text i, and `of`, bytes, tells examples of
+    one image, or two, from others: pieces of a photograph are of one. Of WinoGAViL dict(images,
+    cue, right), the numbers of the images that belong to the cue.
+
+    Raises ValueError for what lacks a field, and FileNotFoundError for an image that is not there.
+    """
     for place in lists(path):
         for number, row in enumerate(_rows(place)):
             fields = _format(row)
@@ -81,16 +85,18 @@ def _example(place: Any, fields: tuple[str, ...], row: Mapping[str, Any]) -> dic
             raise ValueError(f"{place}: {name}={str(row[name])[:80]} is not a text")
     if fields == WINOGROUND:
         pictures = [_read(place, row[f"image_{i}"]) for i in range(2)]
-        return dict(images=pictures, texts=[row["caption_0"], row["caption_1"]])
+        of = content_digest(b"".join(pictures))
+        return dict(images=pictures, texts=[row["caption_0"], row["caption_1"]], of=of)
     if fields == WINOGAVIL:
         names, wanted = _names(row["candidates"]), _names(row["associations"])
         right = [names.index(name) for name in wanted if name in names]
         return dict(images=[_read(place, name) for name in names], cue=row["cue"], right=right)
     image, true, false = (row[name] for name in fields)
     data = _read(place, image)
+    of = content_digest(data)
     if "bbox_w" in row:
         data = _cut(data, *(_whole(row, f"bbox_{one}") for one in ("x", "y", "w", "h")))
-    return dict(images=[data], texts=[true, false])
+    return dict(images=[data], texts=[true, false], of=of)
 
 
 def _whole(row: Mapping[str, Any], name: str) -> int:

@@ -28,7 +28,7 @@ from coca_jax.suites.tables import DATACOMP, Task, slug
 
 WRITTEN = ("suite", "eval.json", results.STEPS, results.CHECKPOINT, "suite.md", "suite.csv")
 _COUNTED = {
-    ("selection", "pairs"): ("ties are wrong",),
+    ("selection", "pairs"): ("ties are wrong", "images are drawn"),
     ("retrieval", "plain"): ("an image is one, however many rows it has",),
 }
 LEADING = ("name", "pretrained", "params (M)", "FLOPs (B)")
