@@ -1,6 +1,7 @@
 """The row that a suite writes into a table of several models, and the figure that counts."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -95,6 +96,29 @@ def test_the_interval_of_pairs_draws_an_image_with_all_that_is_asked_of_it(folde
     old = dict(acc=~right)  # as earlier versions kept it
     change = metrics.difference("acc", dict(acc=right, image=image), old)
     np.testing.assert_allclose(change, (0, -0.9, 0.9), atol=1e-12)
+
+
+def test_recalls_of_many_hold_no_matrix_of_all_similarities():
+    """Of 4,000 images of five captions it took 900 MB; of equal ones the first comes."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3000, 4)).astype(np.float32)
+    images[7] = images[3]
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    image_of = np.repeat(np.arange(3000), 3)
+    texts = images[image_of] + 0.05 * rng.normal(size=(9000, 4)).astype(np.float32)
+    tracemalloc.start()
+    found = metrics.of_retrieval(images, texts, image_of)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(images) * len(texts)
+    scores = texts @ images.T
+    own = scores[np.arange(9000), image_of][:, None]
+    others = (scores > own).sum(1)
+    others[21:24] += 1  # image 3 comes before its copy
+    for k in (1, 5, 10):
+        hits = np.bincount(image_of, others < k, minlength=3000)
+        assert abs(found[f"images_{k}"] - hits).sum() <= 2  # products differ in their last digit
+    assert not found["images_1"][7] and found["images_5"][7] == found["images_5"][3]
 
 
 def test_a_row_is_called_by_the_model_s_place():

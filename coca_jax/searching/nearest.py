@@ -36,7 +36,7 @@ class Nearest(Protocol):
 
 
 class Exact:
-    """Every picture is compared. embeddings: float16 [N, E], L2-normalised."""
+    """Every picture is compared. embeddings: float16 or float32 [N, E], L2-normalised."""
 
     def __init__(self, embeddings: np.ndarray):
         self.embeddings = embeddings

@@ -103,7 +103,7 @@ def _retrieval(model: Predictor, folder: Folder, size: int, show: str) -> Outcom
             images.append(_embed(model, new))
     found = normalise(np.concatenate(images))
     embeddings = normalise(encode_texts(model, texts, size, show=show and f"{show} texts"))
-    return metrics.of_retrieval(embeddings @ found.T, np.asarray(image_of))
+    return metrics.of_retrieval(found, embeddings, np.asarray(image_of))
 
 
 def _selection(model: Predictor, folder: Folder, size: int, show: str) -> Outcome:

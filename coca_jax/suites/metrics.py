@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from coca_jax.evaluators.intervals import limits, share_limits
+from coca_jax.searching.nearest import Exact
 
 Outcome = Mapping[str, np.ndarray]
 Metric = Callable[[Outcome], float]
@@ -37,17 +38,20 @@ def of_classes(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def of_retrieval(
-    scores: np.ndarray, image_of: np.ndarray, cutoffs: tuple[int, ...] = RECALL_AT
+    images: np.ndarray,
+    texts: np.ndarray,
+    image_of: np.ndarray,
+    cutoffs: tuple[int, ...] = RECALL_AT,
 ) -> dict[str, np.ndarray]:
     """What recalls need, an image a row: `texts_k` whether one of its texts is among the first k,
     `images_k` how many of its texts find it, `texts` how many it has.
 
-    scores: [texts, images]; image_of: of each text, int [texts]. A cut-off beyond the candidates
-    is left out: everything would be found.
+    images, texts: float32 [N, E] and [M, E], L2-normalised; image_of: of each text, int [M]. A
+    cut-off beyond the candidates is left out: everything would be found.
     """
-    count = scores.shape[1]
+    count = len(images)
     found = dict(texts=np.bincount(image_of, minlength=count))
-    by_text, by_image = _first(scores, max(cutoffs)), _first(scores.T, max(cutoffs))
+    by_text, by_image = _first(texts, images, max(cutoffs)), _first(images, texts, max(cutoffs))
     for k in cutoffs:
         if k <= count:
             hit = (by_text[:, :k] == image_of[:, None]).any(1)
@@ -57,12 +61,11 @@ def of_retrieval(
     return found
 
 
-def _first(scores: np.ndarray, k: int, chunk: int = 512) -> np.ndarray:
-    """The places of the k highest scores of each row, int [N, k], the first of equal ones first."""
-    parts = [
-        np.argsort(-scores[start : start + chunk], 1, kind="stable")[:, :k]
-        for start in range(0, len(scores), chunk)
-    ]
+def _first(queries: np.ndarray, candidates: np.ndarray, k: int, chunk: int = 512) -> np.ndarray:
+    """The most similar candidates of each query, int [N, k], the first of equal ones first. The
+    similarities of all exist at no time: of COCO's size they take gigabytes."""
+    near = Exact(candidates)
+    parts = [near(queries[start : start + chunk], k)[1] for start in range(0, len(queries), chunk)]
     return np.concatenate(parts)
 
 
