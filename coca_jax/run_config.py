@@ -139,14 +139,24 @@ def remark_start(config: Config) -> str:
 
 
 def remark_dropout(config: Config) -> str:
-    """A warning where a frozen image encoder leaves out patches, as recipes have it of weights that
-    were trained so, else ''."""
-    share = config.model.image.patch_dropout
-    if not share or not partial_checks.frozen_encoder(config):
+    """A warning where a run that begins from weights hides a share of an image, as recipes have it
+    of weights that were trained so, or a frozen image encoder does, else ''."""
+    share, hidden = config.model.image.patch_dropout, config.model.pooler.token_dropout
+    if share and partial_checks.frozen_encoder(config):
+        return (
+            f"warning: model.image.patch_dropout={share} hides patches from a frozen image "
+            "encoder: what is trained on its tokens sees others than in use; set 0, unless it is "
+            "meant"
+        )
+    captions = not config.head.kind and config.loss.captioning_weight
+    told = [f"model.image.patch_dropout={share}"] if share else []
+    told += [f"model.pooler.token_dropout={hidden}"] if hidden and captions else []
+    if not told or not config.init_from:
         return ""
+    verb = "hide" if len(told) > 1 else "hides"
     return (
-        f"warning: model.image.patch_dropout={share} hides patches from a frozen image encoder: "
-        "what is trained on its tokens sees others than in use; set 0, unless it is meant"
+        f"warning: {' and '.join(told)} {verb} so much of each image while the run trains on from "
+        "its weights, and in use nothing is hidden; set 0, unless it is meant"
     )
 
 

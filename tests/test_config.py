@@ -193,7 +193,13 @@ def test_patches_that_a_frozen_encoder_leaves_out_are_told(tmp_path):
     assert line.startswith("warning: model.image.patch_dropout=0.5 hides patches from a frozen im")
     assert not run_config.remarks(frozen.change({"model.image.patch_dropout": 0.0}), 10**6)
     tuned = frozen.change({"optimizer.encoder_learning_rate": 1e-4})
-    assert not run_config.remarks(tuned, 10**6)
+    (line,) = run_config.remarks(tuned, 10**6)
+    assert line.startswith("warning: model.image.patch_dropout=0.5 hides so much of each image whi")
+    assert not run_config.remarks(tuned.change({"init_from": ""}), 10**6)
+    both = {"model.image.patch_dropout": 0.5, "model.pooler.token_dropout": 0.7}
+    (line,) = run_config.remarks(tiny(init_from="weights", **both), 1000)
+    told = "warning: model.image.patch_dropout=0.5 and model.pooler.token_dropout=0.7 hide so much"
+    assert line.startswith(told)
 
 
 @pytest.mark.parametrize(
