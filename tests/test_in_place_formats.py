@@ -67,6 +67,20 @@ def test_parquet_with_bytes_in_pages(codec, version, encoding, tmp_path):
     assert list(pairs[0]) == list(pairs[1]) and pairs[1].read([0])[0].second == picture(3)
 
 
+def test_parquet_names_pictures_as_lists_do(tmp_path):
+    """`metadata.parquet` of Hugging Face's image folders."""
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+    names = [f"{number}.jpg" for number in range(3)]
+    pq.write_table(pa.table(dict(file_name=names, text=list("abc"))), tmp_path / "metadata.parquet")
+    copy, index = both("parquet", tmp_path, tmp_path / "out")
+    assert list(copy) == list(index) and [[*record.texts] for record in copy] == [
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
+
+
 def test_parquet_with_images_in_one_column_or_another(tmp_path):
     pictures = [picture(n) for n in range(12)]
     columns = dict(image=[None] * 12, jpg=[None] * 12, png=[b"none of these"] * 12)

@@ -34,7 +34,8 @@ from coca_jax.importers.items import (
 
 ROWS_PER_UNIT = 4096
 IMAGE_FIELDS = (
-    *("image", "img", "jpg", "png", "bytes", "image_bytes", "filepath", "path", "images"),
+    *("image", "img", "jpg", "png", "bytes", "image_bytes"),
+    *("file_name", "filepath", "path", "images"),
 )
 PATTERNS = formats.PATTERNS["parquet"]
 # Columns of what `recaption --to=parquet` wrote: its `text` alone is what an image keeps.
