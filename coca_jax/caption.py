@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
     # Without --num_frames the model tells, once it is loaded, whether it takes videos.
     with activity.saying(f"looking for pictures in {', '.join(named)}"):
         found = image_files.find(named, video=args.num_frames != 0)
+    image_files.refuse_others(found)
     for path in found:
         paths.setdefault(local_files.whole_path(path), path)  # one image, however it is spelled
     for one in named:

@@ -156,6 +156,14 @@ def test_what_is_refused_leaves_nothing_and_comes_before_the_model(commands, tmp
         assert done.returncode == 2 and says in done.stderr
         assert len(done.stderr.splitlines()) == lines  # the first one says that it is loaded
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file"]
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 pictures")
+    done = commands.run(["caption", "--checkpoint=none", "a.zip", "file"], tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: a.zip: not an image that can be read (13 bytes")
+    assert done.stderr.endswith("; unpack the archive first\n")
+    shutil.copy(tmp_path / "a.png", tmp_path / "picture")  # whatever it is called
+    done = commands.run(["caption", "--checkpoint=none", "a.zip", "picture"], tmp_path)
+    assert "none does not exist" in done.stderr
 
 
 def test_a_file_name_that_is_not_utf_8_is_a_line_like_others(tmp_path):

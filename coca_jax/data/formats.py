@@ -111,7 +111,7 @@ def guess(path: str) -> str:
         return found or "imagefolder"
     if links := files.linked_folders(path):
         raise ValueError(f"{path}: no images in it; {links}")
-    hint = _other_form(names)
+    hint = other_form(names)
     raise ValueError(f"{path}: {_contents(everything)}{hint}; give {_READ}")
 
 
@@ -136,7 +136,7 @@ def _of_file(path: str, plain: str) -> str:
     if not found and plain.lower().endswith(".json"):
         return "json"
     if not found:
-        hint = _other_form([plain])
+        hint = other_form([plain])
         raise ValueError(
             f"{path} is one file, and no list or archive of images{hint}; give the folder of "
             f"the {_READ}"
@@ -310,7 +310,7 @@ def _first_objects(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def _other_form(names: Sequence[str]) -> str:
+def other_form(names: Sequence[str]) -> str:
     """What makes files that are not read, or not found to be lists of pictures, of use; '' for
     those of which that is not known."""
     for suffix, hint in _HINTS.items():

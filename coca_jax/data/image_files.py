@@ -34,6 +34,26 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
     return list(found)
 
 
+def refuse_others(paths: Sequence[str]) -> None:
+    """Raises ValueError where no local one of the files that `find` gave can be a picture or a
+    video, by what it begins with: those that are named may be anything. Of those whose names say
+    that they are one nothing is read."""
+    first = ""
+    for path in paths:
+        if files.is_remote(path) or path.lower().endswith(formats.MEDIA):
+            return
+        try:
+            data = files.read_image(path)
+            if images.is_video_file(data):
+                return
+            images.open_image(data)
+            return
+        except (OSError, ValueError) as error:
+            told = str(error) if path in str(error) else f"{path}: {error}"
+            first = first or f"{told}{formats.other_form([path])}"
+    raise ValueError(first)
+
+
 def without_videos(paths: Sequence[str], named: Sequence[str]) -> list[str]:
     """Those of the paths that `find` would have found without videos, or that are named."""
     suffixes = tuple(images.SUFFIXES)
