@@ -208,7 +208,7 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
     if frames := config.data.num_frames:
         logging.warning("%s: a model of clips of %d frames; open_clip reads images", source, frames)
     model_cfg = open_clip_config.from_model(config.model)
-    _check_vocabulary(source)
+    merges = _own_merges(source)
     params = roles.without_training_aids(params)
     bias = roles.sigmoid_bias(params)
     layout = Layout(config.model, logit_bias=bias is not None)
@@ -222,12 +222,22 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
         written[checked_files.KEY] = checked_files.describe(folder, [WEIGHTS_NAME])
         sealed = json.dumps(sealed_json.seal(written), indent=2)
         storage.write_text(os.path.join(folder, CONFIG_NAME), sealed)
+        file = os.path.join(folder, clip_bpe.FILE_NAME)
+        storage.remove(file)  # of an earlier model, whose merges these are not
+        if merges:
+            storage.write_bytes(file, merges)
+            logging.warning(
+                "%s has other merges than CLIP's: open_clip reads its texts by "
+                "open_clip.get_tokenizer('local-dir:%s', bpe_path='%s')",
+                *(source, out, os.path.join(out, clip_bpe.FILE_NAME)),
+            )
     return model_cfg, layout
 
 
-def _check_vocabulary(source: str) -> None:
-    """Raises ValueError for a model whose texts open_clip would read as others: its CoCas take
-    CLIP's byte pairs. Other merges than CLIP's own are told."""
+def _own_merges(source: str) -> bytes:
+    """The file of a model's merges, where these are others than CLIP's; b'' where they are not.
+    Raises ValueError for a model whose texts open_clip would read as others: its CoCas take CLIP's
+    byte pairs."""
     place = export_format.vocabulary_beside(source)
     if not place:
         raise FileNotFoundError(f"{source}: no vocabulary beside the weights; copy it there")
@@ -238,13 +248,10 @@ def _check_vocabulary(source: str) -> None:
             "texts: this model cannot go back there"
         )
     merges, package = clip_bpe.parse_merges, os.path.dirname(clip_bpe.__file__)
-    own = vocabulary.size == CLIP_IDS and (
-        merges(vocabulary.data) == merges(clip_bpe.find_merges(package))
-    )
-    if not own:
-        logging.warning(
-            "%s has other merges than CLIP's; give them to open_clip's tokenizer", place
-        )
+    found = merges(vocabulary.data)
+    if vocabulary.size == CLIP_IDS and found == merges(clip_bpe.find_merges(package)):
+        return b""
+    return clip_bpe.packed(found)
 
 
 def _config_beside(weights: str) -> str:

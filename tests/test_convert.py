@@ -29,6 +29,7 @@ import coca_jax
 from coca_jax import convert, export_format, partitioning, recipes
 from coca_jax.config import Model, read
 from coca_jax.data import images, resizing, vocabulary
+from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.files import sealed_json, storage
 from coca_jax.inference import export_programs as programs
 from coca_jax.interop import open_clip_config, safetensors_file
@@ -206,7 +207,7 @@ def test_a_bucket_gets_the_whole_folder(source, export, s3, tmp_path, monkeypatc
         np.testing.assert_array_equal(found, wanted, err_msg=name)
     convert.to_open_clip(there, back)
     names = {file.name for file in storage.place(back).iterdir()}
-    assert names == {convert.WEIGHTS_NAME, convert.CONFIG_NAME}
+    assert names == {convert.WEIGHTS_NAME, convert.CONFIG_NAME, clip_bpe.FILE_NAME}
     assert not list(tmp_path.iterdir())
 
 
@@ -214,6 +215,15 @@ def test_a_vocabulary_that_open_clip_lacks_does_not_go_back(export, tmp_path, ca
     """Its texts would be read by CLIP's byte pairs, with ids of others."""
     convert.to_open_clip(str(export), str(tmp_path / "back"))
     assert "other merges than CLIP's" in caplog.text and "clips" not in caplog.text
+    merges = str(tmp_path / "back" / clip_bpe.FILE_NAME)
+    assert f"get_tokenizer('local-dir:{tmp_path}/back', bpe_path='{merges}')" in caplog.text
+    found = clip_bpe.ClipBpe(clip_bpe.find_merges(tmp_path / "back"))  # as `convert` reads it again
+    known = vocabulary.load(str(export / "vocabulary.bpe.gz"))
+    assert found.encode("a red cat") == known.encode("a red cat") and found.size == known.size
+    open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}/back", bpe_path=merges)
+    ids = tokenizer(["a red cat"])[0].tolist()
+    assert ids[: ids.index(known.eos_id)] == [known.bos_id, *known.encode("a red cat")]
     words = tmp_path / "words.model"
     vocabulary.train([f"a {word} {i}" for word in ("cat", "dog") for i in range(60)], 300, words)
     params, config = export_format.read_export(export)

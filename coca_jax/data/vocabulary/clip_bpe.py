@@ -240,15 +240,20 @@ def _from_tokenizer_json(data: bytes, path: str) -> bytes:
         model = json.loads(data)["model"]
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         ids = dict(model["vocab"])
-        lines = [f'"{HEADER}"'] + [" ".join(merge) for merge in merges]
-        # mtime=0: the same merges always give the same bytes.
-        packed = gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0)
+        file = packed(merges, "\n")  # so as ever: its checksum is that of the vocabulary
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a tokenizer.json of byte-pair merges: {type(error).__name__}: {error}"
         ) from None
-    symbols = ClipBpe(packed)._symbols[: -len(SPECIAL)]
+    symbols = ClipBpe(file)._symbols[: -len(SPECIAL)]
     differ = [symbol for index, symbol in enumerate(symbols) if ids.get(symbol) != index]
     if differ:
         raise ValueError(f"{path}: not CLIP's tokenizer: {differ[0]!r} has another id")
-    return packed
+    return file
+
+
+def packed(merges: Iterable[Sequence[str]], end: str = "") -> bytes:
+    """Merges, best first, as a file of CLIP's form: the same ones always give the same bytes. end:
+    behind the last; a line feed there is a merge more to open_clip, which so counts other ids."""
+    lines = [f'"{HEADER}"', *(" ".join(merge) for merge in merges)]
+    return gzip.compress(("\n".join(lines) + end).encode(), mtime=0)
