@@ -12,8 +12,9 @@ what `jax.export` made (StableHLO, any batch size):
 params is the flat dict of params.safetensors. A caption is decode_step from the begin symbol at
 step 0 on, each time with the token that was chosen, until that is the end symbol
 (tokenizer.begin_id and tokenizer.end_id in config.json) or L = model.text.max_len steps are made:
-from step L on log probabilities are NaN. Of a model of clips (preprocess.num_frames
-there) images are uint8 [b, T, S, S, 3]. No program computes a task head.
+from step L on log probabilities are NaN. Ids that no text has, where the softmax layer has more
+rows than the vocabulary ids, have -inf. Of a model of clips (preprocess.num_frames there) images
+are uint8 [b, T, S, S, 3]. No program computes a task head.
 
 --format=onnx writes onnx/encode_image.onnx and so on, with the weights inside, for batches of
 --batch_size rows. They compute in float32, whatever the model does. Inputs are in_0, in_1, ...,

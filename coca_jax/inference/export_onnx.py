@@ -217,11 +217,12 @@ class Found:
         self.image, image_tokens = run(file(folder, "encode_image", kind), arrays.image)
         (self.text,) = run(file(folder, "encode_text", kind), arrays.tokens, arrays.valid)
         decoder = Decoder(folder, image_tokens, kind)
-        self.log_probs = np.stack([decoder.step(token) for token in arrays.tokens.T], 1)
+        size = model.vocabulary.size  # of ids beyond, the programs give -inf
+        self.log_probs = np.stack([decoder.step(token)[:, :size] for token in arrays.tokens.T], 1)
         pixels = np.asarray(normalise_pixels(jnp.asarray(arrays.image), model.config.model))
         wanted = model.forward(pixels, arrays.tokens)
         self.wanted = wanted.image_embedding, wanted.text_embedding
-        self.wanted_log_probs = np.asarray(jax.nn.log_softmax(wanted.logits))
+        self.wanted_log_probs = np.asarray(jax.nn.log_softmax(wanted.logits))[..., :size]
 
     def differences(self) -> dict[str, float]:
         """The largest absolute difference of each program that gives a result."""
