@@ -16,8 +16,8 @@ import pytest
 from in_place_cases import both, make, picture, write_tar
 
 from coca_jax.data import formats, prepared, references, sources
-from coca_jax.importers import imagefolder, indexes, metadata, own_data, unprepared
-from coca_jax.importers.items import Options
+from coca_jax.importers import imagefolder, indexes, metadata, own_data, parquet, unprepared
+from coca_jax.importers.items import Options, Unit
 
 
 def test_image_files_that_lists_name(tmp_path):
@@ -373,3 +373,25 @@ def test_of_pictures_with_texts_beside_them_no_plan_of_classes_is_made(tmp_path,
     assert unprepared.splits(entry) == [] and unprepared.choose_split(entry) == "test"
     assert unprepared.counts(entry) == dict(caption=3, label=0)
     assert len(unprepared.open_source(entry, "test")) == 3
+
+
+def test_parquet_is_gone_on_with_where_the_unit_before_ended(tmp_path, monkeypatch):
+    """Of a row group, however large, pyarrow reads all for its first row."""
+    file, opened = tmp_path / "a.parquet", []
+    table = pa.table(dict(image=[picture(n) for n in range(40)], text=[str(n) for n in range(40)]))
+    pq.write_table(table, file, row_group_size=30)
+    really_open = parquet._open
+    monkeypatch.setattr(parquet, "_open", lambda handle: opened.append(1) or really_open(handle))
+
+    def texts(start, stop):
+        unit = Unit(str(file), start, stop, stop - start)
+        return [int(item.texts[0]) for item in parquet.read(unit, Options(verify=False))]
+
+    with parquet.going_on():
+        for start, stop in ((0, 7), (7, 19), (23, 33), (33, 36)):
+            assert texts(start, stop) == [*range(start, stop)]
+        assert len(opened) == 1
+        assert texts(2, 5) == [2, 3, 4]  # from the beginning of the group
+        pq.write_table(table.slice(0, 39), file, row_group_size=9)
+        assert texts(5, 40) == [*range(5, 39)] and len(opened) == 2
+    assert texts(0, 3) == texts(0, 3) and len(opened) == 4

@@ -220,6 +220,12 @@ def open_unpacked(path: str) -> Iterator[Any]:
         yield pa.CompressedInputStream(file, "zstd" if path.lower().endswith(".zst") else "gzip")
 
 
+def mark(path: str) -> str:
+    """What is another where a file has changed. Raises FileNotFoundError."""
+    system, plain = filesystem(path)
+    return str(system.info(plain))
+
+
 def size(path: str) -> int:
     """Bytes of a file."""
     system, plain = filesystem(path)

@@ -55,7 +55,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
 def located(unit: Unit, options: Options) -> Iterator[imagefolder.Located]:
     """The items of a range of rows without their images."""
-    mark = _mark(unit.path)
+    mark = files.mark(unit.path)
     rows, folder = _rows(unit.path, mark), _folder(unit.path, unit.root, mark)
     for number in range(unit.start, min(unit.stop, len(rows))):
         fields = rows[number]
@@ -63,12 +63,6 @@ def located(unit: Unit, options: Options) -> Iterator[imagefolder.Located]:
         yield imagefolder.row(unit, number, own, options, folder)
     if unit.stop >= len(rows):
         _rows.cache_clear()  # it is large, and a run that reads it here has no use for it
-
-
-def _mark(path: str) -> str:
-    """What is another where a file has changed."""
-    system, plain = files.filesystem(path)
-    return str(system.info(plain))
 
 
 @functools.lru_cache(maxsize=1)

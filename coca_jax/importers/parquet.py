@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
+import itertools
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -128,28 +130,100 @@ def joined(units: Sequence[Unit]) -> list[Unit]:
     return found
 
 
+_going_on: contextvars.ContextVar[dict[str, _Reader] | None] = contextvars.ContextVar(
+    "_going_on", default=None
+)
+
+
+@contextlib.contextmanager
+def going_on() -> Iterator[None]:
+    """Inside, `read` goes on where the unit before ended in the same file, if that has not changed:
+    a row group, of which pandas makes one of a million rows, is read whole for its first row."""
+    held: dict[str, _Reader] = {}
+    token = _going_on.set(held)
+    try:
+        yield
+    finally:
+        _going_on.reset(token)
+        for reader in held.values():
+            reader.close()
+
+
+class _Reader:
+    """A file and how far its rows have been read: `number` is that of the next one."""
+
+    def __init__(self, path: str):
+        """Raises ValueError: not a parquet file, or a damaged one."""
+        self._opened = contextlib.ExitStack()
+        self._handle = self._opened.enter_context(files.open_binary(path))
+        self._bytes = files.size(path)
+        try:
+            self.table = _open(self._handle)
+            self.classes = class_names(self.table.schema_arrow)
+        except ValueError:
+            self.close()
+            raise
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._group, self.number = -1, 0
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def go_to(self, group: int, first: int, row: int) -> None:
+        """To a row of a group, or to one before it. first: of the group."""
+        if self._group != group or self.number > row:
+            self._batches = _batches(self.table, group, self._bytes)
+            self._group, self.number = group, first
+
+    def batch(self) -> pa.RecordBatch | None:
+        """The next rows of the group, None behind its last ones. Raises what pyarrow does."""
+        group, self._group = self._group, -1  # behind an error there is no way on
+        found = next(self._batches, None)
+        if found is not None:
+            self._group = group
+            self.number += found.num_rows
+        return found
+
+    def give_back(self, batch: pa.RecordBatch) -> None:
+        """Rows that the next unit wants too."""
+        self._batches = itertools.chain([batch], self._batches)
+        self.number -= batch.num_rows
+
+
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of rows. A damaged row group ends with one problem item."""
-    base = posixpath.basename(unit.path)
-    columns = parquet_pages.Columns(unit.path)
-    with files.open_binary(unit.path) as handle, contextlib.closing(columns):
+    held = _going_on.get()
+    key = f"{unit.path} {files.mark(unit.path)}" if held is not None else ""
+    reader = held.pop(key, None) if held is not None else None
+    if reader is None:
         try:
-            table = _open(handle)
-            classes = class_names(table.schema_arrow)
+            reader = _Reader(unit.path)
         except ValueError as error:
-            yield Item(base, problem="damaged_archive", detail=str(error))
+            name = posixpath.basename(unit.path)
+            yield Item(name, problem="damaged_archive", detail=str(error))
             return
-        first, file_bytes = 0, files.size(unit.path)
-        for group in range(table.num_row_groups):
-            number, rows = first, table.metadata.row_group(group).num_rows
-            first += rows
-            if number >= unit.stop or first <= unit.start:
+    with contextlib.ExitStack() as opened:
+        opened.callback(reader.close)
+        yield from _rows(reader, unit, options)
+        if held is not None and unit.stop < reader.table.metadata.num_rows:
+            for other in [*held]:
+                held.pop(other).close()
+            held[key] = reader
+            opened.pop_all()
+
+
+def _rows(reader: _Reader, unit: Unit, options: Options) -> Iterator[Item]:
+    base, first = posixpath.basename(unit.path), 0
+    with contextlib.closing(parquet_pages.Columns(unit.path)) as columns:
+        for group in range(reader.table.num_row_groups):
+            start, first = first, first + reader.table.metadata.row_group(group).num_rows
+            if start >= unit.stop or first <= unit.start:
                 continue
-            batches = _batches(table, group, file_bytes)
+            reader.go_to(group, start, max(start, unit.start))
             places = _Places(columns, group, options)
-            while number < min(first, unit.stop):
+            while (number := reader.number) < min(first, unit.stop):
                 try:
-                    batch = next(batches, None)
+                    batch = reader.batch()
                 except Exception as error:  # several of pyarrow's
                     detail = f"row group {group}: {type(error).__name__}: {error}"
                     where = f"{base}#{max(number, unit.start)}"
@@ -162,9 +236,14 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
                 for row in range(max(unit.start - number, 0), batch.num_rows):
                     if number + row < unit.stop:
                         key, one = f"{base}#{number + row}", batch.slice(row, 1)
-                        item = guarded(key, lambda: _row(key, one, unit, options, classes))  # noqa: B023
+                        item = guarded(
+                            key,
+                            lambda: _row(key, one, unit, options, reader.classes),  # noqa: B023
+                        )
                         yield places.tell(item, one) if options.in_place else item
-                number += batch.num_rows
+                if reader.number > unit.stop:
+                    reader.give_back(batch)
+                    return
 
 
 def column(unit: Unit, name: str) -> Iterator[Any]:

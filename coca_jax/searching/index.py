@@ -14,6 +14,7 @@ import pyarrow as pa
 from coca_jax.console import bars
 from coca_jax.data import files, image_files
 from coca_jax.files import local_files, storage
+from coca_jax.importers import parquet
 from coca_jax.importers.items import printable
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
@@ -196,7 +197,7 @@ def add(
     before, count, known = dict(parts.files), len(parts.names()), set(parts.skipped)
     in_groups = parts.in_groups
     total, apart = sum(group.count for group in groups), staged.names(parts.folder)
-    with bars.Bar(total or None, "pictures", shown=progress) as bar:
+    with bars.Bar(total or None, "pictures", shown=progress) as bar, parquet.going_on():
         for group in groups:
             is_staged = bool(apart) and staged.name(group) in apart
             if is_staged and staged.take(parts, group, say):
