@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from coca_jax import evaluators, run_config
 from coca_jax.evaluators import linear, probes, tasks
+from coca_jax.evaluators.caption_match import vqa_accuracy
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.evaluators.task_head import Answers, Classification
 from coca_jax.models import head_kinds
@@ -161,6 +162,44 @@ def test_written_answers_are_compared_as_words():
     np.testing.assert_allclose(found["answers/set/exact_match"], 2 / 3)
     with pytest.raises(ValueError, match="has 2 texts where one question is needed"):
         dict(Answers("set").run(Writer(), [dict(records[0], text=["a?", "b?"])]))
+
+
+def test_answers_of_many_people_are_scored_as_vqa_does():
+    """Against its definition: each nine of ten, a third of a point for each that agrees."""
+    people = ["A dog"] * 2 + ["dog."] + ["two", "2", "don't know", "dont know"] + ["cat"] * 3
+    forms = ["dog"] * 3 + ["2"] * 2 + ["dont know"] * 2 + ["cat"] * 3
+
+    def defined(said):
+        nine = [forms[:i] + forms[i + 1 :] for i in range(10)]
+        return np.mean([min(few.count(said) / 3, 1) for few in nine])
+
+    said = {"the dog": "dog", "Two": "2", "dont know": "dont know", "bird": "bird", "": ""}
+    for text, form in said.items():
+        assert vqa_accuracy(text, people) == pytest.approx(defined(form), abs=1e-12)
+    assert [vqa_accuracy("1,000", ["1000"] * n + ["x"] * (10 - n)) for n in range(6)] == (
+        pytest.approx([0, 0.3, 0.6, 0.9, 1, 1])
+    )
+
+    class Asked(Fixed):
+        head_kind = head_kinds.Answer()
+
+        def answer(self, images, questions):
+            return [list(said)[image[0, 0, 0]] for image in images]
+
+    records = [dict(one, text="what?") for one in records_of([people] * 5)]
+    for number, record in enumerate(records):
+        record["image"] = np.full((4, 4, 3), number, np.uint8)
+    written = dict(Answers("s").run(Asked(np.eye(7)), records))
+    mean = np.mean([defined(form) for form in said.values()])
+    assert written["answers/s/vqa_accuracy"] == pytest.approx(mean)
+    assert written["answers/s/exact_match"] == 0.4 and written["answers/s/vqa_accuracy_count"] == 5
+    chosen = Asked(np.eye(7, dtype=np.float32)[[0, 0, 1, 2, 3] * 2])
+    answers = [[NAMES[0]] * 2 + [NAMES[1]] * 8] * 5
+    records = [one | dict(labels=labels) for one, labels in zip(records, answers)]
+    found = dict(Classification("s").run(chosen, records))
+    assert found["classification/s/vqa_accuracy"] == pytest.approx((0.6 * 2 + 1) / 5)
+    few = [record | dict(labels=record["labels"][:3]) for record in records]  # of three people
+    assert "classification/s/vqa_accuracy" not in dict(Classification("s").run(chosen, few))
 
 
 def test_questions_of_one_image_are_one_draw():

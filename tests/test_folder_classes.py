@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -94,3 +95,34 @@ def test_a_class_whose_name_is_no_text_is_named(tmp_path):
         zeroshot.ZeroShot.from_task(task, Setting())
     split = dict(train=dict(path=str(data), split="train"))
     probes.LinearProbe.from_task(dict(task, **split), Setting())  # needs no texts
+
+
+@pytest.mark.parametrize("maker", [probes.LinearProbe, probes.NearestNeighbours])
+def test_a_probe_says_what_has_no_class_before_images_are_encoded(maker, caplog):
+    """Once every image to learn from was, which may take hours; drawn scenes, of which some have no
+    class, could not be learned from at all."""
+    names, encoded = ["red", "blue"], []
+
+    class Mean:
+        def features(self, images):
+            encoded.extend(images.mean((1, 2, 3)).tolist())
+            return images.reshape(len(images), -1, 3).mean(1).astype(np.float32)
+
+    def records(*labels):
+        colours = dict(red=(200, 10, 10), blue=(10, 10, 200))
+        shown = [np.full((4, 4, 3), colours.get(label, 120), np.uint8) for label in labels]
+        pairs = enumerate(zip(shown, labels))
+        return [dict(image=image, labels=[label], key=f"k{n}") for n, (image, label) in pairs]
+
+    train, test = ["grey", *["red", "blue"] * 8, "grey"], records("red", "blue")
+    found = dict(maker("set", names, records(*train), batch_size=3).run(Mean(), test))
+    assert found[f"{maker.kind}/set/top1"] == 1 and found[f"{maker.kind}/set/num_train"] == 16
+    assert len(encoded) == 18 and 120 not in encoded
+    line = "2 of 18 examples to learn from have none of the 2 classes, as k0 with ['grey'], and"
+    assert line in caplog.text
+    encoded.clear()
+    with pytest.raises(ValueError, match="labels of k0 are .'grey'.; none is among the 2 classes"):
+        dict(maker("set", names, records(*train)).run(Mean(), records("grey", "red")))
+    assert not encoded
+    with pytest.raises(ValueError, match="2 of 2 examples to learn from .*; give data of these"):
+        dict(maker("set", names, records("grey", "grey")).run(Mean(), test))

@@ -207,6 +207,18 @@ def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
     assert told[0].num_tokens == 23 and not told[0].finished
 
 
+def test_a_prompt_without_room_is_named_before_an_image_is_read(model):  # noqa: F811
+    """One of the last of many once ended the call after all batches before it."""
+    long = "a red circle " * 20
+    tokens = len(model.vocabulary.encode(long))
+    says = rf"^prompt '{long[:60]}'\.\.\.: {tokens} tokens, and the model writes 24 in all, with be"
+    missing = [f"none-{number}.png" for number in range(3)]
+    with pytest.raises(ValueError, match=says):
+        model.captions(missing, ["a", "a", long])
+    with pytest.raises(ValueError, match=says):
+        next(model.stream_captions(missing, ["a", "a", long]))
+
+
 def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path):  # noqa: F811
     paths = [str(tmp_path / f"{number}.png") for number in range(2)]
     for path, image in zip(paths, images):

@@ -171,8 +171,9 @@ def test_score_caption_counts_errors():
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="split is 'val'; use one of train, test, heldout"):
         scenes.Scenes("val")
-    with pytest.raises(ValueError, match="kind"):
-        scenes.Scenes("train", "text")
+    says = "^builtin='scenes' draws nothing for kind='question', but for 'caption', 'label'"
+    with pytest.raises(ValueError, match=says):  # as of the task 'answers', which names no kind
+        scenes.Scenes("test", "question")
     with pytest.raises(ValueError, match="counts from 1 to 4"):
         scenes.Scenes("train", objects=(5,))
     with pytest.raises(IndexError):

@@ -135,6 +135,22 @@ def test_each_size_must_split(data):
     )
 
 
+def test_a_source_smaller_than_its_rows_of_a_batch_is_remarked_on(data):
+    """Of 23, 17 and 80 examples, 120 in all."""
+    config = typed(data[0])
+
+    def remark(largest):
+        return Mixture(config.change({"batch_sizes": ((0.5, largest),)})).remark_small()
+
+    assert remark(16) == "" and remark(44) == ""  # 22, 11 and 11 rows
+    assert remark(128) == ""  # as all data are fewer
+    name = Mixture(config).sources[0].name
+    assert remark(48).startswith(
+        f"warning: a batch of 48 has 24 rows of source 0, {name}, which has 23 examples: each"
+    )
+    assert "which has 23 examples and 18 rows of source 1" in remark(72)
+
+
 @pytest.mark.long
 def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
     """Stopped at the step where batches grow: the losses and the parameters are those of an

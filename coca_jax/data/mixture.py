@@ -149,6 +149,23 @@ class Mixture:
         ]
         return "\n".join([*lines, *grown])
 
+    def remark_small(self) -> str:
+        """A warning where a batch has more rows of a source than that has examples, else ''."""
+        largest = max(stages.sizes(self._config))
+        small = [
+            f"{share} rows of source {number}, {source.name}, which has {len(source)} examples"
+            for number, (source, share) in enumerate(
+                zip(self.sources, shares(self.entries, largest))
+            )
+            if share > len(source)
+        ]
+        if not small or largest > self.num_examples:  # then it is said of all data
+            return ""
+        return (
+            f"warning: a batch of {largest} has {' and '.join(small)}: each is in it several "
+            "times, as a negative of itself; lower its weight or the batch size"
+        )
+
     def sample_texts(self, limit: int) -> Iterator[str]:
         """Texts as training will see them: a sample of `limit`, spread evenly over the sources."""
         for number, source in enumerate(self.sources):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from coca_jax.evaluators import Record, record_texts
 
 Scorer = Callable[[str, Record], tuple[bool, float]]
+
+VOICES = 4  # answers from which on `vqa_accuracy` can be 1
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBERS = "zero one two three four five six seven eight nine ten".split()
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 
 
 def canonical_text(text: str) -> str:
@@ -50,3 +55,23 @@ def score_references(caption: str, record: Record) -> tuple[bool, float]:
 def _word_f1(said: list[str], wanted: list[str]) -> float:
     common = sum(min(said.count(word), wanted.count(word)) for word in set(said))
     return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
+
+
+def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
+    """Returns the accuracy of VQA (Antol et al. 2015): an answer that three of the others' gave is
+    right, that of fewer by a third each; the mean over leaving out one of the `answers`, one or
+    more, at a time. Of ten: 0.3, 0.6, 0.9 and 1 where one, two, three and more gave it.
+
+    Answers are compared after `canonical_text`, without articles and apostrophes, number words as
+    digits, as VQA's own code does.
+    """
+    given = _plain_answer(said)
+    count, agree = len(answers), sum(_plain_answer(answer) == given for answer in answers)
+    without_one = agree * min(max(agree - 1, 0) / 3, 1.0)
+    return (without_one + (count - agree) * min(agree / 3, 1.0)) / count
+
+
+def _plain_answer(text: str) -> str:
+    text = re.sub(r"['\u2019]|(?<=\d),(?=\d)", "", text)
+    words = canonical_text(text).split()
+    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)

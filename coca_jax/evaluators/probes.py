@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.evaluators import Record, check_finite, class_names, in_batches, stack_images
+from coca_jax.evaluators import Record, check_finite, class_names, in_batches, stack_images, warn
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import (
     DATA,
@@ -23,6 +23,7 @@ from coca_jax.evaluators.declarations import (
 from coca_jax.evaluators.records import Records
 
 Encode = Callable[[Any], np.ndarray]
+Kept = Callable[[Sequence[Record]], Sequence[Record]]
 
 
 class Probe(Evaluator):
@@ -37,7 +38,7 @@ class Probe(Evaluator):
       num_examples: pictures kept for the report.
       progress: shows bars.
       cache: features by 'train' and 'test', and labels by 'labels of train' and so on, filled in
-        here: for another probe of the same model on the same records.
+        here: for another probe of the same model and classes on the same records.
     """
 
     needs, programs = "label", ("features",)
@@ -63,6 +64,7 @@ class Probe(Evaluator):
             self.name, class_names, labels, relative=True, num_examples=num_examples
         )
         self._new_tally()  # refuses unsuitable names now
+        self._classes = frozenset(class_names if labels is None else labels)
         self.num_classes, self.train = len(class_names), train
         self.batch_size, self.progress = batch_size, progress
 
@@ -100,7 +102,7 @@ class Probe(Evaluator):
         names, labels = class_names.names_and_labels(dict(task, data=train))
         found = Records(train, task.get("train_limit", 0), need=cls.needs)
         limits = [task.get("limit", 0), task.get("train_limit", 0)]
-        some = [task.get("known_only", False), task.get("candidates")]
+        some = [task.get("known_only", False), task.get("candidates"), task.get("class_names")]
         of_data = json.dumps(["features", train, task["data"], limits, some], sort_keys=True)
         cache = setting.shared.setdefault(of_data, {})
         how = dict(setting.common(), labels=labels, cache=cache)
@@ -119,14 +121,23 @@ class Probe(Evaluator):
         """Yields what `ZeroShot.run` does, num_train, and l2 of a linear probe.
 
         predict.features: N images -> float32 [N, W]. records can be gone through more than once,
-        and have `image` and `labels`; of several labels the first that is a class is learned.
-        Afterwards `examples` and `classes` are as those of ZeroShot.
+        and have `image` and `labels`; of several labels the first that is a class is learned, and
+        a training record with none is left out, as a warning says. Afterwards `examples` and
+        `classes` are as those of ZeroShot. Raises ValueError for a test record with none, before
+        anything is learned.
         """
         tally = self._new_tally()
-        train_x = self._features(predict.features, self.train, "train")
+
+        def refuse(batch: Sequence[Record]) -> Sequence[Record]:
+            for record in batch:
+                tally.true_classes(record)
+            return batch
+
+        # What is learned from is mostly the larger part: what is wrong with the other comes first.
+        test_x = self._features(predict.features, records, "test", refuse)
+        train_x = self._features(predict.features, self.train, "train", self._learned)
         told = self._cache["labels of train"]
         train_y = np.array([tally.true_classes(record)[0] for record in told])
-        test_x = self._features(predict.features, records, "test")
         scores, chosen = self.scores(test_x, train_x, train_y)
         scores /= scores.sum(1, keepdims=True)
         start = 0
@@ -138,23 +149,48 @@ class Probe(Evaluator):
         yield f"{self.name}/num_train", float(len(train_x))
         self.examples, self.classes = tally.examples(), tally.classes()
 
-    def _features(self, encode: Encode, records: Iterable[Record], which: str) -> np.ndarray:
-        """Of all records, whose labels it keeps too: to read a million images once more for those
-        takes as long as to read them once."""
+    def _learned(self, batch: Sequence[Record]) -> Sequence[Record]:
+        """The records of a batch that have a class."""
+        return [one for one in batch if not self._classes.isdisjoint(one["labels"])]
+
+    def _features(
+        self, encode: Encode, records: Iterable[Record], which: str, kept: Kept
+    ) -> np.ndarray:
+        """Of the records that `kept` keeps of a batch, before they are encoded; their labels stay
+        too: to read a million images once more for those takes as long as to read them once."""
         if which in self._cache:
             return self._cache[which]
         told: list[dict[str, Any]] = []
         show = f"{self.name} {which} images" if self.progress else ""
-        parts = []
+        parts, left = [], list[Record]()
         for batch in in_batches(records, self.batch_size, show=show):
-            found = np.asarray(encode(stack_images(batch)), np.float32)
+            some = kept(batch)
+            if len(some) < len(batch):
+                here = set(map(id, some))
+                left += [_labels(one) for one in batch if id(one) not in here]
+            if not some:
+                continue
+            found = np.asarray(encode(stack_images(some)), np.float32)
             parts.append(check_finite(found, "image embeddings"))
-            told += [{k: one[k] for k in ("key", "labels") if k in one} for one in batch]
+            told += map(_labels, some)
+        if left:
+            line = (
+                f"{len(left)} of {len(left) + len(told)} examples to learn from have none of the "
+                f"{self.num_classes} classes, as {left[0].get('key', 'one')} with "
+                f"{list(left[0]['labels'])[:3]}, and are left out"
+            )
+            if not told:
+                raise ValueError(f"{self.name}: {line}; give data of these classes")
+            warn(self.name, line)
         if not parts:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         self._cache[f"labels of {which}"] = told
         self._cache[which] = np.concatenate(parts)
         return self._cache[which]
+
+
+def _labels(record: Record) -> dict[str, Any]:
+    return {k: record[k] for k in ("key", "labels") if k in record}
 
 
 class LinearProbe(Probe):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from coca_jax.evaluators import Record, check_finite, in_batches, record_texts, stack_images, warn
-from coca_jax.evaluators.caption_match import canonical_text
+from coca_jax.evaluators.caption_match import VOICES, canonical_text, vqa_accuracy
 from coca_jax.evaluators.classification import HEADLINES, METRICS, Tally
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Pictured, Scale, Setting
 from coca_jax.evaluators.intervals import with_interval
@@ -17,6 +17,7 @@ from coca_jax.evaluators.results import Spread, encode_png, picture
 from coca_jax.evaluators.same_images import content_digest, numbered
 from coca_jax.models.head_kinds import HeadKind
 
+VQA = Metric("VQA accuracy")
 QUESTIONS = Flag("questions", "", "Field that lists {question, answer} objects.")
 
 
@@ -42,6 +43,16 @@ def question_of(record: Record, name: str) -> str:
             "give the data as kind='question'"
         )
     return texts[0]
+
+
+def by_voices(
+    name: str, said: Sequence[str], answers: Sequence[Sequence[str]], owners: np.ndarray | None
+) -> Iterator[tuple[str, float]]:
+    """Yields vqa_accuracy of what was said, and its interval, where every question has the answers
+    of several people, `VOICES` or more; nothing else. owners: as of `with_interval`."""
+    if min(map(len, answers), default=0) >= VOICES:
+        each = np.asarray([vqa_accuracy(*pair) for pair in zip(said, answers, strict=True)])
+        yield from with_interval(f"{name}/vqa_accuracy", each, owners=owners)
 
 
 class OfRecords(Pictured):
@@ -71,6 +82,7 @@ class Classification(OfRecords):
     metrics = METRICS | {
         "nll": Metric("Negative log-likelihood, nats", Scale.PLAIN, lower=True),
         "unknown_labels": Metric("Labels that the head lacks", Scale.PLAIN, lower=True),
+        "vqa_accuracy": VQA,
     }
     headlines, pictures = HEADLINES, 16
 
@@ -95,9 +107,10 @@ class Classification(OfRecords):
         return "" if model.head_kind.reads_text else "label"
 
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields what `ZeroShot.run` does, nll (nats, of records that have a class), and
-        unknown_labels: records none of whose labels is a class of the head. It cannot name those,
-        so they count as wrong, and where they are all there is a warning says so.
+        """Yields what `ZeroShot.run` does, nll (nats, of records that have a class),
+        unknown_labels: records none of whose labels is a class of the head (it cannot name those,
+        so they count as wrong, and where they are all there is a warning says so); and of questions
+        what `by_voices` does.
 
         A record needs `image` (of pairs `second` too), `labels` and, for heads that read a text,
         `text`. Afterwards `examples` and `classes` are as those of ZeroShot.
@@ -109,6 +122,7 @@ class Classification(OfRecords):
         tally = Tally(self.name, names, relative=True, **how)
         surprise: list[float] = []
         named: list[bool] = []  # of each record, whether it has a class of the head
+        said, answers = list[str](), list[Sequence[str]]()  # of questions
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             images = stack_images(batch)
             if predict.head_kind.images > 1:
@@ -122,6 +136,9 @@ class Classification(OfRecords):
                 known = list({number[label] for label in record["labels"] if label in number})
                 surprise += [-np.log(max(float(row[known].sum()), 1e-12))] if known else []
                 named.append(bool(known))
+                if predict.head_kind.reads_text:
+                    said.append(names[int(row.argmax())])
+                    answers.append(record["labels"])
         if named and not surprise:
             given = ", ".join(map(repr, list(record["labels"])[:3])) or "none"
             shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
@@ -139,6 +156,7 @@ class Classification(OfRecords):
             nats = np.asarray(surprise)
             yield from with_interval(f"{self.name}/nll", nats, owners=owners, most=None)
         yield f"{self.name}/unknown_labels", float(len(named) - len(surprise))
+        yield from by_voices(self.name, said, answers, tally.owners())
         self.examples, self.classes = tally.examples(), tally.classes()
 
 
@@ -147,7 +165,7 @@ class Answers(OfRecords):
 
     kind, order, title = "answers", 60, "Written answers"
     programs = ("answer",)
-    metrics = {"exact_match": Metric("Exact match")}
+    metrics = {"exact_match": Metric("Exact match"), "vqa_accuracy": VQA}
     headlines = ("exact_match",)
 
     @classmethod
@@ -158,8 +176,9 @@ class Answers(OfRecords):
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields exact_match, and its interval: answers equal to one of the record's labels, in
         lower case and without punctuation; the interval draws images with all their questions.
-        Afterwards `examples` holds pictures with answers."""
+        And what `by_voices` does. Afterwards `examples` holds pictures with answers."""
         exact: list[bool] = []
+        written, wanted_of = list[str](), list[Sequence[str]]()
         image_of: list[bytes] = []
         shown = Spread(self.num_examples)
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
@@ -169,12 +188,15 @@ class Answers(OfRecords):
                 wanted = {canonical_text(label) for label in record["labels"]}
                 exact.append(canonical_text(said) in wanted)
                 image_of.append(content_digest(record["image"]))
+                written.append(said)
+                wanted_of.append(record["labels"])
                 shown.offer(functools.partial(_item, record, said, exact[-1]))
         if not exact:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         self.examples = dict(kind="captioning", items=shown.items())
         owners = numbered(image_of)
         yield from with_interval(f"{self.name}/exact_match", np.asarray(exact), owners=owners)
+        yield from by_voices(self.name, written, wanted_of, owners)
 
 
 def _item(record: Record, said: str, exact: bool) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class CoCaModel(Scores):
         settings.check_beams(self.vocabulary.size)
         images = self._reader.listed(images)
         prompts = text_arrays.one_each("" if prompt is None else prompt, len(images))
+        text_arrays.check_room(self.vocabulary, prompts, self.max_len, settings.min_tokens)
         numbers = own_seeds(seeds, len(images))
         captions: list[list[Caption]] = []
         for pixels in self._reader.batches(images, progress):
@@ -127,6 +128,7 @@ class CoCaModel(Scores):
         settings = Settings.of(how)
         images = self._reader.listed(images)
         texts = text_arrays.one_each("" if prompts is None else prompts, len(images))
+        text_arrays.check_room(self.vocabulary, texts, self.max_len, settings.min_tokens)
         rows = own_seeds(seeds, len(images))
         batches = list(self._reader.batches(images, False))
         if len(batches) > 1:

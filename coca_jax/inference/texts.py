@@ -188,6 +188,25 @@ def one_each(given: str | Sequence[str], count: int) -> list[str]:
     return given
 
 
+def check_room(vocabulary: Vocabulary, texts: Sequence[str], max_len: int, min_tokens: int) -> None:
+    """Raises ValueError naming the first prompt behind which a model of max_len writes no token, or
+    fewer than min_tokens: before the first of many images is read."""
+    known = list(dict.fromkeys(texts))
+    for text, ids in zip(known, vocabulary.encode_many(known)):
+        room = max_len - 1 - len(ids)
+        if room < 1:
+            named = f"{text[:60]!r}{'...' * (len(text) > 60)}"
+            raise ValueError(
+                f"prompt {named}: {len(ids)} tokens, and the model writes {max_len} in all, with "
+                "begin and end (model.text.max_len); shorten it"
+            )
+        if room < min_tokens:
+            raise ValueError(
+                f"min_tokens={min_tokens}: behind a prompt of {len(ids)} tokens the model writes "
+                f"{room} (model.text.max_len={max_len}); lower it"
+            )
+
+
 def prompts(vocabulary: Vocabulary, texts: Sequence[str], size: int) -> Prompts:
     """The prompts of a batch of `size` rows, at least as many as texts."""
     known_texts = sorted(set(texts))

@@ -91,7 +91,8 @@ def extract(params: Mapping[str, Any], base: Mapping[str, Any], rank: int) -> di
 
     params, base: nested, of the run and of what it started from. Of each kernel that changed the
     best approximation of that rank (by singular values), which is exact for a run with lora_rank up
-    to it. Raises ValueError for a parameter that changed and is no kernel, or other shapes.
+    to it that does not average its parameters: a mean of products has a higher rank. Raises
+    ValueError for a parameter that changed and is no kernel, or other shapes.
     """
     found: dict[str, np.ndarray] = {}
 

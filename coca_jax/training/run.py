@@ -211,7 +211,8 @@ def steps_from(
 ) -> TrainState:
     """All steps from `start` on. Raises WentUp besides."""
     with run.buckets("init"):
-        for remark in run_config.remarks(run.config, run.mixture.num_examples):
+        remarks = run_config.remarks(run.config, run.mixture.num_examples)
+        for remark in filter(None, [*remarks, run.mixture.remark_small()]):
             run.say(remark)  # before hours go into tokens that are kept
         batches = open_batches(run, start, spikes.left_out, locked.keep(run, state))
         run.say(run.mixture.describe())

@@ -48,7 +48,10 @@ class Scenes:
         drawn = [name for name, one in kinds.KINDS.items() if one.drawn]
         if kind not in drawn:
             *names, last = map(repr, drawn)
-            raise ValueError(f"kind is {kind!r}; use {', '.join(names)} or {last}")
+            raise ValueError(
+                f"builtin='scenes' draws nothing for kind={kind!r}, but for {', '.join(names)} or "
+                f"{last}; give data of your own"
+            )
         self.kind = kinds.KINDS[kind]
         if scenery not in SCENERY:
             raise ValueError(f"scenery is {scenery!r}; use one of {', '.join(SCENERY)}")
