@@ -7,6 +7,7 @@ import pytest
 from prepare_cases import encode
 
 from coca_jax.console import activity, bars
+from coca_jax.data import files
 from coca_jax.evaluators import in_batches
 from coca_jax.importers import imagefolder, remarks, split_field, splits
 from coca_jax.importers.items import Options
@@ -95,4 +96,12 @@ def test_a_folder_that_takes_long_to_list_is_said(monkeypatch, capsys, tmp_path)
     assert splits.prepare(*where, processes=1, progress=False)["written"] == 1
     told = capsys.readouterr().err
     assert f"looking through {where[1]} ... 0 s so far" in told
-    assert f"looking for what is not read in {where[1]} ... 0 s so far" in told
+    unread = f"looking for what is not read in {where[1]} ... 0 s so far"
+    assert unread in told
+    monkeypatch.setattr(files, "walk", slow(files.walk))
+    remarks.of_format(where[1], "imagefolder")
+    assert unread in capsys.readouterr().err
+    (tmp_path / "in/list.csv").write_text("file_name,text\na/1.jpg,one\n")
+    monkeypatch.setattr(imagefolder, "unlisted", slow(imagefolder.unlisted))
+    remarks.unread(where[1], "csv")
+    assert unread in capsys.readouterr().err

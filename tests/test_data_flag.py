@@ -60,6 +60,14 @@ def test_places_with_commas_between_them_are_told_apart(tmp_path, monkeypatch):
     assert data_flag.parse("a,x").path == "a,x"  # not there, and told so where it is opened
 
 
+def test_more_data_than_rows_are_refused_before_any_is_indexed(tmp_path):
+    flags = [str(captioned(tmp_path / name, 2)) for name in ("a", "b")]
+    why = "2 data sets for a batch of 1 rows, .* give --config.batch_size=2 or more"
+    with pytest.raises(ValueError, match=why):
+        own_data.apply(typed(recipe(batch_size=1)), flags, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def words(folder, count):
     """An imagefolder whose captions have an unusual name."""
     captioned(folder, count, words=lambda i: f"words {i}")

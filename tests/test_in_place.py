@@ -213,6 +213,8 @@ def test_shards_by_braces(tars, tmp_path):
         files.find(f"{tars}/{{0..9999999}}.tar", ())
     pattern = f"{tars}/{{000..001}}.tar"
     assert indexes.folder_names([pattern, f"{tars}/t-{{0,1}}.tar"]) == ["data", "t-"]
+    alike = indexes.folder_names(["a/x", "b/x", "c/x", "d/x-2", "e/x"])
+    assert alike == ["x", "x-2", "x-3", "x-2-2", "x-4"]
     assert make("webdataset", pattern, tmp_path, in_place=True)["written"] == 28
     assert prepared.read_manifest(str(tmp_path))["splits"]["train"]["root"] == str(tars)
 

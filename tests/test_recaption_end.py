@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import tarfile
 import threading
 
@@ -353,3 +354,16 @@ def test_shards_are_tidied_many_at_a_time(tars, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shard, "clear", waits)
     least = whole.threshold(request, jobs)
     assert whole.finish(request, jobs, least)["count"] and sorted(tidied) == [0, 1]
+
+
+@pytest.mark.parametrize("to", writers.SUFFIXES)
+def test_a_shard_that_a_full_disk_does_not_take_is_an_error_of_the_disk(tmp_path, to):
+    made = dict(key="a", captions=[], originals=[])
+    examples = [writers.Example("a", Item("a", os.urandom(200_000)), [], made)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writers.write(to, str(tmp_path / "out"), iter(examples))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -89,10 +89,19 @@ def test_the_last_save_is_tried_several_times(run):
         with pytest.raises(checkpointing.SaveFailed) as error:
             save(99, state_of(99), last=True)
         assert len(run.said) == 3  # at first, and after each pause of LAST_RETRY
-        assert str(error.value) == "step 99 could not be saved; step 10 is the newest"
+        begin = f"step 99 could not be saved in {run.workdir}; step 10 is the newest; once the "
+        assert str(error.value).startswith(begin)
         run.say = lambda line: (run.said.append(line), free())  # somebody deletes something
         assert save(100, state_of(100), last=True) == 100
     assert len(run.said) == 4 and run.checkpoints.steps() == [10, 100]
+    save.close()
+
+
+def test_a_run_without_a_save_is_not_told_of_step_0(run):
+    save = saving.Save(run, run.checkpoints, state_of(0), 0)
+    with full_disk(), pytest.raises(checkpointing.SaveFailed, match="; no step is kept; once"):
+        save(9, state_of(9), last=True)
+    assert all("; no step is kept yet; it is tried again" in line for line in run.said)
     save.close()
 
 

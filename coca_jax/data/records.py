@@ -7,6 +7,8 @@ well. tensorflow-datasets reads the same bytes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -110,3 +112,16 @@ def parse_example(data: bytes) -> dict[str, list]:
         name: [v for kind in kinds for v in getattr(value, kind).value]
         for name, value in feature.items()
     }
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Raises OSError for what the writer of a shard at `path` raises inside, RuntimeError, as on a
+    full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"{path} cannot be written: {why}; finished shards stay, the same command goes on"
+        ) from None

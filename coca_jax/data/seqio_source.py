@@ -125,13 +125,16 @@ def _fields(name: str, features: list[str], entry: Entry) -> dict[str, str]:
 def _write(path: str, examples: Iterator[Record]) -> tuple[int, int, int]:
     """How many examples there are, how many with a text, how many with a label."""
     counts = np.zeros(3, np.int64)
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+    with records.writing(path):
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
     try:
         for record in examples:
             counts += (1, bool(record.texts), bool(record.labels))
-            writer.write(records.serialize(record))
+            with records.writing(path):
+                writer.write(records.serialize(record))
     finally:
-        writer.close()
+        with records.writing(path):
+            writer.close()
     count, texts, labels = counts.tolist()
     return count, texts, labels
 

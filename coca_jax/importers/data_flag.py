@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from coca_jax.data import files, kinds, sources
 from coca_jax.importers import metadata
 
 _LOOKED_AT = 256  # records, for a field that lists questions
+_FAR = 1.5  # times as many rows as were asked for, or as few
 _ASKED = ("questions", "answers")  # keys of an entry
 
 
@@ -206,3 +208,25 @@ def described(
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
         line += f"; left out: {reasons}, listed in {path}/*-quarantine.jsonl"
     return line
+
+
+def check_rows(count: int, batch_size: int) -> None:
+    """Raises ValueError where a batch has not a row for each of `count` sources."""
+    if count > batch_size:
+        raise ValueError(
+            f"--data: {count} data sets for a batch of {batch_size} rows, of which each "
+            f"takes one at least; give --config.batch_size={count} or more, or fewer data sets: a "
+            "glob or a folder above several is one"
+        )
+
+
+def tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
+    """Says where the rows of a batch are far from the weights that were asked for."""
+    exact = [weight / sum(weights) * sum(rows) for weight in weights]
+    if any(max(one / all_of, all_of / one) >= _FAR for one, all_of in zip(exact, rows)):
+        given, taken = (":".join(f"{one:g}" for one in found) for found in (weights, rows))
+        print(
+            f"--data: the weights {given} are {taken} rows of a batch of {sum(rows)}, as each has "
+            "one at least; a larger batch_size comes nearer",
+            file=sys.stderr,
+        )

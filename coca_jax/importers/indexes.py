@@ -15,7 +15,6 @@ import pathlib
 import posixpath
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -97,14 +96,14 @@ def planned(path: str, workdir: str) -> str:
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each path: its last part, numbered where two share it."""
-    names: list[str] = []
+    """A short name for each path: its last part, numbered where several share it."""
+    names: dict[str, None] = {}
     for path in paths:
         last = re.split(r"[*{]", posixpath.basename(path.rstrip("/")))[0] or "data"
         name = last.partition(".")[0].removeprefix("tfds:") or "data"
-        count = Counter(names)[name]
-        names.append(f"{name}-{count + 1}" if count else name)
-    return names
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names[next(one for one in itertools.chain([name], numbered) if one not in names)] = None
+    return list(names)
 
 
 def cached(entry: Entry, split: str) -> str:

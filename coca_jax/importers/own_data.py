@@ -29,7 +29,6 @@ from coca_jax.importers import (
 from coca_jax.importers.items import Item, Options
 
 HOLDOUT = 0.1  # of data that come as one split
-_FAR = 1.5  # times as many rows as were asked for, or as few
 _AT_MOST = 5000  # examples of an evaluation that is set up here
 
 
@@ -53,6 +52,7 @@ def apply(
     Raises ValueError or OSError for data that cannot be used, in one line.
     """
     found = [data_flag.parse(text) for text in texts]
+    data_flag.check_rows(len(found), config.batch_size)
     for one in found:  # before the first of them is imported
         if one.path != "scenes" and not is_prepared(one.path):
             formats.guess(one.path)
@@ -83,12 +83,11 @@ def apply(
             of_all = {k: v for k, v in entries[0].items() if k in ("kind", "questions")}
             tasks += evaluations(config, dict(place, split=held, **of_all), f"{name}_{held}")
     data_flag.check_classes(texts, sources)
-    if len(sources) > (rows := config.batch_size):
-        raise ValueError(f"--data: {len(sources)} data sets for a batch of {rows} rows")
+    data_flag.check_rows(len(sources), config.batch_size)  # questions may be several of one flag
     weights = [source["weight"] for source in sources]
     shares = mixture.nearest_shares(weights, config.batch_size)
     if main_process:
-        _tell_shares(weights, shares)
+        data_flag.tell_shares(weights, shares)
     sources = [dict(source, weight=float(rows)) for source, rows in zip(sources, shares)]
     probes = [] if keep_tasks else _probes(config, kept, main_process)
     told = config.eval.tasks if keep_tasks else (*probes, *(kept or tasks))
@@ -115,18 +114,6 @@ def _probes(
                 line = f"eval.guard: the recipe's probe {name} is left out, as {path} is not there"
                 print(line, file=sys.stderr)
     return found
-
-
-def _tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
-    """Says where the rows of a batch are far from the weights that were asked for."""
-    exact = [weight / sum(weights) * sum(rows) for weight in weights]
-    if any(max(one / all_of, all_of / one) >= _FAR for one, all_of in zip(exact, rows)):
-        given, taken = (":".join(f"{one:g}" for one in found) for found in (weights, rows))
-        print(
-            f"--data: the weights {given} are {taken} rows of a batch of {sum(rows)}, as each has "
-            "one at least; a larger batch_size comes nearer",
-            file=sys.stderr,
-        )
 
 
 def _check_run(config: Config, found: Sequence[data_flag.Named], workdir: str) -> None:

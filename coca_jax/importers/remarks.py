@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from coca_jax.console import activity
 from coca_jax.data import field_texts, files, formats, own_folders, split_names, views
 from coca_jax.data.records import Record
 from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
@@ -20,6 +21,7 @@ from coca_jax.importers.items import Item, Options, class_number
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
 _MOST_LOOKED_AT = 20_000  # files of a folder
 _MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
+_LOOKING = "looking for what is not read in {}"
 _MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
 _BY_NAME = ("imagefolder", "sidecars")  # formats that find pictures by the ends of their names
@@ -101,7 +103,8 @@ def other_kinds(input: str, format: str) -> str:
     none, and beside metadata and lists, which tell of each of their pictures."""
     if format not in _BY_NAME or files.is_remote(input) or not os.path.isdir(input):
         return ""
-    names = own_folders.without_ours([name for inside in files.walk(input) for name in inside])
+    with activity.saying(_LOOKING.format(input)):
+        names = own_folders.without_ours([name for inside in files.walk(input) for name in inside])
     left = [name for name in names if name.lower().endswith(formats.UNREAD_PICTURES)]
     if not left or any(posixpath.basename(name) in formats.METADATA for name in names):
         return ""
@@ -127,7 +130,8 @@ def _beside_lists(input: str, format: str) -> str:
     others; '' for none, and beside lists of many bytes."""
     if format not in _LISTS or files.is_remote(input) or not os.path.isdir(input):
         return ""
-    with contextlib.suppress(OSError, ValueError):  # the import says what is wrong with them
+    # The import says what is wrong with them.
+    with activity.saying(_LOOKING.format(input)), contextlib.suppress(OSError, ValueError):
         if sum(map(os.path.getsize, _lists_in(input, format))) <= _MOST_OF_LISTS:
             left, count = imagefolder.unlisted(input, Options(), _LISTS[format])
             if left:

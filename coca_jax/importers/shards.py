@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -199,7 +198,7 @@ class _Part:
         name = f"shard-{int(job.options.held_out)}"
         self._local = os.path.join(folder, name) if remote else _begun(self._data)
         options = "group_size:1,uncompressed"
-        with _as_os_error(self._data):
+        with records.writing(self._data):
             self._writer = array_record_module.ArrayRecordWriter(self._local, options)
         self._counts: Counter[str] = Counter(
             count=0, with_text=0, with_label=0, with_numbers_alone=0, with_lost_range=0
@@ -222,7 +221,7 @@ class _Part:
             detail = printable(detail[:300])
             self._quarantined.append({"key": item.key, "reason": reason, "detail": detail})
             return
-        with _as_os_error(self._data):
+        with records.writing(self._data):
             self._writer.write(kept)
         self._counts["count"] += 1
         self._counts["with_text"] += bool(record.texts)
@@ -237,7 +236,7 @@ class _Part:
 
     def finish(self, read: int) -> dict[str, Any]:
         """Gives the shard its place and writes the account. read: the items that it was given."""
-        with _as_os_error(self._data):
+        with records.writing(self._data):
             self._writer.close()
         size, digest = os.path.getsize(self._local), sha256(self._local)
         _put(self._local, self._data)
@@ -254,18 +253,6 @@ class _Part:
         text = json.dumps(account, ensure_ascii=False, sort_keys=True)
         storage.write_bytes(f"{self._job.part}.json", text.encode())
         return account
-
-
-@contextlib.contextmanager
-def _as_os_error(data: str) -> Iterator[None]:
-    """What the writer of a shard raises, on a full disk for example, as an error of the disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        raise OSError(
-            f"{data} cannot be written: {why}; finished shards stay, the same command goes on"
-        ) from None
 
 
 def _begun(data: str) -> str:

@@ -184,8 +184,9 @@ def _parquet(path: str, examples: _Counted) -> None:
 
 
 def _array_record(path: str, examples: _Counted) -> None:
-    """As `prepare` writes it; what was made is in `extra`."""
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+    """As `prepare` writes it; what was made is in `extra`. Raises OSError on a full disk."""
+    with records.writing(path):
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
     for one in examples:
         extra = one.fields() | dict(recaption=one.made())
         for name, array in one.embeddings().items():
@@ -194,5 +195,7 @@ def _array_record(path: str, examples: _Counted) -> None:
         record = records.Record(
             one.item.image, texts, tuple(one.item.labels), one.key, plain_json(extra)
         )
-        writer.write(records.serialize(record))
-    writer.close()
+        with records.writing(path):
+            writer.write(records.serialize(record))
+    with records.writing(path):
+        writer.close()

@@ -120,7 +120,11 @@ class Save:
                     break
                 time.sleep(pause)
         if last and self._kept[0] != step:
-            raise SaveFailed(f"step {step} could not be saved; step {before} is the newest")
+            newest = f"step {before} is the newest" if before else "no step is kept"
+            raise SaveFailed(
+                f"step {step} could not be saved in {self._run.workdir}; {newest}; once the reason "
+                "above is mended, the same command goes on"
+            )
         self._interval.saved(step, time.perf_counter() - begin)
         return step
 
@@ -143,7 +147,9 @@ class Save:
         pause = RETRY[min(self._failures, len(RETRY) - 1)]
         self._failures += 1
         self._retry_at = time.monotonic() + pause
-        self._run.say(f"warning: {error}; step {self._kept[0]} stays the newest; it is tried again")
+        kept = self._kept[0]  # 0: the beginning, of which there is no checkpoint
+        newest = f"step {kept} stays the newest" if kept else "no step is kept yet"
+        self._run.say(f"warning: {error}; {newest}; it is tried again")
 
     def close(self) -> None:
         """Waits for the save under way."""
