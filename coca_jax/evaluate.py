@@ -302,6 +302,7 @@ def compare(outs: Sequence[str]) -> dict[str, Any]:
     return dict(base=outs[0], rows=rows)
 
 
+@unprepared.looked_through_once()
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     args = flags.FLAGS

@@ -13,7 +13,7 @@ from test_picture_folders import beside, brought, in_folders
 from coca_jax.data import prepared, sources
 from coca_jax.evaluators import probes, zeroshot
 from coca_jax.evaluators.declarations import Setting
-from coca_jax.importers import imagefolder, items
+from coca_jax.importers import imagefolder, items, unprepared
 
 
 def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
@@ -95,6 +95,29 @@ def test_a_class_whose_name_is_no_text_is_named(tmp_path):
         zeroshot.ZeroShot.from_task(task, Setting())
     split = dict(train=dict(path=str(data), split="train"))
     probes.LinearProbe.from_task(dict(task, **split), Setting())  # needs no texts
+
+
+def test_a_folder_is_looked_through_once_for_all_that_a_command_asks(tmp_path, monkeypatch):
+    """Each question went through all files: a million took minutes before the first was read."""
+    data = dict(path=str(in_folders(tmp_path / "a", ["cat", "dog"])))
+    planned, plan = [], imagefolder.plan
+    monkeypatch.setattr(imagefolder, "plan", lambda *of: planned.append(of) or plan(*of))
+
+    def asked():
+        split = unprepared.choose_split(data)
+        source = unprepared.open_source(data, split)
+        names = unprepared.class_names(data, split)
+        return split, names, unprepared.counts(data)["label"], [one.labels for one in source]
+
+    apart = asked()
+    every = len(planned)
+    planned.clear()
+    with unprepared.looked_through_once():
+        assert asked() == apart
+        assert len(planned) == 3 < every / 2  # what it is, whether it has splits, its rows
+        in_folders(tmp_path / "a", ["fox"])
+        assert unprepared.class_names(data, "test") == ["cat", "dog"]
+    assert unprepared.class_names(data, "test") == ["cat", "dog", "fox"]
 
 
 @pytest.mark.parametrize("maker", [probes.LinearProbe, probes.NearestNeighbours])

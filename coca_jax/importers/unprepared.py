@@ -7,10 +7,12 @@ split once, in order.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 from coca_jax.config import Entry
 from coca_jax.data import (
@@ -32,6 +34,33 @@ _ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
 
 
 Given: TypeAlias = Entry | Mapping[str, Any]
+T = TypeVar("T")
+
+_known: contextvars.ContextVar[dict[Hashable, Any] | None] = contextvars.ContextVar(
+    "_known", default=None
+)
+
+
+@contextlib.contextmanager
+def looked_through_once() -> Iterator[None]:
+    """Inside, a folder of pictures is looked through once for all that is asked of it, and taken to
+    stay as it is: of a million files each question costs half a minute."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _once(key: Hashable, find: Callable[[], T]) -> T:
+    """What `find` gives, inside `looked_through_once` that of the first call with this key."""
+    known = _known.get()
+    if known is None:
+        return find()
+    if key not in known:
+        known[key] = find()
+    found: T = known[key]
+    return found
 
 
 def open_source(entry: Given, split: str) -> Source:
@@ -92,7 +121,10 @@ def told(entry: Entry) -> tuple[list[str], split_field.Told | None] | None:
 def _of_folder(entry: Entry) -> tuple[list[str], split_field.Told | None]:
     if split_field.FIELD in entry.where:
         return imagefolder.splits(entry.path), None
-    return split_field.of_data("imagefolder", entry.path, _options(entry))
+    path, options = entry.path, _options(entry)
+    return _once(
+        ("splits", path, options), lambda: split_field.of_data("imagefolder", path, options)
+    )
 
 
 def check_split(entry: Given, split: str) -> None:
@@ -161,20 +193,34 @@ def _is_plain_folder(entry: Entry) -> bool:
     path = entry.path
     if not os.path.isdir(path) or files.exists(files.join(path, prepared.MANIFEST)):
         return False
-    try:  # what it is first: a plan goes through all pictures, for each question about the data
-        return formats.guess(path) == "imagefolder" and bool(imagefolder.plan(path, "", Options()))
-    except FileNotFoundError:
-        return False
+
+    def find() -> bool:
+        try:
+            return formats.guess(path) == "imagefolder" and bool(
+                imagefolder.plan(path, "", Options())
+            )
+        except FileNotFoundError:
+            return False
+
+    return _once(("plain", path), find)
+
+
+def _located(path: str, split: str, options: Options) -> list[tuple[imagefolder.Located, Unit]]:
+    """All rows of a folder, or of its folder of a split."""
+    return _once(
+        ("rows", path, split, options),
+        lambda: [
+            (one, unit)
+            for unit in imagefolder.plan(path, split, options)
+            for one in imagefolder.located(unit, options)
+        ],
+    )
 
 
 def _folder(entry: Entry, split: str) -> Source:
     path, options = entry.path, _options(entry)
     of_names = bool(imagefolder.splits(path))
-    found = [
-        (one, unit)
-        for unit in imagefolder.plan(path, split if of_names else "", options)
-        for one in imagefolder.located(unit, options)
-    ]
+    found = _located(path, split if of_names else "", options)
     if not of_names and split_field.FIELD not in entry.where:
         usable = (one.item.extra for one, _ in found if not one.item.problem)
         by_field = split_field.of_values(extra.get(split_field.FIELD) for extra in usable)

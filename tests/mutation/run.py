@@ -204,12 +204,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     every = sorted(path.stem for path in HERE.glob("*.toml"))
-    parser.add_argument("modules", nargs="*", default=every, choices=every, metavar="MODULE")
+    # argparse compares no modules, [], with the choices too.
+    parser.add_argument("modules", nargs="*", choices=[*every, []], metavar="MODULE")
     parser.add_argument("--only", default="", help="faults whose name has this in it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as compiled:
         prepare(pathlib.Path(compiled))
-        table = {name: run_module(name, arguments.only) for name in arguments.modules}
+        table = {name: run_module(name, arguments.only) for name in arguments.modules or every}
     print(
         "\n| module | faults | caught | survived | gone | equivalent |\n|---|---|---|---|---|---|"
     )
