@@ -72,7 +72,7 @@ def define_task_flags() -> None:
     flags.DEFINE_integer(
         "num_frames", None, "Frames of each video; 0: images; default: as trained.", lower_bound=0
     )
-    flags.DEFINE_integer("limit", 0, "At most so many records; 0: all.", 0)
+    flags.DEFINE_integer("limit", 0, "The first so many that have what a task needs; 0: all.", 0)
     flags.DEFINE_integer("batch_size", 0, "Images at a time over all devices; 0: 32 a device.", 0)
 
 

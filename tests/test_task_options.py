@@ -1,5 +1,7 @@
 """Evaluations that a recipe asks for in the wrong words are refused before it trains."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -105,6 +107,27 @@ def test_scenes_are_drawn_for_what_a_task_needs(need, kind, field):
     """As the records of a folder are read: a task's data need not say what its kind says."""
     records = Records(dict(SCENES, kind=kind), limit=3, need=need)
     assert len(records) == 3 and all(record[field] for record in records)
+
+
+def test_a_limit_counts_the_records_that_have_what_a_task_needs(tmp_path):
+    """It cut before the others were left out: of 2 one was scored, and 1 said there was none."""
+    rows = [dict(file_name=f"{number}.png", label="red") for number in range(7)]
+    for row in rows[1::2]:
+        row["text"] = "a colour" if row["file_name"] == "1.png" else "red"
+    for row in rows:
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = dict(path=str(tmp_path), split="test")
+
+    def found(limit, **how):
+        records = Records(data, limit, **how)
+        return [record["key"] for record in records], records.left_out
+
+    assert found(2, need="caption") == (["1.png", "3.png"], 2)
+    assert found(1, need="caption") == (["1.png"], 1)
+    assert found(0, need="caption") == (["1.png", "3.png", "5.png"], 4)
+    assert found(1, need="caption", known={"red"}) == (["3.png"], 2)
+    assert found(2, need="label") == (["0.png", "1.png"], 0) and found(2)[0] == ["0.png", "1.png"]
 
 
 def test_a_probe_does_not_learn_from_what_it_scores(tmp_path):

@@ -23,12 +23,12 @@ class Records:
     Args:
       data: an entry as in config.data.sources with `split`; `path` may be a plain imagefolder, and
         `tfds` any set that the user has.
-      limit: at most so many; 0: all.
+      limit: at most so many of those that count; 0: all.
       known: only records one of whose texts is among these; None: all.
       need: what a record must have to count, the name of a kind of source ('caption', 'label');
         '': nothing.
 
-    Attributes: left_out, the number of records without what is needed.
+    Attributes: left_out, the number of records without what is needed, up to the last that counts.
 
     A record has image (encoded bytes; of drawn scenes uint8 [64, 64, 3]), second (the other image
     of a pair), text, labels, key and extra; drawn scenes have `scene`. Raises ValueError or
@@ -53,30 +53,37 @@ class Records:
         else:
             source = unprepared.open_source(entry, "test")
         self._source = source
-        self._indices = np.arange(min(limit or len(source), len(source)))
+        self._indices = np.arange(len(source))
         self._given = 0
         self.left_out = 0
         # Going through a TFDS set costs as much as evaluating on it.
-        if need and not (self.scenes or source.complete or entry.tfds):
-            self._require(need, source.name)
-        if known is not None:
-            self._keep(lambda part: [not known.isdisjoint(texts) for texts in self._texts(part)])
+        if self.scenes or source.complete or entry.tfds:
+            need = ""
+        if need or known is not None:
+            self._choose(limit or len(source), known, need)
+            if need and not len(self._indices) and self.left_out == len(source):
+                raise ValueError(declarations.missing(source.name, need))
+        elif limit:
+            self._indices = self._indices[:limit]
 
-    def _require(self, need: str, name: str) -> None:
-        count, has = len(self._indices), kinds.KINDS[need]().trains
-        self._keep(lambda part: [has(record) for record in self._source.read_texts(part)])
-        self.left_out = count - len(self._indices)
-        if not len(self._indices):
-            raise ValueError(declarations.missing(name, need))
+    def _choose(self, limit: int, known: set[str] | None, need: str) -> None:
+        """Leaves the first `limit` records that count. Those behind the last are not read."""
+        has = kinds.KINDS[need]().trains if need else None
+        kept: list[int] = []
+        for part in self._parts():
+            for index, record in zip(part, self._source.read_texts(part)):
+                if has is not None and not has(record):
+                    self.left_out += 1
+                elif known is None or not known.isdisjoint(self._texts(record)):
+                    kept.append(index)
+                    if len(kept) == limit:
+                        break
+            if len(kept) == limit:
+                break
+        self._indices = np.array(kept, np.int64)
 
-    def _keep(self, wanted: Callable[[np.ndarray], list[bool]]) -> None:
-        """Leaves the records for which `wanted`, called with parts of the indices, is true."""
-        kept = [np.asarray(wanted(part), bool) for part in self._parts()]
-        self._indices = self._indices[np.concatenate(kept)]
-
-    def _texts(self, indices: np.ndarray) -> list[Sequence[str]]:
-        found = self._source.read_texts(indices)
-        return [[r["text"]] for r in found] if self.scenes else [r.texts for r in found]
+    def _texts(self, record: Any) -> Sequence[str]:
+        return [record["text"]] if self.scenes else record.texts
 
     def __len__(self) -> int:
         return len(self._indices)
