@@ -12,8 +12,8 @@ from test_version_0_1 import flags_of
 from coca_jax import own_data_flags, run_config, train
 from coca_jax.config import typed
 from coca_jax.data import sources
-from coca_jax.files import out_folder
-from coca_jax.importers import data_flag, own_data, splits
+from coca_jax.files import out_folder, storage
+from coca_jax.importers import asked, checks, data_flag, own_data, splits
 from coca_jax.importers.items import Options
 from coca_jax.training import setup
 
@@ -66,6 +66,31 @@ def test_more_data_than_rows_are_refused_before_any_is_indexed(tmp_path):
     with pytest.raises(ValueError, match=why):
         own_data.apply(typed(recipe(batch_size=1)), flags, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_few_of_several_data_of_which_none_is_held_out_train_whole(tmp_path, capsys):
+    """The run ended at the first of them, behind those that were indexed before it."""
+    many = captioned(tmp_path / "many", 60)
+    kept = [n for n in range(200) if not checks.is_held_out(picture(n), own_data.HOLDOUT)]
+    few = captioned(tmp_path / "few", 1, kept[0])
+    given, run = [str(few), str(many)], str(tmp_path / "run")
+    for _ in range(2):  # as when the run goes on
+        config = own_data.apply(typed(recipe()), given, run)
+        counts = [len(sources.open_source(entry)) for entry in config.data.sources]
+        assert counts[0] == 1 and counts[0] + counts[1] < 61
+        assert {task["name"] for task in config.eval.tasks} == {"many_test"}
+        said = capsys.readouterr().err
+        assert "'train' train as captions (1 have one); nothing of it is held out for" in said
+    # A kill in the midst of the two splits leaves what a whole one takes the place of.
+    work = asked.unfinished(f"{tmp_path}/again/data/few", "train")
+    plan = json.dumps(dict(request=dict(input="x"), state="", groups=[]))
+    storage.write_bytes(f"{work}/plan.json", plan.encode())
+    own_data.apply(typed(recipe()), given, str(tmp_path / "again"))
+    assert "few: a share of 0.1 of its 1 pictures, by their bytes, is none: all train" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="leaves none of 1 for the split 'test'"):
+        own_data.apply(typed(recipe()), given[:1], str(tmp_path / "alone"))
 
 
 def words(folder, count):

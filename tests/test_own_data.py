@@ -333,7 +333,7 @@ def test_splits_that_are_there_are_used(tmp_path, capsys):
     prepare.prepare("imagefolder", str(tmp_path / "c"), str(tmp_path / "p"), progress=False)
     config = own_data.apply(typed(recipe()), [str(tmp_path / "p")], str(tmp_path / "run"))
     assert config.eval.tasks == () and config.data.sources[0].split == "train"
-    assert "nothing is held out, so the run ends without scores" in capsys.readouterr().err
+    assert "nothing of it is held out for the scores" in capsys.readouterr().err
     # Evaluations that the recipe has on these very data stay.
     task = dict(kind="knn", name="mine", data=dict(path=str(tmp_path / "out" / "a"), split="test"))
     config = typed(recipe(eval=dict(tasks=(task,))))

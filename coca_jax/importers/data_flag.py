@@ -200,8 +200,8 @@ def described(
             line += " for the scores"
     else:
         line += (
-            "; nothing is held out, so the run ends without scores: "
-            "`prepare --holdout=0.1` writes a split 'test' as well"
+            "; nothing of it is held out for the scores: `prepare --holdout=SHARE` writes a split "
+            "'test' as well"
         )
     bad = sum((Counter(e["quarantined"]) for e in entries.values()), Counter[str]())
     if bad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,14 @@ def have_changed(before: str, now: str, *, times: bool = False) -> bool:
 def read_manifest(out: str) -> dict[str, Any]:
     """The manifest of a folder, or an empty one. Raises ValueError where it is damaged."""
     return manifest.read(out) or {"format": "coca_jax-1", "class_names": [], "splits": {}}
+
+
+def remove_empty(out: str) -> None:
+    """Removes a local folder and the one that it is in where they are empty."""
+    if not files.is_remote(out):
+        with contextlib.suppress(OSError):
+            os.rmdir(out)
+            os.rmdir(os.path.dirname(out))
 
 
 def request(out: str, split: str) -> dict[str, Any]:

@@ -3,9 +3,7 @@ with a held-out split, a kind told from what it holds, and evaluations that suit
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +65,7 @@ def apply(
             entries = [dict(kind=one.kind or "caption", weight=one.weight)]
             train, held = "train", "test"
         else:
-            path = _prepared_of(one.path, out, named, len(found), wait=not main_process)
+            path = _prepared_of(one.path, out, named, outs, wait=not main_process)
             train, held = choose_splits(path)
             left = _not_taken(named, path, train)
             place = {"path": path} | left
@@ -129,10 +127,12 @@ def _check_run(config: Config, found: Sequence[data_flag.Named], workdir: str) -
     run_config.check_before_data(config.change({"data.sources": tuple(places)}), workdir)
 
 
-def _prepared_of(path: str, out: str, named: Mapping[str, Any], count: int, wait: bool) -> str:
-    """`prepared` of one of `count` data, by the named fields."""
-    with data_flag.naming_one(named, count):
-        return prepared(path, out, Options(**named), wait=wait)
+def _prepared_of(
+    path: str, out: str, named: Mapping[str, Any], outs: Sequence[str], wait: bool
+) -> str:
+    """`prepared` of one of the data that go to `outs`, by the named fields."""
+    with data_flag.naming_one(named, len(outs)):
+        return prepared(path, out, Options(**named), wait=wait, or_whole=len(set(outs)) > 1)
 
 
 def _not_taken(fields: Mapping[str, str], path: str, split: str) -> dict[str, str]:
@@ -228,11 +228,18 @@ def _format_and_input(path: str) -> tuple[str, str]:
     return format, files.absolute(path)
 
 
-def prepared(path: str, out: str, options: Options | None = None, *, wait: bool = False) -> str:
+def prepared(
+    path: str,
+    out: str,
+    options: Options | None = None,
+    *,
+    wait: bool = False,
+    or_whole: bool = False,
+) -> str:
     """The prepared folder of some data: `path` itself where it is one, else `out`, written now.
 
     options: how it is read where it is not there yet. wait: another process writes; wait until it
-    has. Raises as `layout` and `bring_in`.
+    has. or_whole: as of `bring_in`. Raises as `layout` and `bring_in`.
     """
     if is_prepared(path):
         return path
@@ -242,8 +249,9 @@ def prepared(path: str, out: str, options: Options | None = None, *, wait: bool 
     there = _is_there(_format_and_input(path)[1], out)
     if there:
         refuse_changed(path, out, options)
-    if not {"train", "test"} <= set(there):
-        bring_in(layout(path, options), out, options=options)
+    whole = "train" in there and not there["train"]["request"]["options"].get("holdout")
+    if "train" not in there or not (whole or "test" in there):
+        bring_in(layout(path, options), out, options=options, or_whole=or_whole)
     return out
 
 
@@ -256,7 +264,12 @@ def refuse_changed(path: str, out: str, options: Options | None = None, go_on: s
 
 
 def bring_in(
-    found: Layout, out: str, *, holdout: float = HOLDOUT, options: Options | None = None
+    found: Layout,
+    out: str,
+    *,
+    holdout: float = HOLDOUT,
+    options: Options | None = None,
+    or_whole: bool = False,
 ) -> None:
     """Indexes data, to be read in place, as the splits 'train' and 'test'; copies those that cannot
     be read in place, and says so. What an earlier call finished stays.
@@ -267,14 +280,15 @@ def bring_in(
     Args:
         holdout: share of the images that is held out of data of one split.
         options: how to read and what to keep.
+        or_whole: where that share leaves none to hold out, all are 'train', as a line says.
 
     Raises ValueError where nothing can be used, `out` holds other data, or the data have changed
     since an earlier call; no empty folder stays.
     """
     try:
-        _bring_in(found, out, holdout, options or Options())
+        _bring_in(found, out, holdout, options or Options(), or_whole)
     except splits.EmptySide as error:
-        _remove_empty(out)
+        metadata.remove_empty(out)
         raise ValueError(
             f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
             f"for the scores, which leaves none of {error.read} for the split {error.split!r}"
@@ -282,19 +296,11 @@ def bring_in(
             f"--input={shlex.quote(found.input)}` writes"
         ) from None
     except (ValueError, OSError):
-        _remove_empty(out)
+        metadata.remove_empty(out)
         raise
 
 
-def _remove_empty(out: str) -> None:
-    """Removes a local folder and the one that it is in where they are empty."""
-    if not files.is_remote(out):
-        with contextlib.suppress(OSError):
-            os.rmdir(out)
-            os.rmdir(os.path.dirname(out))
-
-
-def _bring_in(found: Layout, out: str, holdout: float, options: Options) -> None:
+def _bring_in(found: Layout, out: str, holdout: float, options: Options, or_whole: bool) -> None:
     state = indexes.state_of_input(found.format, found.input, out, options)
     there = _is_there(found.input, out)
     indexes.refuse_changed(found.input, out, state)
@@ -306,7 +312,15 @@ def _bring_in(found: Layout, out: str, holdout: float, options: Options) -> None
     of_all: dict[str, Any] = dict(state=lambda units: state)
     if not found.held:
         keywords = of_all | dict(read_split=found.train, options=options)
-        splits.prepare_with_holdout(*where, holdout, **keywords)
+        try:
+            splits.prepare_with_holdout(*where, holdout, **keywords)
+        except splits.EmptySide as error:
+            if not or_whole or error.split != "test":
+                raise
+            line = f"a share of {holdout:.3g} of its {error.read} pictures, by their bytes, is none"
+            print(f"{found.input}: {line}: all train, and none is scored", file=sys.stderr)
+            # In the place of what a kill left of a split without what is held out.
+            splits.prepare(*where, split="train", overwrite=True, **keywords)
         return
     for name, split in (("test", found.held), ("train", found.train)):
         read_split = "" if found.by_field else split
