@@ -18,6 +18,7 @@ from test_version_0_1 import flags_of
 import coca_jax
 from coca_jax import caption
 from coca_jax.files import growing_file
+from coca_jax.inference import caption_files
 from coca_jax.training import lease
 
 
@@ -65,6 +66,9 @@ def test_captions_go_on_with_the_same_model_and_settings_alone(call):
             with pytest.raises(ValueError, match=f"--out=x.jsonl was {says}"):
                 call(*paths, **given)
             assert not call.loaded
+    with pytest.raises(ValueError, match="begun with min_p=0.0, not 0.5"):
+        how = dict(prompt="")  # of a version that had no min_p
+        caption_files.check_settings("x.jsonl", dict(how=how), dict(prompt="", min_p=0.5))
     for paths in (["s/0.png"], ["s"]):
         with pytest.raises(ValueError, match="begun with --checkpoint=here, whose weights or"):
             call(*paths, checkpoint="other")

@@ -115,3 +115,8 @@ def test_every_field_that_a_loss_reads_has_its_parts():
     read = {field for objective in objectives.OBJECTIVES for field in objective.outputs}
     parts = set(flops.forward_flops(Config().model)) | {"head", "hidden", "teacher"}
     assert all(flops.reads(Config(), field) <= parts for field in read)
+
+
+def test_a_field_whose_parts_nothing_tells_is_named():
+    with pytest.raises(ValueError, match=r"output 'told_length' depends on; add it to `reads` of"):
+        flops.reads(Config(), "told_length")

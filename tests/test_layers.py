@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from coca_jax import partitioning
+from coca_jax.config import Model
 from coca_jax.models import layers, rotary, stem
 from coca_jax.ops.reference import ACTIVATIONS, Reference
 
@@ -147,3 +148,15 @@ def test_a_parameter_of_another_shape_is_named():
     params["kernel"] = jnp.zeros((4, 5))
     with pytest.raises(ValueError, match=r"kernel is \[4, 5\], and the model's \[4, 6\]"):
         projection.apply({"params": params}, x)
+
+
+def test_an_option_of_blocks_that_no_key_sets_is_named():
+    """A field of BlockOptions that config.BLOCK lacks would stay as by default, whatever is set."""
+
+    @dataclasses.dataclass(frozen=True)
+    class More(layers.BlockOptions):
+        inner_norm: bool = False
+
+    with pytest.raises(TypeError, match="differ in inner_norm; name it in both"):
+        More.from_config(Model(), Reference())
+    assert layers.BlockOptions.from_config(Model(), Reference()).norm == "layer"

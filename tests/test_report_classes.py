@@ -125,3 +125,16 @@ def test_of_several_right_texts_the_best_one_follows():
     (item,) = retrieval_examples.examples(images, kept, texts, embeddings, matches, 1)["items"]
     assert [hit["text"] for hit in item["texts"]] == [f"text {i}" for i in (11, 10, 9, 8, 7, 5)]
     assert item["texts"][-1]["rank"] == 7 and item["truth"] == ["text 2", "text 5"]
+
+
+def test_an_evaluation_whose_pictures_do_not_fit_their_layout_is_named(tmp_path):
+    """As those of an evaluator of one's own, which evaluating again does not mend."""
+    item = dict(image="", caption="a ring", references=["a ring"], exact=True, f1=1.0)
+    fitting = dict(kind="captioning", items=[item], worst=[])
+    results.save_results(tmp_path, {"captioning/x/exact_match": 1.0})
+    results.save_examples(tmp_path, "captioning/x", fitting)
+    assert "a ring" in report.write_report(tmp_path).read_text()
+    results.save_examples(tmp_path, "words/y", dict(kind="table", items=[]))
+    wanted = r"damaged: \w+ of y has not what layouts/table.html asks for: .*'head'; run evaluate"
+    with pytest.raises(ValueError, match=wanted):
+        report.write_report(tmp_path)

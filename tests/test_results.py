@@ -93,6 +93,18 @@ def test_a_share_of_none_or_all_has_an_interval(value):
     assert intervals.bootstrap(np.full(8, value)) == (value, value, value)  # no share, as nats
 
 
+def test_a_mean_beyond_its_ends_is_refused_and_one_without_ends_has_an_interval():
+    """Words a caption taken for a share had an interval that ended at 1."""
+    words = np.array([7.0, 9.0, 8.0, 8.0])
+    with pytest.raises(ValueError, match=r"^7, of weight 1, does not lie between 0 and most=1 "):
+        dict(intervals.with_interval("words/x/mean", words))
+    found = dict(intervals.with_interval("words/x/mean", words, most=None))
+    assert 7 <= found["words/x/mean_low"] < found["words/x/mean"] == 8
+    assert 8 < found["words/x/mean_high"] <= 9
+    owned = dict(intervals.with_interval("x", np.ones(4), owners=np.array([0, 0, 0, 1])))
+    assert owned["x"] == owned["x_high"] == 1
+
+
 def test_intervals_of_high_shares_hold_the_truth():
     """19 of 20 are right in the long run; all 20 are in 36 sets of 100, which said 100 to 100%."""
     rng, held = np.random.default_rng(0), 0

@@ -11,6 +11,7 @@ from optimizer_cases import KEY
 import coca_jax
 from coca_jax import partitioning, recipes
 from coca_jax.models import coca, roles
+from coca_jax.models.part import Part
 from coca_jax.training import optimizer
 
 
@@ -93,3 +94,13 @@ def test_no_parameter_is_named_outside_the_models():
     for file in package.rglob("*.py"):
         if file.relative_to(package).parts[0] not in ("models", "interop"):
             assert not names.search(file.read_text()), file
+
+
+def test_layers_that_training_alone_reads_are_told_by_their_part(monkeypatch):
+    """Weights for other programs leave them out, be they of a loss that was added."""
+    monkeypatch.setitem(roles.PARTS, ("length_head",), Part("length", optional=True, aid=True))
+    layer = dict(kernel=0, bias=0)
+    kept = dict(log_scale=dict(value=0), image_encoder=dict(final_norm=dict(scale=0)))
+    encoder = dict(kept["image_encoder"], mask_token=dict(value=0))
+    aids = dict(length_head=layer, bag_head=dict(value=0), token_predictor=layer)
+    assert roles.without_training_aids(kept | aids | dict(image_encoder=encoder)) == kept

@@ -27,6 +27,7 @@ def draws_of(logs, count, steps=1, width=1, seed=0, **how):
         temperature=np.float32(how["temperature"]),
         top_k=np.int32(how.get("top_k", len(logs))),
         top_p=np.float32(how.get("top_p", 1.0)),
+        min_p=np.float32(how.get("min_p", 0.0)),
         seed=np.uint32(seed),
         rows=np.arange(count, dtype=np.uint32),
     )
@@ -35,14 +36,16 @@ def draws_of(logs, count, steps=1, width=1, seed=0, **how):
     return [np.asarray(draw(numbers, allowed, jnp.int32(step))) for step in range(steps)]
 
 
-def filtered(logs, temperature, top_k=0, top_p=1.0):
-    """The distribution to sample from, float64 [V]: temperature, then top-k, then top-p of that."""
+def filtered(logs, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution to sample from, float64 [V]: temperature, then top-k, top-p and min-p of
+    what each leaves."""
     probs = np.exp(logs / temperature - np.max(logs / temperature))
     order = np.argsort(-probs)
     probs[order[top_k or len(probs) :]] = 0
     probs /= probs.sum()
     enough = np.searchsorted(np.cumsum(probs[order]), top_p) + 1
     probs[order[enough:]] = 0
+    probs[probs < min_p * probs.max()] = 0
     return probs / probs.sum()
 
 
@@ -54,6 +57,8 @@ def filtered(logs, temperature, top_k=0, top_p=1.0):
         dict(temperature=1.0, top_k=20),
         dict(temperature=2.0, top_p=0.7),
         dict(temperature=1.3, top_k=40, top_p=0.8),
+        dict(temperature=1.5, min_p=0.3),
+        dict(temperature=1.3, top_p=0.8, min_p=0.2),
     ],
 )
 @pytest.mark.parametrize("vocab", [5, 600])
@@ -93,6 +98,7 @@ def test_captions_are_the_same_with_64_bits():
     """With jax_enable_x64 indices and random numbers would have other types."""
     plan = types.SimpleNamespace(filter=False)
     numbers = dict(temperature=np.float32(1), seed=np.uint32(3), rows=np.arange(2, dtype=np.uint32))
+    numbers["min_p"] = np.float32(0.02)
     allowed = np.random.default_rng(0).standard_normal((2, 8, 300)).astype(np.float32)
     step = np.zeros(2, np.int32)
     wanted = choice._sample(plan, numbers, allowed, step)

@@ -4,6 +4,11 @@ A source has one kind (`kind=` of its entry in config.data.sources). This file a
 name; all else asks the kind: what its records need, which examples they are, their texts, what
 scores them, how messages call them. To add one: a class here, in KINDS, and its name in
 config/data.py.
+
+Evaluators read a record's texts, not what `choose` makes: a kind whose texts retrieval or
+captioning is to score divides each record into an example that has them. Which records train is
+kept beside the data (view_index.py), by the name of the kind: files of a class that has changed
+since are to be deleted.
 """
 
 from __future__ import annotations

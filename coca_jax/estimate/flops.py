@@ -53,14 +53,17 @@ def _frozen(config: Config, parts: set[str]) -> set[str]:
 
 
 def reads(config: Config, output: str) -> set[str]:
-    """The parts, named as in `forward_flops`, that a field of coca.Outputs depends on."""
+    """The parts, named as in `forward_flops`, that a field of coca.Outputs depends on.
+
+    Raises ValueError for a field that is not told here."""
     kind, head = pooler_kinds.of(config.model.pooler.kind), head_kinds.of(config.head.kind)
     pooled = {"encoder", "contrastive_pooler", "image_joint"}
     if kind.in_cascade or not kind.second_pooler:
         pooled |= {"generative_pooler"}
     states = {"encoder", "generative_pooler", "unimodal", "multimodal"}
-    return {
+    found: dict[str, set[str]] = {
         "image_embedding": pooled,
+        "image_tokens": {"encoder", "generative_pooler"},
         "text_embedding": {"unimodal", "text_joint"},
         "states": states,
         "kernel": {"softmax"},
@@ -68,7 +71,13 @@ def reads(config: Config, output: str) -> set[str]:
         "pooled": {"encoder"},
         "predicted_tokens": {"hidden", "teacher"},
         **dict.fromkeys(("scale", "logit_bias", "bias", "bag_kernel", "hidden"), set()),
-    }[output]
+    }
+    if output not in found:
+        raise ValueError(
+            f"nothing says which parts of the model the output {output!r} depends on; add it to "
+            "`reads` of estimate/flops.py"
+        )
+    return found[output]
 
 
 def model_flops(model: Model, num_frames: int = 0) -> int:

@@ -90,7 +90,8 @@ def bootstrap(
       most: where each value lies within 0 and `most` times its weight, as a share does within 1,
         and the mean may be either: see `share_limits`. Default: values have no such ends.
 
-    Raises ValueError when there is no example or the weights sum to zero.
+    Raises ValueError when there is no example, the weights sum to zero, or a value lies outside of
+    its ends, of which the interval would be wrong.
     """
     values = np.asarray(values, np.float64).reshape(-1)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
@@ -98,6 +99,14 @@ def bootstrap(
         raise ValueError(
             f"{len(values)} examples with weights of sum {weights.sum()}: none to score"
         )
+    if most is not None:
+        slack = 1e-6 * most * np.maximum(weights, 1.0)  # of sums that round
+        outside = (values < -slack) | (values > most * weights + slack)
+        if outside.any():
+            raise ValueError(
+                f"{values[outside][0]:g}, of weight {weights[outside][0]:g}, does not lie between "
+                f"0 and most={most:g} times its weight; give most=None for values without such ends"
+            )
     top, bottom = resampled_sums(np.stack([values, weights], 1), resamples=resamples, seed=seed).T
     mean, drawn = float(values.sum() / weights.sum()), top[bottom > 0] / bottom[bottom > 0]
     if most is None:
@@ -163,7 +172,8 @@ def with_interval(
     """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
 
     owners: whose each value is, as `of_owners` has it: drawn with all that are theirs; by default
-    its own. most: that a value can be, of its weight, the least being 0; None: see `bootstrap`.
+    its own. most: that a value can be, of its weight, the least being 0; None, as of counts
+    and nats: see `bootstrap`, which raises ValueError for values beyond.
     """
     count = len(values)
     if owners is not None:

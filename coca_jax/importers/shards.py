@@ -74,6 +74,11 @@ class Job:
 def importer(name: str) -> Any:
     """The module that reads a format.
 
+    It has `plan(path, split, options)`, the units of the input; `read(unit, options)`, their items;
+    and PATTERNS, globs of its files, or `splits(path)` where others tell the splits. Besides, where
+    they apply: `located` (items without their images), `joined`, `drawn`, `has_pairs` and
+    `declared_classes`.
+
     Raises:
         ValueError: an unknown format.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from coca_jax.data import bounded_json, formats
 from coca_jax.files import sealed_json, storage
 from coca_jax.inference import model_checksum, read_ahead
+from coca_jax.inference.generation.settings import Settings
 
 if TYPE_CHECKING:
     from coca_jax import inference
@@ -86,12 +88,15 @@ def base(before: dict[str, Any] | None) -> str:
 
 def check_settings(out: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ValueError, naming the first difference, where captions were begun with other
-    settings than `now`."""
+    settings than `now`. One that a file does not name, since an older version began it, was as by
+    default."""
+    usual = {field.name: field.default for field in dataclasses.fields(Settings)}
     for name, value in now.items():
-        if before["how"].get(name, value) != value:
+        begun = before["how"].get(name, usual.get(name, value))
+        if begun != value:
             raise ValueError(
-                f"--out={out} was begun with {name}={before['how'][name]!r}, not {value!r}; give "
-                "the same, or another --out"
+                f"--out={out} was begun with {name}={begun!r}, not {value!r}; give the same, or "
+                "another --out"
             )
 
 

@@ -33,8 +33,8 @@ PARTS = dict(
     log_scale=Part("contrastive", wide=True),
     logit_bias=Part("contrastive", wide=True, optional=True),
     head=Part("head", optional=True),
-    bag_head=Part("words", optional=True),
-    token_predictor=Part("tokens", optional=True),
+    bag_head=Part("words", optional=True, aid=True),
+    token_predictor=Part("tokens", optional=True, aid=True),
 )
 
 

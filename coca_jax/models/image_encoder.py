@@ -25,7 +25,7 @@ PARTS = dict(
     positions=Part("image", "image", BOTTOM, positions="grid"),
     class_token=Part("image", "image", BOTTOM),
     registers=Part("image", "image", BOTTOM),
-    mask_token=Part("image", "image", BOTTOM, optional=True),
+    mask_token=Part("image", "image", BOTTOM, optional=True, aid=True),
     pre_norm=Part("image", "image", BOTTOM),
     blocks=Part("image", "image", STACK),
     final_norm=Part("image", "image"),

@@ -37,7 +37,8 @@ from coca_jax.partitioning import constrain
 @dataclasses.dataclass(frozen=True)
 class BlockOptions:
     """What the blocks and poolers of all towers share. A key of `config.model` with the name of a
-    field sets it; forms written for the paper's block step aside for an option they do not know.
+    field sets it, which config.BLOCK names too; forms written for the paper's block step aside for
+    an option they do not know.
 
     activation: of the MLP, a key of ops.reference.ACTIVATIONS.
     gated_mlp: an MLP's activation is a gate of a second projection (Shazeer 2020).
@@ -67,7 +68,18 @@ class BlockOptions:
     def from_config(
         cls, model: Model, ops: Reference, own: Mapping[str, Any] | None = None
     ) -> BlockOptions:
-        """The options that `config.model` sets, but for those that a tower has of its `own`."""
+        """The options that `config.model` sets, but for those that a tower has of its `own`.
+
+        Raises TypeError where BLOCK of config/model.py does not name the fields of this class: a
+        key that only one of both has would be read, and have no effect.
+        """
+        fields = {f.name for f in dataclasses.fields(cls)} - {"dtype", "ops"}
+        apart = fields ^ set(BLOCK)
+        if apart:
+            raise TypeError(
+                f"{cls.__name__} of models/layers.py and BLOCK of config/model.py differ in "
+                f"{', '.join(sorted(apart))}; name it in both"
+            )
         given = {name: getattr(model, name) for name in BLOCK} | dict(own or {})
         return cls(**given, dtype=jnp.dtype(model.dtype), ops=ops)
 

@@ -14,13 +14,15 @@ class Part:
     serves: what it works for ("image", "text", "words" ...), as losses name what they train: a
     run none of whose losses does leaves it alone. tower: whose layers it lies below, in or above
     (`place`), '' for none; towers are what layer decay counts. optional: weights to start from may
-    lack it. wide: it is computed in float32 in any case. positions: how positions are fitted to
-    another size: 'grid' or 'text'.
+    lack it. aid: a loss alone reads it, so that weights for other programs leave it out. wide: it
+    is computed in float32 in any case. positions: how positions are fitted to another size: 'grid'
+    or 'text'.
     """
 
     serves: str
     tower: str = ""
     place: str = TOP
     optional: bool = False
+    aid: bool = False
     wide: bool = False
     positions: str = ""

@@ -178,9 +178,7 @@ def without_task_head(params: dict) -> dict:
 
 def without_training_aids(params: dict) -> dict:
     """Weights without layers that a loss of training alone reads."""
-    kept = {k: part for k, part in params.items() if k not in ("bag_head", "token_predictor")}
-    encoder = {k: part for k, part in params["image_encoder"].items() if k != "mask_token"}
-    return kept | {"image_encoder": encoder}
+    return select(params, lambda part: not part.aid)
 
 
 def sigmoid_bias(params: dict) -> Any:

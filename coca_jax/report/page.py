@@ -89,8 +89,27 @@ def _render(template: str, context: dict[str, Any], place: epath.Path) -> str:
     try:
         return _environment().get_template(template).render(context)
     except (jinja2.UndefinedError, LookupError, TypeError, AttributeError) as error:
-        text = f"{place / 'eval_examples.json'} is damaged: {type(error).__name__}: {error}"
-        raise ValueError(f"{text}; run evaluate again") from None
+        file, why = place / "eval_examples.json", f"{type(error).__name__}: {error}"
+        name, layout = _misfit(context)
+        if not name:
+            raise ValueError(f"{file} is damaged: {why}; run evaluate again") from None
+        raise ValueError(
+            f"{file} is damaged: {name} has not what layouts/{layout}.html asks for: {why}; run "
+            "evaluate again, or mend `examples` of an evaluator of your own"
+        ) from None
+
+
+def _misfit(context: dict[str, Any]) -> tuple[str, str]:
+    """The first evaluation whose pictures lack what their layout asks for, and that layout; ''
+    where it is none of them."""
+    parts = _environment().get_template("parts.html").module
+    for section in context.get("examples", ()):
+        template = _environment().get_template(f"layouts/{section['layout']}.html")
+        try:
+            template.render(context | dict(parts=parts, section=section, found=section["found"]))
+        except (jinja2.UndefinedError, LookupError, TypeError, AttributeError):
+            return f"{section['title']} of {section['data']}", section["layout"]
+    return "", ""
 
 
 def write_comparison(

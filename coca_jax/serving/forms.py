@@ -156,7 +156,7 @@ def read(fields: Sequence[Field], form: FormData) -> dict[str, Any]:
 # What a request may ask of the settings of captions: each of these is a program, or time.
 _BOUNDS: dict[str, tuple[float, float]] = dict(
     max_tokens=(1, 256), min_tokens=(0, 256), num_captions=(1, 8), num_beams=(1, 8),
-    temperature=(0, 10), top_k=(0, 1_000_000), top_p=(0, 1), length_penalty=(-10, 10),
+    temperature=(0, 10), top_k=(0, 1_000_000), top_p=(0, 1), min_p=(0, 1), length_penalty=(-10, 10),
     repetition_penalty=(0, 10), no_repeat_ngram=(0, 8), seed=(0, 2**32 - 1),
 )  # fmt: skip
 SETTINGS = [

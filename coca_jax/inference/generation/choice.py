@@ -129,6 +129,8 @@ def _sample(plan: Plan, numbers: dict, allowed: jax.Array, step: jax.Array) -> j
         mass = numbers["top_p"] * (1 - 1e-6) * probs.sum(-1)
         least = _largest(probs, lambda keep: jnp.where(keep, probs, 0.0).sum(-1) >= mass)
         probs = jnp.where(probs >= least[..., None], probs, 0.0)
+    # The most probable token stays whatever was left out: its probability is the largest.
+    probs = jnp.where(probs >= numbers["min_p"] * probs.max(-1, keepdims=True), probs, 0.0)
     batch, width, size = probs.shape
 
     def number(row: jax.Array, caption: jax.Array, step: jax.Array) -> jax.Array:

@@ -137,6 +137,7 @@ def planned(
         temperature=np.maximum(np.float32(settings.temperature or 1.0), _COLDEST),
         top_k=np.int32(settings.top_k or spec.vocab_size),
         top_p=np.float32(settings.top_p),
+        min_p=np.float32(settings.min_p),
         length_penalty=np.float32(settings.length_penalty),
         repetition_penalty=np.float32(settings.repetition_penalty),
         seed=np.uint32(settings.seed),

@@ -25,6 +25,8 @@ class Settings:
     temperature: 0 takes the most probable token, more samples.
     top_k, top_p: sample among the k most probable tokens (0: all), among the fewest most probable
         ones that together have probability p (Holtzman et al. 2020).
+    min_p: sample among tokens at least this share as probable as the most probable one, at the
+        temperature (Nguyen et al. 2024); 0: all.
     length_penalty: beams are ranked by log probability / tokens^length_penalty.
     early_stop: an image's beam search ends when no unfinished beam ranks above its finished
         captions as it stands; False: only when none could any more, however it went on.
@@ -41,6 +43,7 @@ class Settings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     length_penalty: float = 1.0
     early_stop: bool = True
     repetition_penalty: float = 1.0
@@ -57,6 +60,7 @@ class Settings:
             ("temperature", self.temperature >= 0, "must not be negative"),
             ("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a share from 0 to 1; 0 keeps all tokens"),
             ("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is neutral"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "must not be negative"),
             ("temperature", not (beams and sampled), "beam search does not sample; set it to 0"),
@@ -72,6 +76,7 @@ class Settings:
             ),
             ("top_k", sampled or self.top_k == 0, "only sampling uses it; set temperature above 0"),
             ("top_p", sampled or self.top_p == 1, "only sampling uses it; set temperature above 0"),
+            ("min_p", sampled or self.min_p == 0, "only sampling uses it; set temperature above 0"),
             (
                 "length_penalty",
                 beams or self.length_penalty == 1,
@@ -137,6 +142,7 @@ NOTES = dict(
     temperature="0 takes the most probable token, more samples.",
     top_k="Sample among this many tokens; 0: all.",
     top_p="Sample among the fewest tokens with this probability.",
+    min_p="Sample among tokens at least this share as probable as the first; 0: all.",
     length_penalty="Beams rank by log probability / tokens^this.",
     early_stop="Stop beams when none ranks above the finished captions as it stands.",
     repetition_penalty="Above 1: discourages tokens already there.",
