@@ -195,6 +195,28 @@ def test_beam_search_is_that_of_its_definition(model, how):
             assert log_prob == pytest.approx(total, abs=2e-5)
 
 
+def test_early_stop_is_at_what_stands_and_not_at_what_may_come():
+    """A model that would rather end, and a penalty that prefers long captions."""
+    model, prompt, length = (
+        make(vocab=4, seed=8),
+        np.full((3, 1), 3, np.int32),
+        np.ones(3, np.int32),
+    )
+    how = dict(num_beams=2, length_penalty=2.0, max_tokens=4)
+    outs = [run(model, prompt, length, early_stop=early, **how) for early in (True, False)]
+    for row in range(3):
+
+        def next_logs(rows, row=row):
+            padded = np.zeros((2, 8), np.int32)
+            padded[: len(rows), : 1 + len(rows[0])] = [[3, *tokens] for tokens in rows]
+            logs = np.asarray(model[3](np.full(2, row), padded), np.float64)
+            return logs[: len(rows), len(rows[0])]
+
+        both = [beam_search(next_logs, 2, 1, 4, 2.0, early)[0][1] for early in (True, False)]
+        found = [out.tokens[row, 0, : out.length[row, 0]].tolist() for out in outs]
+        assert found == both and len(both[0]) < len(both[1])
+
+
 @pytest.mark.parametrize("how", [{}, dict(num_beams=3), dict(temperature=1.0, top_p=0.9)])
 def test_a_caption_does_not_depend_on_the_others_in_the_batch(model, how):
     together = run(model, **how)
