@@ -192,7 +192,10 @@ def check_room(vocabulary: Vocabulary, texts: Sequence[str], max_len: int, min_t
     """Raises ValueError naming the first prompt behind which a model of max_len writes no token, or
     fewer than min_tokens: before the first of many images is read."""
     known = list(dict.fromkeys(texts))
-    for text, ids in zip(known, vocabulary.encode_many(known)):
+    given = [text for text in known if text]
+    ids_of = dict(zip(given, vocabulary.encode_many(given))) if given else {}
+    for text in known:
+        ids = ids_of.get(text, ())
         room = max_len - 1 - len(ids)
         if room < 1:
             named = f"{text[:60]!r}{'...' * (len(text) > 60)}"
