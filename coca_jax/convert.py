@@ -68,7 +68,7 @@ def from_open_clip(
     towers = towers_config.find(weights, model)
     if towers is not None:
         return from_towers(weights, tensors, towers, out, bpe, progress=progress)
-    config = _config(*_model_config(weights, model, tensors))
+    config = _config(*_model_config(weights, model, tensors, bpe))
     described = read(Model, config["model"], f"{weights}: model")
     layout = Layout(described, logit_bias="logit_bias" in tensors)
     with naming(weights):
@@ -219,13 +219,15 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
     export_format.refuse_other(out, tensors, WEIGHTS_NAME)
     with out_folder.gone_if_refused(out), storage.local_folder(out) as folder:
         safetensors_file.write(os.path.join(folder, WEIGHTS_NAME), tensors, progress=progress)
-        written[checked_files.KEY] = checked_files.describe(folder, [WEIGHTS_NAME])
-        sealed = json.dumps(sealed_json.seal(written), indent=2)
-        storage.write_text(os.path.join(folder, CONFIG_NAME), sealed)
         file = os.path.join(folder, clip_bpe.FILE_NAME)
         storage.remove(file)  # of an earlier model, whose merges these are not
         if merges:
             storage.write_bytes(file, merges)
+        names = [WEIGHTS_NAME, *[clip_bpe.FILE_NAME] * bool(merges)]
+        written[checked_files.KEY] = checked_files.describe(folder, names)
+        sealed = json.dumps(sealed_json.seal(written), indent=2)
+        storage.write_text(os.path.join(folder, CONFIG_NAME), sealed)
+        if merges:
             logging.warning(
                 "%s has other merges than CLIP's: open_clip reads its texts by "
                 "open_clip.get_tokenizer('local-dir:%s', bpe_path='%s')",
@@ -268,7 +270,7 @@ def _config_beside(weights: str) -> str:
 
 
 def _model_config(
-    weights: str, model: str, tensors: dict[str, np.ndarray]
+    weights: str, model: str, tensors: dict[str, np.ndarray], bpe: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """open_clip's `model_cfg` and `preprocess_cfg`, not checked, and where they come from."""
     if model in open_clip_config.RELEASED:
@@ -284,7 +286,8 @@ def _model_config(
             config = sealed_json.unseal(bounded_json.parse(files.read_bounded(path)), "the file")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        checked_files.check(os.path.dirname(weights), config, os.path.basename(weights))
+        for name in (os.path.basename(weights), *[clip_bpe.FILE_NAME] * (not bpe)):
+            checked_files.check(os.path.dirname(weights), config, name)
         preprocess = config.get("preprocess_cfg")
         return config.get("model_cfg", config), {} if preprocess is None else preprocess, path
     positions = tensors.get("visual.positional_embedding")

@@ -53,8 +53,7 @@ def load(folder: pathlib.Path, scratch: pathlib.Path) -> None:
         raise AssertionError("taken for weights of open_clip")
 
     if folder.name == "open_clip":
-        bpe = str(folder.parent / "given/bpe_simple_vocab_16e6.txt.gz")
-        convert.from_open_clip(str(folder), str(scratch / "again"), bpe=bpe)
+        convert.from_open_clip(str(folder), str(scratch / "again"))
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_read_open_clip", convert_here)
