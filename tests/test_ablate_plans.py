@@ -30,7 +30,7 @@ def test_other_variants_of_a_name_are_refused(tmp_path):
         running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
     (tmp_path / "again").rmdir()  # nothing has begun
     running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
-    with pytest.raises(ValueError, match="holds runs of --minutes=0, not 2"):
+    with pytest.raises(ValueError, match="holds runs without --minutes, not with --minutes=2"):
         running.Plan(tmp_path / "plan.json", 2)
 
 

@@ -91,9 +91,12 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     assert (task["kind"], task["name"]) == ("zeroshot", "mine")
     (tmp_path / "names.txt").write_text("0\tnought\n1\tone\n")
     for kind in ("zeroshot", "knn", "linear_probe"):
-        ask(data="scenes", tasks=kind, class_names=tmp_path / "names.txt")
+        probe = kind != "zeroshot"
+        learned = dict(train_limit=300) if probe else {}
+        ask(data="scenes", tasks=kind, class_names=tmp_path / "names.txt", **learned)
         (task,) = evaluate.tasks_of_flags()
         assert task["class_names"] == str(tmp_path / "names.txt")
+        assert task.get("train_limit") == (300 if probe else None)
     ask(data=tmp_path / "texts", tasks="retrieval,zeroshot")
     with pytest.raises(ValueError, match=r"texts \[test\]: no example has a label"):
         evaluate.tasks_of_flags()
@@ -314,6 +317,7 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
         (dict(tasks="knn", questions="q"), "=q: it is of classification and answers, and the task"),
         (dict(tasks="captioning", prompts="no_such_set"), "--prompts=no_such_set: it is of zeros"),
         (dict(tasks="retrieval", class_names="none.txt"), "--class_names=none.txt: it is of zeros"),
+        (dict(tasks="zeroshot", train_limit=9), "--train_limit=9: it is of linear_probe and knn"),
         (dict(tasks="retrieval", attention=0), "--noattention: it is of captioning"),
         (dict(templates="photo", data="texts"), "--templates=photo: .* are retrieval, captioning"),
     ],

@@ -138,3 +138,19 @@ def test_an_evaluation_whose_pictures_do_not_fit_their_layout_is_named(tmp_path)
     wanted = r"damaged: \w+ of y has not what layouts/table.html asks for: .*'head'; run evaluate"
     with pytest.raises(ValueError, match=wanted):
         report.write_report(tmp_path)
+
+
+def test_pictures_of_an_unknown_layout_are_left_out_in_a_line(tmp_path, caplog):
+    """As a typing mistake in an evaluator of one's own; the rest of the page is whole."""
+    results.save_results(tmp_path, {"words/y/exact_match": 1.0})
+    results.save_examples(
+        tmp_path, "words/y", dict(kind="tabel", head=["a"], rows=[["a ring of gold"]])
+    )
+    assert "a ring of gold" not in report.write_report(tmp_path).read_text()
+    says = "the pictures of words/y are left out: there is no layout 'tabel'"
+    assert says in caplog.text and "table" in caplog.text
+    results.save_examples(
+        tmp_path, "words/y", dict(kind="table", head=["a"], rows=[["a ring of gold"]])
+    )
+    caplog.clear()
+    assert "a ring of gold" in report.write_report(tmp_path).read_text() and not caplog.text

@@ -243,6 +243,10 @@ def _short(value: Any) -> str:
     return "not set" if value is None else textwrap.shorten(repr(value), 60, placeholder=" ...")
 
 
+def _timed(minutes: Any) -> str:
+    return f"with --minutes={minutes}" if minutes else "without --minutes"
+
+
 class Plan:
     """What was asked for and, at equal minutes, the steps of each variant: plan.json."""
 
@@ -253,8 +257,8 @@ class Plan:
             self._kept = sealed_json.read(path)
         if self._kept.get("minutes") != minutes or not isinstance(self._kept.get("variants"), dict):
             raise ValueError(
-                f"{path.parent} holds runs of --minutes={self._kept.get('minutes')}, not "
-                f"{minutes:g}; give that, or another --out"
+                f"{path.parent} holds runs {_timed(self._kept.get('minutes'))}, not "
+                f"{_timed(minutes)}; give that, or another --out"
             )
 
     def check(self, variants: Sequence[Variant]) -> None:

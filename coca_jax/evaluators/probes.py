@@ -15,6 +15,7 @@ from coca_jax.evaluators.declarations import (
     DATA,
     RECORDS,
     Evaluator,
+    Flag,
     Metric,
     Scale,
     Setting,
@@ -42,7 +43,10 @@ class Probe(Evaluator):
     """
 
     needs, programs = "label", ("features",)
-    flags = (class_names.FLAG,)
+    flags = (
+        class_names.FLAG,
+        Flag("train_limit", 0, "Records that probes learn from; 0: all.", least=0),
+    )
     options = dict(class_names=class_names.RULE, train=DATA, train_limit=RECORDS)
     metrics, headlines = METRICS, HEADLINES
 
@@ -70,10 +74,12 @@ class Probe(Evaluator):
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --class_names."""
+        """Takes --class_names and --train_limit."""
         super().from_flags(task, flags)
         if flags.class_names:
             task["class_names"] = flags.class_names
+        if flags.train_limit:
+            task["train_limit"] = flags.train_limit
 
     @classmethod
     def check_task(cls, task: Mapping[str, Any]) -> None:

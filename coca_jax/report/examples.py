@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from absl import logging
+
 from coca_jax.report import maps, numbers
 
 Found = Mapping[str, Any]
@@ -12,7 +14,8 @@ CELL = 18  # pixels of a confusion
 
 
 def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str, Any]]:
-    """dict(id, title, data, layout, found, map) of each evaluation whose layout is known."""
+    """dict(id, title, data, layout, found, map) of each evaluation whose layout is known; a warning
+    names another."""
     made = []
     for number, (name, found) in enumerate(examples.items()):
         evaluator, _, data = name.partition("/")
@@ -27,6 +30,12 @@ def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str,
                 raise ValueError(f"{text}; run evaluate again") from None
             about = dict(id=f"e{number}", title=title, data=data, layout=layout)
             made.append(dict(**about, found=shown, map=drawn))
+        elif layout:
+            logging.warning(
+                "eval_examples.json: the pictures of %s are left out: there is no layout %r among "
+                "report/templates/layouts: %s",
+                *(name, layout, ", ".join(sorted(layouts))),
+            )
     return made
 
 
