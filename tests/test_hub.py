@@ -17,7 +17,7 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, export_format
+from coca_jax import convert, export, export_format
 from coca_jax.config import Model, read
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_folder
@@ -202,6 +202,15 @@ def test_open_clips_names_come_from_laions_repositories(server, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="not a zip archive of torch.save"):
         coca_jax.load(f"coca_ViT-B-32:{tag}")  # the .bin is taken where there is nothing else
+
+
+def test_merges_of_ones_own_come_from_the_hub(server, tmp_path):
+    """`convert --to=open_clip` writes them where they are other than CLIP's, which come unasked."""
+    open_clip_weights(tmp_path / "given")
+    convert.from_open_clip(str(tmp_path / "given"), str(tmp_path / "ours"))
+    convert.to_open_clip(str(tmp_path / "ours"), str(server.root / "org/mine"))
+    loaded, ours = coca_jax.load("hf-hub:org/mine"), coca_jax.load(tmp_path / "ours")
+    np.testing.assert_array_equal(loaded.encode_text(["a photo"]), ours.encode_text(["a photo"]))
 
 
 def test_a_cache_that_another_program_filled_is_enough_offline(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 
 from coca_jax import export_format, extras
 from coca_jax.data import bounded_json
+from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.interop import open_clip_config, towers_config
 
 PREFIX = "hf-hub:"  # as open_clip names what is on the hub
@@ -61,7 +62,7 @@ def _apples() -> dict[tuple[str, str], str]:
 PRETRAINED = OPEN_CLIPS | _apples()
 _SMALL = [
     *(export_format.CONFIG, open_clip_config.CONFIG_FILE, "tokenizer.*", "spiece.model"),
-    *(towers_config.TOKENIZER, towers_config.PREPROCESSOR),
+    *(towers_config.TOKENIZER, towers_config.PREPROCESSOR, clip_bpe.FILE_NAME),
 ]
 
 
