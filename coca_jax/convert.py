@@ -58,7 +58,8 @@ def from_open_clip(
         (the configuration written, the layout).
 
     Raises:
-        FileNotFoundError: no weights, or no such tokenizer as `bpe`.
+        FileNotFoundError: no weights, no such tokenizer as `bpe`, or merges are missing that the
+            configuration lists.
         ValueError: a file that cannot be read, an arrangement that is not supported, or tensors
             that do not fit the model (each named).
     """
@@ -272,7 +273,8 @@ def _config_beside(weights: str) -> str:
 def _model_config(
     weights: str, model: str, tensors: dict[str, np.ndarray], bpe: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """open_clip's `model_cfg` and `preprocess_cfg`, not checked, and where they come from."""
+    """open_clip's `model_cfg` and `preprocess_cfg`, not checked, and where they come from. Files
+    that the configuration describes are compared with it, merges too where no `bpe` is given."""
     if model in open_clip_config.RELEASED:
         return open_clip_config.RELEASED[model], {}, model
     path = model or _config_beside(weights)

@@ -30,8 +30,8 @@ def test_other_variants_of_a_name_are_refused(tmp_path):
         running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
     (tmp_path / "again").rmdir()  # nothing has begun
     running.Plan(tmp_path / "plan.json", 0).check(changed.variants)
-    with pytest.raises(ValueError, match="holds runs without --minutes, not with --minutes=2"):
-        running.Plan(tmp_path / "plan.json", 2)
+    with pytest.raises(ValueError, match="holds runs without --minutes, not with --minutes=2;"):
+        running.Plan(tmp_path / "plan.json", 2.0)
 
 
 def test_a_name_with_a_dot_stands_in_quotes(tmp_path):

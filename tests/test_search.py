@@ -230,15 +230,21 @@ def test_the_graph_finds_what_exact_search_finds(tmp_path):
 def test_pictures_behind_the_last_of_the_graph_are_compared_one_by_one(tmp_path):
     pytest.importorskip("usearch", reason="needs the extra 'search'")
     x = clustered(3000, 32)
-    nearest.build(x[:2000], str(tmp_path))
-    graph, exact = nearest.open_nearest(x, str(tmp_path)), nearest.Exact(x)
+    graphs, exact = [], nearest.Exact(x)
+    for number in range(3):  # threads add to one in an order of chance: of 80, one had 0.989
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        nearest.build(x[:2000], str(folder))
+        graphs.append(nearest.open_nearest(x, str(folder)))
     queries = clustered(3200, 32)[3000:].astype(np.float32)
     for asked, k in ((queries, 10), (queries[:1], 1), (queries[:3], 2500)):
-        near, wanted = graph(asked, k)[1], exact(asked, k)[1]
-        assert near.shape == (len(asked), k) and all(len({*row}) == k for row in near.tolist())
-        assert all({*b[b >= 2000]} <= {*a} for a, b in zip(near, wanted))  # every one of them
-        # Threads add to a graph in an order of chance: of 80, two were below 0.99.
-        assert np.mean([len({*a} & {*b}) / k for a, b in zip(near, wanted)]) >= 0.97
+        wanted, shares = exact(asked, k)[1], []
+        for graph in graphs:
+            near = graph(asked, k)[1]
+            assert near.shape == (len(asked), k) and all(len({*row}) == k for row in near.tolist())
+            assert all({*b[b >= 2000]} <= {*a} for a, b in zip(near, wanted))  # every one of them
+            shares.append(np.mean([len({*a} & {*b}) / k for a, b in zip(near, wanted)]))
+        assert np.median(shares) >= 0.99
 
 
 def test_where_the_walk_ends_early_every_picture_is_compared(tmp_path):

@@ -244,7 +244,7 @@ def _short(value: Any) -> str:
 
 
 def _timed(minutes: Any) -> str:
-    return f"with --minutes={minutes}" if minutes else "without --minutes"
+    return f"with --minutes={minutes}".removesuffix(".0") if minutes else "without --minutes"
 
 
 class Plan:
