@@ -70,11 +70,20 @@ TRAINED = (
         higher=("seed_*",),
     ),
     Measurement(
-        tuple(f"reinforced/{row}" for row in ("plain", "student", "teacher", "exact")),
+        ("reinforced/plain", "reinforced/student"),
         runs.reinforced,
         80,
         f"{TRAIN}={EARLIER}:emoji_reinforced, and {TRAIN}={EARLIER}:emoji --config.steps=1200",
         more=SEEDED,
+        **SCORES,
+    ),
+    Measurement(
+        ("reinforced/teacher", "reinforced/exact"),
+        runs.reinforced_first,
+        40,
+        f"{TRAIN}={EARLIER}:emoji, {TRAIN}={EARLIER}:emoji_reinforced, and "
+        f"{TRAIN}={EARLIER}:emoji --config.steps=1200",
+        more=FIRST,
         **SCORES,
     ),
     Measurement(

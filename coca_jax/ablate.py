@@ -17,8 +17,9 @@ and DIR/report.html are written anew; the runs are DIR/VARIANT/seedN. After a ki
 goes on: runs that are done stay, one that was interrupted goes on at its checkpoint.
 
 With --minutes each variant has the steps that it makes in so many minutes, by a few that are timed
-first. These, and the minutes in the results, are of steps and waiting for data: start, compilation,
-saves and evaluations are left out. On a CPU they are minutes of processor time over all cores.
+first, in turn and once more in the reverse order. These, and the minutes in the results, are of
+steps and waiting for data: start, compilation, saves and evaluations are left out. On a CPU they
+are minutes of processor time over all cores.
 
 Examples:
   coca-jax ablate examples/ablations.toml --out=runs/ablations

@@ -117,7 +117,7 @@ def test_a_warm_up_that_its_minutes_do_not_hold_is_told_before_anything_is_train
     assert [one.steps for one in timed] == [running.PACE] * 3
     mended = table.read(written(tmp_path, text.replace("400", "40")), {})
     assert running.ablate(mended, str(tmp_path), 0.5, quietly)["runs"] == 6
-    assert [one.steps for one in timed] == [running.PACE] * 4 + [60] * 6
+    assert [one.steps for one in timed] == [running.PACE] * 7 + [60] * 6
 
 
 def test_quick_steps_are_timed_again_and_more_of_them(tmp_path, monkeypatch):
@@ -151,6 +151,30 @@ def test_quick_steps_are_timed_again_and_more_of_them(tmp_path, monkeypatch):
     line = "both, seed 0: it took 0.19 minutes, 1.9 times the 0.1 asked for"
     assert line in said
     assert (tmp_path / "short/results.md").read_text().endswith(f" |\n\n- {line}\n")
+
+
+def test_a_processor_that_becomes_slower_takes_no_steps_from_those_behind(tmp_path, monkeypatch):
+    """With a stand-in for training that is a tenth of a second slower each time, stopped once."""
+    ran = []
+
+    def train(config, workdir):
+        if len(ran) == 3:
+            ran.append(None)
+            raise KeyboardInterrupt
+        ran.append(config.steps)
+        took = 1 + 0.1 * len([steps for steps in ran if steps])
+        rows = [dict(step=n + 1, loss=2.0, processor_time=took) for n in range(config.steps)]
+        pathlib.Path(workdir).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path(workdir, "metrics.jsonl").write_text(lines)
+        return dict(steps=config.steps)
+
+    monkeypatch.setattr(training, "train", train)
+    found = table.read(written(tmp_path, TABLE.replace("[0, 3]", "[0]")), {})
+    with pytest.raises(KeyboardInterrupt):
+        running.ablate(found, str(tmp_path), 0.5, quietly)
+    running.ablate(found, str(tmp_path), 0.5, quietly)
+    assert ran == [running.PACE] * 3 + [None, running.PACE, 24, 24]  # at (1.1 + 1.4) / 2 s a step
 
 
 @pytest.mark.parametrize(("tasks", "end"), [("eval.tasks = []\n", ""), ("", " for the scores")])
@@ -328,7 +352,7 @@ def test_a_variant_that_diverges_while_it_is_timed_fails_alone(timed, tmp_path, 
     text = text.replace("[variants.again]", "[variants.worse]\nloss.z_loss = 0.1\n[variants.again]")
     found = running.ablate(table.read(written(tmp_path, text), {}), str(tmp_path), 0.5, quietly)
     assert found["runs"] == 2 and list(found["failed"]) == ["worse, seed 0"]
-    assert [one.faults.spike_deviations for one in timed if one.steps == running.PACE] == [0.0] * 3
+    assert [one.faults.spike_deviations for one in timed if one.steps == running.PACE] == [0.0] * 6
 
 
 def test_steps_that_changed_nothing_are_told_below_the_table(timed, tmp_path, monkeypatch):
@@ -353,4 +377,4 @@ def test_a_recipe_s_warm_up_is_not_shortened_for_the_slow_variants_alone(timed, 
     out = str(tmp_path / "mended")
     running.ablate(table.read(written(tmp_path, mended), {}), out, 0.5, quietly)
     whole = [one.optimizer.warmup_steps for one in timed if one.steps == 60]
-    assert whole == [20, 20] and len(timed) == 1 + 4
+    assert whole == [20, 20] and len(timed) == 1 + 4 + 2

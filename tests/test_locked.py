@@ -261,7 +261,7 @@ def test_warnings_are_told_before_hours_go_into_tokens(monkeypatch):
     said, config = [], typed(locked_run("", augment="none", augmentations=8))
     run = types.SimpleNamespace(
         config=config,
-        mixture=types.SimpleNamespace(num_examples=1000, remark_small=str),
+        mixture=types.SimpleNamespace(num_examples=1000, remark_small=str, remark_uneven=str),
         buckets=lambda name: contextlib.nullcontext(),
         say=said.append,
     )

@@ -151,6 +151,24 @@ def test_a_source_smaller_than_its_rows_of_a_batch_is_remarked_on(data):
     assert "which has 23 examples and 18 rows of source 1" in remark(72)
 
 
+def test_sources_that_equal_weights_go_through_unevenly_are_remarked_on(data):
+    """Of 23 and 80 examples, half of a batch each: the first comes again 3.5 times as often."""
+    config = typed(data[0]).change({"batch_sizes": ()})
+    first, _, third = map(dict, data[0].data.sources)
+
+    def remark(steps, **changes):
+        pair = first | dict(weight=1.0) | changes, third
+        return Mixture(config.change({"data.sources": pair, "steps": steps})).remark_uneven()
+
+    assert remark(1000) == ""  # 348 times and 100
+    assert remark(4, limit=4) == ""  # 8 times
+    told = remark(5, limit=4)
+    assert told.startswith("warning: the run goes through source 0, ")
+    assert "(4 examples), 10 times, and through source 1, " in told
+    assert "(80 examples), 0.5 times: a weight is a share of the batch" in told
+    assert remark(5, limit=4, weight=3.0) == ""  # which somebody chose
+
+
 @pytest.mark.long
 def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
     """Stopped at the step where batches grow: the losses and the parameters are those of an

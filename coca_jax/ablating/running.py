@@ -1,10 +1,11 @@
 """The runs of an ablation, one after the other; what is there is not done again.
 
 At equal minutes a few steps of each variant are timed first, and say how many steps its runs have:
-learning-rate schedules need that number beforehand. Both the times and the minutes that the runs
-report are of steps and of waiting for data: start, compilation, saves and evaluation are left out.
-On a CPU they are minutes of processor time over all cores, which other programs on the machine
-change little; elsewhere they are the clock's.
+learning-rate schedules need that number beforehand. They are timed in turn and once more in the
+reverse order, as a processor that is shared, or grows warm, is slower by the end. Both the times
+and the minutes that the runs report are of steps and of waiting for data: start, compilation, saves
+and evaluation are left out. On a CPU they are minutes of processor time over all cores, which other
+programs on the machine change little; elsewhere they are the clock's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 import pathlib
 import shutil
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,8 +84,8 @@ def ablate(table: Table, out: str, minutes: float, say: Say) -> dict[str, Any]:
     with lease.held(out, "--out"):  # whoever else began would throw away what this one times
         plan = Plan(folder / out_folder.PLAN, minutes)
         plan.check(table.variants)
-        for variant in undone if minutes else ():
-            _check_steps(variant, plan.steps(variant, folder, say))
+        if minutes:
+            plan.time(undone, folder, say)
         failed = _all_runs(table, folder, plan, minutes, say)
         results = outcome.write(table, folder, minutes, failed)
     total = len(table.seeds) * len(table.variants)
@@ -102,7 +104,7 @@ def _all_runs(
             number += 1
             place = folder / variant.name / f"seed{seed}"
             if not (place / outcome.DONE).exists():
-                steps = plan.steps(variant, folder, say)
+                steps = plan.steps(variant)
                 say(f"run {number} of {total}: {variant.name}, seed {seed}")
                 values = dict(seed=seed) | (dict(steps=steps, epochs=0.0) if steps else {})
                 try:
@@ -284,17 +286,31 @@ class Plan:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         sealed_json.write(self._path, self._kept)
 
-    def steps(self, variant: Variant, folder: pathlib.Path, say: Say) -> int:
+    def steps(self, variant: Variant) -> int:
         """The steps of each run of a variant; 0 for what its config says."""
-        if not self._minutes:
-            return 0
-        kept = self._kept["variants"][variant.name]
-        if not kept["steps"]:
-            pace = self._pace(variant, folder / ".pace", say)
-            kept["steps"] = max(1, round(60 * self._minutes / pace))
+        return self._kept["variants"][variant.name]["steps"] if self._minutes else 0
+
+    def time(self, variants: Sequence[Variant], folder: pathlib.Path, say: Say) -> None:
+        """Finds the steps of those that have none yet, see the module. One alone is timed once:
+        there is nothing that it would have to be compared with. Raises as `_check_steps`, as soon
+        as it can be told."""
+        new = [one for one in variants if not self._kept["variants"][one.name]["steps"]]
+        rounds = (new, new[::-1]) if len(variants) > 1 else (new,)
+        for number, variant in ((n, one) for n, some in enumerate(rounds) for one in some):
+            paces = self._kept["variants"][variant.name].setdefault("paces", [])
+            if len(paces) == number:  # else an earlier start timed it
+                paces.append(self._pace(variant, folder / ".pace", say))
+                sealed_json.write(self._path, self._kept)
+            _check_steps(variant, self._steps_at(statistics.mean(paces)))
+        for variant in new:
+            kept = self._kept["variants"][variant.name]
+            pace = statistics.mean(kept["paces"])
+            kept["steps"] = self._steps_at(pace)
             say(f"{variant.name}: {pace:.3g} s a step, so {kept['steps']:,} steps")
-            sealed_json.write(self._path, self._kept)
-        return kept["steps"]
+        sealed_json.write(self._path, self._kept)
+
+    def _steps_at(self, pace: float) -> int:
+        return max(1, round(60 * self._minutes / pace))
 
     def _pace(self, variant: Variant, place: pathlib.Path, say: Say) -> float:
         """Seconds of a step, over PACE steps or as many as PACE_SECONDS hold, PACE_MOST at most,

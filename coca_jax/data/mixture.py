@@ -17,6 +17,8 @@ from coca_jax.data.stages import Stage
 from coca_jax.data.texts import Draw
 from coca_jax.data.view_index import Indexes
 
+UNEVEN = 10  # times that one source is gone through for each of another, at which a run says so
+
 
 class Mixture:
     """What `config.data.sources` names.
@@ -164,6 +166,26 @@ class Mixture:
         return (
             f"warning: a batch of {largest} has {' and '.join(small)}: each is in it several "
             "times, as a negative of itself; lower its weight or the batch size"
+        )
+
+    def remark_uneven(self) -> str:
+        """A warning where sources of equal weights are gone through very unevenly, else ''. Weights
+        are shares of a batch whatever the sizes: of a million pairs beside a thousand, the second
+        is half of what trains."""
+        times = self.epochs(stages.steps_of(self._config, self.num_examples))
+        often, seldom = (times.index(pick(times)) for pick in (max, min))
+        equal = len({entry.weight for entry in self.entries}) == 1
+        if not equal or times[often] < UNEVEN * max(1, times[seldom]):
+            return ""
+        told = [
+            f"source {number}, {self.sources[number].name} ({self.sizes[number]:,} examples), "
+            f"{times[number]:,.3g} times"
+            for number in (often, seldom)
+        ]
+        return (
+            f"warning: the run goes through {told[0]}, and through {told[1]}: a weight is a share "
+            "of the batch, whatever the size, and these are equal. For other shares give "
+            "--data=PATH:KIND:WEIGHT, or weight in config.data.sources"
         )
 
     def sample_texts(self, limit: int) -> Iterator[str]:

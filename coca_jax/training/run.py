@@ -212,7 +212,8 @@ def steps_from(
     """All steps from `start` on. Raises WentUp besides."""
     with run.buckets("init"):
         remarks = run_config.remarks(run.config, run.mixture.num_examples)
-        for remark in filter(None, [*remarks, run.mixture.remark_small()]):
+        remarks += [run.mixture.remark_small(), run.mixture.remark_uneven()]
+        for remark in filter(None, remarks):
             run.say(remark)  # before hours go into tokens that are kept
         batches = open_batches(run, start, spikes.left_out, locked.keep(run, state))
         run.say(run.mixture.describe())
