@@ -14,9 +14,9 @@ def define() -> None:
         "data",
         [],
         "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
-        "caption, label, question or region, and the weight its share of each batch (1). "
-        "Repeatable. Where it is not prepared, an index is made on the way, and it is read in "
-        "place.",
+        "caption, label, question or region. The weight is its share of each batch, 1 where none "
+        "is given. Repeatable. Where it is not prepared, an index is made on the way, and it is "
+        "read in place.",
     )
     for name in FIELDS:
         note = f"--data: field of the {name.split('_')[0]}, where it has an unusual name."
