@@ -261,14 +261,16 @@ def test_warnings_are_told_before_hours_go_into_tokens(monkeypatch):
     said, config = [], typed(locked_run("", augment="none", augmentations=8))
     run = types.SimpleNamespace(
         config=config,
-        mixture=types.SimpleNamespace(num_examples=1000, remark_small=str, remark_uneven=str),
+        mixture=types.SimpleNamespace(
+            num_examples=1000, remark_small=str, remark_uneven=lambda: "uneven"
+        ),
         buckets=lambda name: contextlib.nullcontext(),
         say=said.append,
     )
     monkeypatch.setattr(locked, "keep", mock.Mock(side_effect=Begun))
     with pytest.raises(Begun):
         training_run.steps_from(run, *[None] * 6, types.SimpleNamespace(left_out=()))
-    assert [line[:43] for line in said] == ["warning: data.augmentations=8 has no effect"]
+    assert [line[:43] for line in said] == ["warning: data.augmentations=8 has no effect", "uneven"]
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
