@@ -21,6 +21,7 @@ export PATH="$bin:$PATH" # the tests call tools that are installed there
 unset PYTHONDONTWRITEBYTECODE
 if [[ "$*" != *tests/* ]]; then
   "$bin/python" -m pytest -q --collect-only -m "" >/dev/null 2>&1 &
+  trap 'kill $! 2>/dev/null || true' EXIT # it ends too where ruff or mypy finds a fault
 fi
 "$bin/ruff" format --check .
 "$bin/ruff" check .
