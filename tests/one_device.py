@@ -18,9 +18,9 @@ def models_on_one():
         yield
 
 
-def smallest_run():
+def smallest_run(bias=False):
     """Four steps of captions by the smallest model that there can be; its words are not set."""
-    config = tiny_config(image_size=8, patch_size=8, embed_dim=4)
+    config = tiny_config(image_size=8, patch_size=8, embed_dim=4, bias=bias)
     config.model.image.update(width=4, depth=1, mlp_dim=4, num_heads=1)
     half = dict(unimodal_depth=1, multimodal_depth=1, vocab_size=320, max_len=8)
     config.model.text.update(width=4, mlp_dim=4, num_heads=1, **half)

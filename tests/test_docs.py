@@ -210,7 +210,8 @@ class Walk:
 
 
 PYTHON = """
-import contextlib, json, os, sys, traceback
+import contextlib, json, os, shutil, sys, traceback
+sys.executable = shutil.which("python")  # by which notebooks start commands: those are forks too
 answers = os.fdopen(os.dup(1), "w")  # what examples start must not write among the answers
 os.dup2(2, 1)
 spaces = {}

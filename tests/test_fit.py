@@ -1,6 +1,5 @@
 """A fit from a folder to a caption, its resuming, its recipe, and the mistakes people make."""
 
-import functools
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from coca_jax import fit, recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.files import out_folder
-from coca_jax.fitting import look, measure, recipe, run
+from coca_jax.fitting import look, recipe, run
 from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import asked, indexes, splits
 from coca_jax.importers.items import Item
@@ -87,8 +86,6 @@ def fitted(folder, tmp_path_factory):
         patch.setattr(jax, "devices", lambda *_: one)
         patch.setattr(jax, "local_devices", lambda *_: one)
         patch.setattr(step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of))
-        quick = functools.partial(measure.measure, least_seconds=0.0)  # its four steps
-        patch.setattr(measure, "measure", quick)
         with patch.context() as stopped:
             stopped.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
             with pytest.raises(stopping.Preempted, match="step 3 is saved"):

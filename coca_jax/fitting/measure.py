@@ -35,7 +35,7 @@ class Speed:
     start: float
 
 
-def measure(config: Config, *, least_seconds: float = 4.0) -> Speed:
+def measure(config: Config, *, least_seconds: float) -> Speed:
     """Takes steps by `config`, nothing of which is kept; the run begins anew.
 
     At each size of images that the run has, 4 steps at least and until `least_seconds` have passed.
