@@ -214,6 +214,8 @@ def spiking(monkeypatch):
     config = tiny_run(steps=24)
     config.data.vocabulary = scenes_words()
     config.loss.captioning_weight = 0.0  # half as much to compile
+    config.optimizer.ema = 0.0  # and less to save, thirteen times
+    config.batch_size = 4
     config.faults.spike_deviations, config.faults.spike_batches = 20.0, 4
     config.checkpoint.every_steps = 5
     return config, shown
