@@ -133,7 +133,7 @@ def test_small_batches_come_near_the_gradient_of_all_examples():
 @pytest.mark.long
 def test_a_step_keeps_the_means_of_its_examples(one_device_mesh):
     """Of 40 examples, the 16 of the batch, in micro-batches."""
-    config = tiny_config()
+    config = tiny_config(bias=False)
     config.loss.update(contrastive="global", global_examples=40, captioning_weight=0.0)
     config.accumulate_steps = 4
     model = coca.build(config.model)

@@ -248,7 +248,7 @@ def data(tmp_path_factory):
         rows.append(f"{number}.png,picture {number}")
     (root / "raw/metadata.csv").write_text("\n".join(rows) + "\n")
     prepare("imagefolder", str(root / "raw"), str(root / "data"), progress=False)
-    config = tiny_config(image_size=(8, 32), patch_size=(4, 8), positions="both")
+    config = tiny_config(image_size=(8, 32), patch_size=(4, 8), positions="both", bias=False)
     config.model.text.update(vocab_size=320, max_len=12)
     config.data.update(augment="drawing", flip=True, resize="crop")
     config.data.sources = (dict(path=str(root / "data"), kind="caption"),)

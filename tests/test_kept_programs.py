@@ -19,6 +19,7 @@ from coca_jax.training.optimizer import make_schedule
 
 STEPS, LENGTHS = 100, (4, 8)
 MODEL = {"model.image.depth": 1, "model.text.unimodal_depth": 1, "model.text.multimodal_depth": 1}
+MODEL["model.bias"] = False  # half as many arrays to trace
 MODEL |= {"data.sources": (dict(builtin="scenes", kind="label"),)}  # a head's classes are theirs
 CASES = {
     "parts": {

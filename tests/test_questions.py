@@ -72,7 +72,7 @@ def test_questions_without_an_answer_are_left_out():
 
 
 def question_config(path):
-    config = tiny_config()
+    config = tiny_config(bias=False)
     config.model.text.update(vocab_size=300, max_len=24, unimodal_depth=1, multimodal_depth=1)
     config.model.image.depth = 1
     config.batch_size, config.steps = 24, 220

@@ -265,7 +265,7 @@ def test_records_of_regions_alone_are_kept(tmp_path):
 
 @pytest.mark.long
 def test_a_run_learns_boxes_beside_captions_and_labels(photos):
-    config = tiny_config(image_size=16, patch_size=8)
+    config = tiny_config(image_size=16, patch_size=8, bias=False)
     config.model.text.update(vocab_size=420, max_len=20)
     names = ("caption", "label", "region")
     drawn = tuple(dict(builtin="scenes", split="train", kind=kind) for kind in names)

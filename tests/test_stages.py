@@ -173,7 +173,7 @@ def test_sources_that_equal_weights_go_through_unevenly_are_remarked_on(data):
 def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
     """Stopped at the step where batches grow: the losses and the parameters are those of an
     uninterrupted run; the learning rate is that of the step."""
-    config = tiny_config(image_size=16, patch_size=8)
+    config = tiny_config(image_size=16, patch_size=8, bias=False)
     config.model.text.update(vocab_size=320, max_len=12)
     config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
     config.data.vocabulary = scenes_words()

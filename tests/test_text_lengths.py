@@ -110,6 +110,7 @@ def test_losses_are_those_of_whole_captions_on_a_mesh_with_the_shifted_mask():
     config = _config(4)
     mesh = partitioning.make_mesh(2, 2, 1, devices=jax.devices()[:4])
     with config.unlocked():
+        config.model.bias = False  # fewer arrays
         config.model.text.cls_mask = "shifted"
     lengths, whole, split = _both_ways(config, mesh, loss_and_metrics)
     assert lengths == (6, 8)
