@@ -180,7 +180,8 @@ def run(tmp_path_factory):
     config.batch_size, config.steps = 8, 2
     data = dict(path=str(root / "data"), split="train")
     how = dict(max_tokens=4)
-    config.eval.tasks = (dict(kind="captioning", name="things", data=data, attention=True, decode=how),)
+    task = dict(kind="captioning", name="things", data=data, attention=True, decode=how)
+    config.eval.tasks = (task,)
     train_alone(config, root / "run")
     return config, root / "run", root / "raw"
 
