@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from quick_conversion import conversions_are_forks  # noqa: F401
 from test_towers import PHOTOS, TEXTS, pixels_of, randomise, unit
 
 import coca_jax

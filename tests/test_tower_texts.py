@@ -3,6 +3,7 @@ embeddings are those of transformers' own tokenizers and models."""
 
 import numpy as np
 import pytest
+from quick_conversion import conversions_are_forks  # noqa: F401
 from test_openvision import write_xlm
 from test_towers import TEXTS, TOWER, VISION, randomise, unit
 

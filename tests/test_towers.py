@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from one_device import models_on_one  # noqa: F401
 from PIL import Image
+from quick_conversion import conversions_are_forks  # noqa: F401
 
 import coca_jax
 from coca_jax import convert
