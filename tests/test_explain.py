@@ -1,6 +1,7 @@
 """Captions while they are written, and why they read as they do."""
 
 import jax
+import kept_models
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -24,7 +25,9 @@ def model(words):  # noqa: F811
     config.model.image.depth = 1
     config.model.text.update(vocab_size=320, max_len=24, unimodal_depth=1, multimodal_depth=1)
     params = params_of(coca.build(config.model))
-    return inference.CoCaModel(config, params, words, batch_size=8, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_models, "KEPT", {})  # below they are counted
+        yield inference.CoCaModel(config, params, words, batch_size=8, devices=jax.devices()[:1])
 
 
 def test_streamed_captions_end_as_the_whole_ones(model, images):  # noqa: F811

@@ -6,9 +6,11 @@ import threading
 import warnings
 
 import jax
+import kept_models
 import numpy as np
 import pytest
 from conftest import tiny_config
+from kept_models import no_compile_cache  # noqa: F401
 from one_device import models_on_one  # noqa: F401
 from PIL import Image
 
@@ -20,13 +22,6 @@ from coca_jax.models import coca, decoding
 from coca_jax.models.pixels import normalise_pixels
 
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_compile_cache():
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +153,8 @@ def test_texts_are_scored_in_parts_of_the_batch_size(model, images, monkeypatch)
     assert model.score(images, []).shape == (6, 0)
 
 
-def test_few_numbers_of_texts_are_compiled(words, images):
+def test_few_numbers_of_texts_are_compiled(words, images, monkeypatch):
+    monkeypatch.setattr(kept_models, "KEPT", {})  # programs that no other test has called
     one = tiny_model(words, devices=jax.devices()[:1])
     wanted = one.score(images[:2], TEXTS)  # six, as many rows as eight; 13 are two batches
     for count in (5, 13):

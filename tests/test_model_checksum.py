@@ -55,7 +55,7 @@ def test_host_and_devices_sum_the_same_bits(model, monkeypatch):  # noqa: F811
         params = roles.narrow(each.params) if each is not model else each.params
         here = each._programs.bit_sums(params)
         with monkeypatch.context() as patch:
-            patch.setattr(each._devices, "platform", "gpu")
+            patch.setattr(each._programs._devices, "platform", "gpu")
             del each._programs.bit_sums
             with each._devices.context():
                 there = each._programs.bit_sums(params)

@@ -15,6 +15,7 @@ import time
 import types
 
 import jax
+import kept_models
 import numpy as np
 import pytest
 from test_inference import no_compile_cache, tiny_model, tiny_parts, words  # noqa: F401
@@ -134,9 +135,11 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         serve.main(["serve", "x"])
 
 
-def test_what_a_page_asks_for_is_compiled_before_it_serves(model, monkeypatch, tmp_path):
+def test_what_a_page_asks_for_is_compiled_before_it_serves(words, monkeypatch, tmp_path):  # noqa: F811
     """Captions and what explains them; then a visitor waits for no compiler. By an index alone the
     model is that of its pictures."""
+    monkeypatch.setattr(kept_models, "KEPT", {})  # programs that no other test has called
+    model = tiny_model(words, devices=jax.devices()[:1])
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(3):
