@@ -6,11 +6,16 @@ import jax
 import numpy as np
 import pytest
 from clip_cases import animation, numbered, numbers_of
-from conftest import params_of, random_batch, tiny_config
+from conftest import random_batch
 from one_device import models_on_one  # noqa: F401
-from test_inference import no_compile_cache  # noqa: F401
+from test_inference import (  # noqa: F401
+    no_compile_cache,
+    random_params,
+    tiny_model,
+    tiny_parts,
+)
 
-from coca_jax import inference, partitioning, prepare
+from coca_jax import inference, prepare
 from coca_jax.configs import base
 from coca_jax.data import run_vocabulary, videos
 from coca_jax.data.loaders import open_stream
@@ -136,17 +141,8 @@ def test_an_undecodable_clip_is_replaced(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(data):
-    config = tiny_config()
-    config.model.image.depth = 1
-    config.model.text.update(vocab_size=320, max_len=16, unimodal_depth=1, multimodal_depth=1)
     words = run_vocabulary.load_or_train(_config(data, 4), str(data / "workdir"))
-    module = coca.build(config.model)
-    params = params_of(module)
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32), params
-    )
-    return inference.CoCaModel(config, params, words, batch_size=8)
+    return tiny_model(words)
 
 
 @pytest.fixture(scope="module")
@@ -197,18 +193,12 @@ def test_the_decoder_attends_to_the_tokens_of_all_frames(model):
 
 
 @pytest.fixture(scope="module")
-def head_model(model):
-    """(config, module, params) with a head over 3 classes; no class is likelier at first, so the
-    classifier is drawn."""
-    config = model.config.copy_and_resolve_references()
-    config.head.kind = "classification"
+def head_model():
+    """(config, module, params) with a head over 3 classes, its classifier drawn as the rest."""
+    config, _ = tiny_parts()
+    config.model.bias, config.head.kind = False, "classification"
     module = coca.build(config.model, head=config.head, num_classes=3)
-    shapes = jax.eval_shape(
-        lambda key: partitioning.unbox(coca.init(module, key)), jax.random.key(0)
-    )
-    rng = np.random.default_rng(2)
-    head = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes["head"])
-    return config, module, dict(model.params, head=head)
+    return config, module, random_params(module)
 
 
 def test_a_head_pools_the_tokens_of_all_frames(head_model):
