@@ -38,6 +38,9 @@ def there_and_back(model_config, theirs):
     return export_format.unflatten(read_in)
 
 
+ONE = dict(layers=1)  # where it is no matter of blocks, of which "blocks" has several
+
+
 @pytest.mark.parametrize("pool", ["cascade", "parallel"])
 def test_two_poolers_and_the_corrected_mask(pool):
     """coca2's arrangement. open_clip 3.3.0 has its parts, but joins them wrongly and has no
@@ -46,14 +49,15 @@ def test_two_poolers_and_the_corrected_mask(pool):
     from open_clip.transformer import AttentionalPooler, LayerNorm
 
     changes = dict(vision_cfg=dict(attentional_pool=pool), text_cfg=dict(correct_cls_mask=True))
-    config = with_keys(cases.SMALL, **changes) | dict(quick_gelu=True)
+    small = with_keys(cases.SMALL, vision_cfg=ONE, multimodal_cfg=ONE)
+    config = with_keys(small, **changes) | dict(quick_gelu=True)
     theirs = open_clip.coca_model.CoCa(
         **{
             key: value
             for key, value in with_keys(config, text_cfg=dict()).items()
             if key != "custom_text"
         }
-        | dict(text_cfg=cases.SMALL["text_cfg"])
+        | dict(text_cfg=small["text_cfg"])
     )
     theirs.text.correct_cls_mask = True
     vision = theirs.visual
@@ -80,17 +84,23 @@ BLOCKS = dict(
 )
 OTHERS = dict(
     blocks=BLOCKS,
-    tall_with_wide_patches=dict(vision_cfg=dict(image_size=[48, 32], patch_size=[8, 16])),
+    tall_with_wide_patches=dict(
+        vision_cfg=ONE | dict(image_size=[48, 32], patch_size=[8, 16]),
+        text_cfg=ONE,
+        multimodal_cfg=ONE,
+    ),
     no_pooler=dict(
-        vision_cfg=dict(attentional_pool=False),
-        text_cfg=dict(width=64, heads=4),
-        multimodal_cfg=dict(width=64, heads=4),
+        vision_cfg=ONE | dict(attentional_pool=False),
+        text_cfg=ONE | dict(width=64, heads=4),
+        multimodal_cfg=ONE | dict(width=64, heads=4),
     ),
 )
 # Of an image or a patch alone that is not square, outputs.
 NOT_SQUARE = dict(
-    wide=dict(vision_cfg=dict(image_size=[16, 40])),
-    square_with_tall_patches=dict(vision_cfg=dict(patch_size=[16, 8])),
+    wide=dict(vision_cfg=ONE | dict(image_size=[16, 40]), text_cfg=ONE, multimodal_cfg=ONE),
+    square_with_tall_patches=dict(
+        vision_cfg=ONE | dict(patch_size=[16, 8]), text_cfg=ONE, multimodal_cfg=ONE
+    ),
 )
 
 
