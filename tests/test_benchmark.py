@@ -24,7 +24,7 @@ from coca_jax.interop import open_clip_config
 @pytest.mark.long
 def test_rates_are_work_over_time(monkeypatch, capsys):
     """By the command, which prints each number and what it ran on."""
-    config = tiny_config()
+    config = tiny_config(bias=False)
     config.mesh.update(data=8)
     config.loss.captioning_weight = 0.0  # half as much to compile
     flags_of("benchmark", monkeypatch)

@@ -265,7 +265,8 @@ def test_forms_step_aside_for_what_they_do_not_know_and_say_so(caplog):
         num_heads=2, mlp_dim=8, depth=1, cross=None, activation="gelu", dtype=jnp.bfloat16
     )
     assert ops.Tpu().layer_loop(fields, "named") is not None
-    for change in (dict(activation="relu"), dict(cross="open_clip"), dict(some_new_option=True)):
+    changes = (dict(activation="relu"), dict(cross="open_clip"), dict(some_new_option=True))
+    for change in (*changes, layers.BlockOptions(bias=False).beyond(fields)):
         caplog.clear()
         assert ops.Tpu().layer_loop({**fields, **change}, "named") is None
         assert str(list(change)[0]) in caplog.text

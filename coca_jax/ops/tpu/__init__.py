@@ -67,7 +67,7 @@ class Tpu(Reference):
         'named' keeps, so it stands for no other."""
         if not self.kernels or remat != "named":
             return None
-        known = dict(activation="gelu", dtype=jnp.bfloat16)
+        known = dict(activation="gelu", dtype=jnp.bfloat16, bias=True)
         other = {k: v for k, v in block.items() if k in known and v != known[k]}
         other |= {k: v for k, v in block.items() if v and k not in KNOWN_FIELDS}
         if block["cross"] not in (None, "paper"):
