@@ -47,7 +47,7 @@ from conftest import tiny_config
 import coca_jax
 from coca_jax import caption, train
 root = pathlib.Path({str(tmp_path)!r})
-config = tiny_config()
+config = tiny_config(bias=False)
 config.steps, config.batch_size = 2, 8
 config.loss.contrastive_weight = 0.0  # half as much to compile
 config.model.image.depth = 1
