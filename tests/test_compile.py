@@ -268,6 +268,7 @@ SMALL = [
     "--config.model.pooler.num_queries=8",
     "--config.mesh.fsdp=4",
     "--config.text_parts=1",
+    "--config.optimizer.name=adamw",  # the recipe's takes a quarter more to compile
 ]
 
 
