@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from conftest import scenes_words
-from one_device import train_alone
+from one_device import smallest_run, train_alone
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
@@ -55,9 +55,10 @@ def test_more_hosts_have_less_left():
 @pytest.mark.long
 def test_a_run_chooses_its_interval_and_the_first_save_measures(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(saving, "FIRST", 3)
-    config = tiny_run(steps=7)
-    config.data.vocabulary = scenes_words()
+    config = smallest_run()
+    config.steps, config.data.vocabulary = 7, scenes_words()
     config.loss.captioning_weight = 0.0  # half as much to compile
+    config.model.bias, config.optimizer.ema = False, 0.0
     config.checkpoint.every = "auto"
     config.checkpoint.mean_hours_between_failures = 1e-9  # every few microseconds: save always
     config.checkpoint.keep = 20
