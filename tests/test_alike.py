@@ -31,6 +31,7 @@ def small_config() -> Config:
     config.model.text.update(width=16, mlp_dim=32, num_heads=2, vocab_size=40, max_len=6)
     config.model.pooler.update(num_queries=3, num_heads=2)
     config.optimizer.update(warmup_steps=0, learning_rate=0.02, schedule="constant")
+    config.optimizer.average_share = 0.0
     return read(Config, config.to_dict())
 
 
@@ -92,7 +93,9 @@ def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monk
 
     config = small_config()
     twin, theirs = torch_alike.stepper(config)
-    given = weights(init_state(build(config), config, one_device).params, twin)
+    drawn = init_state(build(config), config, one_device).params
+    params = jax.tree.map(np.array, drawn)  # drawn by another program, they take a second
+    given = weights(params, twin)
     assert set(given) == set(dict(twin.named_parameters()))
     twin.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in given.items()})
     ours = step_times.ours(config)
@@ -109,6 +112,7 @@ def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monk
     assert own[0] - own[1] > 0.2
     np.testing.assert_allclose(own[1:], other[1:], atol=0.005)
     monkeypatch.setattr(step_times, "ours", lambda config: ours)
+    monkeypatch.setattr(alike, "make_params", lambda config: params)
     found = alike.steps(config, [6], 1) | dict(stem=alike.stem(config, 1))
     assert found["parameters"] == found["peer_parameters"] > 10_000
     for one in (found["step_6"], found["stem"]):
