@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -101,62 +100,6 @@ def test_the_example_without_the_package_reads_each_program_once():
     inside = {ast.unparse(node.func) for loop in calls for node in ast.walk(loop)
               if isinstance(node, ast.Call)}  # fmt: skip
     assert "decode_step" in inside and "program" not in inside
-
-
-@pytest.fixture
-def onnx_packages(monkeypatch):
-    """They stand beside the environment, see .ci/run, and behind it."""
-    beside = os.environ.get("COCA_JAX_ONNX", os.path.join(ROOT, ".venv", "onnx-packages"))
-    if os.path.isdir(beside):
-        monkeypatch.syspath_prepend(beside)
-        sys.path.remove(beside)
-        sys.path.append(beside)
-    pytest.importorskip("jax2onnx", reason="needs the extra 'onnx'")
-    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
-    return monkeypatch
-
-
-@pytest.mark.long
-def test_onnx_programs_equal_the_model(model, words, images, tmp_path, onnx_packages):  # noqa: F811
-    found = export_onnx.export(model, str(tmp_path), batch=2, int8=True)
-    assert set(found["differences"]) == {"encode_image", "encode_text", "decode_step"}
-    assert max(found["differences"].values()) < 1e-5
-    assert found["int8"]["image_cosine"] > 0.98 and found["int8"]["text_cosine"] > 0.98
-    assert 0 < found["int8"]["log_prob"] < 0.5
-    sizes = found["files"]
-    assert sizes["onnx/encode_image.int8.onnx"] < 0.75 * sizes["onnx/encode_image.onnx"]
-    pair = images[:2]
-    embedding, tokens = export_onnx.run(f"{tmp_path}/onnx/encode_image.onnx", pair)
-    np.testing.assert_allclose(embedding, model.encode_image(pair), atol=1e-5)
-    decoder = export_onnx.Decoder(str(tmp_path), tokens)
-    token, ids = np.full(2, words.bos_id, np.int32), []
-    for _ in range(6):
-        token = decoder.step(token).argmax(-1).astype(np.int32)
-        ids.append(token)
-    for row, (caption,) in zip(np.stack(ids, 1), model.captions(pair, max_tokens=6)):
-        assert (words.bos_id, *row[: caption.num_tokens].tolist()) == caption.tokens
-    assert coca_jax.load(str(tmp_path)).max_len == model.max_len  # it is an export as well
-    exports_again(model, tmp_path, onnx_packages)
-
-
-def exports_again(model, out, monkeypatch):  # noqa: F811
-    """Over an export with int8: none of that stays, and what fails its check changes nothing."""
-    kept = {name: (out / f"onnx/{name}.onnx").read_bytes() for name in export_onnx.NAMES}
-
-    def again(function, arguments, name, path):  # to convert takes seconds
-        pathlib.Path(path).write_bytes(kept[name])
-
-    monkeypatch.setattr(export_onnx, "write", again)
-    sizes = export_onnx.export(model, str(out), batch=2)["files"]
-    programs = {f"onnx/{name}.onnx" for name in export_onnx.NAMES}
-    assert {name for name in sizes if name.startswith("onnx/")} == programs
-    other = inference.CoCaModel(
-        model.config, jax.tree.map(lambda x: 2 * x, model.params), model.vocabulary
-    )
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="encode_image.onnx differs from the model by"):
-        export_onnx.export(other, str(out), batch=2)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.long
