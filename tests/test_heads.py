@@ -1,5 +1,7 @@
 """Task heads: what is trained and at which rate, their loss, what they see."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ CLASSES = 5
 
 
 def head_config(kind="classification", **changes):
-    config = tiny_config()
+    config = tiny_config(bias=False)  # fewer arrays
     config.head.kind = kind
     config.loss.update(contrastive_weight=0.0, captioning_weight=0.0)
     config.optimizer.update(schedule="constant", warmup_steps=0, weight_decay=0.0)
@@ -43,13 +45,19 @@ def build(config):
     return coca.build(config.model, head=config.head, num_classes=CLASSES)
 
 
-def abstract_params(model):
+@functools.cache
+def _shapes(model):
     return jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+
+
+def abstract_params(model):
+    """Of a module, traced once for all tests."""
+    return jax.tree.map(lambda x: x, _shapes(model))  # the caller's own
 
 
 def fresh(model):
     """Parameters of which none is zero, as the classifier's are at the beginning."""
-    return drawn(jax.eval_shape(lambda: coca.init(model, jax.random.key(0))))
+    return drawn(_shapes(model))
 
 
 def head_batch(config, seed=0):
@@ -159,7 +167,7 @@ def test_only_what_the_losses_read_is_trained():
 )
 def test_a_loss_serves_the_parts_that_it_depends_on(pooler, kind):
     """And no other one, which weight decay would shrink: by what jax's program of it reads."""
-    config = tiny(**{"head.kind": kind, "model.pooler.kind": pooler})
+    config = tiny(**{"head.kind": kind, "model.pooler.kind": pooler, "model.bias": False})
     config = config.change({"model.image.class_token": pooler == "none"})
     weights = {name: 1.0 for name in vars(Loss()) if name.endswith("_weight")}
     config = config.change({"loss": weights | dict(contrastive="sigmoid", global_examples=40)})
@@ -293,7 +301,6 @@ def test_head_loss_against_numpy():
 @pytest.mark.long
 def test_accumulated_head_gradients_are_those_of_the_whole_batch(kind, captioning):
     config = head_config(kind)
-    config.model.bias = False  # fewer arrays
     config.loss.update(captioning_weight=captioning, caption_chunk=16)
     config.head.label_smoothing = 0.1
     model = build(config)
