@@ -6,6 +6,7 @@ import time
 import pytest
 from conftest import scenes_words, tiny_config
 from one_device import smallest_run, train_alone
+from quick_start import drawn_by_numpy  # noqa: F401
 
 from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed

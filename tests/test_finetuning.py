@@ -9,6 +9,7 @@ import optax
 import pytest
 from conftest import scenes_words
 from one_device import models_on_one, train_alone  # noqa: F401
+from quick_start import drawn_by_numpy  # noqa: F401
 from test_inference import random_params, tiny_model, tiny_parts, words  # noqa: F401
 from test_train import tiny_run
 from test_version_0_1 import flags_of

@@ -9,6 +9,7 @@ import jax
 import pytest
 from conftest import scenes_words
 from one_device import smallest_run, train_alone
+from quick_start import drawn_by_numpy  # noqa: F401
 from test_train import tiny_run
 
 import coca_jax

@@ -13,6 +13,7 @@ from conftest import tiny_config
 from one_device import train_alone
 from ops_cases import drawn
 from PIL import Image
+from quick_start import drawn_by_numpy  # noqa: F401
 
 import coca_jax
 from coca_jax import image_shape, partitioning, run_config
@@ -253,6 +254,7 @@ def data(tmp_path_factory):
     config.data.update(augment="drawing", flip=True, resize="crop")
     config.data.sources = (dict(path=str(root / "data"), kind="caption"),)
     config.image_sizes = ((0.5, (4, 16)),)
+    config.loss.contrastive_weight = 0.0  # less to compile, twice
     config.batch_size, config.steps = 8, 4
     train_alone(config, root / "run")
     return config, root / "run", root / "raw"

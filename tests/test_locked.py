@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import fresh_state
 from one_device import train_alone
+from quick_start import drawn_by_numpy  # noqa: F401
 from test_inference import random_params
 from test_train import tiny_run
 

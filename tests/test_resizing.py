@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny, tiny_config
 from one_device import models_on_one, train_alone  # noqa: F401
 from PIL import Image
+from quick_start import drawn_by_numpy  # noqa: F401
 
 import coca_jax
 from coca_jax import convert, export_format

@@ -9,6 +9,7 @@ import pytest
 from conftest import scenes_words
 from data_cases import data_config, write_folder
 from one_device import train_alone
+from quick_start import drawn_by_numpy  # noqa: F401
 from test_train import tiny_run
 
 from coca_jax import prepare, run_config

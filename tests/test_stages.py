@@ -8,6 +8,7 @@ import pytest
 from conftest import scenes_words, tiny_config
 from data_cases import data_config, equal, take, write_data
 from one_device import train_alone
+from quick_start import drawn_by_numpy  # noqa: F401
 
 from coca_jax import run_config
 from coca_jax.checkpoints import checkpointing
