@@ -105,6 +105,16 @@ def make_config(**changes):
     return tiny(optimizer=rule | rates | changes)
 
 
+UPDATES = {}
+
+
+def update_of(config):
+    """`make_update`, jitted once for all that ask for the same configuration."""
+    if (told := repr(config)) not in UPDATES:
+        UPDATES[told] = jax.jit(make_update(config))
+    return UPDATES[told]
+
+
 def ours(config, gradients, start=None):
     """States before and after each step, on the host, and the metrics of each step."""
     params = jax.tree.map(jnp.asarray, nested(start or draw(0, 0.3)))
@@ -113,7 +123,7 @@ def ours(config, gradients, start=None):
     ema = trained if optimizer.averages(config.optimizer) else None
     zero = jnp.zeros((), jnp.int32)
     states = [TrainState(zero, zero, params, rule.init(trained), ema)]
-    update = jax.jit(make_update(config))
+    update = update_of(config)
     schedule = optimizer.make_schedule(config.optimizer, STEPS)
     metrics = []
     for found in gradients:
