@@ -101,9 +101,10 @@ def test_captions_are_the_same_with_64_bits():
     numbers["min_p"] = np.float32(0.02)
     allowed = np.random.default_rng(0).standard_normal((2, 8, 300)).astype(np.float32)
     step = np.zeros(2, np.int32)
-    wanted = choice._sample(plan, numbers, allowed, step)
+    draw = jax.jit(lambda *of: choice._sample(plan, *of))
+    wanted = draw(numbers, allowed, step)
     cache, new = packed.Cache(*np.zeros((2, 1, 1, 4, 2), np.float32)), np.ones((1, 1, 1, 2), "f")
     with jax.enable_x64(True):
-        np.testing.assert_array_equal(choice._sample(plan, numbers, allowed, step), wanted)
+        np.testing.assert_array_equal(draw(numbers, allowed, step), wanted)
         written = jax.jit(packed.write)(cache, new, new, np.int32(2))
     assert written.key[0, 0, :, 0].tolist() == [0, 0, 1, 0]
