@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from conftest import params_of, tiny_config
-from test_inference import TEXTS, images, words  # noqa: F401
+from conftest import tiny_config
+from test_inference import TEXTS, images, random_params, words  # noqa: F401
 
 from coca_jax import inference
 from coca_jax.config import typed
@@ -24,10 +24,7 @@ def without(**image):
 def test_captions_written_from_a_cache_are_those_of_the_whole_pass(words, images):  # noqa: F811
     config = without()
     module = coca.build(config.model)
-    keys = iter(jax.random.split(jax.random.key(1), 500))
-    params = jax.tree.map(
-        lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params_of(module)
-    )
+    params = random_params(module)
     assert not {"generative_pooler", "contrastive_pooler", "pooled_norm"} & set(params)
     model = inference.CoCaModel(config, params, words, batch_size=8, devices=jax.devices()[:1])
     tokens, _ = words.encode_batch(TEXTS, model.max_len)
