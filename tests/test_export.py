@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import types
-from functools import partial
 
 import jax
 import numpy as np
@@ -17,11 +16,11 @@ from absl import flags
 from conftest import tiny_config
 from docs_walk import ROOT
 from one_device import models_on_one  # noqa: F401
-from test_inference import images, model, no_compile_cache, words  # noqa: F401
+from test_inference import images, model, no_compile_cache, random_params, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, export_format, inference, partitioning
+from coca_jax import export, export_format, inference
 from coca_jax.config import typed
 from coca_jax.files import sealed_json
 from coca_jax.inference import export_folder, export_onnx, export_programs
@@ -83,11 +82,15 @@ def test_programs_equal_the_model_without_its_code(model, words, images, tmp_pat
 def test_a_written_decoder_gives_ids_beyond_the_vocabulary_no_chance(model, words, images):  # noqa: F811
     """The softmax layer has rows for more of them, and the best of all may be one."""
     functions = export_programs.functions_of(model, ["cpu"])
-    flat = export_format.flatten(model.params)
-    weights = functions.decode_weights(flat)
-    state = functions.decode_start(weights, functions.encode_image(flat, images[:1])[1])
     token = np.full(1, words.bos_id, np.int32)
-    log_probs = np.asarray(functions.decode_step(weights, state, token, np.int32(0))[0])
+
+    @jax.jit
+    def first(flat):
+        weights = functions.decode_weights(flat)
+        state = functions.decode_start(weights, functions.encode_image(flat, images[:1])[1])
+        return functions.decode_step(weights, state, token, np.int32(0))[0]
+
+    log_probs = np.asarray(first(export_format.flatten(model.params)))
     assert np.isfinite(log_probs[:, : words.size]).all() and words.size < log_probs.shape[1]
     assert (log_probs[:, words.size :] == -np.inf).all()
 
@@ -171,8 +174,7 @@ def test_towers_have_a_card_of_their_own(words, tmp_path):  # noqa: F811
     sizes |= {"text.vocab_size": 320, "text.unimodal_depth": 1, "family": "clip"}
     config = typed(tiny_config()).change({f"model.{k}": v for k, v in sizes.items()})
     module = two_towers.build(config.model)
-    params = partitioning.unbox(jax.jit(partial(two_towers.init, module))(jax.random.key(0)))
-    towers = TwoTowerModel(config, params, words)
+    towers = TwoTowerModel(config, random_params(module, two_towers), words)
     export_folder.write_hub(towers, str(tmp_path), "me/clip")
     card = (tmp_path / "README.md").read_text()
     assert "$" not in card and "caption(" not in card and "Yu et al." not in card
@@ -207,7 +209,7 @@ def test_programs_of_an_earlier_export_stay_with_their_model_alone(model, tmp_pa
     assert export_format.files(tmp_path) == sorted([*own, *names])
     hub = export_folder.write_hub(model, str(tmp_path), "org/name")
     assert {*names} < {*hub} and "programs/notes.txt" not in hub
-    params = jax.tree.map(lambda x: x + 1, model.params)
+    params = jax.tree.map(lambda x: np.asarray(x) + 1, model.params)
     other = inference.CoCaModel(model.config, params, model.vocabulary)
     (tmp_path / names[0]).write_bytes(b"of the second model")
     export_folder.write(other, str(tmp_path), programs=names[:1])
