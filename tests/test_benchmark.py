@@ -1,8 +1,9 @@
 """Every benchmark runs at a tiny size and reports a rate that fits its time."""
 
+import functools
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from conftest import tiny_config
 from ml_collections import ConfigDict
 from PIL import Image
+from test_inference import random_params
 from test_version_0_1 import flags_of
 
 from coca_jax import benchmark, prepare
@@ -27,7 +29,10 @@ def test_rates_are_work_over_time(monkeypatch, capsys):
     config = tiny_config(bias=False)
     config.mesh.update(data=8)
     config.loss.captioning_weight = 0.0  # half as much to compile
+    config.model.bias = False
     flags_of("benchmark", monkeypatch)
+    params = model_times.make_params(typed(config))  # once for both that ask for them
+    monkeypatch.setattr(model_times, "make_params", lambda config: params)
 
     def run(kind, *more):
         benchmark.flags.FLAGS.unparse_flags()
@@ -70,9 +75,11 @@ def peer_config():
 
 
 @pytest.mark.long
-def test_the_peer_runs_at_the_same_sizes():
+def test_the_peer_runs_at_the_same_sizes(monkeypatch):
     pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     config = typed(peer_config())
+    params = random_params(model_times.build(config))  # in no time
+    monkeypatch.setattr(model_times, "make_params", lambda config: params)
     pixels = model_times.random_batch(config, 2)["image"]
     peer = peer_times.build(config.model)
     for beams in (1, 3):
@@ -151,20 +158,18 @@ def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path,
         step_times.batches(config, str(tmp_path / "texts.txt"))
 
 
-PEAKS = """
-import numpy as np
-from coca_jax.benchmarking import step_times
-work = lambda: np.ones(64 << 17)  # 64 MiB, of which nothing stays
-print(step_times.added(work), step_times.added(lambda: None))
-"""
-
-
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # the child uses no JAX
 def test_a_peak_counts_what_is_given_back_too():
     """In a process of its own: threads that other tests have left give memory back meanwhile."""
-    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
-    most, none = map(int, done.stdout.split())
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        most, none = pool.apply(peaks)
     assert 60 << 20 < most < 80 << 20
     assert none < 4 << 20  # and not a peak of before
+
+
+def peaks():
+    work = functools.partial(np.ones, 64 << 17)  # 64 MiB, of which nothing stays
+    return step_times.added(work), step_times.added(lambda: None)
 
 
 def test_the_peer_reads_the_same_records(tmp_path):
