@@ -11,8 +11,9 @@ import data_cases
 import jax
 import numpy as np
 import pytest
-from conftest import params_of, tiny_config
+from conftest import tiny_config
 from PIL import Image
+from test_inference import random_params
 
 import coca_jax
 from coca_jax import inference
@@ -92,7 +93,7 @@ def words(tmp_path_factory):
 
 
 def small(**data):
-    config = tiny_config()
+    config = tiny_config(bias=False)
     config.batch_size, config.model.image.depth = 4, 1
     config.model.text.update(vocab_size=320, unimodal_depth=1, multimodal_depth=1)
     config.data.update(data)
@@ -133,7 +134,7 @@ def test_a_batch_goes_through_the_stations_of_the_table(words, tmp_path, one_dev
 def test_a_photo_goes_through_the_stations_of_the_table(words, tmp_path):
     config = small()
     model = inference.CoCaModel(
-        config, params_of(coca.build(config.model)), words, devices=jax.devices()[:1]
+        config, random_params(coca.build(config.model)), words, devices=jax.devices()[:1]
     )
     Image.fromarray(data_cases.picture(3)).save(tmp_path / "cat.jpg")
     rows = stations("A photo, path to caption")
