@@ -21,11 +21,15 @@ def _draw(model, alike, mesh):
     return lambda seed: program(drawn(abstract.params, 0.1), seed)
 
 
+def first_state(model, config, mesh):
+    """As `init_state`."""
+    return _draw(model, state.of_state(config), mesh)(0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def drawn_by_numpy():
     """In a module that imports this, runs begin with parameters by NumPy: to compile the program
     that draws them takes a third as long as to compile a step. test_train.py has it."""
-    _draw.__wrapped__ = state._draw.__wrapped__  # which `conftest.fresh_state` takes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "_draw", _draw)
         yield

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fresh_state, random_batch, tiny_config, train_step_of
+from conftest import random_batch, tiny_config, train_step_of
+from quick_start import first_state
 from test_checkpointing import RUN, restore, state_of
 
 from coca_jax import partitioning
@@ -15,6 +16,7 @@ from coca_jax.ops import contrastive
 from coca_jax.ops.global_contrastive import UNSEEN, Estimates, global_contrastive_loss
 
 COUNT, WIDTH = 12, 5
+compiled = jax.jit(global_contrastive_loss, static_argnames=("num_examples", "rate"))
 
 
 def embeddings(seed=0, count=COUNT):
@@ -60,7 +62,7 @@ def test_means_are_kept_from_visit_to_visit():
     old = np.full(COUNT, UNSEEN)
     old[:6] = np.log(np.linspace(0.5, 3, 6))
     kept = Estimates(jnp.asarray(old, jnp.float32), unseen().text)
-    _, rows, new = global_contrastive_loss(
+    _, rows, new = compiled(
         *(jnp.float32(x) for x in (image, text, 4.0)),
         kept,
         num_examples=100,
@@ -80,7 +82,7 @@ def test_a_batch_without_negatives_tells_nothing(rate):
     old = jnp.asarray([0.25, UNSEEN, -1.5], jnp.float32)
 
     def new(ids):
-        loss, _, means = global_contrastive_loss(
+        loss, _, means = compiled(
             *(image, text, jnp.float32(4.0), Estimates(old, old)),
             num_examples=10,
             rate=rate,
@@ -137,7 +139,7 @@ def test_a_step_keeps_the_means_of_its_examples(one_device_mesh):
     config.loss.update(contrastive="global", global_examples=40, captioning_weight=0.0)
     config.accumulate_steps = 4
     model = coca.build(config.model)
-    state = fresh_state(model, config, one_device_mesh)
+    state = first_state(model, config, one_device_mesh)
     batch = random_batch(config) | dict(example=np.arange(2, 34, 2, dtype=np.int32))
     step = train_step_of(model, config, 5)
     after, metrics = step(state, partitioning.place_batch(one_device_mesh, batch))

@@ -12,9 +12,8 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from conftest import fresh_state
 from one_device import train_alone
-from quick_start import drawn_by_numpy  # noqa: F401
+from quick_start import drawn_by_numpy, first_state  # noqa: F401
 from test_inference import random_params
 from test_train import tiny_run
 
@@ -99,7 +98,7 @@ def of_place(config, workdir):
     mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         run = setup.prepare(mesh, typed(config), str(workdir), TimeBuckets(), stopping.current())
-        state = fresh_state(run.model, run.config, mesh)
+        state = first_state(run.model, run.config, mesh)
         state = warm_start.apply(state, run.config.init_from, parts="image")
         return run, state, locked.keep(run, state)
 
@@ -345,6 +344,7 @@ def test_a_slowly_tuned_encoder_has_its_own_rate():
 
 def keeping(start):
     config = locked_run(start, augmentations=0)
+    config.optimizer.ema = 0.0
     config.init_parts = "all"
     config.optimizer.update(image_learning_rate=-1.0, keep_embeddings=True)
     config.loss.contrastive_weight = 0.0

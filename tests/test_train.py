@@ -194,7 +194,7 @@ class Endless(objectives.Captioning):
 def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(objectives, "OBJECTIVES", (Endless,))
     config = tiny_run(steps=100)
-    config.data.vocabulary = scenes_words()
+    config.data.vocabulary, config.optimizer.ema = scenes_words(), 0.0
     config.checkpoint.update(every_steps=2, keep=1, max_skipped=5)
     with pytest.raises(ValueError, match=r"of 5 steps in a row \(1 to 5\) are not finite") as error:
         train_alone(config, tmp_path)
