@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_inference import tiny_parts
+from test_inference import no_compile_cache, tiny_parts  # noqa: F401
 
 from coca_jax import export_format, inference, prepare
 from coca_jax.data import vocabulary
