@@ -38,9 +38,10 @@ SMALL = [
 ]
 # Without a convolutional stem, which has more to compile than the rest of an image encoder.
 PLAIN = ["--config.model.image.conv_widths=()", "--config.model.image.conv_depths=()"]
+LEAN = [*PLAIN, "--config.model.bias=False", "--config.optimizer.name=adamw"]  # nor biases
 SHORT = ["--config.steps=2", "--config.batch_size=8", "--config.optimizer.warmup_steps=0"]
 QUICK = [*SHORT, "--config.eval.tasks=()", "--config.text_lengths=()", "--config.text_parts=1"]
-DEMO = [*SMALL, "--config.model.image_size=64", *PLAIN, *QUICK]  # a page names this size
+DEMO = [*SMALL, "--config.model.image_size=64", *LEAN, *QUICK]  # a page names this size
 # Flags that make a command small: those of the first pattern that it matches.
 ADDED: tuple[tuple[str, list[str]], ...] = (
     (r"train .*--config=\S*:", SHORT),  # the model is that of the weights
@@ -48,8 +49,8 @@ ADDED: tuple[tuple[str, list[str]], ...] = (
     (r"train .*--config=\S+recipe.py", SHORT),
     (r"train ", [*SMALL, *SHORT]),
     # The choice of the other fits, whose programs are kept.
-    (r"fit .*--dry_run", ["--minutes=0.1", *PLAIN]),
-    (r"fit ", ["--minutes=0.1", "--config.steps=3", *PLAIN]),
+    (r"fit .*--dry_run", ["--minutes=0.1", *LEAN]),
+    (r"fit ", ["--minutes=0.1", "--config.steps=3", *LEAN]),
     # METEOR's tables take Java 5 s to read.
     (r"evaluate (?!.*--tasks)|evaluate .*captioning", ["--nojava_metrics"]),
     (r"benchmark input", ["--seconds=1"]),
