@@ -10,7 +10,12 @@ from coca_jax.ops import reference
 
 def arrays(*shape, count=1, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(count)]
+    return [_on_device(rng.normal(size=shape), dtype) for _ in range(count)]
+
+
+def _on_device(x, dtype):
+    """As `jnp.asarray(x, dtype)`, which compiles a program for each shape."""
+    return jax.device_put(np.asarray(x, dtype))
 
 
 def drawn(shapes, by=0.3, seed=0):
@@ -20,7 +25,7 @@ def drawn(shapes, by=0.3, seed=0):
 
     def draw(path, leaf):
         about = float("scale" in jax.tree_util.keystr(path))
-        return jnp.asarray(about + by * rng.normal(size=leaf.shape), leaf.dtype)
+        return _on_device(about + by * rng.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree.map_with_path(draw, partitioning.unbox(shapes))
 

@@ -256,14 +256,13 @@ def test_where_the_kernels_are_used(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "available", lambda: True)
     monkeypatch.setattr(cpu_kernels, "available_in_bfloat16", lambda: False)
 
-    @functools.cache  # once for all dtypes
+    @functools.cache  # once for all dtypes, and of the decoder alone
     def shapes(recipe, **text):
         config = recipe.get_config()
         config.model.text.update(text)
-        return jax.eval_shape(
-            lambda key: partitioning.unbox(coca.init(coca.build(config.model), key)),
-            jax.random.key(0),
-        )
+        decoder, row = coca.build(config.model).decoder, np.zeros((1, 4), np.int32)
+        given = jax.random.key(0), row, row == 0, np.zeros((1, 4, config.model.text.width))
+        return dict(text_decoder=partitioning.unbox(jax.eval_shape(decoder.init, *given)["params"]))
 
     def layout(recipe, devices=1, dtype="float32", **text):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
