@@ -345,6 +345,7 @@ def test_a_suite_is_run_once_and_compared(model, root, tmp_path, monkeypatch, ca
         model.set_params(before)
     rows = evaluate.compare([one, two])["rows"]
     assert len(rows) == 5 and len(capsys.readouterr().out.splitlines()) == 7
+    assert any(row["difference"] for row in rows)
     for row in rows:
         name = f"suite/{row['data']}/{row['metric']}"
         assert row["difference"] == pytest.approx(again[name] - scores[name])
