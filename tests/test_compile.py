@@ -268,7 +268,6 @@ SMALL = [
     "--config.model.pooler.num_queries=8",
     "--config.mesh.fsdp=4",
     "--config.text_parts=1",
-    "--config.optimizer.name=adamw",  # the recipe's takes a quarter more to compile
 ]
 
 
@@ -340,7 +339,6 @@ def test_a_small_step_compiles_for_a_gpu_with_flash_attention(tmp_path):
         "--config.model.image.num_heads=2",
     ]
     flags += ["--config.model.text.num_heads=2", "--config.model.pooler.num_heads=2"]
-    flags += ["--config.optimizer.name=adamw"]  # less to compile than the recipe's
     done = command(
         *(*flags, "--topology=h100:1", f"--dump_hlo={tmp_path}/step.hlo"),
         PYTHONPATH=os.pathsep.join([ROOT, cuda_compiler() or ""]),

@@ -38,7 +38,8 @@ SMALL = [
 ]
 # Without a convolutional stem, which has more to compile than the rest of an image encoder.
 PLAIN = ["--config.model.image.conv_widths=()", "--config.model.image.conv_depths=()"]
-LEAN = [*PLAIN, "--config.model.bias=False", "--config.optimizer.name=adamw"]  # nor biases
+# Nor biases, and by AdamW, which has less to compile than Muon and Adafactor.
+LEAN = [*PLAIN, "--config.model.bias=False", "--config.optimizer.name=adamw"]
 SHORT = ["--config.steps=2", "--config.batch_size=8", "--config.optimizer.warmup_steps=0"]
 QUICK = [*SHORT, "--config.eval.tasks=()", "--config.text_lengths=()", "--config.text_parts=1"]
 DEMO = [*SMALL, "--config.model.image_size=64", *LEAN, *QUICK]  # a page names this size

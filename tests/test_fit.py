@@ -17,7 +17,7 @@ from coca_jax import fit, recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.files import out_folder
-from coca_jax.fitting import look, recipe, run
+from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import asked, indexes, splits
 from coca_jax.importers.items import Item
@@ -86,6 +86,8 @@ def fitted(folder, tmp_path_factory):
         patch.setattr(jax, "devices", lambda *_: one)
         patch.setattr(jax, "local_devices", lambda *_: one)
         patch.setattr(step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of))
+        time, timed = measure.measure, []
+        patch.setattr(measure, "measure", lambda *of, **how: timed.append(how) or time(*of, **how))
         with patch.context() as stopped:
             stopped.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
             with pytest.raises(stopping.Preempted, match="step 3 is saved"):
@@ -94,12 +96,17 @@ def fitted(folder, tmp_path_factory):
         said.append("again")
         summary = run.fit(request, workdir, change=lambda config: 1 / 0, say=said.append)
         assert pathlib.Path(workdir, "recipe.py").read_text() == first
+        assert timed == [dict(least_seconds=pytest.approx(0.6))]  # once, a twentieth of the time
     return workdir, summary, said, len(traced)
 
 
 @pytest.fixture
 def done(fitted):
     return fitted[:3]
+
+
+def test_steps_are_timed_for_at_most_four_seconds():
+    assert measure.seconds_for(1) == 3 and measure.seconds_for(10) == 4
 
 
 @pytest.mark.long

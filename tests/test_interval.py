@@ -58,7 +58,7 @@ def test_a_run_chooses_its_interval_and_the_first_save_measures(tmp_path, monkey
     config = smallest_run()
     config.steps, config.data.vocabulary = 7, scenes_words()
     config.loss.captioning_weight = 0.0  # half as much to compile
-    config.model.bias, config.optimizer.ema = False, 0.0
+    config.optimizer.ema = 0.0
     config.checkpoint.every = "auto"
     config.checkpoint.mean_hours_between_failures = 1e-9  # every few microseconds: save always
     config.checkpoint.keep = 20

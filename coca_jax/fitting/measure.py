@@ -35,6 +35,11 @@ class Speed:
     start: float
 
 
+def seconds_for(minutes: float) -> float:
+    """Seconds of steps that are timed before a run of so many minutes: a twentieth, at most 4."""
+    return min(4.0, 60 * minutes / 20)
+
+
 def measure(config: Config, *, least_seconds: float) -> Speed:
     """Takes steps by `config`, nothing of which is kept; the run begins anew.
 

@@ -31,7 +31,6 @@ from coca_jax.training import run as training
 
 Say = Callable[[str], None]
 Change = Callable[[Config], Config]
-_TIMED_SHARE, _TIMED_SECONDS = 0.05, 4.0  # of the minutes asked for, at most: to time steps
 _SAMPLE = 20_000  # texts that the vocabulary and the lengths are taken from, at most
 
 
@@ -200,7 +199,7 @@ def decide(
         measured_facts = dataclasses.replace(facts, tokens=tokens)
         keywords |= dict(bytes_needed=memory.needed, change=change)
         choice = choose.choose(measured_facts, machine, request.minutes, size, **keywords)
-        seconds = min(_TIMED_SECONDS, _TIMED_SHARE * 60 * request.minutes)
+        seconds = measure.seconds_for(request.minutes)
         speed = measure.measure(change(choice.config), least_seconds=seconds)
         last = number == len(candidates) - 1 or start is not None
         if last or 60 * request.minutes / speed.step >= choose.ENOUGH_STEPS:

@@ -67,9 +67,10 @@ class Tpu(Reference):
         'named' keeps, so it stands for no other."""
         if not self.kernels or remat != "named":
             return None
-        known = dict(activation="gelu", dtype=jnp.bfloat16, bias=True)
+        known = dict(activation="gelu", dtype=jnp.bfloat16, kv_heads=0)
         other = {k: v for k, v in block.items() if k in known and v != known[k]}
-        other |= {k: v for k, v in block.items() if v and k not in KNOWN_FIELDS}
+        # Set to False or 0 too: no option is among them that is as usual.
+        other |= {k: v for k, v in block.items() if k not in KNOWN_FIELDS}
         if block["cross"] not in (None, "paper"):
             other["cross"] = block["cross"]
         if other:
@@ -80,12 +81,13 @@ class Tpu(Reference):
         return functools.partial(layer_loop.run, heads=block["num_heads"], epsilon=NORM_EPSILON)
 
 
-# Fields of block.Block that layer_loop computes; one that is not here and set is an option that it
+# Fields of block.Block that layer_loop computes, or has as usual; any other is an option that it
 # does not know.
 KNOWN_FIELDS = (
     "width",
     "causal",
     "num_heads",
+    "kv_heads",
     "mlp_dim",
     "depth",
     "cross",
