@@ -34,7 +34,7 @@ TRAINED = (
     Measurement(
         tuple(
             f"fashion_mnist/{row}"
-            for row in ("zeroshot", "linear_probe", "nearest", "narrow_pooler", "minutes")
+            for row in ("zero_shot", "linear_probe", "nearest", "narrow_pooler", "minutes")
         ),
         runs.fashion_mnist,
         40,

@@ -1,9 +1,9 @@
 """Figures in Markdown: a mark names rows of docs/results.json, the numbers behind it are theirs.
 
-    | zero-shot <!-- = demo/zeroshot --> | 98.9% | 98.5 to 99.4 |
+    | zero-shot <!-- = demo/zero_shot --> | 98.9% | 98.5 to 99.4 |
     It took <!-- = demo/whole:minutes --> 8 minutes.
 
-`demo/zeroshot` stands for all values of that row in their order, `demo/zeroshot:value,high` for
+`demo/zero_shot` stands for all values of that row in their order, `demo/zero_shot:value,high` for
 these; `min`, `max` and `mean` are of all, and `_` leaves a number as it is. Several rows may follow
 one another. In a table a mark governs every number behind it in its line, in prose as many as it
 has values. How a number is written (its decimals, commas, a sign) stays as it stands in the page.

@@ -12,7 +12,7 @@ from measuring import HERE, ROOT, Given, Rows, Values
 from measuring_runs import shown
 
 SCORES = dict(
-    zero_shot="zeroshot/scenes_heldout/top1",
+    zero_shot="zero_shot/scenes_heldout/top1",
     r_1_image_to_text="retrieval/scenes_heldout/image_to_text_r1",
     r_1_text_to_image="retrieval/scenes_heldout/text_to_image_r1",
     exact_captions="captioning/scenes_test/exact_match",

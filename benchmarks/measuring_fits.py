@@ -16,7 +16,7 @@ FITTED = dict(
         word_f1=("captioning/", "word_f1"),
         exact=("captioning/", "exact_match"),
     ),
-    labels=dict(top1=("zeroshot/", "top1")),
+    labels=dict(top1=("zero_shot/", "top1")),
 )
 TYPES = dict(
     image_to_text="retrieval/emoji_test/image_to_text_r1",

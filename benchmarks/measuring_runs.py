@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from measuring import HERE, SEEDS, Given, Rows, Values
 
 DEMO = {
-    "demo/zeroshot": "zeroshot/scenes_heldout/top1",
+    "demo/zero_shot": "zero_shot/scenes_heldout/top1",
     "demo/image_to_text": "retrieval/scenes_heldout/image_to_text_r1",
     "demo/text_to_image": "retrieval/scenes_heldout/text_to_image_r1",
     "demo/exact": "captioning/scenes_test/exact_match",
     "demo/exact_heldout": "captioning/scenes_heldout/exact_match",
     "demo/f1": "captioning/scenes_heldout_many/attribute_f1",
-    "demo/zeroshot_unseen": "zeroshot/scenes_unseen/top1",
+    "demo/zero_shot_unseen": "zero_shot/scenes_unseen/top1",
     "demo/exact_unseen": "captioning/scenes_unseen/exact_match",
 }
 _WAYS = ("", "normalised_", "reranked_")
@@ -31,7 +31,7 @@ QUESTIONS = {
 }
 EMOJI_CAPTIONS = ("exact_match", "bleu4", "rouge_l", "cider_d")
 AVERAGING = {
-    "demo_zeroshot_unseen": "zeroshot/scenes_unseen/top1",
+    "demo_zero_shot_unseen": "zero_shot/scenes_unseen/top1",
     "demo_exact_heldout": "captioning/scenes_heldout/exact_match",
     "demo_exact_unseen": "captioning/scenes_unseen/exact_match",
     "demo_f1": "captioning/scenes_heldout_many/attribute_f1",
@@ -53,7 +53,7 @@ EARLIER = f"{HERE}/earlier_recipe.py"
 EARLIER_STEPS = 3600  # of its emoji
 COSINE = ("--config.optimizer.schedule=cosine", "--config.optimizer.average_share=0")
 OPTIMIZERS = {
-    "zeroshot": "zeroshot/scenes_heldout/top1",
+    "zero_shot": "zero_shot/scenes_heldout/top1",
     "image_to_text": "retrieval/scenes_heldout/image_to_text_r1",
     "text_to_image": "retrieval/scenes_heldout/text_to_image_r1",
     "exact": "captioning/scenes_test/exact_match",
@@ -162,7 +162,7 @@ def emoji(given: Given) -> Rows:
 
 def fashion_mnist(given: Given) -> Rows:
     """The recipe with three seeds; probes of seed 0's encoder; a narrower head; minutes."""
-    found = trained("fashion_mnist", {"fashion_mnist/zeroshot": "zeroshot/fashion_mnist/top1"})(
+    found = trained("fashion_mnist", {"fashion_mnist/zero_shot": "zero_shot/fashion_mnist/top1"})(
         given
     )
     run = run_of(given, "fashion_mnist")
@@ -327,7 +327,7 @@ def animated(given: Given) -> Rows:
     for frames in (1, 8):
         flags = ("--data=data/animated_emoji", "--split=test", f"--num_frames={frames}")
         out = given.runs / f"animated_{frames}"
-        tasks = "--tasks=retrieval,zeroshot,linear_probe"
+        tasks = "--tasks=retrieval,zero_shot,linear_probe"
         given.coca(
             "evaluate", f"--checkpoint={start}", tasks, "--name=clips", f"--out={out}", *flags
         )
@@ -350,7 +350,7 @@ def animated(given: Given) -> Rows:
 VIDEO = dict(
     clip_to_name="retrieval/clips/image_to_text_r1",
     name_to_clip="retrieval/clips/text_to_image_r1",
-    zeroshot_group="zeroshot/clips/top1",
+    zero_shot_group="zero_shot/clips/top1",
     logistic="linear_probe/clips/top1",
 )
 

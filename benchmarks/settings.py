@@ -47,7 +47,7 @@ DATA = {
         "demo",
         3.0,
         (
-            "zeroshot/scenes_heldout/top1",
+            "zero_shot/scenes_heldout/top1",
             "retrieval/scenes_heldout/image_to_text_r1",
             "retrieval/scenes_heldout/text_to_image_r1",
             "captioning/scenes_test/exact_match",
@@ -68,7 +68,7 @@ DATA = {
         4,
         128,
     ),
-    "fashion_mnist": Data("fashion_mnist", 1.0, ("zeroshot/fashion_mnist/top1",), 96, 3, 64),
+    "fashion_mnist": Data("fashion_mnist", 1.0, ("zero_shot/fashion_mnist/top1",), 96, 3, 64),
 }
 
 ROWS = {

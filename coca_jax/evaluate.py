@@ -7,7 +7,7 @@ the same command again after a kill: finished tasks and captions so far are kept
 Examples:
   coca-jax evaluate --checkpoint=runs/mine --data=data/mine
   coca-jax evaluate --checkpoint=runs/mine --data=data/mine --tasks=retrieval,captioning
-  coca-jax evaluate --checkpoint=weights --data=photos/ --tasks=zeroshot --out=scores
+  coca-jax evaluate --checkpoint=weights --data=photos/ --tasks=zero_shot --out=scores
   coca-jax evaluate --checkpoint=weights --suite=clip_benchmark --root=sets --out=scores
   coca-jax evaluate --compare=scores,other_scores
 """
@@ -160,8 +160,8 @@ def kinds_of_flags(data: Mapping[str, Any]) -> list[str]:
             f"data {args.data} [{data['split']}]: no example has a {' or a '.join(needs)}, so "
             "there is nothing to score; name their fields as --text_field or --label_field"
         )
-    if not args.tasks and len(found) > 1 and "zeroshot" in found and _is_of_one_class(data):
-        found.remove("zeroshot")
+    if not args.tasks and len(found) > 1 and "zero_shot" in found and _is_of_one_class(data):
+        found.remove("zero_shot")
     left = [kind for kind in usual if kind not in found]
     if not args.tasks and left:
         cli.say(f"{args.data} has nothing for {', '.join(left)}: left out")

@@ -77,12 +77,12 @@ def _tasks() -> tuple[dict[str, Any], ...]:
     every = dict(builtin="scenes", split="heldout", kind="caption")
     unseen = dict(builtin="scenes", split="test", scenery="unseen")
     return (
-        dict(kind="zeroshot", name="scenes_heldout", data=label, limit=1000),
+        dict(kind="zero_shot", name="scenes_heldout", data=label, limit=1000),
         dict(kind="retrieval", name="scenes_heldout", data=every, limit=500),
         dict(kind="captioning", name="scenes_test", data=seen, limit=500),
         dict(kind="captioning", name="scenes_heldout", data=one, limit=500),
         dict(kind="captioning", name="scenes_heldout_many", data=many, limit=300),
-        dict(kind="zeroshot", name="scenes_unseen", data=unseen | dict(kind="label"), limit=1000),
+        dict(kind="zero_shot", name="scenes_unseen", data=unseen | dict(kind="label"), limit=1000),
         dict(
             kind="captioning",
             name="scenes_unseen",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from coca_jax.evaluators import zeroshot
+from coca_jax.evaluators import zero_shot
 
 
 class Fake:
@@ -59,4 +59,4 @@ def picture(number):
 
 
 def unit(rng, *shape):
-    return zeroshot.normalise(rng.normal(size=shape)).astype(np.float32)
+    return zero_shot.normalise(rng.normal(size=shape)).astype(np.float32)

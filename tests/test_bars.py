@@ -59,7 +59,7 @@ def test_a_terminal_has_a_bar(monkeypatch):
 
 def test_an_evaluation_writes_no_bar_into_a_log_file(monkeypatch):
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
-    assert [len(batch) for batch in in_batches(range(5), 2, show="zeroshot")] == [2, 2, 1]
+    assert [len(batch) for batch in in_batches(range(5), 2, show="zero_shot")] == [2, 2, 1]
     assert file.getvalue() == ""
 
 

@@ -383,8 +383,8 @@ def test_prompt_sets(tmp_path):
 def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
     """Once 'plain' was 'a photo of the {}' for the one and '{}' for the other."""
     for name in prompts.SETS:
-        task = dict(kind="zeroshot", name="x", data={}, class_names=["cat", "dog"], prompts=name)
-        evaluator = declarations.of("zeroshot").from_task(task, declarations.Setting())
+        task = dict(kind="zero_shot", name="x", data={}, class_names=["cat", "dog"], prompts=name)
+        evaluator = declarations.of("zero_shot").from_task(task, declarations.Setting())
         assert evaluator.prompts == prompts.load(name)
 
 

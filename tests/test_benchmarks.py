@@ -44,10 +44,10 @@ def test_a_table_shows_mean_and_range_of_seeds_and_leaves_trials_out():
     line = dict(row="coca_jax", data="fashion_mnist", minutes=10.0, pairs=1000, machine="one")
     line["cpu_minutes"] = 9.96
     lines = [
-        line | dict(seed=seed, scores={"zeroshot/fashion_mnist/top1": value})
+        line | dict(seed=seed, scores={"zero_shot/fashion_mnist/top1": value})
         for seed, value in enumerate((0.90, 0.92, 0.91))
     ]
-    lines.append(line | dict(seed=0, minutes=0.0, scores={"zeroshot/fashion_mnist/top1": 0.1}))
+    lines.append(line | dict(seed=0, minutes=0.0, scores={"zero_shot/fashion_mnist/top1": 0.1}))
     made = table.table(lines)
     assert "| coca_jax | 10 | 10.0 | 3 | 1,000 | 91.0 (90.0 to 92.0) | one |" in made
     assert made.count("| coca_jax ") == 1 and made.count("No run yet.") == 2
@@ -65,7 +65,7 @@ def test_a_line_replaces_that_of_the_same_run(tmp_path):
 
 
 def test_a_line_has_the_commit_that_it_was_trained_on(monkeypatch):
-    told = dict(pairs=8, scores={"zeroshot/fashion_mnist/top1": 0.5})
+    told = dict(pairs=8, scores={"zero_shot/fashion_mnist/top1": 0.5})
     args = argparse.Namespace(row="coca_jax", data="fashion_mnist", steps=0, minutes=1.0)
     monkeypatch.setattr(run, "call", lambda *given: (told, 60.0))
     monkeypatch.setattr(run, "commit", lambda: "abc1234")
@@ -120,7 +120,7 @@ def test_a_row_in_pytorch_learns_and_is_scored(row, tmp_path, monkeypatch):
     scores = again.score(str(tmp_path / "run"))
     again.batches.close()
     assert scores["retrieval/scenes_heldout/num_images"] == 24
-    assert 0 <= scores["zeroshot/scenes_heldout/top1"] <= 1
+    assert 0 <= scores["zero_shot/scenes_heldout/top1"] <= 1
     captions = settings.ROWS[row].captions
     assert ("captioning/scenes_test/exact_match" in scores) == captions
     if captions:

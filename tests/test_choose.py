@@ -152,8 +152,8 @@ def test_what_trains_follows_from_what_there_is():
         return [s.kind for s in config.data.sources], [t["kind"] for t in config.eval.tasks]
 
     assert kinds(CAPTIONS) == (["caption"], ["retrieval", "captioning"])
-    assert kinds(LABELS) == (["label"], ["zeroshot"])
-    assert kinds(BOTH) == (["caption", "label"], ["retrieval", "captioning", "zeroshot"])
+    assert kinds(LABELS) == (["label"], ["zero_shot"])
+    assert kinds(BOTH) == (["caption", "label"], ["retrieval", "captioning", "zero_shot"])
     # A few stray labels do not make a task, nor does one class.
     assert kinds(dataclasses.replace(BOTH, labels=9))[0] == ["caption"]
     assert kinds(dataclasses.replace(BOTH, classes=("cat",)))[0] == ["caption"]
@@ -326,8 +326,8 @@ def test_scores_stand_beside_chance(tmp_path):
         "retrieval/mine_test/image_to_text_r1_low": 0.2,
         "retrieval/mine_test/image_to_text_r1_high": 0.3,
         "retrieval/mine_test/num_texts": 200.0,
-        "zeroshot/mine_test/top1": 0.9,
-        "zeroshot/mine_test/num_classes": 2.0,
+        "zero_shot/mine_test/top1": 0.9,
+        "zero_shot/mine_test/num_classes": 2.0,
     }
     lines = tell.score_table(scores, "mine_test", {"image_to_text_r1": 0.005}, largest=0.7)
     assert "of 200 captions" in lines[1] and "25.0% (20.0% to 30.0%)" in lines[1]

@@ -278,13 +278,13 @@ def test_a_loaded_model_takes_more_frames_at_a_time_when_told(video_model):
 def test_zero_shot_and_retrieval_of_videos(video_model, data, tmp_path):
     entry = dict(path=str(data / "out"), split="test")
     asked = [
-        dict(kind="zeroshot", name="clips", data=dict(entry, kind="label"), prompts="bare"),
+        dict(kind="zero_shot", name="clips", data=dict(entry, kind="label"), prompts="bare"),
         dict(kind="retrieval", name="clips", data=entry),
     ]
     scores = tasks.run_tasks(video_model, asked, str(tmp_path))
     paths = [str(data / "raw" / name) for name in ("09.webp", "10.gif", "11.png")]
     found = video_model.zero_shot(paths, ["even", "odd"], ["{}"]).argmax(1)
-    assert scores["zeroshot/clips/top1"] == pytest.approx(np.mean(found == [1, 0, 1]))
+    assert scores["zero_shot/clips/top1"] == pytest.approx(np.mean(found == [1, 0, 1]))
     similar = video_model.similarity(paths, ["clip 9", "clip 10", "clip 11"])
     ranks = (similar >= np.diag(similar)[:, None]).sum(1)
     assert scores["retrieval/clips/image_to_text_r1"] == pytest.approx((ranks == 1).mean())

@@ -66,7 +66,7 @@ def tasks_for(folder, **changes):
     label = dict(data, kind="label")
     names = ["red", "green", "blue", "dark", "thing", "picture"]
     return [
-        dict(kind="zeroshot", name="c", data=label, class_names=names, prompts="plain"),
+        dict(kind="zero_shot", name="c", data=label, class_names=names, prompts="plain"),
         dict(kind="generative", name="c", data=label, class_names=names),
         dict(kind="retrieval", name="c", data=data, **changes),
         dict(kind="captioning", name="c", data=data, decode=dict(max_tokens=8)),
@@ -96,13 +96,13 @@ def test_scores_are_plain_figures_of_the_model(on_one, folder):
     texts = model.encode_text([f"a photo of the {n}" for n in names], labels=True)
     guess = (model.encode_image(images) @ texts.T).argmax(1)
     right = [names[g] in t for g, t in zip(guess, truth)]
-    assert scores["zeroshot/c/top1"] == pytest.approx(np.mean(right))
+    assert scores["zero_shot/c/top1"] == pytest.approx(np.mean(right))
     likely = model.score(images, [f"a photo of the {n}" for n in names], labels=True).argmax(1)
     right = [names[g] in t for g, t in zip(likely, truth)]
     assert scores["generative/c/top1"] == pytest.approx(np.mean(right))
     assert scores["retrieval/c/text_to_image_r1_count"] == 2 * COUNT
     assert scores["retrieval/c/num_texts"] == COUNT + 3
-    for kind in ("zeroshot", "generative", "retrieval", "captioning"):
+    for kind in ("zero_shot", "generative", "retrieval", "captioning"):
         assert scores[f"{kind}/c/num_examples"] == COUNT
     saved = json.loads((out / "eval.json").read_text())
     assert saved == scores
@@ -113,7 +113,7 @@ def test_scores_are_plain_figures_of_the_model(on_one, folder):
             assert saved[f"{key}_low"] <= saved[key] <= saved[f"{key}_high"]
             # The first image has none before it that its caption could be tried with.
             assert saved[f"{key}_count"] >= COUNT - key.endswith("/image_gain")
-    classes = json.loads((out / "eval_classes.json").read_text())["zeroshot/c"]
+    classes = json.loads((out / "eval_classes.json").read_text())["zero_shot/c"]
     assert sum(n for _, _, n in classes["confusion"]) == COUNT == sum(classes["count"])
     assert not (out / "eval_progress.json").exists()
     lines = (out / "eval_captions" / "c.jsonl").read_text().splitlines()
@@ -193,7 +193,7 @@ def test_an_image_that_cannot_be_read_is_named(on_one, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:60])
     task = dict(tasks_for(tmp_path / "in")[0], class_names=["red", "green"])
     task["data"] = dict(task["data"], split="train")
-    with pytest.raises(ValueError, match="^zeroshot/c: red/7.png: damaged image .*mend or remove"):
+    with pytest.raises(ValueError, match="^zero_shot/c: red/7.png: damaged image .*mend or remove"):
         tasks.run_tasks(on_one[2], [task], str(tmp_path / "out"))
 
 
@@ -213,7 +213,7 @@ class Reads:
     encode_image = features
 
 
-@pytest.mark.parametrize("kind, split", [("zeroshot", "test"), ("knn", "test"), ("knn", "train")])
+@pytest.mark.parametrize("kind, split", [("zero_shot", "test"), ("knn", "test"), ("knn", "train")])
 def test_one_damaged_image_of_a_large_batch_is_named(tmp_path, kind, split):
     """Evaluators take up to 1,024 at a time, and probes read training images as well."""
     picture = io.BytesIO()
@@ -325,7 +325,7 @@ def test_class_names_from_files(tmp_path):
         with pytest.raises(ValueError, match=says):
             read(text)
     path.write_text("n03\tcat\nn02\tdog\nn01\tcat\n")
-    task = dict(kind="zeroshot", name="x", class_names=str(path))
+    task = dict(kind="zero_shot", name="x", class_names=str(path))
     with pytest.raises(ValueError, match="3 names, 2 distinct; .*; 'cat' is there twice"):
         class_names.check(task)
 
@@ -384,7 +384,7 @@ def test_two_processes_share_the_work(on_one, parts, folder, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = [f"--checkpoint={tmp_path}/model", f"--data={folder}", f"--out={tmp_path}/out"]
-    flags += ["--tasks=zeroshot,generative,retrieval,captioning", "--name=c", "--nojava_metrics"]
+    flags += ["--tasks=zero_shot,generative,retrieval,captioning", "--name=c", "--nojava_metrics"]
     flags += [f"--class_names={names}", "--prompts=plain", "--batch_size=8"]
     both = [command(i, 2, port, *flags) for i in range(2)]
     said = [process.communicate(timeout=400) for process in both]

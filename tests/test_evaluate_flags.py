@@ -60,14 +60,14 @@ def test_one_label_beside_captions_is_no_classification(ask, tmp_path, capsys):
     """The command ended at the classes, and scored no captions, of which there were some."""
     captioned(tmp_path / "one", 6, label=lambda i: "photo")
     captioned(tmp_path / "two", 6, label=lambda i: ("photo", "drawing")[i % 2])
-    usual = ["zeroshot", "retrieval", "captioning"]
+    usual = ["zero_shot", "retrieval", "captioning"]
     for name, kinds in (("one", usual[1:]), ("two", usual)):
         ask(data=str(tmp_path / name))
         assert [task["kind"] for task in evaluate.tasks_of_flags()] == kinds
-    assert capsys.readouterr().err.count("one has nothing for zeroshot: left out") == 1
-    ask(data=str(tmp_path / "one"), tasks="zeroshot")
+    assert capsys.readouterr().err.count("one has nothing for zero_shot: left out") == 1
+    ask(data=str(tmp_path / "one"), tasks="zero_shot")
     (task,) = evaluate.tasks_of_flags()
-    says = "zeroshot of one_test: all labels are 'photo', and it tells two classes or more apart; "
+    says = "zero_shot of one_test: all labels are 'photo', and it tells two classes or more apart; "
     with pytest.raises(ValueError, match=says):
         class_names.names_and_labels(task)
 
@@ -79,29 +79,29 @@ def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
     tasks = evaluate.tasks_of_flags()
     assert [task["kind"] for task in tasks] == ["retrieval", "captioning"]
     assert {task["name"] for task in tasks} == {"texts_test-first3"} and tasks[0]["limit"] == 3
-    assert "has nothing for zeroshot: left out" in capsys.readouterr().err
+    assert "has nothing for zero_shot: left out" in capsys.readouterr().err
     for where, limit, wanted in (
         ("label=0", 0, "labels_test-label-0"),
         ("label=0,1", 2, "labels_test-label-0+1-first2"),
     ):
         ask(data=tmp_path / "labels", where=where, limit=limit)
         assert {task["name"] for task in evaluate.tasks_of_flags()} == {wanted}
-    ask(data=tmp_path / "labels", name="mine", tasks="zeroshot", limit=2)
+    ask(data=tmp_path / "labels", name="mine", tasks="zero_shot", limit=2)
     (task,) = evaluate.tasks_of_flags()
-    assert (task["kind"], task["name"]) == ("zeroshot", "mine")
+    assert (task["kind"], task["name"]) == ("zero_shot", "mine")
     (tmp_path / "names.txt").write_text("0\tnought\n1\tone\n")
-    for kind in ("zeroshot", "knn", "linear_probe"):
-        probe = kind != "zeroshot"
+    for kind in ("zero_shot", "knn", "linear_probe"):
+        probe = kind != "zero_shot"
         learned = dict(train_limit=300) if probe else {}
         ask(data="scenes", tasks=kind, class_names=tmp_path / "names.txt", **learned)
         (task,) = evaluate.tasks_of_flags()
         assert task["class_names"] == str(tmp_path / "names.txt")
         assert task.get("train_limit") == (300 if probe else None)
-    ask(data=tmp_path / "texts", tasks="retrieval,zeroshot")
+    ask(data=tmp_path / "texts", tasks="retrieval,zero_shot")
     with pytest.raises(ValueError, match=r"texts \[test\]: no example has a label"):
         evaluate.tasks_of_flags()
     ask(data=tmp_path / "texts", tasks="bleu")
-    with pytest.raises(ValueError, match="--tasks=bleu: choose from zeroshot, "):
+    with pytest.raises(ValueError, match="--tasks=bleu: choose from zero_shot, "):
         evaluate.tasks_of_flags()
 
 
@@ -311,20 +311,29 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (dict(tasks="zeroshot", rerank=20), "--rerank=20: it is of retrieval, and the tasks are z"),
-        (dict(tasks="zeroshot", querybank="a"), "--querybank=a: it is of retrieval, and the tasks"),
-        (dict(tasks="zeroshot", num_beams=4), "--num_beams=4: it is of captioning, and the tasks"),
+        (
+            dict(tasks="zero_shot", rerank=20),
+            "--rerank=20: it is of retrieval, and the tasks are z",
+        ),
+        (
+            dict(tasks="zero_shot", querybank="a"),
+            "--querybank=a: it is of retrieval, and the tasks",
+        ),
+        (dict(tasks="zero_shot", num_beams=4), "--num_beams=4: it is of captioning, and the tasks"),
         (dict(tasks="knn", questions="q"), "=q: it is of classification and answers, and the task"),
-        (dict(tasks="captioning", prompts="no_such_set"), "--prompts=no_such_set: it is of zeros"),
-        (dict(tasks="retrieval", class_names="none.txt"), "--class_names=none.txt: it is of zeros"),
-        (dict(tasks="zeroshot", train_limit=9), "--train_limit=9: it is of linear_probe and knn"),
+        (dict(tasks="captioning", prompts="no_such_set"), "--prompts=no_such_set: it is of zero_s"),
+        (
+            dict(tasks="retrieval", class_names="none.txt"),
+            "--class_names=none.txt: it is of zero_s",
+        ),
+        (dict(tasks="zero_shot", train_limit=9), "--train_limit=9: it is of linear_probe and knn"),
         (dict(tasks="retrieval", attention=0), "--noattention: it is of captioning"),
         (dict(templates="photo", data="texts"), "--templates=photo: .* are retrieval, captioning"),
     ],
 )
 def test_flags_that_no_task_reads_are_refused(ask, given, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    captioned(tmp_path / "texts", 2)  # for which zeroshot, a usual one, is left out
+    captioned(tmp_path / "texts", 2)  # for which zero_shot, a usual one, is left out
     ask(**dict(dict(data="scenes"), **given))
     with pytest.raises(ValueError, match=f"{says}.*; leave it out") as error:
         evaluate.tasks_of_flags()
@@ -334,9 +343,9 @@ def test_flags_that_no_task_reads_are_refused(ask, given, says, tmp_path, monkey
 def test_flags_of_one_of_several_tasks_are_read(ask, tmp_path):
     captioned(tmp_path, 2)
     bank = str(tmp_path)
-    ask(data="scenes", tasks="zeroshot,retrieval", rerank=3, prompts="bare", querybank=bank)
-    zeroshot, retrieval = evaluate.tasks_of_flags()
-    assert (zeroshot["prompts"], retrieval["rerank"]) == ("bare", 3)
+    ask(data="scenes", tasks="zero_shot,retrieval", rerank=3, prompts="bare", querybank=bank)
+    zero_shot, retrieval = evaluate.tasks_of_flags()
+    assert (zero_shot["prompts"], retrieval["rerank"]) == ("bare", 3)
     assert retrieval["querybank"] == dict(path=bank)
 
 
@@ -373,9 +382,11 @@ def test_a_kind_behind_data_is_told_to_be_train_s(tmp_path):
 
 def test_bad_flags_are_one_line(commands, tmp_path):
     by_class(tmp_path / "x", 1)
-    flags = ["--checkpoint=x", "--data=x", "--tasks=zeroshot,bleu"]
+    flags = ["--checkpoint=x", "--data=x", "--tasks=zero_shot,bleu"]
     done = commands.run(["evaluate", *flags], tmp_path)
     assert done.returncode == 2
     assert (
-        done.stderr.strip().splitlines()[-1].startswith("error: --tasks=bleu: choose from zeroshot")
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: --tasks=bleu: choose from zero_shot")
     )

@@ -124,7 +124,7 @@ def test_a_fit_leaves_a_model_that_captions(done, folder):
     }
     assert summary["steps"] == 6 and summary["export"] == f"{workdir}/export"
     scores = json.loads(pathlib.Path(workdir, "eval.json").read_text())
-    for name in ("retrieval", "captioning", "zeroshot"):
+    for name in ("retrieval", "captioning", "zero_shot"):
         assert scores[f"{name}/shapes_test/num_examples"] == 8
     one, picture = jax.devices()[:1], [str(folder / "00.png")]
     places = (workdir, f"{workdir}/export")

@@ -11,7 +11,7 @@ from prepare_cases import encode, import_data, reasons_of
 from test_picture_folders import beside, brought, in_folders
 
 from coca_jax.data import prepared, sources
-from coca_jax.evaluators import probes, zeroshot
+from coca_jax.evaluators import probes, zero_shot
 from coca_jax.evaluators.declarations import Setting
 from coca_jax.importers import imagefolder, items, unprepared
 
@@ -90,9 +90,11 @@ def test_minus_one_of_numbered_classes_is_no_label(tmp_path):
 
 def test_a_class_whose_name_is_no_text_is_named(tmp_path):
     data = in_folders(tmp_path / "a", ("cat", os.fsdecode(b"caf\xe9")))
-    task = dict(kind="zeroshot", name="a", data=dict(path=str(data)))
-    with pytest.raises(ValueError, match="zeroshot of a: the class 'caf.udce9' has a name that is"):
-        zeroshot.ZeroShot.from_task(task, Setting())
+    task = dict(kind="zero_shot", name="a", data=dict(path=str(data)))
+    with pytest.raises(
+        ValueError, match="zero_shot of a: the class 'caf.udce9' has a name that is"
+    ):
+        zero_shot.ZeroShot.from_task(task, Setting())
     split = dict(train=dict(path=str(data), split="train"))
     probes.LinearProbe.from_task(dict(task, **split), Setting())  # needs no texts
 

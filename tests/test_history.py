@@ -27,7 +27,7 @@ def scored_run(captioning=True):
     label = dict(builtin="scenes", split="heldout", kind="label")
     captions = dict(builtin="scenes", split="test", kind="caption", objects=(1,))
     config.eval.tasks = (
-        dict(kind="zeroshot", name="s", data=label, limit=20),
+        dict(kind="zero_shot", name="s", data=label, limit=20),
         dict(kind="retrieval", name="s", data=captions, limit=20),
     )
     if captioning:
@@ -88,14 +88,14 @@ def test_scores_of_an_earlier_step_say_so_in_the_report(whole, tmp_path):
     workdir, _, _ = whole
     out = results.storage.place(shutil.copytree(workdir, tmp_path / "run"))
     steps = json.loads((out / results.STEPS).read_text())
-    assert steps == {"zeroshot/s": 4, "retrieval/s": 4, "captioning/s": 4}
+    assert steps == {"zero_shot/s": 4, "retrieval/s": 4, "captioning/s": 4}
     assert "after step" not in report.write_report(out).read_text()
     model = coca_jax.load(out / "checkpoints/2")
     assert (model.step, coca_jax.load(out).step) == (2, 4)
     label = dict(builtin="scenes", split="test", kind="label")
-    task = dict(kind="zeroshot", name="early", data=label, limit=4)
+    task = dict(kind="zero_shot", name="early", data=label, limit=4)
     found = tasks.run_tasks(model, [task], str(out), of_step=model.step)
-    assert json.loads((out / results.STEPS).read_text()) == steps | {"zeroshot/early": 2}
+    assert json.loads((out / results.STEPS).read_text()) == steps | {"zero_shot/early": 2}
     assert report.write_report(out).read_text().count("after step 2") == 1
     assert json.loads((out / "eval.json").read_text()).items() >= found.items()
     shutil.rmtree(out / "checkpoints/4/ema/d")

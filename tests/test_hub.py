@@ -31,11 +31,11 @@ file_download = pytest.importorskip("huggingface_hub.file_download")
 APPLES_FILE = "mobileclip2_coca.pt"
 NOBODY = "http://127.0.0.1:9"  # no server answers there
 SCORES = {
-    "zeroshot/birds/top1": 0.8125,
-    "zeroshot/birds/top1_low": 0.75,
-    "zeroshot/birds/top1_high": 0.875,
-    "zeroshot/birds/top1_count": 1600.0,
-    "zeroshot/birds/num_examples": 1600.0,
+    "zero_shot/birds/top1": 0.8125,
+    "zero_shot/birds/top1_low": 0.75,
+    "zero_shot/birds/top1_high": 0.875,
+    "zero_shot/birds/top1_count": 1600.0,
+    "zero_shot/birds/num_examples": 1600.0,
     "captioning/birds/bleu4": None,
 }
 
@@ -161,8 +161,8 @@ def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
     assert (config["library_name"], config["model_type"]) == ("coca_jax", "coca")
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nlibrary_name: coca_jax\n") and "$" not in card
-    assert "| zeroshot/birds/top1 | 0.8125 | 0.7500 to 0.8750 | 1,600 |" in card
-    assert "| zeroshot/birds/num_examples | 1,600 |  |  |" in card
+    assert "| zero_shot/birds/top1 | 0.8125 | 0.7500 to 0.8750 | 1,600 |" in card
+    assert "| zero_shot/birds/num_examples | 1,600 |  |  |" in card
     assert 'coca_jax.load("hf-hub:org/birds")' in card and "bleu4" not in card
     wanted = model.encode_image(images)
     np.testing.assert_array_equal(coca_jax.load(tmp_path / "out").encode_image(images), wanted)
@@ -301,9 +301,9 @@ def test_a_card_has_no_scores_of_an_earlier_step(model, tmp_path, monkeypatch, c
     for name, told in (
         (
             "eval.json",
-            {"zeroshot/birds/top1": 0.25, "retrieval/birds/mean_recall": 0.5, "step": 12},
+            {"zero_shot/birds/top1": 0.25, "retrieval/birds/mean_recall": 0.5, "step": 12},
         ),
-        ("eval_steps.json", {"zeroshot/birds": 9, "retrieval/birds": 12}),
+        ("eval_steps.json", {"zero_shot/birds": 9, "retrieval/birds": 12}),
     ):
         (tmp_path / name).write_text(json.dumps(told))
     flags_of("export", monkeypatch)
@@ -314,19 +314,19 @@ def test_a_card_has_no_scores_of_an_earlier_step(model, tmp_path, monkeypatch, c
     export.main(["export"])
     card = (tmp_path / "hub/README.md").read_text()
     assert "| retrieval/birds/mean_recall | 0.5000 |" in card
-    assert "zeroshot/birds" not in card and "| step" not in card
-    line = "zeroshot/birds was scored after step 9, and the weights are of step 12: its scores are"
+    assert "zero_shot/birds" not in card and "| step" not in card
+    line = "zero_shot/birds was scored after step 9, and the weights are of step 12: its scores are"
     assert line in capsys.readouterr().err
 
 
 def test_a_card_that_was_edited_stays(model, tmp_path, caplog):  # noqa: F811
     """One that was not is written anew, with the scores of now."""
     path = tmp_path / "README.md"
-    export_folder.write_hub(model, str(tmp_path), "org/birds", {"zeroshot/birds/top1": 0.25})
-    assert "| zeroshot/birds/top1 | 0.2500 |" in path.read_text()
+    export_folder.write_hub(model, str(tmp_path), "org/birds", {"zero_shot/birds/top1": 0.25})
+    assert "| zero_shot/birds/top1 | 0.2500 |" in path.read_text()
     export_folder.write_hub(model, str(tmp_path), "org/birds", SCORES)
     card = path.read_text()
-    assert "| zeroshot/birds/top1 | 0.8125 |" in card and "0.2500" not in card
+    assert "| zero_shot/birds/top1 | 0.8125 |" in card and "0.2500" not in card
     assert "was edited" not in caplog.text
     begin, line, rest = card.split("\n", 3)[1:]
     for edited in (

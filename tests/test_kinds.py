@@ -135,7 +135,7 @@ def test_what_kinds_name_is_there():
 
 def test_every_evaluator_declares_what_the_others_read():
     found = declarations.kinds()
-    assert list(found)[:4] == ["zeroshot", "generative", "retrieval", "captioning"]
+    assert list(found)[:4] == ["zero_shot", "generative", "retrieval", "captioning"]
     for kind, evaluator in found.items():
         assert evaluator.title and evaluator.programs, kind
         assert evaluator.needs in ("", *kinds.KINDS), kind

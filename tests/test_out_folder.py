@@ -83,7 +83,7 @@ def test_a_report_is_written_over_a_report_alone(tmp_path, monkeypatch):
     run, other = tmp_path / "run", tmp_path / "other"
     for folder in (run, other):
         folder.mkdir()
-        results.save_results(folder, {"zeroshot/data/accuracy": 0.5})
+        results.save_results(folder, {"zero_shot/data/accuracy": 0.5})
     flags_of("report", monkeypatch)
     monkeypatch.chdir(tmp_path)
 
@@ -134,7 +134,7 @@ def test_an_export_is_not_written_over_with_other_weights(model, tmp_path, monke
     out = tmp_path / "out"
     flags_of("export", monkeypatch)
     exports(checkpoint=tmp_path / "first", out=out, format="hub")
-    (out / "eval.json").write_text('{"zeroshot/birds/top1": 0.8125}')
+    (out / "eval.json").write_text('{"zero_shot/birds/top1": 0.8125}')
     before = {path: path.read_bytes() for path in out.iterdir()}
     for kind in ("folder", "hub"):
         with pytest.raises(FileExistsError) as error:

@@ -273,7 +273,7 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     assert [(t["kind"], t["data"]["path"], t["data"]["split"]) for t in config.eval.tasks] == [
         ("retrieval", mine, "test"),
         ("captioning", mine, "test"),
-        ("zeroshot", classes, "test"),
+        ("zero_shot", classes, "test"),
     ]
     said = capsys.readouterr().err
     assert f"{tmp_path / 'mine'} is read in place, as imagefolder: making an index" in said
@@ -314,7 +314,7 @@ def test_evaluations_suit_the_losses_and_the_head(tmp_path):
     only = dict(loss=dict(contrastive_weight=0.0))
     assert kinds("caption") == ["retrieval", "captioning"]
     assert kinds("caption", **only) == ["captioning"]
-    assert kinds("label") == ["zeroshot"] and kinds("label", **only) == ["generative"]
+    assert kinds("label") == ["zero_shot"] and kinds("label", **only) == ["generative"]
     assert kinds("question") == ["answers"]
     assert kinds("label", head=dict(kind="classification")) == ["classification"]
 
@@ -363,19 +363,19 @@ def test_tasks_need_captions_or_labels(tmp_path):
     captioned(tmp_path / "texts", 4)
     by_class(tmp_path / "labels", 2)
     texts, labels = (dict(path=str(tmp_path / name)) for name in ("texts", "labels"))
-    usual = ("zeroshot", "retrieval", "captioning")
+    usual = ("zero_shot", "retrieval", "captioning")
     assert declarations.suited(usual, texts) == ["retrieval", "captioning"]
-    assert declarations.suited(usual, labels) == ["zeroshot"]
+    assert declarations.suited(usual, labels) == ["zero_shot"]
     with pytest.raises(
         ValueError, match=r"texts \[test\]: no example has a label, .* --label_field"
     ):
         records.Records(texts, need="label")
-    with pytest.raises(ValueError, match="no example has a caption, .* --tasks=zeroshot"):
+    with pytest.raises(ValueError, match="no example has a caption, .* --tasks=zero_shot"):
         records.Records(labels, need="caption")
     # A run says so before it trains.
-    task = dict(kind="zeroshot", name="x", data=texts)
+    task = dict(kind="zero_shot", name="x", data=texts)
     with pytest.raises(
-        ValueError, match=r"zeroshot of x: no .*texts \[test\] has a label.*\(label_f"
+        ValueError, match=r"zero_shot of x: no .*texts \[test\] has a label.*\(label_f"
     ):
         declarations.check([task])
     declarations.check([dict(task, kind="retrieval"), dict(task, data=dict(labels, kind="label"))])

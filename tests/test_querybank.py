@@ -5,7 +5,7 @@ import pytest
 from evaluator_cases import Fake, picture, unit
 from PIL import Image
 
-from coca_jax.evaluators import declarations, querybank, retrieval, zeroshot
+from coca_jax.evaluators import declarations, querybank, retrieval, zero_shot
 
 SCENES = dict(builtin="scenes")
 
@@ -29,7 +29,7 @@ def test_scores_beside_the_plain_ones_are_those_of_the_definition():
     """Cosine less hubness, with a bank whose records share images and texts."""
     rng = np.random.default_rng(1)
     texts, noise = unit(rng, 40, 8), rng.normal(size=(40, 8))
-    images = zeroshot.normalise(texts + 0.6 * noise).astype(np.float32)
+    images = zero_shot.normalise(texts + 0.6 * noise).astype(np.float32)
     model = Fake(images, lambda t: texts[int(t)])
     bank = [dict(image=picture(i), text=[str(i), str(i - 1)]) for i in (30, 31, 32, 32, 33)]
     records = [dict(image=picture(i), text=str(i)) for i in range(28)]
@@ -59,7 +59,7 @@ def test_a_text_that_is_near_every_picture_is_put_back():
     rng = np.random.default_rng(2)
     middle = unit(rng, 16)
     texts = unit(rng, 60, 16)
-    images = zeroshot.normalise(0.3 * texts + middle).astype(np.float32)
+    images = zero_shot.normalise(0.3 * texts + middle).astype(np.float32)
     table = {str(i): text for i, text in enumerate(texts)} | {"hub": middle}
     model = Fake(images, table.__getitem__)
     records, bank = (

@@ -22,7 +22,7 @@ from coca_jax.evaluators import (
     picture_map,
     results,
     retrieval,
-    zeroshot,
+    zero_shot,
 )
 from coca_jax.report import charts, numbers
 
@@ -64,14 +64,14 @@ class Model:
 
     def encode_text(self, texts, *, labels=False):
         rows = [sum(self.words.get(w, np.zeros(32)) for w in t.split()) + 1e-3 for t in texts]
-        return zeroshot.normalise(np.stack(rows)).astype(np.float32)
+        return zero_shot.normalise(np.stack(rows)).astype(np.float32)
 
     tokenize = staticmethod(lambda texts, labels: [np.eye(len(texts))] * 2)
 
     def encode_image(self, images):
         found = [self.records[i.tobytes()] for i in images]
         texts = self.encode_text([scenes.full_caption(s) for s in found])
-        return zeroshot.normalise(texts + 0.08 * self.rng.normal(size=texts.shape))
+        return zero_shot.normalise(texts + 0.08 * self.rng.normal(size=texts.shape))
 
     def caption(self, images, **how):
         texts = [scenes.canonical_caption(self.records[i.tobytes()]) for i in images]
@@ -100,7 +100,7 @@ def make_run(folder):
         record["labels"] = [f"{o['colour']} {o['shape']}"]
     many = scenes.Scenes("heldout").read(np.arange(200))
     for evaluator, records in (
-        (zeroshot.ZeroShot("scenes_heldout", scenes.class_names()), one),
+        (zero_shot.ZeroShot("scenes_heldout", scenes.class_names()), one),
         (retrieval.Retrieval("scenes_heldout"), many),
         (captioning.Captioning("scenes_heldout", scorer=caption_match.score_scene), one),
     ):
@@ -125,7 +125,7 @@ def test_report_is_one_file_and_shows_every_score(run):
     assert reader.addresses and all(a.startswith(("data:image/", "#")) for a in reader.addresses)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page) and "url(" not in page
     scores = json.loads((run / "eval.json").read_text())
-    top1 = scores["zeroshot/scenes_heldout/top1"]
+    top1 = scores["zero_shot/scenes_heldout/top1"]
     assert f"{100 * top1:.1f}%" in reader.text
     assert "4,000 steps · batch 128 · 64 px, patch 8" in reader.text
     for title in ("Loss", "Throughput", "Where the time went", "Zero-shot classification"):
@@ -202,8 +202,8 @@ def test_tasks_have_a_headline_each_and_the_worst_examples_come_first(run):
     page = report.write_report(run).read_text()
     assert page.count('<div class="tile">') == 3  # one a task, not one a metric
     text = Reader(page).text
-    zeroshot_at, retrieval_at = text.index("Zero-shot classification"), text.index("Retrieval")
-    assert zeroshot_at < retrieval_at < text.index("Captioning")  # the order of the evaluators
+    zero_shot_at, retrieval_at = text.index("Zero-shot classification"), text.index("Retrieval")
+    assert zero_shot_at < retrieval_at < text.index("Captioning")  # the order of the evaluators
     captions = page[page.index("Captioning: scenes_heldout") :]
     marks = re.findall(r'<b class="(yes|no)"', captions[: captions.index("</section>")])
     assert {"yes", "no"} == set(marks) and marks == sorted(marks)  # "no" before "yes"
@@ -222,7 +222,7 @@ def test_the_history_of_evaluations_is_drawn(run, tmp_path):
     page = report.write_report(tmp_path).read_text()
     before = page[: page.index("<figcaption>Zero-shot classification: Top-1<")]
     points = json.loads(re.findall('data-points="([^"]*)"', before)[-1])
-    top1 = 100 * scores["zeroshot/scenes_heldout/top1"]
+    top1 = 100 * scores["zero_shot/scenes_heldout/top1"]
     assert [x for x, _ in points[0]] == [100, 200, 300]
     np.testing.assert_allclose([y for _, y in points[0]], [top1 / 3, top1 * 2 / 3, top1], 1e-4)
     assert "higher is better" in page and page.count("<polyline") == 6
@@ -265,8 +265,8 @@ def test_pictures_stand_on_a_map_by_their_embeddings(run):
     places = re.findall(r'cx="(\d+)" cy="(\d+)" data-text="([^"]*)"', section)
     assert all(40 <= int(x) <= width - 40 and 40 <= int(y) <= height - 40 for x, y, _ in places)
     assert {text for *_, text in places} == set(drawn["texts"])
-    top1 = found["zeroshot/scenes_heldout"]["map"]
-    assert sum(top1["right"]) == round(120 * scores["zeroshot/scenes_heldout/top1"])
+    top1 = found["zero_shot/scenes_heldout"]["map"]
+    assert sum(top1["right"]) == round(120 * scores["zero_shot/scenes_heldout/top1"])
 
 
 def test_a_map_shows_the_axes_of_most_variance():

@@ -29,11 +29,11 @@ def test_every_class_is_listed_and_what_was_skipped_is_said(tmp_path):
 @pytest.mark.parametrize("count, drawn", [(100, True), (101, False), (1000, False)])
 def test_a_confusion_of_many_classes_is_not_drawn(tmp_path, count, drawn):
     names = [f"class {i}" for i in range(count)]
-    tally = classification.Tally("zeroshot/x", names)
+    tally = classification.Tally("zero_shot/x", names)
     image = np.zeros((8, 8, 3), np.uint8)
     records = [dict(image=image, labels=[name]) for name in names]
     tally.add(np.roll(np.eye(count), 1, 1), records)
-    results.save_examples(tmp_path, "zeroshot/x", tally.examples())
+    results.save_examples(tmp_path, "zero_shot/x", tally.examples())
     results.save_results(tmp_path, dict(tally.results()))
     page = report.write_report(tmp_path).read_text()
     assert ("confusion of classes" in page) == drawn
@@ -41,9 +41,9 @@ def test_a_confusion_of_many_classes_is_not_drawn(tmp_path, count, drawn):
 
 
 def test_pictures_without_a_class_are_no_damage(tmp_path):
-    tally = classification.Tally("zeroshot/x", ["cat", "dog"], missing=True)
+    tally = classification.Tally("zero_shot/x", ["cat", "dog"], missing=True)
     tally.add(np.eye(2), [dict(image=np.zeros((8, 8, 3), np.uint8), labels=[])] * 2)
-    results.save_examples(tmp_path, "zeroshot/x", tally.examples())
+    results.save_examples(tmp_path, "zero_shot/x", tally.examples())
     results.save_results(tmp_path, dict(tally.results()))
     page = report.write_report(tmp_path).read_text()
     assert "Confusion" not in page and page.count('class="pic"') == 2
@@ -52,7 +52,7 @@ def test_pictures_without_a_class_are_no_damage(tmp_path):
 def test_guesses_are_marked_up_to_the_right_one_and_beside_chance(tmp_path):
     """A cross at a third guess behind two right ones would tell of an error that is none."""
     names = [f"class {i}" for i in range(8)]
-    tally = classification.Tally("zeroshot/x", names)
+    tally = classification.Tally("zero_shot/x", names)
     image = np.zeros((8, 8, 3), np.uint8)
     scores = np.zeros((3, 8))
     scores[:, :3] = (
@@ -61,7 +61,7 @@ def test_guesses_are_marked_up_to_the_right_one_and_beside_chance(tmp_path):
         0.7,
     )  # the first, the second and the third are guessed, in this order
     tally.add(scores, [dict(image=image, labels=[names[i]]) for i in (0, 1, 7)])
-    results.save_examples(tmp_path, "zeroshot/x", tally.examples())
+    results.save_examples(tmp_path, "zero_shot/x", tally.examples())
     results.save_results(tmp_path, dict(tally.results()))
     page = report.write_report(tmp_path).read_text()
     by_truth = {}
@@ -101,11 +101,11 @@ def test_the_right_one_of_a_query_is_shown_with_its_rank(tmp_path):
 def test_chance_is_that_of_the_data(tmp_path):
     """Of several labels any is right: a guess among four names is right as often as they are of
     the picture. An evaluation that does not say it has none."""
-    tally = classification.Tally("zeroshot/x", list("abcd"), missing=True)
+    tally = classification.Tally("zero_shot/x", list("abcd"), missing=True)
     image = np.zeros((8, 8, 3), np.uint8)
     records = [dict(image=image, labels=labels) for labels in ("ab", "abc", "d", "e")]
     tally.add(np.eye(4), records)
-    results.save_examples(tmp_path, "zeroshot/x", tally.examples())
+    results.save_examples(tmp_path, "zero_shot/x", tally.examples())
     results.save_results(tmp_path, dict(tally.results()))
     assert tally.chance()["top1"] == (2 + 3 + 1 + 0) / 4 / 4
     assert tally.chance()["mean_per_class"] == pytest.approx((2.5 / 4 + 1 / 4) / 2)

@@ -163,14 +163,14 @@ def test_the_worst_are_kept_whatever_their_place():
 
 
 def test_results_are_merged(tmp_path):
-    results.save_results(tmp_path, {"zeroshot/a/top1": 0.5, "b": float("nan")})
-    results.save_results(tmp_path, {"zeroshot/a/top1": np.float32(0.75), "c": 1})
+    results.save_results(tmp_path, {"zero_shot/a/top1": 0.5, "b": float("nan")})
+    results.save_results(tmp_path, {"zero_shot/a/top1": np.float32(0.75), "c": 1})
     saved = json.loads((tmp_path / "eval.json").read_text())
-    assert saved == {"zeroshot/a/top1": 0.75, "b": None, "c": 1}
-    results.save_examples(tmp_path, "zeroshot/a", dict(kind="zeroshot"))
+    assert saved == {"zero_shot/a/top1": 0.75, "b": None, "c": 1}
+    results.save_examples(tmp_path, "zero_shot/a", dict(kind="zero_shot"))
     results.save_examples(tmp_path, "retrieval/a", dict(kind="retrieval"))
     assert list(json.loads((tmp_path / "eval_examples.json").read_text())) == [
-        *("zeroshot/a", "retrieval/a")
+        *("zero_shot/a", "retrieval/a")
     ]
     big = np.zeros((300, 200, 3), np.uint8)
     assert results.thumbnail(big).shape == (96, 64, 3)

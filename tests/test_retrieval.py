@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from evaluator_cases import Fake, picture, unit
 
-from coca_jax.evaluators import declarations, guessing, rerank, retrieval, zeroshot
+from coca_jax.evaluators import declarations, guessing, rerank, retrieval, zero_shot
 from coca_jax.evaluators.ranks import TIE, retrieval_ranks
 
 
@@ -28,7 +28,7 @@ def test_retrieval_ranks_equal_the_full_matrix_in_any_tiling(chunk):
     rng = np.random.default_rng(2)
     texts = unit(rng, 83, 16)
     owner = rng.integers(0, 80, 150)  # the last texts have no image
-    images = zeroshot.normalise(texts[owner] + 0.35 * rng.normal(size=(150, 16)))
+    images = zero_shot.normalise(texts[owner] + 0.35 * rng.normal(size=(150, 16)))
     images = images.astype(np.float32)
     extra = np.stack([rng.integers(0, 150, 60), rng.integers(0, 80, 60)], 1)
     pairs = np.concatenate([np.stack([np.arange(150), owner], 1), extra])
@@ -57,7 +57,7 @@ def test_retrieval_end_to_end_with_repeated_and_several_captions():
     for several in captions:
         for t in several:
             text(t)
-    images = [zeroshot.normalise(text(s[0]) + 0.4 * rng.normal(size=12)) for s in captions]
+    images = [zero_shot.normalise(text(s[0]) + 0.4 * rng.normal(size=12)) for s in captions]
     images = np.stack(images).astype(np.float32)
     records = [dict(image=picture(i), text=s) for i, s in enumerate(captions)]
     evaluator = retrieval.Retrieval("toy", extra_texts=["nobody", "twice"], batch_size=16, chunk=9)
@@ -183,7 +183,7 @@ def test_intervals_are_the_same_with_a_record_a_caption():
     rng = np.random.default_rng(7)
     images, texts = unit(rng, 60, 8), [[f"{i} {c}" for c in range(5)] for i in range(60)]
     table = {t: images[i] + 0.3 * rng.normal(size=8) for i, own in enumerate(texts) for t in own}
-    model = Fake(images, lambda t: zeroshot.normalise(table[t]))
+    model = Fake(images, lambda t: zero_shot.normalise(table[t]))
     whole = [dict(image=picture(i), text=own) for i, own in enumerate(texts)]
     rows = [dict(one, text=[text]) for one in whole for text in one["text"]]
     of_whole, of_rows = (dict(retrieval.Retrieval("x").run(model, r)) for r in (whole, rows))
@@ -210,7 +210,7 @@ def test_reranked_queries_are_ordered_by_similarity_and_captioner_together(batch
     """Against the full matrices: the shortlist by cosine, then 10 times cosine + log p."""
     rng = np.random.default_rng(7)
     embeddings, captioner = unit(rng, 30, 8), rng.normal(scale=2, size=(24, 30))
-    images = zeroshot.normalise(embeddings[:24] + 0.5 * rng.normal(size=(24, 8)))
+    images = zero_shot.normalise(embeddings[:24] + 0.5 * rng.normal(size=(24, 8)))
     images = images.astype(np.float32)
     model = Fake(images, lambda t: embeddings[int(t)])
     model.score = lambda pixels, texts: np.asarray(
@@ -251,7 +251,7 @@ def test_reranked_queries_are_ordered_by_similarity_and_captioner_together(batch
 def test_a_captioner_that_is_sure_puts_what_is_on_the_shortlist_first():
     rng = np.random.default_rng(8)
     texts = unit(rng, 40, 6)
-    images = zeroshot.normalise(texts + rng.normal(size=texts.shape)).astype(np.float32)
+    images = zero_shot.normalise(texts + rng.normal(size=texts.shape)).astype(np.float32)
     model = Fake(images, lambda t: texts[int(t)])
     model.score = lambda pixels, names: np.asarray(
         [[0.0 if p[0, 0, 0] == int(t) else -1e3 for t in names] for p in pixels], np.float32

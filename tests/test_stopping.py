@@ -21,7 +21,7 @@ from coca_jax.metrics import read_metrics
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, EVERY, EVALUATE = 60, 20, 30
 TASK = dict(
-    kind="zeroshot",
+    kind="zero_shot",
     name="scenes",
     data=dict(builtin="scenes", split="heldout", kind="label"),
     limit=64,

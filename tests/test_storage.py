@@ -129,8 +129,8 @@ def test_evaluations_and_their_report(folder):
     for one in mine:
         one.close()
     assert not (storage.place(folder) / "eval_progress.json").exists()
-    results.save_results(folder, {"zeroshot/data/top1": 0.75})
-    results.save_results(folder, {"zeroshot/data/top5": 1.0})
+    results.save_results(folder, {"zero_shot/data/top1": 0.75})
+    results.save_results(folder, {"zero_shot/data/top5": 1.0})
     image = results.encode_png(np.zeros((8, 8, 3), np.uint8))
     items = [dict(image=image, caption="it", references=["it"], exact=True, f1=1.0)]
     results.save_examples(folder, "captioning/data", dict(kind="captioning", items=items))
@@ -140,8 +140,8 @@ def test_evaluations_and_their_report(folder):
     assert "75.0%" in page and image in page
     assert names(folder) == ["eval.json", "eval_examples.json", "report.html"]
     assert json.loads((storage.place(folder) / "eval.json").read_text()) == {
-        "zeroshot/data/top1": 0.75,
-        "zeroshot/data/top5": 1.0,
+        "zero_shot/data/top1": 0.75,
+        "zero_shot/data/top5": 1.0,
     }
 
 

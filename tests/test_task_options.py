@@ -16,8 +16,8 @@ def test_a_task_s_unknown_key_is_refused_with_the_nearest():
     known = [task for name in recipes.names() for task in typed(recipes.load(name)).eval.tasks]
     for task in known:
         declarations.check_keys(task, declarations.of(task["kind"]))
-    wrong = dict(kind="zeroshot", name="mine", data=dict(path="data/mine"), template="photo")
-    with pytest.raises(ValueError, match="zeroshot of mine: no key 'template'; did you .*'templa"):
+    wrong = dict(kind="zero_shot", name="mine", data=dict(path="data/mine"), template="photo")
+    with pytest.raises(ValueError, match="zero_shot of mine: no key 'template'; did you .*'templa"):
         declarations.check([wrong])
     wrong = dict(kind="knn", name="mine", data=dict(path="data/mine"), xyz=1)
     with pytest.raises(ValueError, match="no key 'xyz'; it takes kind, name, .*, train_limit"):
@@ -27,10 +27,10 @@ def test_a_task_s_unknown_key_is_refused_with_the_nearest():
 SCENES = dict(builtin="scenes")
 WRONG = [
     (dict(prompts="fotos"), "prompts is 'fotos'; use one of bare, plain, photo"),
-    (dict(limit=-3), "zeroshot of mine: limit=-3: give a whole number of records.*0: all"),
+    (dict(limit=-3), "zero_shot of mine: limit=-3: give a whole number of records.*0: all"),
     (dict(limit="many"), "limit='many': give a whole number"),
     (dict(data="data/mine"), r"data='data/mine': give a dict, such as dict\(path='data/mine'"),
-    (dict(data=dict(path="x", pth="y")), "zeroshot of mine: data.pth: no key.*data.path"),
+    (dict(data=dict(path="x", pth="y")), "zero_shot of mine: data.pth: no key.*data.path"),
     (dict(data=dict(builtin="scene")), "builtin='scene': there is 'scenes'"),
     (dict(data=dict(SCENES, split="val")), "split is 'val'; use one of train, test, heldout"),
     (dict(data=dict(split="test")), "give exactly one of path, builtin"),
@@ -56,14 +56,14 @@ WRONG = [
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_what_a_task_cannot_have_is_refused_before_any_work(change, message):
-    task = dict(dict(kind="zeroshot", name="mine", data=SCENES), **change)
+    task = dict(dict(kind="zero_shot", name="mine", data=SCENES), **change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         declarations.check([task])
 
 
 @pytest.mark.parametrize("key", ["name", "data"])
 def test_a_task_without_what_each_needs_is_refused(key):
-    task = dict(kind="zeroshot", name="mine", data=SCENES)
+    task = dict(kind="zero_shot", name="mine", data=SCENES)
     del task[key]
     with pytest.raises(ValueError, match=f"no {key!r}; give a "):
         declarations.check([task])
@@ -71,15 +71,15 @@ def test_a_task_without_what_each_needs_is_refused(key):
 
 def test_two_tasks_of_one_kind_need_two_names():
     """The second would take the place of the first in eval.json."""
-    task = dict(kind="zeroshot", name="mine", data=SCENES)
+    task = dict(kind="zero_shot", name="mine", data=SCENES)
     declarations.check([task, dict(task, name="other"), dict(task, kind="retrieval")])
-    with pytest.raises(ValueError, match="zeroshot of mine is there twice"):
+    with pytest.raises(ValueError, match="zero_shot of mine is there twice"):
         declarations.check([task, task])
 
 
 def test_a_file_of_class_names_is_read_before_any_work(tmp_path):
     path = tmp_path / "names.txt"
-    task = dict(kind="zeroshot", name="mine", data=SCENES, class_names=str(path))
+    task = dict(kind="zero_shot", name="mine", data=SCENES, class_names=str(path))
     path.write_text("red circle\tcircle\nblue square\tsquare\n")
     declarations.check([task])
     path.write_text("red circle\tcircle\nblue square\tcircle\n")
@@ -97,7 +97,7 @@ def test_a_split_that_a_probe_learns_from_must_be_there(tmp_path):
     task = dict(kind="knn", name="mine", data=dict(path=str(tmp_path)))
     with pytest.raises(ValueError, match="knn of mine: data .* have no split 'train'; .* test"):
         declarations.check([task])
-    declarations.check([dict(task, kind="zeroshot")])
+    declarations.check([dict(task, kind="zero_shot")])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_data_that_tasks_share_are_gone_through_once(tmp_path, monkeypatch):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
     calls, count = [], unprepared.counts
     monkeypatch.setattr(unprepared, "counts", lambda data: calls.append(data) or count(data))
-    task = dict(kind="zeroshot", name="mine", data=dict(path=str(tmp_path), kind="label"))
+    task = dict(kind="zero_shot", name="mine", data=dict(path=str(tmp_path), kind="label"))
     searched = dict(kind="retrieval", data=dict(path=str(tmp_path), kind="caption"))
     with pytest.raises(ValueError, match="retrieval of mine: no example of .* has a caption"):
         declarations.check([task, dict(task, kind="generative"), dict(task, **searched)])

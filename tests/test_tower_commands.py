@@ -159,7 +159,7 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
     told = f"--out=scores holds the scores of {tmp_path / weights}; give another --out"
     assert done.returncode == 2 and told in done.stderr
     right = (images @ classes.T).argmax(1) == np.arange(6) % 3
-    assert scores["zeroshot/six/top1"] == pytest.approx(right.mean())
+    assert scores["zero_shot/six/top1"] == pytest.approx(right.mean())
     similarity = images @ texts.T
     first = similarity.argmax(1) == np.arange(6)
     assert scores["retrieval/six/image_to_text_r1"] == pytest.approx(first.mean())

@@ -177,8 +177,8 @@ def test_the_old_name_of_prompts_is_read(tmp_path, capsys, monkeypatch):
 
     flags_of("evaluate", monkeypatch)
     flags.FLAGS(["evaluate", "--templates=plain", "--class_names=names.txt"])
-    zero_shot = declarations.of("zeroshot")
-    task = dict(name="x", data={}, kind="zeroshot")
+    zero_shot = declarations.of("zero_shot")
+    task = dict(name="x", data={}, kind="zero_shot")
     zero_shot.from_flags(task, flags.FLAGS)
     assert (task["prompts"], task["class_names"]) == ("plain", "names.txt")
     said = "--templates is now --prompts; the old name works until 0.3\n"
@@ -190,7 +190,7 @@ def test_the_old_name_of_prompts_is_read(tmp_path, capsys, monkeypatch):
     zero_shot.from_task(task, declarations.Setting())
     assert not capsys.readouterr().err  # it is said once
     with pytest.raises(ValueError, match="the old name of a task's prompts, which is given too"):
-        declarations.check([dict(task, kind="zeroshot", prompts="bare")])
+        declarations.check([dict(task, kind="zero_shot", prompts="bare")])
     model = coca_jax.load(str(unpacked("run_0_1", tmp_path)))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     names, prompts = ["a red circle", "a blue square"], ["{}", "one {}"]

@@ -235,7 +235,7 @@ class Faults(Section):
 
 
 # Kinds of tasks, and the score of each, that `eval.guard` watches.
-GUARDED = dict(retrieval="mean_recall", zeroshot="top1")
+GUARDED = dict(retrieval="mean_recall", zero_shot="top1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,7 +226,7 @@ class Label(Kind):
     def tasks(cls, config: Config) -> list[dict[str, Any]]:
         """Classes by embedding, or by what the decoder thinks of each name."""
         prompts = "photo" if config.data.prompts == "varied" else config.data.prompts
-        by = "zeroshot" if config.loss.contrastive_weight else "generative"
+        by = "zero_shot" if config.loss.contrastive_weight else "generative"
         return [dict(kind=by, prompts=prompts)]
 
     def choose(

@@ -206,7 +206,7 @@ class Tally:
         )
         worst = np.argsort(-counts, kind="stable")[:15]
         examples: dict[str, Any] = dict(
-            kind="zeroshot",
+            kind="zero_shot",
             per_class=by_class,
             confused=[
                 dict(truth=names[pairs[i][0]], guess=names[pairs[i][1]], count=int(counts[i]))

@@ -92,8 +92,8 @@ class Classification(OfRecords):
         super().check_model(model, task)
         if model.head_kind is None:
             raise ValueError(
-                f"task {cls.kind!r}: this model has no task head; score it with zeroshot, or train "
-                "it with head.kind"
+                f"task {cls.kind!r}: this model has no task head; score it with zero_shot, or "
+                "train it with head.kind"
             )
 
     @classmethod

@@ -307,7 +307,7 @@ def _data(
         ]
     if held and "label" in found and facts.test_labels:
         data = dict(path=path, split=held, kind="label")
-        tasks.append(dict(kind="zeroshot", name=name, data=data, prompts="photo", limit=5000))
+        tasks.append(dict(kind="zero_shot", name=name, data=data, prompts="photo", limit=5000))
     config = config.change(
         {"data.sources": sources, "data.prompts": "photo", "eval.tasks": tuple(tasks)}
     )

@@ -144,8 +144,8 @@ def score_table(
     same = " by the commonest caption"
     add(f"captioning/{name}/exact_match", "captions written word for word", constant[0], same)
     add(f"captioning/{name}/word_f1", "words of written captions (F1)", constant[1], same)
-    classes = scores.get(f"zeroshot/{name}/num_classes", 1)
-    key = f"zeroshot/{name}/top1"
+    classes = scores.get(f"zero_shot/{name}/num_classes", 1)
+    key = f"zero_shot/{name}/top1"
     by_name = f"of {classes:,.0f} classes, the right one by its name"
     add(key, by_name, largest, " by their largest class")
     if not rows:

@@ -108,7 +108,7 @@ def _with_right(hits: list[Found], count: int) -> list[Found]:
     return first if any(hit["correct"] for hit in first) or not later else first[:-1] + later
 
 
-_ORDERS = dict(zeroshot=_by_class, captioning=_captions, retrieval=_retrieval)
+_ORDERS = dict(zero_shot=_by_class, captioning=_captions, retrieval=_retrieval)
 
 
 def confusion(table: Found) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from coca_jax.evaluators import (
     in_batches,
     same_images,
 )
-from coca_jax.evaluators.zeroshot import class_embeddings, normalise
+from coca_jax.evaluators.zero_shot import class_embeddings, normalise
 from coca_jax.suites import linear_probe, metrics
 from coca_jax.suites.folders import Folder
 

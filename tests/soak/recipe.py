@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_steps = 20
     data = dict(builtin="scenes", split="heldout", kind="label")
     config.eval.every_steps = 50
-    config.eval.tasks = (dict(kind="zeroshot", name="scenes", data=data, limit=16),)
+    config.eval.tasks = (dict(kind="zero_shot", name="scenes", data=data, limit=16),)
     return config

@@ -257,10 +257,10 @@ REPORTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "eval.json", "ev
 def report_seeds() -> list[bytes]:
     """The files of a run, the number of each before it."""
     scores = {
-        "zeroshot/data/accuracy": 0.5,
-        "zeroshot/data/accuracy_low": 0.4,
-        "zeroshot/data/accuracy_high": 0.6,
-        "zeroshot/data/num_images": 9,
+        "zero_shot/data/accuracy": 0.5,
+        "zero_shot/data/accuracy_low": 0.4,
+        "zero_shot/data/accuracy_high": 0.6,
+        "zero_shot/data/num_images": 9,
         "step": 20,
     }
     item = dict(image="", truth=["cat"], guesses=[["cat", 0.9], ["dog", 0.1]], key="1")
@@ -270,8 +270,8 @@ def report_seeds() -> list[bytes]:
     drawn |= dict(columns=16, size=40, share=[0.5, 0.25])
     table = dict(rows=["cat", "dog"], columns=["cat", "dog"], counts=[[2, 2], [0, 5]])
     examples = {
-        "zeroshot/data": dict(
-            kind="zeroshot",
+        "zero_shot/data": dict(
+            kind="zero_shot",
             items=[item],
             worst=[item],
             per_class=classes,

@@ -162,7 +162,7 @@ class ZeroShot(ByPrompts):
     Raises ValueError when names repeat or there are fewer than two.
     """
 
-    kind, order, title, usual = "zeroshot", 10, "Zero-shot classification", True
+    kind, order, title, usual = "zero_shot", 10, "Zero-shot classification", True
     programs = ("encode_image", "encode_text")
 
     def __init__(

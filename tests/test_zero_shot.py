@@ -8,7 +8,7 @@ import pytest
 from evaluator_cases import Fake, picture, unit
 
 from coca_jax import evaluators
-from coca_jax.evaluators import classification, zeroshot
+from coca_jax.evaluators import classification, zero_shot
 
 
 def test_class_embedding_is_the_renormalised_mean_of_prompts():
@@ -19,22 +19,22 @@ def test_class_embedding_is_the_renormalised_mean_of_prompts():
         return table.setdefault(t, rng.normal(size=8) * rng.uniform(1, 5))
 
     prompts = ("a photo of a {}", "{} drawing", "{}")
-    got = zeroshot.class_embeddings(Fake(text=text), ["cat", "dog"], prompts, batch_size=2)
+    got = zero_shot.class_embeddings(Fake(text=text), ["cat", "dog"], prompts, batch_size=2)
     mean = sum(v / np.linalg.norm(v) for v in (table["a photo of a dog"], table["dog drawing"]))
     mean = mean + table["dog"] / np.linalg.norm(table["dog"])
     np.testing.assert_allclose(got[1], mean / np.linalg.norm(mean), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
-    np.testing.assert_array_equal(zeroshot.normalise(np.zeros((1, 3))), np.zeros((1, 3)))
+    np.testing.assert_array_equal(zero_shot.normalise(np.zeros((1, 3))), np.zeros((1, 3)))
 
 
-def test_zeroshot_equals_numpy_ranking():
+def test_zero_shot_equals_numpy_ranking():
     rng = np.random.default_rng(1)
     names = [f"c{i}" for i in range(12)]
     table = {n: unit(rng, 6) for n in names}
     images = unit(rng, 300, 6)
     truth = rng.integers(0, 12, 300)
     records = [dict(image=picture(i), labels=[names[truth[i]], "other"]) for i in range(300)]
-    evaluator = zeroshot.ZeroShot("toy", names, ("{}",), batch_size=64)
+    evaluator = zero_shot.ZeroShot("toy", names, ("{}",), batch_size=64)
     model = Fake(images, lambda t: table[t])
     got = dict(evaluator.run(model, records))
     assert model.largest == 64 and model.asked == {True}
@@ -43,12 +43,14 @@ def test_zeroshot_equals_numpy_ranking():
         assert dict(evaluator.run(other, records)) == got
     order = np.argsort(-(images @ np.stack([table[n] for n in names]).T), axis=1)
     top1 = (order[:, 0] == truth).mean()
-    assert got["zeroshot/toy/top1"] == pytest.approx(top1)
-    assert got["zeroshot/toy/top5"] == pytest.approx((order[:, :5] == truth[:, None]).any(1).mean())
-    assert got["zeroshot/toy/top1_count"] == 300
-    assert got["zeroshot/toy/top1_low"] < top1 < got["zeroshot/toy/top1_high"]
+    assert got["zero_shot/toy/top1"] == pytest.approx(top1)
+    assert got["zero_shot/toy/top5"] == pytest.approx(
+        (order[:, :5] == truth[:, None]).any(1).mean()
+    )
+    assert got["zero_shot/toy/top1_count"] == 300
+    assert got["zero_shot/toy/top1_low"] < top1 < got["zero_shot/toy/top1_high"]
     per_class = [(order[truth == c, 0] == c).mean() for c in range(12)]
-    assert got["zeroshot/toy/mean_per_class"] == pytest.approx(np.mean(per_class))
+    assert got["zero_shot/toy/mean_per_class"] == pytest.approx(np.mean(per_class))
     confusion = np.asarray(evaluator.examples["confusion"]["counts"])
     assert confusion.sum() == 300 and np.trace(confusion) == round(top1 * 300)
     assert evaluator.examples["per_class"]["c3"]["accuracy"] == pytest.approx(per_class[3])
@@ -56,16 +58,16 @@ def test_zeroshot_equals_numpy_ranking():
     json.dumps(evaluator.examples)
 
 
-def test_zeroshot_any_of_several_labels_is_right_and_constant_models_score_zero():
+def test_zero_shot_any_of_several_labels_is_right_and_constant_models_score_zero():
     eye = np.eye(3, dtype=np.float32)
     names = ["a", "b", "c"]
     records = [dict(image=picture(1), labels=["a", "b"]), dict(image=picture(2), labels=["a"])]
-    evaluator = zeroshot.ZeroShot("toy", names, ("{}",))
+    evaluator = zero_shot.ZeroShot("toy", names, ("{}",))
     got = dict(evaluator.run(Fake(eye, lambda t: eye[names.index(t)]), records))
-    assert got["zeroshot/toy/top1"] == 0.5 and "zeroshot/toy/top5" not in got
+    assert got["zero_shot/toy/top1"] == 0.5 and "zero_shot/toy/top5" not in got
     assert evaluator.examples["confusion"]["counts"] == [[1, 1]]
     constant = Fake(np.ones((3, 3), np.float32), lambda t: np.ones(3))
-    assert dict(evaluator.run(constant, records))["zeroshot/toy/top1"] == 0
+    assert dict(evaluator.run(constant, records))["zero_shot/toy/top1"] == 0
 
 
 @pytest.mark.parametrize("present", [12, 1])
@@ -79,20 +81,20 @@ def test_classification_equals_scikit_learn(present):
     scores[np.arange(400), truth] += 0.7
     scores[::40] = 1.0  # all equal
     records = [dict(image=picture(i), labels=[f"label {truth[i]}"]) for i in range(400)]
-    tally = classification.Tally("zeroshot/x", names, [f"label {i}" for i in range(12)])
+    tally = classification.Tally("zero_shot/x", names, [f"label {i}" for i in range(12)])
     for start in range(0, 400, 150):  # the last part is smaller
         tally.add(scores[start : start + 150], records[start : start + 150])
     got = dict(tally.results())
     against = scores - 1e-3 * (np.arange(12) == truth[:, None])  # ties go to the wrong class
     for k, name in ((1, "top1"), (5, "top5")):
         expected = sklearn.top_k_accuracy_score(truth, against, k=k, labels=range(12))
-        assert got[f"zeroshot/x/{name}"] == pytest.approx(expected)
-        assert got[f"zeroshot/x/{name}_count"] == 400
+        assert got[f"zero_shot/x/{name}"] == pytest.approx(expected)
+        assert got[f"zero_shot/x/{name}_count"] == 400
     guess = against.argmax(1)
     seen = np.unique(truth)
     recall = sklearn.recall_score(truth, guess, labels=seen, average=None)
-    assert got["zeroshot/x/mean_per_class"] == pytest.approx(recall.mean())
-    low, high = (got[f"zeroshot/x/mean_per_class_{end}"] for end in ("low", "high"))
+    assert got["zero_shot/x/mean_per_class"] == pytest.approx(recall.mean())
+    low, high = (got[f"zero_shot/x/mean_per_class_{end}"] for end in ("low", "high"))
     assert low <= recall.mean() <= high and 0.02 < high - low < 0.15
     classes = tally.classes()
     table = np.zeros((12, 12), int)
@@ -116,7 +118,7 @@ def test_generative_classification_is_the_likelihood_of_the_prompts(offset):
     best = np.exp(logs).mean(1).argmax(0)
     truth = np.where(rng.random(400) < 0.7, best, rng.integers(0, 3, 400))
     records = [dict(image=picture(i), labels=[names[truth[i]]]) for i in range(400)]
-    evaluator = zeroshot.Generative("toy", names, prompts, batch_size=128)
+    evaluator = zero_shot.Generative("toy", names, prompts, batch_size=128)
     model = Fake(text=lambda t: table[t] + offset)
     got = dict(evaluator.run(model, records))
     assert model.asked == {True}  # class names, in prompts
@@ -133,7 +135,7 @@ def test_generative_ties_are_wrong_and_infinite_likelihoods_refused():
     names = ["a", "b"]
     records = [dict(image=picture(i), labels=[names[i % 2]]) for i in range(10)]
     right = {name: -7 + 1e-5 * (np.arange(10) % 2 == number) for number, name in enumerate(names)}
-    evaluator = zeroshot.Generative("toy", names, ("{}",))
+    evaluator = zero_shot.Generative("toy", names, ("{}",))
     assert dict(evaluator.run(Fake(text=lambda t: right[t]), records))["generative/toy/top1"] == 0
     right["b"][3] = -np.inf
     with pytest.raises(
@@ -142,7 +144,7 @@ def test_generative_ties_are_wrong_and_infinite_likelihoods_refused():
         dict(evaluator.run(Fake(text=lambda t: right[t]), records))
 
 
-@pytest.mark.parametrize("of", [zeroshot.ZeroShot, zeroshot.Generative])
+@pytest.mark.parametrize("of", [zero_shot.ZeroShot, zero_shot.Generative])
 def test_classes_that_the_model_reads_alike_are_named(of, caplog):
     names, prompts = ["food, fruit", "food, meat", "drink"], ("a {}", "the {}")
     model = Fake(np.eye(3, dtype=np.float32), lambda t: np.eye(3)[int("drink" in t)])
@@ -170,14 +172,14 @@ def test_classes_that_the_model_reads_alike_are_named(of, caplog):
     assert "'food' and 'Food', and cannot be told apart: the model's vocabulary does" in notes()[0]
 
 
-def test_zeroshot_errors_name_what_is_wrong():
+def test_zero_shot_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="3 names, 2 distinct"):
-        zeroshot.ZeroShot("toy", ["a", "b", "a"])
+        zero_shot.ZeroShot("toy", ["a", "b", "a"])
     with pytest.raises(ValueError, match="1 names, 1 distinct; give two or more"):
-        zeroshot.ZeroShot("toy", ["a"])
+        zero_shot.ZeroShot("toy", ["a"])
     with pytest.raises(ValueError, match="1 distinct labels for 2 class_names"):
-        zeroshot.ZeroShot("toy", ["a", "b"], labels=["x", "x"])
-    evaluator = zeroshot.ZeroShot("toy", ["a", "b"], ("{}",))
+        zero_shot.ZeroShot("toy", ["a", "b"], labels=["x", "x"])
+    evaluator = zero_shot.ZeroShot("toy", ["a", "b"], ("{}",))
     model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
     with pytest.raises(ValueError, match=r"labels of x.png are \['z'\]; none is among the 2"):
         list(evaluator.run(model, [dict(image=picture(0), labels=["z"], key="x.png")]))
@@ -194,7 +196,7 @@ def test_zeroshot_errors_name_what_is_wrong():
 
 def test_a_hundred_thousand_class_names_of_which_few_occur_take_little_memory():
     names = [f"name {number}" for number in range(100_000)]
-    tally = classification.Tally("zeroshot/x", names, num_examples=0)
+    tally = classification.Tally("zero_shot/x", names, num_examples=0)
     scores = np.zeros((3, len(names)), np.float32)
     scores[[0, 1, 2], [70_000, 70_000, 9]] = 1.0  # the guesses
     tally.add(scores, [dict(labels=[names[n]], image=picture(0)) for n in (70_000, 5, 5)])
@@ -217,21 +219,21 @@ def test_a_hundred_thousand_class_names_of_which_few_occur_take_little_memory():
 def test_texts_of_classes_take_the_memory_of_the_classes():
     names, prompts = [f"n{i}" for i in range(500)], [f"{i} of {{}}" for i in range(10)]
     table = np.random.default_rng(0).standard_normal((5000, 512)).astype(np.float32)
-    rows = {text: row for text, row in zip(zeroshot.class_texts(names, prompts), table)}
+    rows = {text: row for text, row in zip(zero_shot.class_texts(names, prompts), table)}
     tracemalloc.start()
-    found = zeroshot.class_embeddings(Fake(text=rows.get), names, prompts, 64)
+    found = zero_shot.class_embeddings(Fake(text=rows.get), names, prompts, 64)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 6 << 20  # all of their embeddings are 10 MB, and were there twice
-    wanted = zeroshot.normalise(table).reshape(500, 10, 512).mean(1)
-    np.testing.assert_array_equal(found, zeroshot.normalise(wanted))
+    wanted = zero_shot.normalise(table).reshape(500, 10, 512).mean(1)
+    np.testing.assert_array_equal(found, zero_shot.normalise(wanted))
 
 
 def test_what_is_said_of_several_models_is_said_once(capsys, caplog):
     def say():
         for line in ("a", "b", "a"):
             evaluators.tell(line)
-            evaluators.warn("zeroshot/x", line)
+            evaluators.warn("zero_shot/x", line)
 
     with evaluators.each_once():
         say()
