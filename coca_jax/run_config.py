@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config, checks, partial_checks, read
@@ -32,6 +32,7 @@ FREE = (
     *("data.loader", "model.implementation", "text_lengths", "text_parts"),
 )
 PATHS = ("init_from", "data.vocabulary")  # the same place however it is spelled
+LENGTH = ("steps", "epochs", "stage_steps")  # see `continue_longer`
 
 
 def check(config: Config) -> None:
@@ -287,18 +288,16 @@ def check_resumable(
     classes = old.pop("class_names", [])
     before = old.pop("workdir", workdir)
     changed = [
-        f"{key}: {shown(key, old.get(key), whole)} there, {shown(key, new.get(key), whole)} here"
+        difference
         for key in sorted(old.keys() | new.keys())
         if key != "vocabulary_checksum"
-        and compared(key, old.get(key), before, whole)
-        != compared(key, new.get(key), workdir, whole)
+        and key not in LENGTH
         and not any(key == free or key.startswith(free + ".") for free in FREE)
+        for difference in _differences(key, old.get(key), before, new.get(key), workdir, whole)
     ]
     if changed:
         remedy = "use a new --workdir or the same config"
-        if len(changed) == 1 and changed[0].startswith("steps: "):
-            remedy += f"; to train on from its weights, --config.init_from={workdir} with a new one"
-        elif len(changed) == 1 and (gone := _gone(old.get("data.sources"), before)):
+        if len(changed) == 1 and (gone := _gone(old.get("data.sources"), before)):
             remedy += f"; if {gone} was moved, a link there to where it is now lets the run go on"
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:4])}); {remedy}"
@@ -366,12 +365,76 @@ def compared(key: str, value: Any, workdir: str, whole: bool = True) -> Any:
     return [source for n, source in enumerate(found) if source not in found[:n]]
 
 
-def shown(key: str, value: Any, whole: bool = True) -> Any:
-    """The value of a key as it is told: where `compared` looks at the places of sources alone,
-    these, as their kinds and weights are not those that were asked for yet."""
-    if key != "data.sources" or whole:
-        return value
-    return [next((source[name] for name in PLACES if source.get(name)), "") for source in value]
+def _differences(
+    key: str, there: Any, before: str, here: Any, workdir: str, whole: bool
+) -> Iterator[str]:
+    """'KEY: VALUE there, VALUE here' for each part of a key's value that differs."""
+    if key != "data.sources":
+        if compared(key, there, before, whole) != compared(key, here, workdir, whole):
+            yield f"{key}: {there!r} there, {here!r} here"
+        return
+    old, new = (
+        compared(key, value, folder, whole) for value, folder in ((there, before), (here, workdir))
+    )
+    if len(old) != len(new):
+        # Without their kinds and weights, which are not known before the data are read.
+        places = ([_place(one) for one in sources] for sources in (old, new))
+        yield "{}: {!r} there, {!r} here".format(key, *places)
+        return
+    # The data of a copied workdir may still be those of the original: the same absolute path.
+    same = [compared(key, value, "", whole) for value in (there, here)]
+    for number, pair in enumerate(zip(old, new)):
+        for name in sorted(pair[0].keys() | pair[1].keys()):
+            values = [one.get(name) for one in pair]
+            if values[0] == values[1]:
+                continue
+            if name == "path" and len(same[0]) == len(same[1]) == len(old):
+                if same[0][number][name] == same[1][number][name]:
+                    continue
+            shown = [
+                f"{v[0]!r} in the workdir" if isinstance(v, tuple) else repr(v) for v in values
+            ]
+            yield f"{key}[{number}].{name}: {shown[0]} there, {shown[1]} here"
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    """What an entry of data.sources reads, for messages."""
+    place = next((source[name] for name in PLACES if source.get(name)), "")
+    return f"{place[0]} in the workdir" if isinstance(place, tuple) else str(place)
+
+
+def continue_longer(
+    config: Config, old: Mapping[str, Any], num_examples: int, workdir: str
+) -> tuple[Config, int]:
+    """(The config with which the run in `workdir` continues, the steps it had until now).
+
+    A longer run keeps the steps at which its stages of batch and image sizes begin; only the last
+    stage gets longer. The examples that are already read then stay the same. The schedule of the
+    learning rate is that of the new length.
+
+    Args:
+        old: the contents of the run's config.json.
+        num_examples: of the run's data.
+
+    Raises:
+        ValueError: the run has fewer steps than before.
+    """
+    there = read(Config, old, f"{workdir}/config.json", True)
+    before, now = (stages.steps_of(one, num_examples) for one in (there, config))
+    if now < before:
+        raise ValueError(
+            f"{workdir} holds a run of {before} steps, more than the {now} of this one; give "
+            f"--config.steps={before} to continue it, or more to train longer"
+        )
+    stage_steps = there.stage_steps
+    if now > before and (config.batch_sizes or config.image_sizes):
+        stage_steps = stage_steps or before
+    if config.stage_steps not in (0, stage_steps):
+        raise ValueError(
+            f"config.stage_steps={config.stage_steps}: the run in {workdir} has {stage_steps}; "
+            "leave it out"
+        )
+    return config.change({"stage_steps": stage_steps}), before
 
 
 def _gone(sources: Any, workdir: str) -> str:

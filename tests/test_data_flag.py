@@ -241,7 +241,7 @@ def test_data_that_were_moved_are_told_by_their_places_and_go_on_by_a_link(tmp_p
     there = begun.change({"data.sources": (dict(path=str(new)),)})
     with pytest.raises(ValueError) as found:
         run_config.check_before_data(there, workdir)
-    assert f"(data.sources: ['{old}'] there, ['{new}'] here); use" in str(found.value)
+    assert f"(data.sources[0].path: '{old}' there, '{new}' here); use" in str(found.value)
     assert f"if {old} was moved, a link there to where it is now lets the" in str(found.value)
     old.symlink_to(new)
     run_config.check_before_data(begun, workdir)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -184,12 +185,36 @@ def test_the_recipe_is_the_run(done):
 
 
 @pytest.mark.long
+def test_more_minutes_or_steps_continue_a_fit(done, folder, tmp_path):
+    workdir, said = str(tmp_path / "fit"), []
+    shutil.copytree(done[0], workdir)
+    before = json.loads(pathlib.Path(workdir, "fit.json").read_text())["speed"]
+    before |= dict(step=0.9, compile=1e-3)  # 13 steps in 0.2 minutes
+    state = Kept(workdir, Request(folder=str(folder), minutes=0.2))
+    state.put("speed", before)
+    request = Request(folder=str(folder), minutes=0.4)
+    for _ in range(2):  # the second time nothing is left to train
+        run.fit(request, workdir, change=lambda config: config, dry_run=True, say=said.append)
+    assert (
+        said.count("trained longer: 26 steps in place of 6, as --minutes=0.4 after 0.2 allows") == 1
+    )
+    text = pathlib.Path(workdir, "recipe.py").read_text()
+    assert f"coca-jax fit {folder} --minutes=0.4`" in text and "config.steps = 26\n" in text
+    request = Request(folder=str(folder), minutes=0.4, overrides=("steps=30",))
+    few = lambda config: config.change({"steps": 30})  # noqa: E731
+    run.fit(request, workdir, change=few, dry_run=True, say=said.append)
+    assert typed(recipes.load(f"{workdir}/recipe.py")).steps == 30
+    with pytest.raises(ValueError, match="overrides"):
+        Kept(workdir, Request(folder=str(folder), minutes=0.4, overrides=("batch_size=8",)))
+
+
+@pytest.mark.long
 def test_a_workdir_belongs_to_one_fit(done, folder, tmp_path):
     workdir = done[0]
     with pytest.raises(ValueError, match="holds a fit of .*shapes, and this one is of /elsewhere"):
         Kept(workdir, Request(folder="/elsewhere"))
-    with pytest.raises(ValueError, match=r"asked otherwise \(minutes 0.2 there, 5.0 here\)"):
-        Kept(workdir, Request(folder=str(folder), minutes=5.0))
+    with pytest.raises(ValueError, match=r"asked otherwise \(minutes 0.2 there, 0.1 here\)"):
+        Kept(workdir, Request(folder=str(folder), minutes=0.1))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run that fit did not begin"):
         Kept(str(tmp_path), Request(folder=str(folder)))

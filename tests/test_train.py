@@ -212,6 +212,51 @@ def test_a_workdir_refuses_another_config(whole):
         train(tiny_run(seed=1), whole[0])
 
 
+def test_a_longer_run_continues_a_finished_one_by_the_schedule_of_its_new_length(
+    whole, tmp_path, capfd
+):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    summary = train(tiny_run(steps=6), str(workdir))
+    assert summary["steps"] == 6 and not summary["skipped_steps"]
+    said = capfd.readouterr().err
+    rate = tiny_run().optimizer.learning_rate
+    assert "training longer: 6 steps, 4 before" in said
+    assert f"{0.4 * rate:.3g} at step 4, where the schedule of 4 has 0" in said
+    rows = read_metrics(workdir)
+    assert rows[:4] == read_metrics(whole[0]) and [row["step"] for row in rows] == [*range(1, 7)]
+    rates = [row["learning_rate"] for row in rows[4:]]
+    np.testing.assert_allclose(rates, [0.4 * rate, 0.2 * rate], rtol=1e-6)
+    assert checkpointing.find_step(str(workdir))[1] == 6
+    assert checkpointing.read_run(str(workdir))["steps"] == 6
+    train(tiny_run(steps=6), str(workdir))  # it is finished, and nothing is announced again
+    assert "training longer" not in capfd.readouterr().err
+    with pytest.raises(ValueError, match="holds a run of 6 steps, more than the 4 of this one"):
+        train(tiny_run(steps=4), str(workdir))
+
+
+@pytest.mark.long
+def test_a_longer_run_with_growing_batches_equals_one_whose_stages_have_that_length(tmp_path):
+    """With a constant rate the first steps of both are the same; the data go on, too."""
+
+    def config(steps, **changes):
+        found = smallest_run()
+        found.update(steps=steps, batch_sizes=((0.5, 8),), batch_size=16, **changes)
+        found.data.vocabulary, found.optimizer.schedule = scenes_words(), "constant"
+        return typed(found)
+
+    train_alone(config(2), tmp_path / "longer")
+    train_alone(config(4), tmp_path / "longer")
+    train_alone(config(4, stage_steps=2), tmp_path / "direct")
+    for a, b in zip(*(read_metrics(tmp_path / name) for name in ("longer", "direct")), strict=True):
+        assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
+    want, got = (
+        checkpointing.load_params(str(tmp_path / name))[0] for name in ("direct", "longer")
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    train_alone(config(5), tmp_path / "longer")
+    assert checkpointing.read_run(str(tmp_path / "longer"))["stage_steps"] == 2
+
+
 @pytest.mark.long
 def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_later(tmp_path, whole):
     config = tiny_run(init_from=str(tmp_path / "typo"))
@@ -257,9 +302,13 @@ def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
     with pytest.raises(ValueError, match="model.qk_norm: False there, True here"):
         run_config.check_resumable(config, old, "runs/old")
     config.model.qk_norm = False
-    config.steps += 100
-    with pytest.raises(ValueError, match="same config; to train on .*--config.init_from=runs/old"):
-        run_config.check_resumable(config, old, "runs/old")
+    before, config.steps = config.steps, config.steps + 100
+    run_config.check_resumable(config, old, "runs/old")
+    longer, steps = run_config.continue_longer(typed(config), old, 10, "runs/old")
+    assert longer == typed(config) and steps == before
+    config.steps = before - 1
+    with pytest.raises(ValueError, match=f"a run of {before} steps, more than the {before - 1}"):
+        run_config.continue_longer(typed(config), old, 10, "runs/old")
 
 
 def test_data_that_are_not_seen_from_another_folder_are_no_other_data(tmp_path, monkeypatch):
@@ -341,7 +390,7 @@ def test_a_workdir_may_be_spelled_otherwise_and_moved(before, now, tmp_path, mon
     old = run_config.contents(run_in(before, "tux", "data/tux"), before, words)
     run_config.check_resumable(run_in(now, "tux", f"{tmp_path}/data/tux"), old, now)
     for data, other in (("gimp", "data/tux"), ("tux", "data/gimp"), ("tux", f"{now}/data/tux")):
-        with pytest.raises(ValueError, match="data.sources: .* there, .* here"):
+        with pytest.raises(ValueError, match=r"data.sources\[\d\].path: .* there, .* here"):
             run_config.check_resumable(run_in(now, data, other), old, now)
     del old["workdir"]  # of a run from before it was kept
     run_config.check_resumable(run_in(before, "tux", "data/tux"), old, before)

@@ -238,7 +238,7 @@ def test_weights_are_the_same_however_their_place_is_spelled(tmp_path, monkeypat
         goes_on(begun_with("w/base", "w/base/v.model"), begun_with(one, f"{one}/v.model"))
     goes_on(begun_with("gs://b/w"), begun_with("gs://b/w/"))
     for other in ("w/other", "", f"{tmp_path}/base"):
-        with pytest.raises(ValueError, match=f"init_from: w/base there, {other} here"):
+        with pytest.raises(ValueError, match=f"init_from: 'w/base' there, '{other}' here"):
             goes_on(begun_with("w/base"), begun_with(other))
 
     def load_config(place):

@@ -277,6 +277,12 @@ class Config(Section):
         (), RAMP, "((share of the steps, batch size), ...) before batch_size"
     )
     steps: int = key(0, STEPS, "of the optimizer; 0: use epochs")
+    stage_steps: int = key(
+        0,
+        STEPS,
+        "length that the shares in batch_sizes and image_sizes refer to; 0: all steps. A run that "
+        "is trained longer keeps the length that it started with",
+    )
     epochs: float = key(
         0.0,
         number(0, 1e6, "passes over the data"),

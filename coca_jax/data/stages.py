@@ -69,7 +69,7 @@ def of(config: Config, steps: int, shares: Callable[[int], Sequence[int]]) -> li
     """The stages of a run of so many steps; shares: rows of each source in a batch of a size."""
     found: list[Stage] = []
     parts = [share for share, _ in config.batch_sizes]
-    for first, size in zip(starts(parts, steps), sizes(config)):
+    for first, size in zip(starts(parts, config.stage_steps or steps), sizes(config)):
         rows = list(shares(size))
         taken = found[-1].seen(first) if found else [0] * len(rows)
         found.append(Stage(first, rows, taken))

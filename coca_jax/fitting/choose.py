@@ -359,6 +359,12 @@ def _fit_memory(
     return config, line if parts == 1 else f"{line}, the batch in {parts} parts"
 
 
+def steps_in(minutes: float, seconds_a_step: float, seconds_before: float) -> int:
+    """Steps that so many minutes allow, of which seconds_before go to compiling; at least 10."""
+    left = max(60 * minutes - seconds_before, 30 * minutes)
+    return max(int(left / seconds_a_step), 10)
+
+
 def with_steps(
     choice: Choice, facts: Facts, minutes: float, seconds_a_step: float, seconds_before: float
 ) -> Choice:
@@ -369,8 +375,7 @@ def with_steps(
         seconds_before: of the time, that go to compiling.
     """
     config = choice.config
-    left = max(60 * minutes - seconds_before, 30 * minutes)
-    by_time = max(int(left / seconds_a_step), 10)
+    by_time = steps_in(minutes, seconds_a_step, seconds_before)
     by_data = max(math.ceil(PASSES * facts.train / config.batch_size), 10)
     steps = min(by_time, by_data)
     config = config.change(

@@ -53,6 +53,7 @@ class Kept:
         wanted = json.loads(json.dumps(dataclasses.asdict(request)))
         self._state: dict[str, Any] = {"request": wanted}
         self._imported: list[str] = []
+        self.longer = False  # than the recipe there was chosen for, and nothing else has changed
         if not self._path.exists():
             if (self._path.parent / RECIPE).exists():
                 raise ValueError(
@@ -75,7 +76,9 @@ class Kept:
                 f"{wanted['folder']}; give another --workdir"
             )
         other = [key for key in wanted if there.get(key) != wanted[key]]
-        if other and (self._path.parent / RECIPE).exists():
+        chosen = (self._path.parent / RECIPE).exists()
+        self.longer = bool(other) and chosen and _is_longer(there, wanted)
+        if other and chosen and not self.longer:
             told = "; ".join(
                 f"{key} {there.get(key)!r} there, {wanted[key]!r} here" for key in other
             )
@@ -84,7 +87,7 @@ class Kept:
                 f"({told}); give the same flags to go on, or another --workdir"
             )
         self._imported = state.get("imported", [])
-        if not other:
+        if not other or self.longer:
             self._state = state
             self._imported = []
 
@@ -123,6 +126,21 @@ class Kept:
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps(self._state, indent=1) + "\n")
         os.replace(new, self._path)
+
+
+def _is_longer(there: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a request differs from that of a fit in more minutes or a larger steps=N alone."""
+    minutes = (there.get("minutes", 0.0), wanted["minutes"])
+    (old, old_steps), (new, new_steps) = map(_without_steps, (there, wanted))
+    return old == new and minutes[0] <= minutes[1] and old_steps <= new_steps
+
+
+def _without_steps(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """A request without what says how long it trains, and the N of its steps=N, 0 without."""
+    overrides = request.get("overrides", [])
+    steps = [int(one.removeprefix("steps=")) for one in overrides if one.startswith("steps=")]
+    rest = [one for one in overrides if not one.startswith("steps=")]
+    return request | dict(minutes=0, overrides=rest), max(steps, default=0)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -67,6 +67,8 @@ def fit(
                     go_on = f"`coca-jax train --config={path} --workdir={workdir}`"
                     own_data.refuse_changed(request.folder, place, options_of(request), go_on)
                 say(f"{path} holds the choice that was made before")
+                if kept.longer:
+                    train_longer(path, request, kept, change, say)
             else:
                 kept.drop_imported()
                 write_recipe(path, request, workdir, kept, change, say)
@@ -94,6 +96,42 @@ def write_recipe(
     new = path.with_suffix(".py.new")
     new.write_text(recipe.source(config, title, why))
     os.replace(new, path)
+
+
+def train_longer(
+    path: pathlib.Path, request: Request, kept: Kept, change: Change, say: Say
+) -> None:
+    """Gives the recipe the steps of a request for more minutes or steps. Training then continues
+    with the state of its optimizer.
+
+    Raises ValueError for a recipe whose steps somebody has written otherwise.
+    """
+    config = recipes.typed(recipes.load(str(path)))
+    before = kept.get("request")["minutes"]
+    speed = kept.get("speed") or dict(step=60 * before / config.steps, compile=0.0)
+    steps = max(config.steps, choose.steps_in(request.minutes, speed["step"], speed["compile"]))
+    steps = change(config.change({"steps": steps})).steps
+    text, line = path.read_text(), f"    config.steps = {config.steps}\n"
+    if text.count(line) != 1:
+        raise ValueError(
+            f"{path} does not set config.steps as fit wrote it; set it there to {steps}, and run "
+            f"`coca-jax train --config={path} --workdir={path.parent}`"
+        )
+    why = f"- trained longer: {steps:,} steps in place of {config.steps:,}"
+    if request.minutes != before:
+        why += f", as --minutes={request.minutes:g} after {before:g} allows"
+    say(why.removeprefix("- "))
+    text = text.replace(line, f"    config.steps = {steps}\n").replace(
+        f" --minutes={before:g}`", f" --minutes={request.minutes:g}`", 1
+    )
+    new = path.with_suffix(".py.new")
+    new.write_text(text.replace('\n"""\n', f'\n{why}\n"""\n', 1))
+    os.replace(new, path)
+    kept.put("request", dataclasses.asdict(request))
+    examples = choose.training(facts_of(kept)).train
+    passes = steps * config.batch_size / max(examples, 1)
+    if passes > choose.PASSES:
+        say(f"warning: {passes:,.0f} passes over {examples:,} images: most are learned by heart")
 
 
 def bring_in(
@@ -205,6 +243,7 @@ def decide(
         if last or 60 * request.minutes / speed.step >= choose.ENOUGH_STEPS:
             break
         say(f"{size.name}: {speed.step:.2f} s a step are too slow; trying a smaller model")
+    kept.put("speed", dict(step=speed.step, compile=speed.compile))  # for a longer run
     plain, wanted = (
         choose.with_steps(one, facts, request.minutes, speed.step, speed.compile)
         for one in (choice, dataclasses.replace(choice, config=change(choice.config)))

@@ -36,6 +36,7 @@ from coca_jax.training import (
 from coca_jax.training.best import Best
 from coca_jax.training.feed import Feed
 from coca_jax.training.left_out import Batches, Ranges
+from coca_jax.training.optimizer import learning_rate, make_schedule
 from coca_jax.training.programs import Programs
 from coca_jax.training.replicas import Replicas
 from coca_jax.training.setup import Run
@@ -346,3 +347,14 @@ def announce(run: Run, state: TrainState, start: int) -> None:
         f"{count / 1e6:.1f}M parameters{part} on {devices}; batch {stages.words(run.config)}, "
         f"steps {start} to {run.steps}"
     )
+    if start and start < run.steps and run.steps_before not in (0, run.steps):
+        kind = run.config.optimizer.schedule
+        old, new = (
+            float(learning_rate(kind, make_schedule(run.config.optimizer, steps), start))
+            for steps in (run.steps_before, run.steps)
+        )
+        run.say(
+            f"training longer: {run.steps} steps, {run.steps_before} before. The learning rate "
+            f"follows the schedule of {run.steps} steps: {new:.3g} at step {start}, where the "
+            f"schedule of {run.steps_before} has {old:.3g}"
+        )

@@ -33,7 +33,8 @@ class Run:
     """What all acts of a run share.
 
     mixture: the data, opened. class_names: of the task head, () without one. steps: where the run
-    ends. buckets: where the time goes. stop: whether it was asked to stop.
+    ends. buckets: where the time goes. stop: whether it was asked to stop. steps_before: where it
+    was to end when it ran last; as `steps`, unless it is trained longer.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Run:
     model: coca.CoCa
     buckets: metrics.TimeBuckets
     stop: Stop
+    steps_before: int = 0
 
     @property
     def main_process(self) -> bool:
@@ -193,18 +195,35 @@ def prepare(
     config = with_examples(config, mixture)
     teachers.check(mixture.sources, mixture.entries, config.loss)
     scored.check(mixture.sources, mixture.entries)
-    class_names = head_classes(config, mixture)
+    class_names, steps_before = head_classes(config, mixture), 0
     if (storage.place(workdir) / "config.json").exists():
         old = checkpointing.read_run(workdir)
         # First: other data have other classes and numbers of examples, which say less.
         run_config.check_data(mixture.data_told, config, old, workdir)
         run_config.check_resumable(config, old, workdir, class_names)
         check_vocabulary(config, old, workdir)
+        count = mixture.num_examples
+        longer, steps_before = run_config.continue_longer(config, old, count, workdir)
+        if longer != config:  # its stages
+            config = longer
+            mixture = Mixture(config, workdir, process, jax.process_count())
     steps = run_config.num_steps(config, mixture.num_examples)
     words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     model = build_model(config, mesh, len(class_names))
     wait_for_kernels(kernels, stop)
-    return Run(config, workdir, mesh, mixture, words, class_names, steps, model, buckets, stop)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        mixture=mixture,
+        vocabulary=words,
+        class_names=class_names,
+        steps=steps,
+        model=model,
+        buckets=buckets,
+        stop=stop,
+        steps_before=steps_before,
+    )
 
 
 def with_examples(config: Config, mixture: Mixture) -> Config:

@@ -109,12 +109,14 @@ class Spikes:
     @classmethod
     def of(cls, run: Run) -> Spikes:
         """The detector of a run, with what its workdir knows."""
+        config = run.config
+        image_shares = [share for share, _ in config.image_sizes]
         return cls(
             run.workdir,
-            run.config.faults,
+            config.faults,
             write=run.main_process,
             batches_grow=[stage.first for stage in run.mixture.stages],
-            images_grow=stages.starts([share for share, _ in run.config.image_sizes], run.steps),
+            images_grow=stages.starts(image_shares, config.stage_steps or run.steps),
         )
 
     def begin(self, step: int) -> None:

@@ -44,7 +44,7 @@ def size_at(config: Config, step: int, steps: int) -> Size:
     """Image size of a step by config.image_sizes: ((share of the run, size), ...), then the
     model's own (CLIPA: small images first, full size at the end)."""
     shares, sizes = zip(*config.image_sizes) if config.image_sizes else ((), ())
-    number = bisect.bisect_right(stages.starts(shares, steps), step) - 1
+    number = bisect.bisect_right(stages.starts(shares, config.stage_steps or steps), step) - 1
     return [*map(image_shape.shortest, sizes), config.model.image_size][number]
 
 
