@@ -62,7 +62,7 @@ def make_schedule(optimizer: Optimizer, steps: int) -> Schedule:
     return Schedule(np.float32(optimizer.learning_rate), *map(np.int32, numbers))
 
 
-def learning_rate(kind: str, schedule: Schedule, step: jax.Array) -> jax.Array:
+def learning_rate(kind: str, schedule: Schedule, step: jax.Array | int) -> jax.Array:
     """The learning rate of a step, float32: linear warm-up from 0, then 'linear' or 'cosine' to 0,
     or 'constant', or 'wsd': constant, and over the last decay_share of the steps down to 0 as
     1 - sqrt(share of them), which can start from any step of a constant run (Haegele et al. 2024).
