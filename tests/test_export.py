@@ -16,7 +16,14 @@ from absl import flags
 from conftest import tiny_config
 from docs_walk import ROOT
 from one_device import models_on_one  # noqa: F401
-from test_inference import images, model, no_compile_cache, random_params, words  # noqa: F401
+from test_inference import (  # noqa: F401
+    images,
+    model,
+    no_compile_cache,
+    random_params,
+    tiny_parts,
+    words,
+)
 from test_version_0_1 import flags_of
 
 import coca_jax
@@ -66,9 +73,9 @@ np.savez(f"{folder}/found.npz", embedding=embedding, caption=np.stack(caption, 1
 
 @pytest.mark.long
 def test_programs_equal_the_model_without_its_code(model, words, images, tmp_path):  # noqa: F811
-    files = export_programs.export(model, str(tmp_path))
+    files, differences = export_programs.export(model, str(tmp_path))
     assert {"config.json", "params.safetensors", "vocabulary.model"} < set(files)
-    assert max(export_programs.check(model, str(tmp_path)).values()) < 1e-5
+    assert max(differences.values()) < 1e-5
     np.save(tmp_path / "images.npy", images)
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path)], check=True, cwd=tmp_path)
     found = np.load(tmp_path / "found.npz")
@@ -109,8 +116,8 @@ def test_the_example_without_the_package_reads_each_program_once():
 def test_programs_of_a_model_of_clips_take_clips(model, tmp_path):  # noqa: F811
     config = typed(model.config).change({"data.num_frames": 3})
     clips = inference.CoCaModel(config, model.params, model.vocabulary)
-    export_programs.export(clips, str(tmp_path))
-    assert max(export_programs.check(clips, str(tmp_path)).values()) < 1e-4
+    differences = export_programs.export(clips, str(tmp_path)).differences
+    assert max(differences.values()) < 1e-4
     data = (tmp_path / "programs/encode_image.jax_export").read_bytes()
     program = jax.export.deserialize(bytearray(data))
     assert program.in_avals[-1].shape[1:] == (3, 16, 16, 3)
@@ -221,6 +228,68 @@ def test_programs_of_an_earlier_export_stay_with_their_model_alone(model, tmp_pa
     assert export_format.files(tmp_path) == own and not (tmp_path / names[0]).exists()
 
 
+BFLOAT16_SEEDS = [(seed, scale) for seed in range(4) for scale in (0.3, 1.0)]
+
+
+@pytest.mark.long
+def test_bfloat16_programs_pass_the_check_and_wrong_weights_do_not(words, tmp_path):  # noqa: F811
+    """Log probabilities down to -100 differ by whole numbers in bfloat16; weights that are wrong by
+    5% differ by more than that rounding. With other weights the programs are the same."""
+    config, params = tiny_parts()
+    config.model.dtype = "bfloat16"
+    folder = tmp_path / "exported"
+    worst = []
+    for seed, scale in BFLOAT16_SEEDS:
+        rng = np.random.default_rng(seed)
+        model = inference.CoCaModel(config, noisy(params, 0, scale, rng), words)  # noqa: F811
+        if not folder.exists():
+            export_programs.export(model, str(folder))
+        export_folder.write(model, str(folder), programs=programs_in(folder))
+        worst.append(export_programs.check(model, str(folder))["decode_step"])
+    assert max(worst) > 0.1  # an absolute limit would refuse it
+    other = inference.CoCaModel(config, noisy(model.params, 1, 0.05, rng), words)
+    with pytest.raises(ValueError, match="program encode_image: .* bfloat16 rounding explains"):
+        export_programs.check(other, str(folder))
+
+
+def noisy(params, share, scale, rng):
+    """share of the parameters plus normal noise as large as `scale` of them (share 1), or alone."""
+
+    def one(x):
+        noise = np.float32(scale * rng.standard_normal(x.shape))
+        return np.asarray(x) * (1 + noise) if share else noise
+
+    return jax.tree.map(one, params) | {"log_scale": params["log_scale"]}
+
+
+def programs_in(folder):
+    return [f"programs/{path.name}" for path in (folder / "programs").iterdir()]
+
+
+@pytest.mark.long
+def test_a_refused_export_leaves_the_folder_as_it_was(model, monkeypatch, tmp_path):  # noqa: F811
+    """The programs are those of a model with another activation."""
+    config = typed(model.config).change({"model.activation": "relu"})
+    other = inference.CoCaModel(config, model.params, model.vocabulary)
+    wrong = export_programs.make_programs(other, ["cpu"])
+    monkeypatch.setattr(export_programs, "make_programs", lambda *_: wrong)
+    place = tmp_path / "exported"
+    with pytest.raises(ValueError, match="program encode_image: its output differs"):
+        export_programs.export(model, str(place))
+    assert list(tmp_path.iterdir()) == []
+    export_folder.write(model, str(place))
+    (place / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(ValueError, match="program encode_image: its output differs"):
+        export_programs.export(model, str(place))
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    monkeypatch.undo()
+    files = export_programs.export(model, str(place)).files
+    assert "programs/decode_step.jax_export" in files and len(files) == 8
+    assert {path.name for path in place.iterdir()} == {*before, "programs"}
+    assert coca_jax.load(str(place)).checksum() == model.checksum()
+
+
 @pytest.mark.torch
 def test_the_example_in_torch_gives_what_the_model_gives(model, images, tmp_path):  # noqa: F811
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
@@ -277,13 +346,10 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
         return {"a": 1_000, "b": 234}
 
     monkeypatch.setattr(export.coca_jax, "load", lambda place, **how: loaded)
-    for module, name in (
-        (export_folder, "check"),
-        (export_folder, "write_hub"),
-        (export_programs, "export"),
-        (export_programs, "check"),
-    ):
-        monkeypatch.setattr(module, name, writes)
+    for name in ("check", "write_hub"):
+        monkeypatch.setattr(export_folder, name, writes)
+    written = export_programs.Exported({"a": 1_000, "b": 234}, {"decode_step": 1e-6})
+    monkeypatch.setattr(export_programs, "export", lambda *given: written)
     monkeypatch.setattr(export_onnx, "packages", lambda: None)
     onnx = dict(files={"c": 5}, differences=0.5)
     monkeypatch.setattr(export_onnx, "export", lambda *_, **how: onnx | how)
@@ -300,13 +366,11 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
         return export.main(["export"])
 
     told = call("programs")
-    assert told["bytes"] == 1_234 and told["differences"] == {"a": 1_000, "b": 234}
+    assert told["bytes"] == 1_234 and told["differences"] == {"decode_step": 1e-6}
     assert "1,000 bytes" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        patch.setattr(jax.export, "default_export_platform", lambda: "cuda")
-        patch.setattr(jax, "default_backend", lambda: "gpu")
-        assert "differences" in call("programs", "--platforms=tpu,cuda")
-        assert "differences" not in call("programs", "--platforms=cpu,rocm")
+    written = export_programs.Exported({"a": 1}, {})
+    assert call("programs", "--platforms=tpu,rocm")["differences"] == {}
+    assert "not compared with the model: tpu, rocm" in capsys.readouterr().err
     told = call("hub", "--format=hub", "--push=org/name", "--private")
     assert told["url"] == "org/name True"
     assert (str(tmp_path / "hub"), "org/name", {"score": 1}) in calls

@@ -22,6 +22,7 @@ from coca_jax.fitting import look, measure, recipe, run
 from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import asked, indexes, splits
 from coca_jax.importers.items import Item
+from coca_jax.inference import export_programs
 from coca_jax.training import gradients, lease, step, stopping
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
@@ -114,6 +115,26 @@ def test_steps_are_timed_for_at_most_four_seconds():
 def test_a_step_is_traced_once(fitted):
     """By the steps that are timed, which are as of a longer run, and by the run."""
     assert fitted[3] == 1
+
+
+@pytest.mark.long
+def test_a_failed_export_hides_no_scores_and_leaves_the_earlier_one(done, folder, monkeypatch):
+    workdir, summary, first = done
+    before = sorted(pathlib.Path(workdir, "export").rglob("*"))
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export_programs, "check", full)
+    kept, said = Kept(workdir, Request(folder=str(folder), minutes=0.2)), []
+    assert run.finish(workdir, kept, summary, said.append)["export"] is None
+    text = "\n".join(said)
+    retry = f"retry with `coca-jax export --checkpoint={workdir} --out={workdir}/export`"
+    assert f"no space left on device. The run itself is complete; {retry}" in text
+    scores = first[next(i for i, line in enumerate(first) if line.startswith("writing the")) + 1 :]
+    wanted = [line.replace(f"   export: {workdir}/export", "") for line in scores]
+    assert said[-len(wanted) :] == wanted and len(wanted) > 5
+    assert sorted(pathlib.Path(workdir, "export").rglob("*")) == before
 
 
 @pytest.mark.long

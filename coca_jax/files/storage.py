@@ -12,6 +12,7 @@ import logging
 import os
 import posixpath
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -279,6 +280,60 @@ def local_folder(path: str | os.PathLike[str]) -> Iterator[str]:
         yield folder
         system, plain = filesystem(target)
         system.put(f"{folder}/", f"{plain}/", recursive=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], last: str) -> Iterator[str]:
+    """A local folder to write files in that belong in `path`: they are moved there at the end, the
+    file named `last` after all others. An exception inside leaves `path` as it was.
+
+    The folder starts with links to the files that are in `path`; a file that is removed from it is
+    removed from `path` too. Write new files under other names and rename them: a link that is
+    written through would change the original.
+    """
+    if is_remote(path):
+        with local_folder(path) as folder:
+            yield folder
+        return
+    target = place(path)
+    # A new folder is renamed into place. An existing one may be a mount point or the working
+    # directory, so its files are moved one by one, from a folder on the same file system.
+    exists = target.is_dir()
+    new = target / f".{unnamed('write')}" if exists else target.parent / f".{unnamed(target.name)}"
+    before = [file for file in _files_below(target) if not file.startswith(".")] if exists else []
+    new.mkdir(parents=True)
+    try:
+        for name in before:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(target / name, new / name)
+        yield str(new)
+        if not exists:
+            os.replace(new, target)
+            return
+        after = _files_below(new)
+        for name in sorted(after, key=lambda name: name == last):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new / name, target / name)
+        for name in set(before) - set(after):
+            (target / name).unlink()
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _files_below(folder: epath.Path) -> list[str]:
+    """Paths of all files in a local folder, relative to it."""
+    return [
+        os.path.relpath(os.path.join(where, name), folder)
+        for where, _, names in os.walk(folder)
+        for name in names
+    ]
+
+
+def _link(source: epath.Path, target: epath.Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 @contextmanager

@@ -285,7 +285,12 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         say(line)
     say("writing the export: weights and programs that need none of this package")
     place = os.path.join(workdir, "export")
-    export_programs.export(model, place)
+    try:
+        export_programs.export(model, place)
+    except Exception as error:  # of any kind: the run is trained, and its scores follow
+        command = f"coca-jax export --checkpoint={shlex.quote(workdir)} --out={shlex.quote(place)}"
+        say(f"export: {error}. The run itself is complete; retry with `{command}`")
+        place = ""
     constant, largest = (0.0, 0.0), 0.0
     if facts.test_captions and "caption" in choose.kinds(facts):
         entry = dict(path=data["path"], kind="caption")
@@ -300,10 +305,11 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         say(line)
     page = os.path.join(workdir, "report.html")
     report = f"report: {page}   " if os.path.exists(page) else ""  # `train` said why it is not
-    say(f"{report}recipe: {workdir}/{RECIPE}   export: {place}")
+    export = f"   export: {place}" if place else ""
+    say(f"{report}recipe: {workdir}/{RECIPE}{export}")
     for line in tell.next_commands(workdir, data["path"]):
         say(line)
-    return dict(export=place)
+    return dict(export=place or None)
 
 
 def facts_of(kept: Kept) -> look.Facts:

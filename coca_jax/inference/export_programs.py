@@ -4,6 +4,7 @@ each of them takes and gives.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import export_format
-from coca_jax.config import Model, read
+from coca_jax import export_format, text_ends
+from coca_jax.config import Model, read, typed
+from coca_jax.evaluators.records import Records
 from coca_jax.files import storage
 from coca_jax.inference import export_folder
+from coca_jax.inference import texts as text_arrays
 from coca_jax.inference.model import CoCaModel
 from coca_jax.models import coca, decoding, roles
 from coca_jax.models.pixels import normalise_pixels
@@ -141,61 +144,158 @@ class Functions(NamedTuple):
         return log_probs, state
 
 
-def export(model: CoCaModel, out: str, platforms: Sequence[str] = ("cpu",)) -> dict:
-    """Writes the folder `out`; returns its files and their sizes in bytes.
+class Exported(NamedTuple):
+    """What `export` wrote: bytes of each file, and what `check` found ({} where no device here runs
+    the programs)."""
 
-    Raises ValueError for an unknown platform, before anything is written.
+    files: dict[str, int]
+    differences: dict[str, float]
+
+
+def export(model: CoCaModel, out: str, platforms: Sequence[str] = ("cpu",)) -> Exported:
+    """Writes the folder `out`, after running the written programs on the written weights.
+
+    Raises ValueError for an unknown platform, before anything is written, and as `check`: then
+    `out` stays as it was.
     """
     programs = make_programs(model, platforms)
-    with storage.local_folder(out) as folder:
+    with storage.atomic_folder(out, last=export_format.CONFIG) as folder:
         for name, data in programs.items():
             storage.write_bytes(_program(folder, name), data)
         names = [f"{export_format.PROGRAMS}/{_program(folder, name).name}" for name in programs]
         export_folder.write(model, folder, programs=names)
-        return export_folder.sizes(folder)
+        # A GPU's platform is 'cuda' or 'rocm'. Programs for a CPU run on any machine.
+        here = jax.export.default_export_platform()
+        run_on = next((name for name in (here, "cpu") if name in platforms), None)
+        differences = check(model, folder, run_on) if run_on else {}
+        return Exported(export_folder.sizes(folder), differences)
 
 
 def _program(out: str, name: str) -> epath.Path:
     return storage.place(out) / export_format.PROGRAMS / f"{name}.jax_export"
 
 
-def check(model: CoCaModel, out: str) -> dict[str, float]:
-    """Runs the written programs on the written weights beside the model: the largest absolute
-    difference of each output. Raises ValueError when one is above 1e-4 (bfloat16: 0.1)."""
-    flat = export_format.flatten(export_format.read_export(out)[0])
-    flat = {name: jnp.asarray(value) for name, value in flat.items()}
-    calls = {}
-    for name in ("encode_image", "encode_text", "decode_weights", "decode_start", "decode_step"):
-        calls[name] = jax.export.deserialize(bytearray(_program(out, name).read_bytes())).call
+class Examples(NamedTuple):
+    """Inputs of `check`. image: uint8 [N, S, S, 3] or clips [N, T, S, S, 3]; tokens: int32 [N, L];
+    length: int [N], tokens of each text with begin and end."""
+
+    image: np.ndarray
+    tokens: np.ndarray
+    length: np.ndarray
+
+
+def examples(model: CoCaModel, count: int = 3) -> Examples:
+    """Images and texts of the data that the model was trained on, where they are on this machine;
+    otherwise random pixels and tokens."""
+    words, length = model.vocabulary, model.max_len
+    for source in typed(model.config).data.sources:
+        try:
+            records = list(itertools.islice(Records(source.to_dict(), limit=count), count))
+            images = np.stack([model.preprocess(record["image"]) for record in records])
+        except (ValueError, OSError):  # moved, removed, or in a bucket that is out of reach
+            continue
+        found = [record["text"] or record.get("labels") for record in records]
+        texts = [text if isinstance(text, str) else next(iter(text or ()), "") for text in found]
+        tokens, valid = words.encode_batch(texts, length)
+        return Examples(images, tokens, text_ends.lengths(valid))
     rng = np.random.default_rng(0)
-    count, length = 3, model.max_len
     shape = (count, *export_folder.image_shape_of(model))
-    image = rng.integers(0, 256, shape, dtype=np.uint8)
-    tokens = rng.integers(0, model.vocabulary.size, (count, length)).astype(np.int32)
-    tokens[tokens == model.vocabulary.eos_id] = model.vocabulary.bos_id
-    if model.vocabulary.hidden_id is not None:
-        tokens[0, length // 2] = model.vocabulary.hidden_id
-    pixels = np.asarray(normalise_pixels(jnp.asarray(image), model.config.model))
-    wanted = model.forward(pixels, tokens)
-    valid = np.ones(tokens.shape, bool)
-    if model.vocabulary.hidden_id is not None:
-        valid = tokens != model.vocabulary.hidden_id
-    embedding, image_tokens = calls["encode_image"](flat, image)
-    found = dict(
-        encode_image=np.abs(embedding - wanted.image_embedding).max(),
-        encode_text=np.abs(calls["encode_text"](flat, tokens, valid) - wanted.text_embedding).max(),
-    )
-    weights = calls["decode_weights"](flat)
-    state = calls["decode_start"](weights, image_tokens)
-    expected = jax.nn.log_softmax(wanted.logits)
-    worst = 0.0
-    for step in range(length):
-        log_probs, state = calls["decode_step"](weights, state, tokens[:, step], np.int32(step))
-        known = np.s_[:, : model.vocabulary.size]  # of the others there is none
-        worst = max(worst, float(np.abs(log_probs[known] - expected[:, step][known]).max()))
-    found["decode_step"] = worst
-    limit = 1e-4 if model.config.model.dtype == "float32" else 0.1
-    for name, difference in found.items():
-        if not difference <= limit:
-            raise ValueError(f"{out}: {name} differs from the model by {difference}; do not use it")
-    return {name: float(value) for name, value in found.items()}
+    tokens = rng.integers(0, words.size, (count, length)).astype(np.int32)
+    tokens[tokens == words.eos_id] = words.bos_id
+    if words.hidden_id is not None:
+        tokens[0, length // 2] = words.hidden_id
+    lengths = np.full(count, length)
+    return Examples(rng.integers(0, 256, shape, dtype=np.uint8), tokens, lengths)
+
+
+_ROUNDING = 4.0  # programs may be this many times as inexact as the model in its own dtype
+_FLOAT32 = 1e-4  # of the spread of an output; float32 differs by about 1e-6
+
+
+def check(model: CoCaModel, out: str, platform: str = "cpu") -> dict[str, float]:
+    """Runs the programs in `out` on the weights there, and compares them with the model.
+
+    The reference is the model in float32, on real inputs where there are any (`examples`). In
+    bfloat16 the model itself differs from that by its rounding errors, which grow with depth and
+    with the size of log probabilities, so the programs are allowed a multiple of those.
+
+    Returns the root mean square difference of each output from the reference.
+    Raises ValueError when one is too large.
+    """
+    device = jax.devices(platform)[0]
+    exact = _Outputs.of_model(model, "float32", device)
+    with jax.default_device(device):
+        found = _Outputs.of_programs(model, out, exact.inputs)
+    dtype = model.config.model.dtype
+    own = exact if dtype == "float32" else _Outputs.of_model(model, dtype, device, exact.inputs)
+    differences = {}
+    for name, wanted in exact.arrays.items():
+        spread = float(np.std(wanted, axis=-1).mean())
+        limit = max(_ROUNDING * _rms(own.arrays[name] - wanted), _FLOAT32 * spread, 1e-6)
+        differences[name] = _rms(found.arrays[name] - wanted)
+        if not differences[name] <= limit:
+            raise ValueError(
+                f"program {name}: its output differs from the model's by {differences[name]:.3g} "
+                f"(root mean square; {dtype} rounding explains {limit:.3g}). Nothing was "
+                "written; export on another machine or with another version of JAX, and report it"
+            )
+    return differences
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
+
+
+class _Outputs(NamedTuple):
+    """arrays: embeddings float32 [N, E], and log probabilities [tokens of all texts, ids]."""
+
+    inputs: Examples
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def of_model(
+        cls, model: CoCaModel, dtype: str, device: jax.Device, inputs: Examples | None = None
+    ) -> _Outputs:
+        inputs = inputs or examples(model)
+        config = typed(model.config).change({"model.dtype": dtype})
+        params = jax.device_put(roles.without_task_head(model.params), device)
+        same = CoCaModel(
+            config, params, model.vocabulary, num_frames=model.num_frames, devices=[device]
+        )
+        pixels = np.asarray(normalise_pixels(jnp.asarray(inputs.image), model.config.model))
+        out = same.forward(pixels, inputs.tokens)
+        log_probs = np.asarray(jax.nn.log_softmax(out.logits))
+        return cls._named(model, inputs, out.image_embedding, out.text_embedding, log_probs)
+
+    @classmethod
+    def of_programs(cls, model: CoCaModel, out: str, inputs: Examples) -> _Outputs:
+        flat = export_format.flatten(export_format.read_export(out)[0])
+        flat = {name: jnp.asarray(value) for name, value in flat.items()}
+
+        def program(name: str) -> Any:
+            return jax.export.deserialize(bytearray(_program(out, name).read_bytes())).call
+
+        image, image_tokens = program("encode_image")(flat, inputs.image)
+        valid = text_arrays.validity(model.vocabulary, inputs.tokens)
+        text = program("encode_text")(flat, inputs.tokens, valid)
+        weights = program("decode_weights")(flat)
+        state = program("decode_start")(weights, image_tokens)
+        decode_step = program("decode_step")
+        steps = []
+        for step, token in enumerate(inputs.tokens.T):
+            log_probs, state = decode_step(weights, state, token, np.int32(step))
+            steps.append(np.asarray(log_probs))
+        return cls._named(model, inputs, image, text, np.stack(steps, 1))
+
+    @classmethod
+    def _named(
+        cls, model: CoCaModel, inputs: Examples, image: Any, text: Any, log_probs: np.ndarray
+    ) -> _Outputs:
+        # Beyond a text's end decode_step sees padding that the model hides, and ids beyond the
+        # vocabulary's have no probability.
+        inside = np.arange(inputs.tokens.shape[1]) < inputs.length[:, None]
+        known = log_probs[inside][:, : model.vocabulary.size]
+        return cls(
+            inputs,
+            dict(encode_image=np.asarray(image), encode_text=np.asarray(text), decode_step=known),
+        )
