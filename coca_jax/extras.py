@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import shlex
-
-from packaging.requirements import Requirement
+import importlib.util
 
 
 def remedy(extra: str) -> str:
-    """How to install an extra of setup.py, as `pip install 'av>=18.1'` and its name.
+    """The command that installs an extra of setup.py. pip and uv take the installed coca_jax for
+    the one that is named here, wherever that came from."""
+    return f"pip install 'coca_jax[{extra}]'"
 
-    The packages are named, since that works from anywhere; the package itself may have come from a
-    clone or a wheel file.
-    """
-    try:
-        wanted = [Requirement(text) for text in importlib.metadata.requires("coca_jax") or ()]
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        wanted = []
-    names = [
-        f"{need.name}[{','.join(need.extras)}]{need.specifier}"
-        if need.extras
-        else f"{need.name}{need.specifier}"
-        for need in wanted
-        if need.marker is not None and need.marker.evaluate({"extra": extra})
-    ]
-    if not names:
-        return f"in a clone of coca_jax, pip install '.[{extra}]'"
-    return f"pip install {shlex.join(sorted(names))} (coca_jax's extra '{extra}')"
+
+def check(module: str, extra: str, use: str) -> None:
+    """Raises ValueError where a module of an extra is not installed; use: what needs it."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{use} needs {module}: {remedy(extra)}")

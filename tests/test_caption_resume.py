@@ -141,7 +141,7 @@ def test_files_that_are_no_pictures_are_named(call, tmp_path):
         (tmp_path / "s" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "s" / name).touch()
     (tmp_path / "s/i/metadata").mkdir()
-    (tmp_path / "s/i/metadata/metadata_0.parquet").touch()
+    (tmp_path / "s/i/metadata/metadata_0.jsonl").touch()
     assert call("s")["captioned"] == 2
     said = "left out, being no pictures by their names: noext, x.heic, z"
     assert call.said.splitlines()[0] == said

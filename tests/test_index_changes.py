@@ -1,12 +1,10 @@
 """An index of pictures that change, go, get readable, or are named in other ways."""
 
-import io
 import json
 import os
 import pathlib
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import embed, encoded, tree
@@ -15,7 +13,7 @@ from test_version_0_1 import flags_of
 import coca_jax
 from coca_jax import search
 from coca_jax.console import bars
-from coca_jax.files import local_files
+from coca_jax.files import local_files, sealed_json
 from coca_jax.inference import loading
 from coca_jax.searching import index, nearest, parts, staged
 from coca_jax.training import lease
@@ -48,6 +46,12 @@ def rows(model, out="i"):  # noqa: F811
     return found.names
 
 
+def listed(number: int) -> list[str]:
+    """Names in a metadata file of the index i."""
+    _, *rows = pathlib.Path(f"i/metadata/metadata_{number}.jsonl").read_text().splitlines()
+    return [json.loads(row)["image_path"] for row in rows]
+
+
 def test_what_could_not_be_read_is_tried_again_and_counted(model, folder):  # noqa: F811
     assert again(model, "s") == (6, 0, 0, 1, 6)
     before, said = tree("i"), []
@@ -71,9 +75,7 @@ def test_a_changed_picture_is_embedded_anew_and_one_that_is_gone_is_not_found(mo
     assert sorted(rows(model)) == [f"s/{n}.png" for n in (1, 2, 3, 4, 5)]
     assert again(model, "s/1.png") == (0, 0, 0, 0, 5)  # the others are not asked for
     for number in range(6):
-        assert len(np.load(f"i/img_emb/img_emb_{number}.npy")) == len(
-            pq.read_table(f"i/metadata/metadata_{number}.parquet")
-        )
+        assert len(np.load(f"i/img_emb/img_emb_{number}.npy")) == len(listed(number))
 
 
 def test_an_index_is_searched_while_it_grows_beyond_its_graph(model, folder, monkeypatch):  # noqa: F811
@@ -111,9 +113,8 @@ def test_a_row_is_that_of_the_files_and_stays_its_picture_s(model, folder):  # n
     again(model, "s")
     found = index.Index("i")
     assert found.rows.tolist() == [0, 1, 3, 5, 6]
-    parts_of = [pathlib.Path(f"i/{name}").glob("*_*") for name in ("metadata", "img_emb")]
-    tables, arrays = (sorted(one) for one in parts_of)
-    names = [name for path in tables for name in pq.read_table(path)["image_path"].to_pylist()]
+    arrays = sorted(pathlib.Path("i/img_emb").iterdir())
+    names = [name for number in range(len(arrays)) for name in listed(number)]
     stored = np.concatenate([np.load(path) for path in arrays])
     for one in found.search(model.encode_image(["s/2.png"])[0], 5):
         place = found.place(one["row"])
@@ -123,19 +124,6 @@ def test_a_row_is_that_of_the_files_and_stays_its_picture_s(model, folder):  # n
     for row in (2, 4, 7, -1):
         with pytest.raises(ValueError, match=f"row {row}: the index has no such picture, or it"):
             found.place(row)
-
-
-def test_an_index_without_sizes_goes_on(model, folder):  # noqa: F811
-    again(model, "s")
-    for path in pathlib.Path("i/metadata").iterdir():
-        table, out = pq.read_table(path).drop_columns(["size", "mtime_ns"]), io.BytesIO()
-        pq.write_table(table, out)
-        path.write_bytes(out.getvalue())
-    (folder / "2.png").write_bytes(encoded(70))
-    (folder / "4.png").unlink()
-    assert index.Index("i").file(0)[0] == str(folder / "0.png")
-    (folder / "new.png").write_bytes(encoded(71))
-    assert again(model, "s") == (1, 0, 1, 1, 6)
 
 
 def test_two_spellings_of_a_folder_are_one(model, folder, monkeypatch):  # noqa: F811
@@ -260,13 +248,12 @@ def test_what_was_staged_in_part_is_counted_and_found_once(model, folder):  # no
 
 def test_parts_that_drop_what_is_no_row_are_damaged(model, folder):  # noqa: F811
     again(model, "s")
-    path = pathlib.Path("i/metadata/metadata_0.parquet")
-    table = pq.read_table(path)
+    path = pathlib.Path("i/metadata/metadata_0.jsonl")
+    header, *lines = path.read_text().splitlines()
     for row in ("a", 0, -1, True):  # of the first part there is none before
-        said = json.loads(table.schema.metadata[b"coca_jax"]) | dict(dropped=[row])
-        told = json.dumps(said).encode()
-        pq.write_table(table.replace_schema_metadata({b"coca_jax": told}), path)
-        with pytest.raises(ValueError, match="metadata_0.parquet is damaged"):
+        told = sealed_json.seal(sealed_json.unseal(json.loads(header), "") | dict(dropped=[row]))
+        path.write_text("\n".join([json.dumps(told), *lines, ""]))
+        with pytest.raises(ValueError, match="metadata_0.jsonl is damaged"):
             parts.Parts("i")
 
 

@@ -119,16 +119,16 @@ def test_a_text_beside_one_picture_of_many_is_its_caption(model, folder):  # noq
 @pytest.mark.parametrize("harm", ["cut", "gone", "no metadata"])
 def test_what_is_said_of_a_damaged_index_mends_it(model, folder, call, harm):  # noqa: F811
     again(model, "s")
-    whole, (array, table) = tree("i"), ("i/img_emb/img_emb_0.npy", "i/metadata/metadata_0.parquet")
+    whole, (array, table) = tree("i"), ("i/img_emb/img_emb_0.npy", "i/metadata/metadata_0.jsonl")
     harmed = pathlib.Path(table if harm == "no metadata" else array)
     harmed.write_bytes(harmed.read_bytes()[:-1])
     if harm != "cut":
         harmed.unlink()
-    said = f"{harmed} is {'damaged' if harm == 'cut' else 'missing'}.*; delete metadata_0.parquet"
+    said = f"{harmed} is {'damaged' if harm == 'cut' else 'missing'}.*; delete metadata_0.jsonl"
     for command, given in (("index", dict(out="i")), ("duplicates", dict(index="i"))):
         with pytest.raises(ValueError, match=said):
             call(command, *["s"] * (command == "index"), **given)
-    for path in pathlib.Path("i/metadata").glob("metadata_*.parquet"):
+    for path in pathlib.Path("i/metadata").glob("metadata_*.jsonl"):
         path.unlink()
     assert again(model, "s") == (6, 0, 0, 1, 6) and tree("i") == whole
     shutil.rmtree("i/metadata")

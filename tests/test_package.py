@@ -147,7 +147,7 @@ OF_MODULE = dict(
     orbax="orbax_checkpoint",
     yaml="pyyaml",
 )
-NOT_IMPORTED = {"filelock"}  # JAX's, see setup.py
+NOT_IMPORTED = {"filelock", "flatbuffers"}  # JAX's, see setup.py
 
 
 def distributions() -> tuple[set[str], set[str]]:

@@ -8,7 +8,6 @@ import sys
 import tarfile
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from absl import flags
 from PIL import Image
@@ -50,7 +49,7 @@ def embed(model, input, out, **how):  # noqa: F811
     return index.add(model, index.groups([str(input)], there, how["part"]), there, **how)
 
 
-def test_an_index_has_clip_retrieval_s_layout(model, folder, tmp_path):  # noqa: F811
+def test_an_index_holds_arrays_and_lists_that_others_read(model, folder, tmp_path):  # noqa: F811
     said: list[str] = []
     result = embed(model, folder, tmp_path / "i", say=said.append)
     counts = dict(new=10, changed=0, gone=0, already_there=0, skipped=1, pictures=10)
@@ -59,8 +58,10 @@ def test_an_index_has_clip_retrieval_s_layout(model, folder, tmp_path):  # noqa:
     names, rows = [], []
     for number in range(3):  # 11 files, four a part
         rows.append(np.load(tmp_path / f"i/img_emb/img_emb_{number}.npy"))
-        table = pq.read_table(tmp_path / f"i/metadata/metadata_{number}.parquet")
-        names += table["image_path"].to_pylist()
+        lines = (tmp_path / f"i/metadata/metadata_{number}.jsonl").read_text().splitlines()
+        header, *listed = map(json.loads, lines)
+        assert header["rows"] == len(listed)
+        names += [row["image_path"] for row in listed]
     assert [len(part) for part in rows] == [4, 3, 3] and rows[0].dtype == np.float16
     assert names == [str(folder / ("a" if n < 5 else "b") / f"{n}.png") for n in range(10)]
     np.testing.assert_allclose(np.concatenate(rows), model.encode_image(names), atol=1e-3)
@@ -123,11 +124,17 @@ def test_an_index_of_other_weights_or_a_damaged_one_is_refused(model, folder, tm
     other = parts.Parts(str(tmp_path / "i"))
     with pytest.raises(ValueError, match="made by another model"):
         other.begin(other.about | dict(model="0123"))
-    (tmp_path / "i/metadata/metadata_1.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="metadata_1.parquet is damaged"):
+    part = tmp_path / "i/metadata/metadata_1.jsonl"
+    whole = part.read_bytes()
+    for damage in (b"", whole[:-1], whole[:-1] + b" ", whole.replace(b"png", b"jpg")):
+        part.write_bytes(damage)
+        with pytest.raises(ValueError, match="metadata_1.jsonl is damaged"):
+            parts.Parts(str(tmp_path / "i"))
+    part.unlink()
+    with pytest.raises(ValueError, match="metadata_1.jsonl is missing; delete metadata_1"):
         parts.Parts(str(tmp_path / "i"))
-    (tmp_path / "i/metadata/metadata_1.parquet").unlink()
-    with pytest.raises(ValueError, match="metadata_1.parquet is missing; delete metadata_1"):
+    part.with_suffix(".parquet").touch()  # an index of version 0.2, which is not overwritten
+    with pytest.raises(ValueError, match="version 0.2.*into a new folder"):
         parts.Parts(str(tmp_path / "i"))
     with pytest.raises(ValueError, match="holds something that is no index"):
         parts.Parts(str(folder))

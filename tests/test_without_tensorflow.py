@@ -1,4 +1,4 @@
-"""What the base install does without TensorFlow and seqio, in a process that cannot import them."""
+"""What the base install does without TensorFlow, seqio and pyarrow, in a process without them."""
 
 import ast
 import pathlib
@@ -10,7 +10,7 @@ from conftest import COMPILE_FAST
 from data_cases import write_data
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "coca_jax"
-BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio")
+BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "pyarrow")
 
 # Import of what is not installed fails as it does there.
 START = f"""
@@ -69,6 +69,8 @@ print("done", sorted(set({BLOCKED}) & set(sys.modules)))
 
 def test_what_needs_them_names_the_extra(tmp_path):
     write_data(tmp_path)
+    for name in ("x.parquet", "x.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"any")
     out = run(f"""
 import pathlib
 from conftest import tiny_config
@@ -77,6 +79,7 @@ from coca_jax.configs import coca_2b, coca_base, coca_large
 from coca_jax.data import loaders, run_vocabulary, sources
 from coca_jax.importers import unprepared
 from coca_jax.importers.splits import prepare
+from coca_jax.recaptioning.request import Request
 root = pathlib.Path({str(tmp_path)!r})
 config = tiny_config()
 config.data.sources, config.data.loader = (dict(path=str(root / "a")),), "seqio"
@@ -88,6 +91,9 @@ for call in (
     lambda: sources.open_source(dict(tfds="mnist")),
     lambda: unprepared.open_source(dict(tfds="mnist"), "test"),
     lambda: prepare("tfds", "mnist", str(root / "out"), progress=False),
+    lambda: prepare("parquet", str(root / "x.parquet"), str(root / "out"), progress=False),
+    lambda: prepare("jsonl", str(root / "x.jsonl.zst"), str(root / "out"), progress=False),
+    lambda: Request(input="x", format="csv", out=str(root / "out"), to="parquet"),
 ):
     try:
         call()
@@ -97,14 +103,14 @@ assert not (root / "run").exists() and not (root / "out").exists()
 assert {{m.get_config().data.loader for m in (coca_base, coca_large, coca_2b)}} == {{"seqio"}}
 """)
     lines = out.splitlines()
-    assert len(lines) == 6
-    for line, extra in zip(lines, ["seqio"] * 3 + ["tfds"] * 3):
-        assert "pip install" in line and f"{extra}" in line.partition("pip install")[2]
+    assert len(lines) == 9
+    for line, extra in zip(lines, ["seqio"] * 3 + ["tfds"] * 3 + ["parquet"] * 3):
+        assert f"pip install 'coca_jax[{extra}]'" in line
 
 
 def test_nothing_else_imports_them():
     """TensorFlow and seqio in data/seqio_tasks.py; what TFDS brings, to keep it off GPUs, in
-    data/tfds_source.py."""
+    data/tfds_source.py; pyarrow where parquet or zstd is read or written."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -120,6 +126,11 @@ def test_nothing_else_imports_them():
         "tensorflow": {"data/seqio_tasks.py", "data/tfds_source.py"},
         "seqio": {"data/seqio_tasks.py"},
         "tensorflow_datasets": {"data/tfds_source.py"},
+        "pyarrow": {
+            *("data/files.py", "data/in_place.py", "recaptioning/writers.py"),
+            *("importers/parquet.py", "importers/parquet_pages.py"),
+        },
+        "pyarrow.parquet": {"importers/parquet.py", "recaptioning/writers.py"},
     }
 
 

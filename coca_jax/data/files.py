@@ -5,14 +5,17 @@ from __future__ import annotations
 import codecs
 import contextlib
 import fnmatch
+import gzip
 import os
 import posixpath
 import re
 import socket
 import stat
+import zlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from coca_jax import extras
 from coca_jax.data import own_folders, split_names, unreachable
 from coca_jax.files import local_files
 from coca_jax.files.storage import as_os_error, filesystem, is_remote
@@ -213,11 +216,38 @@ def _named(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_unpacked(path: str) -> Iterator[Any]:
-    """What a .zst or .gz file unpacks to, to be read forwards. Raises OSError: damaged."""
-    import pyarrow as pa  # takes a while, and few read such
+    """The unpacked contents of a .zst or .gz file, to be read forwards.
 
+    Raises:
+        OSError: it is damaged.
+        ValueError: pyarrow, which unpacks zstd, is not installed.
+    """
+    check_unpacks(path)
     with open_binary(path) as file:
-        yield pa.CompressedInputStream(file, "zstd" if path.lower().endswith(".zst") else "gzip")
+        if path.lower().endswith(".zst"):
+            import pyarrow as pa
+
+            yield pa.CompressedInputStream(file, "zstd")
+        else:
+            yield _Gunzip(file)
+
+
+def check_unpacks(path: str) -> None:
+    """Raises ValueError where the package that unpacks a file is not installed."""
+    if path.lower().endswith(".zst"):
+        extras.check("pyarrow", "parquet", f"{path}: reading zstd")
+
+
+class _Gunzip:
+    def __init__(self, file: Any):
+        self._file = gzip.GzipFile(fileobj=file)
+
+    def read(self, size: int) -> bytes:
+        """Raises OSError: damaged."""
+        try:
+            return self._file.read(size)
+        except (EOFError, zlib.error) as error:
+            raise OSError(f"damaged gzip: {error}") from None
 
 
 def mark(path: str) -> str:

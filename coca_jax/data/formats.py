@@ -299,6 +299,7 @@ def _first_rows(path: str) -> list[dict[str, str]]:
 def _first_objects(path: str) -> list[dict[str, Any]]:
     """The first objects of a list."""
     packed, data, found = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b"", []
+    files.check_unpacks(path)
     with contextlib.suppress(OSError, ValueError):
         with files.open_unpacked(path) if packed else files.open_binary(path) as file:
             # By little, as what lies before a damaged place of a packed file is whole.

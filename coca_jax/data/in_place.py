@@ -15,6 +15,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 
+from coca_jax import extras
 from coca_jax.data import files, range_cache, references
 from coca_jax.data.random_access import Indices, Reader
 from coca_jax.data.records import Record
@@ -150,12 +151,13 @@ class _Pages:
 
 
 def _unpacked(one: Reference, data: bytes) -> bytes:
-    import pyarrow as pa
-
     page = one.page
     assert page is not None
     if not page.codec:
         return data
+    extras.check("pyarrow", "parquet", f"{one.path}: reading parquet")
+    import pyarrow as pa
+
     try:
         packed = pa.py_buffer(data)[page.plain :]
         rest = pa.decompress(packed, page.unpacked - page.plain, page.codec, asbytes=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import files, images, named_files
@@ -19,6 +21,27 @@ LISTED_TEXTS = (  # in lists and tables: of sets on the hub, of Karpathy, of Fli
     *(*TEXT_FIELDS, "captions", "sentences", "comment", *CHATS),
 )
 LABEL_FIELDS = ("label", "labels")
+
+# Files that an importer leaves open for the unit that follows in them; None outside of
+# `resuming_reads`.
+open_readers: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "open_readers", default=None
+)
+
+
+@contextlib.contextmanager
+def resuming_reads() -> Iterator[None]:
+    """Inside, reading a unit resumes where the unit before it ended in the same file, unless the
+    file has changed: a parquet row group, which pandas makes of a million rows, is read in full for
+    its first row."""
+    held: dict[str, Any] = {}
+    token = open_readers.set(held)
+    try:
+        yield
+    finally:
+        open_readers.reset(token)
+        for reader in held.values():
+            reader.close()
 
 
 @dataclasses.dataclass(frozen=True)

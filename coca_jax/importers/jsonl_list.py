@@ -16,10 +16,13 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no row has a field that is named.
+        ValueError: no row has a field that is named; or pyarrow, which unpacks zstd, is not
+            installed.
     """
     root = named_files.root_of(path)
     lists = files.find(path, PATTERNS, split)
+    for file in lists:
+        files.check_unpacks(file)
     named_fields.check(path, named_fields.rows_of(lists), options)
     return [unit for file in lists for unit in imagefolder.line_units(file, root)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import itertools
 import json
@@ -28,6 +27,7 @@ from coca_jax.importers.items import (
     load_image,
     names,
     only,
+    open_readers,
     split_units,
     strings,
     take,
@@ -130,25 +130,6 @@ def joined(units: Sequence[Unit]) -> list[Unit]:
     return found
 
 
-_going_on: contextvars.ContextVar[dict[str, _Reader] | None] = contextvars.ContextVar(
-    "_going_on", default=None
-)
-
-
-@contextlib.contextmanager
-def going_on() -> Iterator[None]:
-    """Inside, `read` goes on where the unit before ended in the same file, if that has not changed:
-    a row group, of which pandas makes one of a million rows, is read whole for its first row."""
-    held: dict[str, _Reader] = {}
-    token = _going_on.set(held)
-    try:
-        yield
-    finally:
-        _going_on.reset(token)
-        for reader in held.values():
-            reader.close()
-
-
 class _Reader:
     """A file and how far its rows have been read: `number` is that of the next one."""
 
@@ -192,7 +173,7 @@ class _Reader:
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of rows. A damaged row group ends with one problem item."""
-    held = _going_on.get()
+    held = open_readers.get()
     key = f"{unit.path} {files.mark(unit.path)}" if held is not None else ""
     reader = held.pop(key, None) if held is not None else None
     if reader is None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from array_record.python import array_record_module
 
+from coca_jax import extras
 from coca_jax.data import files, images, records, unreachable
 from coca_jax.data.records import Record
 from coca_jax.files import storage
@@ -80,10 +81,12 @@ def importer(name: str) -> Any:
     `declared_classes`.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: an unknown format, or one whose package is not installed.
     """
     if name not in MODULES:
         raise ValueError(f"--format={name}: use one of {', '.join(MODULES)}")
+    if name == "parquet":
+        extras.check("pyarrow", "parquet", "--format=parquet")
     return importlib.import_module(f"coca_jax.importers.{MODULES[name]}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from coca_jax import extras
 from coca_jax.importers.items import Options
 from coca_jax.inference.generation.settings import Settings
 
@@ -58,6 +59,8 @@ class Request:
     split: str = ""
 
     def __post_init__(self) -> None:
+        if self.to == "parquet":
+            extras.check("pyarrow", "parquet", "--to=parquet")
         for text in self.ways:
             way(text)
         if not 0 <= self.quantile < 1:

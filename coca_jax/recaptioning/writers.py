@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
 from coca_jax.data import records
@@ -129,6 +127,9 @@ def _tar(path: str, examples: _Counted) -> None:
 
 
 def _parquet(path: str, examples: _Counted) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     caption = pa.struct(
         dict(
             text=pa.string(),

@@ -9,13 +9,11 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from coca_jax.console import bars
 from coca_jax.data import files, image_files
 from coca_jax.files import local_files, storage
-from coca_jax.importers import parquet
-from coca_jax.importers.items import printable
+from coca_jax.importers.items import printable, resuming_reads
 from coca_jax.inference import model_checksum
 from coca_jax.searching import embedding, nearest, pictures, staged
 from coca_jax.searching.checks import LEASE, STAGED, check_dtype
@@ -53,7 +51,7 @@ def groups(
             return "new"
         if before.row < 0:
             return "failed"
-        # What older indexes hold has no stamp, and what is remote never has one.
+        # Remote files have no stamp.
         same = before.stamp is None or local_files.stamp(name) in (before.stamp, None)
         # A picture that is named alone, or a folder without metadata, says nothing of it.
         return "done" if same and caption in (before.caption, "") else "new"
@@ -197,7 +195,7 @@ def add(
     before, count, known = dict(parts.files), len(parts.names()), set(parts.skipped)
     in_groups = parts.in_groups
     total, apart = sum(group.count for group in groups), staged.names(parts.folder)
-    with bars.Bar(total or None, "pictures", shown=progress) as bar, parquet.going_on():
+    with bars.Bar(total or None, "pictures", shown=progress) as bar, resuming_reads():
         for group in groups:
             is_staged = bool(apart) and staged.name(group) in apart
             if is_staged and staged.take(parts, group, say):
@@ -281,8 +279,6 @@ class Index:
         self._base = parts.base
         self.nearest = nearest.open_nearest(self.embeddings, folder)
         self.rows = parts.rows()
-        del parts  # whose tables hold all names and captions once more
-        pa.default_memory_pool().release_unused()
 
     def check(self, model: CoCaModel) -> None:
         """Raises ValueError for a model that did not make this index."""

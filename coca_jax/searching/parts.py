@@ -1,15 +1,15 @@
-"""The folder of an index: embeddings and names in numbered parts, laid out as clip-retrieval does.
+"""The folder of an index: embeddings and names in numbered parts.
 
-    img_emb/img_emb_N.npy         float16 [n, E], L2-normalised
-    metadata/metadata_N.parquet   image_path, caption: one row a row of the embeddings; size and
-                                  mtime_ns of a local file
-    index.json                    the model, and what was indexed
-    staged/                       indexes of shards that are done and not yet joined; see staged.py
+    img_emb/img_emb_N.npy       float16 [n, E], L2-normalised, laid out as clip-retrieval does
+    metadata/metadata_N.jsonl   the part's header; then one line per row of the embeddings:
+                                image_path, caption, and for a local file its size and mtime_ns
+    index.json                  the model and the indexed inputs
+    staged/                     finished indexes of shards that are not joined yet; see staged.py
 
-A part is there when its parquet file is: that is written last, and says in its schema's metadata
-which pictures of which group the part holds, so that a run that was ended goes on where it was. It
-may also drop rows of earlier parts, whose pictures are gone or have changed: they stay in the files
-and count no more.
+A part exists once its JSONL file does, because that file is written last. Its header says which
+pictures of which group the part holds, so an interrupted run resumes where it stopped. The header
+may also drop rows of earlier parts, whose pictures are gone or have changed: those rows stay in the
+files and no longer count.
 """
 
 from __future__ import annotations
@@ -21,24 +21,19 @@ import json
 import os
 import posixpath
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from coca_jax.data import bounded_json
 from coca_jax.files import local_files, sealed_json, storage
 from coca_jax.searching import checks
 
-_KEY = b"coca_jax"
 _HEADER = 128  # bytes before the numbers, as NumPy writes it
-_DROPPED = 300_000  # rows that one part drops, of which its schema holds the numbers
-_MOST = 1 << 26  # bytes that it may hold; earlier parts drop any number of rows
-_NAME = re.compile(r"metadata_(\d+)\.parquet")
-COLUMNS = ("image_path", "caption")
-STAMP = ("size", "mtime_ns")  # columns too; null of what is no local file, missing in old parts
+_DROPPED = 300_000  # rows that one part drops, of which its header holds the numbers
+_NAME = re.compile(r"metadata_(\d+)\.(jsonl|parquet)")
 
 
 @dataclasses.dataclass
@@ -55,6 +50,84 @@ class Row(NamedTuple):
     name: str
     caption: str
     stamp: tuple[int, int] | None = None
+
+
+class _Part(NamedTuple):
+    """The contents of a metadata file.
+
+    Attributes:
+        group: key of the group that its pictures belong to; '' for files.
+        skipped: names of unreadable pictures, and why.
+        last: whether the group ends here.
+        dropped: rows of earlier parts that no longer count.
+        names, captions: one per row.
+        stamps: int64 [n, 2], size and mtime_ns; -1 for anything but a local file.
+    """
+
+    group: str
+    skipped: dict[str, str]
+    last: bool
+    dropped: list[int]
+    names: list[str]
+    captions: list[str]
+    stamps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def rows(self) -> list[Row]:
+        pairs = [None if size < 0 else (size, time) for size, time in self.stamps.tolist()]
+        return [Row(*row) for row in zip(self.names, self.captions, pairs)]
+
+    def dump(self) -> bytes:
+        lines = []
+        for name, caption, stamp in self.rows():
+            row: dict[str, Any] = dict(image_path=name, caption=caption)
+            if stamp:
+                row |= dict(size=stamp[0], mtime_ns=stamp[1])
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = "".join(lines).encode()
+        header = dict(
+            group=self.group,
+            skipped=self.skipped,
+            last=self.last,
+            dropped=self.dropped,
+            rows=len(self),
+            crc32=zlib.crc32(rows),  # of the lines below
+        )
+        return (json.dumps(sealed_json.seal(header), ensure_ascii=False) + "\n").encode() + rows
+
+
+def _load(data: bytes, earlier: int) -> _Part:
+    """The inverse of `_Part.dump`; earlier: number of rows in the parts before it.
+
+    Raises:
+        ValueError, KeyError, TypeError: damaged data.
+    """
+    first, _, rest = data.partition(b"\n")
+    header = sealed_json.unseal(bounded_json.parse(first, len(first)), "its header")
+    kinds = dict(group=str, skipped=dict, last=bool, dropped=list, rows=int, crc32=int)
+    for key, kind in kinds.items():
+        if type(header[key]) is not kind:
+            raise ValueError(f"its header's {key!r} is not of type {kind.__name__}")
+    if zlib.crc32(rest) != header["crc32"]:
+        raise ValueError("its checksum does not match")
+    for row in header["dropped"]:
+        if type(row) is not int or not 0 <= row < earlier:
+            raise ValueError("it drops a row that no earlier part has")
+    rows = bounded_json.loads(b"[" + b",".join(rest.splitlines()) + b"]")
+    if len(rows) != header["rows"]:
+        raise ValueError(f"it has {len(rows)} rows instead of {header['rows']}")
+    stamps = [(row.get("size", -1), row.get("mtime_ns", -1)) for row in rows]
+    return _Part(
+        header["group"],
+        header["skipped"],
+        header["last"],
+        header["dropped"],
+        [row["image_path"] for row in rows],
+        [row["caption"] for row in rows],
+        np.array(stamps, np.int64).reshape(-1, 2),
+    )
 
 
 class Known(NamedTuple):
@@ -90,45 +163,38 @@ class Parts:
         self.skipped: dict[str, str] = {}
         self.in_groups = 0
         self._done: dict[str, Done] = {}
-        self._tables: list[pa.Table] = []
+        self._parts: list[_Part] = []
         self._files: dict[str, Known] | None = None
         self._base: str | None = None
         self._rows = 0  # with those that are dropped
         self._dropped: set[int] = set()
         own = place / "metadata"
         names = [path.name for path in own.iterdir()] if self.about and own.exists() else []
-        found = sorted(int(one[1]) for one in map(_NAME.fullmatch, names) if one)
-        for number, there in enumerate(found):
+        matches = [one for one in map(_NAME.fullmatch, names) if one]
+        if any(one[2] == "parquet" for one in matches):
+            raise ValueError(
+                f"{folder}: this index was made by version 0.2, which stored names in parquet. "
+                "Index the pictures again, into a new folder."
+            )
+        for number, there in enumerate(sorted(int(one[1]) for one in matches)):
             if number != there:
                 raise self._damaged(number, "metadata", "missing")
             self._take(self._read(number))
 
     def _damaged(self, number: int, kind: str, why: str) -> ValueError:
         """The error for a part's file, of its metadata or img_emb; why: what it is."""
-        suffix = "parquet" if kind == "metadata" else "npy"
+        suffix = "jsonl" if kind == "metadata" else "npy"
         return ValueError(
             f"{self.folder}/{kind}/{kind}_{number}.{suffix} is {why}; delete "
-            f"metadata_{number}.parquet and all of higher numbers in {self.folder}/metadata, and "
+            f"metadata_{number}.jsonl and all of higher numbers in {self.folder}/metadata, and "
             "run the same `search index` again"
         )
 
-    def _read(self, number: int) -> pa.Table:
-        path = storage.place(self.folder) / f"metadata/metadata_{number}.parquet"
+    def _read(self, number: int) -> _Part:
+        path = storage.place(self.folder) / f"metadata/metadata_{number}.jsonl"
         try:
-            table = pq.read_table(io.BytesIO(path.read_bytes()))
-            said = bounded_json.parse(table.schema.metadata[_KEY], _MOST)
-            kinds = (said["group"], str), (said["skipped"], dict), (said["last"], bool)
-            if not all(isinstance(value, kind) for value, kind in kinds):
-                raise ValueError("its metadata have other types")
-            told = pa.schema([(name, pa.string()) for name in COLUMNS])
-            table.select(list(COLUMNS)).cast(told)
-            if STAMP[0] in table.column_names:
-                table.select(list(STAMP)).cast(pa.schema([(name, pa.int64()) for name in STAMP]))
-            for row in said.get("dropped", []):
-                if type(row) is not int or not 0 <= row < self._rows:
-                    raise ValueError("it drops what is no earlier row")
-            return table
-        except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            return _load(path.read_bytes(), self._rows)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise self._damaged(number, "metadata", f"damaged ({error})") from None
 
     @property
@@ -163,9 +229,9 @@ class Parts:
         """Of pictures that are files, by their whole paths; those that are dropped left out."""
         if self._files is None:  # some seconds of millions, which a query does not need
             self._files, first = {}, 0
-            for table in self._tables:
-                self._know(self._files, table, first)
-                first += len(table)
+            for part in self._parts:
+                self._know(self._files, part, first)
+                first += len(part)
             _forget(self._files, self._dropped)  # at once: to find some goes through all files
         return self._files
 
@@ -173,40 +239,37 @@ class Parts:
         """Rows of groups with a key, by its one spelling; those that are dropped left out."""
         found: dict[str, list[int]] = {}
         first = 0
-        for table in self._tables:
-            group = json.loads(table.schema.metadata[_KEY])["group"]
-            if group:
-                rows = {*range(first, first + len(table))} - self._dropped
-                found.setdefault(self.whole_path(group), []).extend(sorted(rows))
-            first += len(table)
+        for part in self._parts:
+            if part.group:
+                rows = {*range(first, first + len(part))} - self._dropped
+                found.setdefault(self.whole_path(part.group), []).extend(sorted(rows))
+            first += len(part)
         return found
 
-    def _know(self, files: dict[str, Known], table: pa.Table, first: int) -> None:
-        """Adds to `files` what a part says but for what it drops; first: its first row's number."""
-        said = json.loads(table.schema.metadata[_KEY])
-        if not said["group"]:
-            texts = (table[name].to_pylist() for name in COLUMNS)
-            for row, (name, caption, stamp) in enumerate(zip(*texts, _stamps(table)), first):
+    def _know(self, files: dict[str, Known], part: _Part, first: int) -> None:
+        """Adds to `files` the files of a part but for the rows it drops; first: the number of its
+        first row."""
+        if not part.group:
+            for row, (name, caption, stamp) in enumerate(part.rows(), first):
                 files[self.whole_path(name)] = Known(row, stamp, caption)
-            files |= {self.whole_path(name): Known(-1) for name in said["skipped"]}
+            files |= {self.whole_path(name): Known(-1) for name in part.skipped}
 
-    def _take(self, table: pa.Table) -> None:
-        said = json.loads(table.schema.metadata[_KEY])
-        if said["group"]:
-            done = self._done.setdefault(self.whole_path(said["group"]), Done())
-            done.pictures += len(table) + len(said["skipped"])
-            done.whole = said["last"]
-            self.in_groups += len(table)
+    def _take(self, part: _Part) -> None:
+        if part.group:
+            done = self._done.setdefault(self.whole_path(part.group), Done())
+            done.pictures += len(part) + len(part.skipped)
+            done.whole = part.last
+            self.in_groups += len(part)
         elif self.skipped:
-            for name in table[COLUMNS[0]].to_pylist():
+            for name in part.names:
                 self.skipped.pop(name, None)
         if self._files is not None:
-            self._know(self._files, table, self._rows)
-            _forget(self._files, {*said.get("dropped", ())})
-        self._tables.append(table)
-        self._rows += len(table)
-        self.skipped |= said["skipped"]
-        self._dropped |= set(said.get("dropped", ()))
+            self._know(self._files, part, self._rows)
+            _forget(self._files, {*part.dropped})
+        self._parts.append(part)
+        self._rows += len(part)
+        self.skipped |= part.skipped
+        self._dropped |= {*part.dropped}
 
     def begin(self, about: dict[str, Any]) -> None:
         """Writes index.json of a new folder, or checks that the same model made the old one.
@@ -234,38 +297,25 @@ class Parts:
         known = [self.files.get(self.whole_path(name)) for name in skipped]
         if not group and skipped and not rows and all(one and one.row < 0 for one in known):
             return  # files that could not be read before either
-        number = len(self._tables)
+        number = len(self._parts)
         out = io.BytesIO()
         np.save(out, embeddings.astype(np.float16))
         place = storage.place(self.folder)
         storage.write_bytes(place / f"img_emb/img_emb_{number}.npy", out.getvalue())
-        said = json.dumps(
-            dict(group=group, skipped=skipped, last=last)
-            | (dict(dropped=sorted(dropped)) if dropped else {})
-        )
-        columns = {
-            name: pa.array([row[i] for row in rows], pa.string()) for i, name in enumerate(COLUMNS)
-        } | {
-            name: pa.array([row.stamp[i] if row.stamp else None for row in rows], pa.int64())
-            for i, name in enumerate(STAMP)
-        }
-        table = pa.table(columns).replace_schema_metadata({_KEY: said.encode()})
-        out = io.BytesIO()
-        pq.write_table(table, out)
-        storage.write_bytes(place / f"metadata/metadata_{number}.parquet", out.getvalue())
-        self._take(table)
+        stamps = np.array([row.stamp or (-1, -1) for row in rows], np.int64).reshape(-1, 2)
+        names, captions = [row.name for row in rows], [row.caption for row in rows]
+        part = _Part(group, skipped, last, sorted(dropped), names, captions, stamps)
+        storage.write_bytes(place / f"metadata/metadata_{number}.jsonl", part.dump())
+        self._take(part)
 
     def take(self, other: Parts, start: int) -> None:
         """Adds the parts of another index of the same model that begin at picture `start` or
         after it."""
         before = 0
-        for number, table in enumerate(other._tables):
-            said = json.loads(table.schema.metadata[_KEY])
+        for number, part in enumerate(other._parts):
             if before >= start:
-                texts = (table[name].to_pylist() for name in COLUMNS)
-                rows = [Row(*told) for told in zip(*texts, _stamps(table))]
-                self.write(said["group"], other._part(number), rows, said["skipped"], said["last"])
-            before += len(table) + len(said["skipped"])
+                self.write(part.group, other._part(number), part.rows(), part.skipped, part.last)
+            before += len(part) + len(part.skipped)
 
     def drop(self, gone: Iterable[int] = ()) -> None:
         """Drops the rows of `gone`, and those of files that later parts hold again or could not
@@ -273,8 +323,7 @@ class Parts:
         last = {known.row for known in self.files.values()}
         rows = range(self._rows)
         of_files = itertools.chain.from_iterable(
-            [not json.loads(table.schema.metadata[_KEY])["group"]] * len(table)
-            for table in self._tables
+            [not part.group] * len(part) for part in self._parts
         )
         old = {row for row, is_file in zip(rows, of_files) if is_file and row not in last}
         dropped = sorted((old | set(gone)) - self._dropped)
@@ -284,28 +333,23 @@ class Parts:
 
     def names(self) -> list[str]:
         """Of all pictures, in the order of the embeddings."""
-        return self._column("image_path")
+        return self._kept(part.names for part in self._parts)
 
     def captions(self) -> list[str]:
         """Of all pictures, '' where the data have none."""
-        return self._column("caption")
+        return self._kept(part.captions for part in self._parts)
 
     def rows(self) -> np.ndarray:
         """int64 [N]: of all pictures, the rows in the files, where dropped ones count too."""
         return np.delete(np.arange(self._rows), sorted(self._dropped))
 
-    def _column(self, name: str) -> list[str]:
-        found = [text for table in self._tables for text in table[name].to_pylist()]
-        return [text for row, text in enumerate(found) if row not in self._dropped]
+    def _kept(self, parts: Iterable[list[str]]) -> list[str]:
+        texts = itertools.chain.from_iterable(parts)
+        return [text for row, text in enumerate(texts) if row not in self._dropped]
 
     def stamps(self) -> np.ndarray:
         """int64 [N, 2]: size and mtime_ns of all pictures, -1 of what has none."""
-        found = [
-            np.stack([table[name].fill_null(-1).to_numpy() for name in STAMP], 1)
-            if STAMP[0] in table.column_names
-            else np.full((len(table), 2), -1)
-            for table in self._tables
-        ]
+        found = [part.stamps for part in self._parts]
         whole = np.concatenate([np.zeros((0, 2), np.int64), *found])
         return np.delete(whole, sorted(self._dropped), axis=0)
 
@@ -319,11 +363,11 @@ class Parts:
         kept[list(self._dropped)] = False
         whole = np.empty((int(kept.sum()), self.about["width"]), np.float16)
         first = place = 0
-        for number, table in enumerate(self._tables):  # one part at a time is in memory twice
-            rows = kept[first : first + len(table)]
+        for number, part in enumerate(self._parts):  # one part at a time is in memory twice
+            rows = kept[first : first + len(part)]
             count = int(rows.sum())
             whole[place : place + count] = self._part(number)[rows]
-            first, place = first + len(table), place + count
+            first, place = first + len(part), place + count
         return whole
 
     def check(self) -> None:
@@ -331,8 +375,8 @@ class Parts:
         system, plain = storage.filesystem(f"{self.folder}/img_emb")
         found = system.find(plain, detail=True).items()
         sizes = {posixpath.basename(name): told["size"] for name, told in found}
-        for number, table in enumerate(self._tables):
-            size, wanted = sizes.get(f"img_emb_{number}.npy"), 2 * len(table) * self.about["width"]
+        for number, part in enumerate(self._parts):
+            size, wanted = sizes.get(f"img_emb_{number}.npy"), 2 * len(part) * self.about["width"]
             if size != _HEADER + wanted:
                 why = "missing" if size is None else f"damaged ({size} bytes)"
                 raise self._damaged(number, "img_emb", why)
@@ -340,7 +384,7 @@ class Parts:
     def _part(self, number: int) -> np.ndarray:
         path = storage.place(self.folder) / f"img_emb/img_emb_{number}.npy"
         try:
-            return _array(path.read_bytes(), (len(self._tables[number]), self.about["width"]))
+            return _array(path.read_bytes(), (len(self._parts[number]), self.about["width"]))
         except FileNotFoundError:
             raise self._damaged(number, "img_emb", "missing") from None
         except (OSError, ValueError) as error:
@@ -351,14 +395,6 @@ def _forget(files: dict[str, Known], dropped: set[int]) -> None:
     """Removes the files of rows that are dropped."""
     for name in [name for name, known in files.items() if known.row in dropped] if dropped else ():
         del files[name]
-
-
-def _stamps(table: pa.Table) -> list[tuple[int, int] | None]:
-    """Of each row of a part."""
-    if STAMP[0] not in table.column_names:
-        return [None] * len(table)
-    pairs = zip(*(table[name].to_pylist() for name in STAMP))
-    return [None if size is None or time is None else (size, time) for size, time in pairs]
 
 
 def _array(data: bytes, shape: tuple[int, int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from coca_jax.searching.index import Index
 from coca_jax.searching.parts import Parts, Row
 from kinds import Kind
 
-FILES = ("index.json", "img_emb/img_emb_0.npy", "metadata/metadata_0.parquet")
+FILES = ("index.json", "img_emb/img_emb_0.npy", "metadata/metadata_0.jsonl")
 WIDTH = 4
 
 
