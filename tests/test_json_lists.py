@@ -74,7 +74,7 @@ def test_a_list_in_parts_and_its_damaged_entries(tmp_path, monkeypatch):
     assert [one.texts[0] for one in records_of(tmp_path / "out")] == [f"a {i}" for i in range(4)]
     name = path.name
     assert reasons_of(tmp_path / "out") == {
-        **{f"{name}#{row}": "bad_record" for row in (4, 7, 8, 9)},
+        **{f"{name} row {row}": "bad_record" for row in (5, 8, 9, 10)},
         **{"none.jpg": "missing_image", "../a.jpg": "missing_image"},
     }
     # What is outside the folder above `annotations` is not read.
@@ -156,6 +156,6 @@ def test_an_array_in_a_file_for_lines_is_told_how_it_is_read(tmp_path, indent):
     path.write_text(json.dumps(rows, indent=indent))
     with pytest.raises(ValueError, match="not read as they are: list.jsonl"):
         import_data(formats.guess(str(tmp_path)), tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="; one array of objects is read by --format=json with"):
+    with pytest.raises(ValueError, match="list.jsonl line 1: .*; an array of objects is read with --format=json"):
         import_data("jsonl", path, tmp_path / "out")
     assert import_data("json", path, tmp_path / "out")["written"] == 3

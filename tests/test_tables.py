@@ -41,7 +41,7 @@ def test_a_text_with_a_comma_and_no_quotes_is_not_cut(tmp_path):
     result = import_data("imagefolder", folder, tmp_path / "out")
     assert result["quarantined"] == {"bad_record": 1}
     assert texts_of(tmp_path / "out") == [["a cat, asleep"], ["a bird"]]
-    assert reasons_of(tmp_path / "out") == {"metadata.csv#0": "bad_record"}
+    assert reasons_of(tmp_path / "out") == {"metadata.csv row 1": "bad_record"}
     rows = list(lines.csv_rows(str(folder / "metadata.csv")))
     assert isinstance(rows[0], csv.Error)
     assert str(rows[0]) == "more cells than columns; quote texts with commas"

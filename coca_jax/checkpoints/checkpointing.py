@@ -7,6 +7,7 @@ damaged, the one before it is used and a line says so.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from coca_jax.checkpoints.saved_items import first_line
 from coca_jax.checkpoints.saved_record import Damaged
 from coca_jax.config import StoredConfig, read
 from coca_jax.console import activity
+from coca_jax.data import files, images
 from coca_jax.files import sealed_json, storage
 from coca_jax.training.state import TrainState, merge
 
@@ -249,11 +251,22 @@ def find_steps(path: str) -> tuple[epath.Path, list[int]]:
             ]
             if steps:
                 return directory, sorted(steps, reverse=True)
+    if not (found / "config.json").exists() and _holds_images(path):
+        raise FileNotFoundError(
+            f"no checkpoint under {path}: it is a folder of images; give a run's workdir or one of "
+            "its steps"
+        )
     cut = saved_steps.unfinished(found / "checkpoints")
     note = f" ({len(cut)} there were not written to their end)" if cut else ""
     raise FileNotFoundError(
         f"no checkpoint under {path}{note}; give a run's workdir or one of its steps"
     )
+
+
+def _holds_images(path: str) -> bool:
+    """Whether images are among the first files of a folder and the folders in it."""
+    names = itertools.chain.from_iterable(files.walk(path)) if files.exists(path) else ()
+    return any(name.lower().endswith(images.SUFFIXES) for name in itertools.islice(names, 1000))
 
 
 def find_step(path: str) -> tuple[epath.Path, int]:

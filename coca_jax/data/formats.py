@@ -18,8 +18,8 @@ from coca_jax.files import storage
 MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
 # Of pictures that are not opened, and which phones and cameras write beside others.
 UNREAD_PICTURES = (
-    *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2"),
-    *(".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+    *(".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2", ".cr3", ".nef"),
+    *(".arw", ".orf", ".rw2", ".raf"),
 )
 METADATA = (  # of an imagefolder
     *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
@@ -223,6 +223,18 @@ def image_field(row: Mapping[str, Any]) -> str:
     return usual[0] if usual else by_text[0] if len(by_text) == 1 else ""
 
 
+def url_field(row: Mapping[str, Any]) -> str:
+    """The field of a list's row that holds the URL of its image on the web, as the lists that
+    img2dataset downloads have it; '' where there is none, or the row names a file."""
+    image = image_field(row)
+    named = [image] if image else [name for name in row if str(name).lower().endswith("url")]
+    return next((name for name in named if _is_url(row[name])), "")
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().startswith(("http://", "https://"))
+
+
 def _names_pictures(value: Any) -> bool:
     texts = value if isinstance(value, list) and value else [value]
     return all(isinstance(one, str) and one.strip().lower().endswith(MEDIA) for one in texts)
@@ -276,6 +288,8 @@ def _lists_images(folder: str, name: str, names: Sequence[str]) -> bool:
         named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(name), named))
         if {named, path} & there or set(IMAGE_COLUMNS) & set(row):
+            return True
+        if not pictures and url_field(row):
             return True
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -11,17 +12,20 @@ from typing import Any
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from coca_jax import extras
 from coca_jax.data import files
 
 MAX_PIXELS = 120_000_000  # of an image or frame; decoding takes about 7 bytes for each
 # The formats that are read, wherever their plugins are installed, the usual ones first. PIL knows
-# more, some of which are not to be opened for a stranger: EPS starts Ghostscript. HEIF is a plugin
-# that a caller may have registered.
+# more, some of which are not to be opened for a stranger: EPS starts Ghostscript. HEIF needs the
+# extra `heif`.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "HEIF")
 SUFFIXES = (  # of their files
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
-    *(".tif", ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".tif", ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
 )
+# Brands of HEIF files, bytes 8 to 12; those of AVIF files are avif and avis.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_SCAN_PIXELS = 2_000_000_000  # of a JPEG: its pixels times its scans, each of which passes them
 WHITE = (255, 255, 255)
 _PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers as text, which PIL reads at a megabyte a second
@@ -38,6 +42,10 @@ def has_alpha(image: Image.Image) -> bool:
 def formats() -> tuple[str, ...]:
     """Those of FORMATS that this installation of PIL can read."""
     Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif  # takes a while, and only this needs it
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -47,26 +55,51 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ValueError: not an image of these formats, or too many pixels.
     """
+    if max_pixels > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = None  # PIL's own limit; ours is checked below
     try:
         if data[:2] in _PLAIN_PPM:
             raise UnidentifiedImageError
         image = Image.open(io.BytesIO(data), formats=formats())
     except Image.DecompressionBombError:  # which names a limit of PIL's own
-        raise ValueError(f"too many pixels: the limit is {max_pixels}") from None
+        fix = _how_to_shrink("N") if max_pixels >= MAX_PIXELS else ""
+        raise ValueError(f"too many pixels: the limit is {max_pixels}{fix}") from None
     except UnidentifiedImageError:
         if is_video_file(data):
             raise ValueError("a video file, not an image: read it with num_frames set") from None
+        if _is_heif(data) and "HEIF" not in formats():
+            raise ValueError(_heif_remedy()) from None
         raise ValueError(
             f"not an image that can be read ({len(data)} bytes, beginning with {data[:8]!r}): "
             f"none of {', '.join(formats())}"
         ) from None
     except Exception as error:  # PIL's plugins raise all sorts on damaged files
         raise ValueError(f"not an image that can be read ({len(data)} bytes): {error}") from None
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"too many pixels: {image.width} x {image.height}, limit {max_pixels}")
+    check_pixels(image.width, image.height, max_pixels)
     if image.format in ("JPEG", "MPO") and _too_many_scans(data, image.width * image.height):
         raise ValueError(f"too many pixels: {image.width} x {image.height} in more scans than read")
     return image
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises ValueError for an image or frame of more pixels."""
+    if width * height > max_pixels:
+        fix = _how_to_shrink(str(width * height)) if max_pixels >= MAX_PIXELS else ""
+        raise ValueError(f"too many pixels: {width} x {height}, limit {max_pixels}{fix}")
+
+
+def _how_to_shrink(pixels: str) -> str:
+    flags = f"--max_pixels={pixels} --max_side=2048"
+    return f"; shrink the image, or `coca-jax prepare {flags}` does"
+
+
+def _is_heif(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+
+
+@functools.cache
+def _heif_remedy() -> str:
+    return f"a HEIC image, which only pillow-heif reads: {extras.remedy('heif')}"
 
 
 def _too_many_scans(data: bytes, pixels: int) -> bool:
@@ -292,7 +325,7 @@ def read_bmp(data: bytes) -> np.ndarray:
 def is_video_file(data: bytes) -> bool:
     """Whether bytes begin like a video container (MP4, MOV, WebM, MKV, AVI, MPEG, FLV, Ogg)."""
     if data[4:8] == b"ftyp":
-        return data[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+        return data[8:12] not in (b"avif", b"avis") and not _is_heif(data)
     packets = data[:1] == data[188:189] == data[376:377] == b"G"  # of an MPEG transport stream
     return (
         data[:4] in (b"\x1aE\xdf\xa3", b"FLV\x01", b"OggS", b"\0\0\x01\xba", b"\0\0\x01\xb3")

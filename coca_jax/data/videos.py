@@ -249,15 +249,10 @@ def _open(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[Any, Any]:
     context = stream.codec_context
     if context is None:
         raise ValueError(f"video in a code that FFmpeg does not know ({len(data)} bytes)")
-    _check_pixels(context.width, context.height, max_pixels)
+    images.check_pixels(context.width, context.height, max_pixels)
     # FFmpeg checks it before it reserves memory; what it decodes is padded.
     context.options = {"max_pixels": str(max(2 * max_pixels, 1 << 20))}
     return container, stream
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ValueError(f"too many pixels: {width} x {height}, limit {max_pixels}")
 
 
 def _count_packets(data: bytes) -> int:
@@ -286,7 +281,7 @@ def _video_frames(data: bytes, max_pixels: int = images.MAX_PIXELS) -> Iterator[
                 raise ValueError(f"damaged video ({len(data)} bytes): {error}") from None
             if frame is None:
                 return
-            _check_pixels(frame.width, frame.height, max_pixels)  # not always what headers say
+            images.check_pixels(frame.width, frame.height, max_pixels)  # not always what headers say
             left -= frame.width * frame.height
             if left < 0:
                 raise ValueError(f"too many frames: more than {MAX_CLIP_PIXELS:.0e} pixels in all")

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 
 from coca_jax.data import files, formats, named_files
-from coca_jax.importers import imagefolder, lines
+from coca_jax.importers import imagefolder, lines, named_fields
 from coca_jax.importers.items import Item, Options, Unit
 
 PATTERNS = formats.PATTERNS["csv"]
@@ -27,6 +27,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         for field in wanted:
             if field and columns and field not in columns:
                 raise ValueError(f"{file}: no column {field!r}; it has {columns}")
+        named_fields.refuse_urls(file, named_fields.rows_of([file]), options)
         units += imagefolder.csv_units(file, root)
     return units
 

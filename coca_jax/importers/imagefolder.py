@@ -30,6 +30,7 @@ from coca_jax.importers.items import (
     split_units,
     strings,
     take,
+    text_column,
     whole_files,
 )
 
@@ -57,6 +58,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if not found:
         _refuse_fields(path, options)
     for metadata in found:
+        named_fields.refuse_urls(metadata, named_fields.rows_of([metadata]), options)
         if metadata.lower().endswith((".jsonl", *lines.PACKED)):
             units += line_units(metadata, below)
         else:
@@ -211,17 +213,17 @@ def line_units(path: str, root: str) -> list[Unit]:
     if path.lower().endswith(lines.PACKED):
         count = _count(path)
         return split_units(path, count, max(ROWS_PER_UNIT, -(-count // _MOST_PASSES)), root)
-    units, start, position, rows = [], 0, 0, 0
+    units, start, first, position, rows = [], 0, 0, 0, 0
     with files.open_binary(path) as file:
         lines.refuse_utf16(path, file)
-        for line, size in lines.lines(file):
+        for number, (line, size) in enumerate(lines.lines(file), 1):
             position += size
             rows += line is None or bool(line.strip())
             if rows == ROWS_PER_UNIT or position - start >= BYTES_PER_UNIT:
-                units.append(Unit(path, start, position, rows, root))
-                start, rows = position, 0
+                units.append(Unit(path, start, position, rows, root, line=first))
+                start, first, rows = position, number, 0
     if rows:
-        units.append(Unit(path, start, position, rows, root))
+        units.append(Unit(path, start, position, rows, root, line=first))
     return units
 
 
@@ -308,9 +310,9 @@ def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:
     base, position = posixpath.basename(unit.path), unit.start
     with files.open_binary(unit.path) as file:
         file.seek(unit.start)
-        for number, (line, size) in enumerate(lines.lines(file)):
+        for number, (line, size) in enumerate(lines.lines(file), unit.line + 1):
             position += size
-            where = f"{base}@{unit.start}+{number}"
+            where = f"{base} line {number}"
             if line is None:
                 detail = f"a line of more than {lines.MAX_ROW_BYTES} bytes"
                 yield Located(Item(where, problem="bad_json", detail=detail))
@@ -324,7 +326,7 @@ def _packed_rows(unit: Unit, options: Options) -> Iterator[Located]:
     base, number = posixpath.basename(unit.path), -1
     try:
         for number, (line, _) in enumerate(lines.packed_lines(unit.path)):
-            where = f"{base}#{number}"
+            where = f"{base} line {number + 1}"
             if number >= unit.stop:
                 return
             if number >= unit.start and line is None:
@@ -335,7 +337,8 @@ def _packed_rows(unit: Unit, options: Options) -> Iterator[Located]:
     except (OSError, ValueError) as error:
         if unit.start <= number + 1 < unit.stop:  # else it is another unit's
             detail = f"{type(error).__name__}: {error}"
-            yield Located(Item(f"{base}#{number + 1}", problem="damaged_archive", detail=detail))
+            where = f"{base} line {number + 2}"
+            yield Located(Item(where, problem="damaged_archive", detail=detail))
 
 
 def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
@@ -358,7 +361,7 @@ def row(
     folder: str = "",
 ) -> Located:
     """One row of a list: its item, and the name of its image in a folder, by default the list's."""
-    where = f"{posixpath.basename(unit.path)}#{number}"
+    where = f"{posixpath.basename(unit.path)} row {number + 1}"
     if isinstance(fields, csv.Error):
         return Located(Item(where, problem="bad_record", detail=str(fields)))
     return _located(where, folder or posixpath.dirname(unit.path), fields, options)
@@ -383,8 +386,10 @@ def _located(where: str, folder: str, fields: dict[str, Any], options: Options) 
         detail = f"the row names no {other!r}"
         return Located(Item(where, problem="missing_image", detail=detail))
 
+    text = text_column(fields, options.text_field, LISTED_TEXTS)
+
     def make() -> Item:
-        item = Item(name, texts=strings(take(fields, options.text_field, LISTED_TEXTS)))
+        item = Item(name, texts=strings(take(fields, text, ())))
         if second:  # the same two images may stand beside several texts
             item.key = f"{name}+{second}#{item.texts[0] if item.texts else ''}"
         try:

@@ -20,6 +20,8 @@ CHATS = ("conversations", "messages")  # of sets for chat models
 LISTED_TEXTS = (  # in lists and tables: of sets on the hub, of Karpathy, of Flickr30k, of chats
     *(*TEXT_FIELDS, "captions", "sentences", "comment", *CHATS),
 )
+# How the name of a column of captions ends: image_caption, altText, but not context.
+_CAPTION_COLUMN = re.compile(r"(?i:caption|description|(?<![a-z])text)$|(?<=[a-z])Text$")
 LABEL_FIELDS = ("label", "labels")
 
 # Files that an importer leaves open for the unit that follows in them; None outside of
@@ -111,6 +113,7 @@ class Unit:
         root: the folder below which its rows may name files; '': the file's own.
         names: of a folder, the files in it that are its rows.
         offset: byte of a file at which its rows begin; 0: they are counted from the beginning.
+        line: number of lines of the file before `start`, where that is a byte.
     """
 
     path: str
@@ -120,6 +123,7 @@ class Unit:
     root: str = ""
     names: Sequence[str] = ()
     offset: int = 0
+    line: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +279,20 @@ def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
         return fields.pop(name, None) if name else None
     fields[group] = dict(fields[group])  # a list that is kept has the object too
     return take(fields[group], within, ())
+
+
+def text_column(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) -> str:
+    """The name of the field of captions: that of `chosen`, else the only one whose name ends in
+    caption, description or text and that holds texts; '' for none."""
+    if found := chosen(fields, wanted, usual):
+        return found
+    there = [name for name, value in fields.items() if _is_caption_column(name, value)]
+    return there[0] if len(there) == 1 else ""
+
+
+def _is_caption_column(name: Any, value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str) and bool(_CAPTION_COLUMN.search(str(name)))
 
 
 def is_field(fields: Mapping[str, Any], name: str) -> bool:

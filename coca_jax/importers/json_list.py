@@ -39,6 +39,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     lists = files.find(path, PATTERNS, split)
     named_fields.check(path, (row for file in lists for row in _objects(file)), options)
     for file in lists:
+        named_fields.refuse_urls(file, _objects(file), options)
         units += split_units(file, len(_parsed(file)), imagefolder.ROWS_PER_UNIT, root)
     return units
 

@@ -24,6 +24,8 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     for file in lists:
         files.check_unpacks(file)
     named_fields.check(path, named_fields.rows_of(lists), options)
+    for file in lists:
+        named_fields.refuse_urls(file, named_fields.rows_of([file]), options)
     return [unit for file in lists for unit in imagefolder.line_units(file, root)]
 
 

@@ -6,6 +6,7 @@ import codecs
 import collections
 import csv
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
@@ -63,9 +64,12 @@ def packed_lines(path: str) -> Iterator[tuple[bytes | None, int]]:
 
 def no_object(line: bytes, error: ValueError) -> str:
     """What is wrong with a line of JSON that is no object: `error`, and how an array is read."""
-    whole = "; one array of objects is read by --format=json with the list as --input"
-    of_array = line.lstrip().startswith(b"[")
-    return f"a line is to be a JSON object: {error}{whole if of_array else ''}"
+    if isinstance(error, json.JSONDecodeError):  # its own text counts lines within this one
+        why = f"not valid JSON: {error.msg} at column {error.colno}"
+    else:
+        why = str(error)
+    array = "; an array of objects is read with --format=json and the file as --input"
+    return f"{why}{array if line.lstrip().startswith(b'[') else ''}"
 
 
 def of_file(path: str) -> Iterator[bytes | None]:

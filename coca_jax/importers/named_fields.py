@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
+import posixpath
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import bounded_json
+from coca_jax.data import bounded_json, formats
 from coca_jax.importers import lines
-from coca_jax.importers.items import Options, is_field
+from coca_jax.importers.items import LISTED_TEXTS, Options, is_field, text_column
 
+_LOOKED_AT = 20  # rows, of which each gives a URL where images are to be downloaded first
 _MOST_SHOWN = 100  # fields in a message
 
 
@@ -29,6 +32,28 @@ def check(input: str, rows: Iterable[Mapping[str, Any]], options: Options) -> No
     if missing and there:
         shown = list(itertools.islice(there, _MOST_SHOWN))
         raise ValueError(f"{input}: no field {missing[0]!r}; it has {shown}")
+
+
+def refuse_urls(path: str, rows: Iterable[Mapping[str, Any]], options: Options) -> None:
+    """Raises ValueError for a list at `path` whose first rows all give the URL of an image, which
+    are downloaded first, unless `options` allow URLs."""
+    first = list(itertools.islice(rows, _LOOKED_AT))
+    named = options.image_field.partition(",")[0]
+    if any("://" in allowed for allowed in options.allow_paths) or not first:
+        return
+    columns = {formats.url_field({named: row.get(named)} if named else row) for row in first}
+    if len(columns) != 1 or not (column := columns.pop()):
+        return
+    rest = {name: value for name, value in first[0].items() if name != column}
+    text = text_column(rest, options.text_field, LISTED_TEXTS)
+    caption = f" --caption_col={shlex.quote(text)}" if text else ""
+    kind = posixpath.splitext(path.lower().removesuffix(".gz").removesuffix(".zst"))[1][1:]
+    raise ValueError(
+        f"{path}: its images are URLs (column {column!r}), and images are read from files. Download "
+        f"them first: pip install img2dataset; img2dataset --url_list={shlex.quote(path)} "
+        f"--input_format={kind} --url_col={shlex.quote(column)}{caption} "
+        "--output_format=webdataset --output_folder=images"
+    )
 
 
 def rows_of(paths: Sequence[str]) -> Iterator[Mapping[str, Any]]:

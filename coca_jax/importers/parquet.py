@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from coca_jax.data import files, formats, named_files
-from coca_jax.importers import parquet_pages
+from coca_jax.importers import named_fields, parquet_pages
 from coca_jax.importers.items import (
     LABEL_FIELDS,
     LISTED_TEXTS,
@@ -31,6 +31,7 @@ from coca_jax.importers.items import (
     split_units,
     strings,
     take,
+    text_column,
     without_bytes,
 )
 
@@ -59,6 +60,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
             with files.open_binary(file) as handle:
                 table = _open(handle)
                 columns, rows = table.schema_arrow.names, table.metadata.num_rows
+                first = _first_texts(table)
         except ValueError:
             units.append(Unit(file, rows=1))  # `read` says what is wrong with it
             continue
@@ -66,10 +68,9 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         for field in (*images, options.text_field, options.label_field):
             if field and field not in columns:
                 raise ValueError(f"{file}: no column {field!r}; it has {columns}")
+        named_fields.refuse_urls(file, first, options)
         if not options.image_field and not set(IMAGE_FIELDS) & set(columns):
-            urls = any(name.lower().endswith("url") for name in columns)
-            more = "; pictures by URL alone are fetched first, by img2dataset" if urls else ""
-            raise ValueError(f"{file}: which column holds images? --image_field of {columns}{more}")
+            raise ValueError(f"{file}: which column holds images? --image_field of {columns}")
         units += split_units(file, rows, ROWS_PER_UNIT, root)
     return units
 
@@ -82,6 +83,19 @@ def _open(handle: Any) -> pq.ParquetFile:
         )
     except Exception as error:  # several of pyarrow's, which have no common base
         raise ValueError(f"not a parquet file: {error}") from None
+
+
+def _first_texts(table: pq.ParquetFile) -> list[dict[str, Any]]:
+    """The first row of a table that can only name its images: its texts. None of a table with a
+    column of bytes or structs for them, and of one that is empty or damaged."""
+    kinds = dict(zip(table.schema_arrow.names, table.schema_arrow.types))
+    texts = [n for n, k in kinds.items() if pa.types.is_string(k) or pa.types.is_large_string(k)]
+    if set(IMAGE_FIELDS) & (kinds.keys() - set(texts)):
+        return []
+    with contextlib.suppress(Exception):  # several of pyarrow's; `read` says what is wrong
+        batch = next(table.iter_batches(1, columns=texts, use_threads=False), None)
+        return batch.to_pylist() if batch is not None else []
+    return []
 
 
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -290,8 +304,11 @@ def _row(
     first, _, second = options.image_field.partition(",")
     image, other = take(fields, first, IMAGE_FIELDS), take(fields, second, ())
     # Of an image that keeps no text the captions that it did not keep are none either.
-    usual = LISTED_TEXTS[:1] if _RECAPTIONED <= fields.keys() else LISTED_TEXTS
-    item = Item(key, texts=strings(take(fields, options.text_field, usual)))
+    if _RECAPTIONED <= fields.keys():
+        text = options.text_field or LISTED_TEXTS[0]
+    else:
+        text = text_column(fields, options.text_field, LISTED_TEXTS)
+    item = Item(key, texts=strings(take(fields, text, ())))
     label_field = options.label_field or next((f for f in LABEL_FIELDS if f in fields), "")
     known = classes.get(label_field) or options.class_names
     try:

@@ -97,6 +97,8 @@ def suffix(image: bytes) -> str:
         return "webp"
     if image[4:12] in (b"ftypavif", b"ftypavis"):
         return "avif"
+    if image[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        return "heic"
     return next((name for magic, name in _MAGIC if image.startswith(magic)), "img")
 
 
