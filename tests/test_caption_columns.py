@@ -49,20 +49,39 @@ def test_the_keys_of_a_map_of_captions_are_no_captions(tmp_path):
     assert extra == [{"size": {"w": 3, "h": 4}}] * 2
 
 
+@pytest.mark.parametrize("name", ["image_caption", "altText", "Description"])
+def test_the_only_column_whose_name_ends_as_captions_do_is_read(tmp_path, name):
+    fields = [{"file_name": f"{i}.jpg", name: f"a {i}", "context": "x"} for i in range(3)]
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(i))
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in fields))
+    rows = [",".join(fields[0]), *(",".join(one.values()) for one in fields)]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    pq.write_table(pa.Table.from_pylist(fields), tmp_path / "a.parquet")
+    for format in ("jsonl", "csv", "parquet"):
+        import_data(format, tmp_path / f"a.{format}", tmp_path / format)
+        assert texts_of(tmp_path / format) == [("a 0",), ("a 1",), ("a 2",)]
+    # Of two such columns it is not known which one is meant.
+    both = "".join(json.dumps(one | {"my_text": "x"}) + "\n" for one in fields)
+    (tmp_path / "a.jsonl").write_text(both)
+    with pytest.raises(ValueError, match=f"their fields are .*{name}.*name one with --text_field"):
+        import_data("jsonl", tmp_path / "a.jsonl", tmp_path / "both")
+
+
 def test_columns_like_captions_that_are_not_read_are_named(tmp_path, capsys):
     rows = [
-        dict(image=encode(i), label="cat", caption_en=f"a cat {i}", alt_text=["x"], text_size=3)
+        dict(image=encode(i), label="cat", web_caption=f"a cat {i}", alt_text=["x"], text_size=3)
         for i in range(3)
     ]
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     import_data("parquet", path, tmp_path / "out")
     line = (
-        f"{path}: it has class names alone; not read as captions: its fields alt_text, caption_en "
+        f"{path}: it has class names alone; not read as captions: its fields alt_text, web_caption "
         "(`coca-jax prepare --text_field=alt_text` reads one)\n"
     )
     assert capsys.readouterr().err.count(line) == 1
-    import_data("parquet", path, tmp_path / "named", text_field="caption_en")
+    import_data("parquet", path, tmp_path / "named", text_field="web_caption")
     pq.write_table(pa.Table.from_pylist([dict(image=encode(0), label="cat", texture=3)]), path)
     import_data("parquet", path, tmp_path / "none")
     assert "not read" not in capsys.readouterr().err

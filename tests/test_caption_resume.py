@@ -137,18 +137,18 @@ def test_folders_that_are_links_are_named(call, tmp_path):
 
 
 def test_files_that_are_no_pictures_are_named(call, tmp_path):
-    for name in ("x.heic", "noext", "0.txt", "list.csv", ".hidden", "i/index.json", "z"):
+    for name in ("x.dng", "noext", "0.txt", "list.csv", ".hidden", "i/index.json", "z"):
         (tmp_path / "s" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "s" / name).touch()
     (tmp_path / "s/i/metadata").mkdir()
     (tmp_path / "s/i/metadata/metadata_0.jsonl").touch()
     assert call("s")["captioned"] == 2
-    said = "left out, being no pictures by their names: noext, x.heic, z"
+    said = "left out, being no pictures by their names: noext, x.dng, z"
     assert call.said.splitlines()[0] == said
     assert call("s/0.png")["already_done"] == 1 and "no pictures" not in call.said
-    (tmp_path / "s/a.heic").touch()
+    (tmp_path / "s/a.dng").touch()
     call("s")
-    assert call.said.splitlines()[0] == said.replace(": ", ": a.heic, ").replace(
+    assert call.said.splitlines()[0] == said.replace(": ", ": a.dng, ").replace(
         ", z", " and 1 more"
     )
 

@@ -110,6 +110,10 @@ def test_rows_of_jsonl(folder, tmp_path):
     wanted = [reason for _, reason in rows if reason] + ["bad_utf8", "bad_json"]
     assert [reason for reason, _ in found] == wanted
     assert (result["read"], result["written"]) == (len(rows) + 2, 3)
+    lines_of = (tmp_path / "out/train-quarantine.jsonl").read_text().splitlines()
+    places = [one["key"] for one in map(json.loads, lines_of) if one["reason"] == "bad_json"]
+    numbers = [i for i, (_, reason) in enumerate(rows, 1) if reason == "bad_json"] + [len(rows) + 2]
+    assert places == [f"metadata.jsonl line {number}" for number in numbers]
     outside = [detail for reason, detail in found if reason == "outside_input"]
     assert all("`search index` take --allow_paths" in one or "chains" in one for one in outside)
     # With the flag, that place and no other.

@@ -2,7 +2,10 @@
 
 import io
 import os
+import re
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from coca_jax.console import quiet
-from coca_jax.data import images, videos
+from coca_jax.data import image_files, images, sources, videos
 
 
 def _scene(mode="RGB", size=(24, 16)):
@@ -306,3 +309,36 @@ def test_a_jpeg_of_more_scans_than_encoders_write_is_refused_by_every_reader(mon
     for read in (images.sniff, images.decode):
         with pytest.raises(ValueError, match="too many pixels: 64 x 64 in more scans"):
             read(many)
+
+
+def test_heic_is_read_with_its_extra_and_named_without(monkeypatch, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    out = io.BytesIO()
+    pillow_heif.from_pillow(_scene()).save(out, quality=95)
+    data = out.getvalue()
+    assert not images.is_video_file(data)
+    assert images.sniff(data) == (images.OTHER, 16, 24)
+    (tmp_path / "a.HEIC").write_bytes(data)
+    _looks_right(images.decode(str(tmp_path / "a.HEIC")))
+    assert image_files.find([str(tmp_path)]) == [str(tmp_path / "a.HEIC")]
+    monkeypatch.setattr(images, "formats", lambda: ("JPEG", "PNG"))  # as without the plugin
+    with pytest.raises(ValueError, match="HEIC image.*pillow-heif.*pip install.*heif"):
+        images.decode(data)
+
+
+def test_a_large_picture_is_shrunk_by_the_flags_that_its_error_names(tmp_path):
+    """144 megapixels, as a scanner or a phone of 200 megapixels writes them."""
+    (tmp_path / "in").mkdir()
+    Image.new("L", (12_000, 12_000), 200).save(tmp_path / "in/a.png")
+    quiet.environment()
+    with pytest.raises(ValueError, match="too many pixels: 12000 x 12000") as told:
+        images.decode(str(tmp_path / "in/a.png"))
+    flags = re.search(r"`coca-jax prepare (--max_pixels=\S+ --max_side=\S+)` does", str(told.value))
+    (tmp_path / "in/metadata.jsonl").write_text('{"file_name": "a.png", "text": "gray"}')
+    prepare = [sys.executable, "-m", "coca_jax", "prepare", f"--input={tmp_path / 'in'}"]
+    subprocess.run([*prepare, f"--out={tmp_path / 'out'}", *flags[1].split()], check=True)
+    (record,) = sources.open_source(str(tmp_path / "out"))
+    assert Image.open(io.BytesIO(record.image)).size == (2048, 2048)
+    alone = [*prepare, f"--out={tmp_path / 'no'}", flags[1].split()[0]]
+    refused = subprocess.run(alone, capture_output=True, text=True)
+    assert refused.returncode == 2 and "Add --max_side=2048" in refused.stderr

@@ -62,6 +62,48 @@ def test_the_captions_of_coco(tmp_path, in_place):
     assert import_data("json", both, tmp_path / "both", in_place=in_place)["written"] == 6
 
 
+def beside(pictures, path, count=20):
+    """Pictures in a folder, and a COCO list of their captions at a path."""
+    pictures.mkdir(parents=True)
+    for i in range(count):
+        (pictures / f"{i}.jpg").write_bytes(encode(i))
+    images = [dict(id=i, file_name=f"{i}.jpg") for i in range(count)]
+    captions = [dict(image_id=i, caption=f"a dog {i}") for i in range(count)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(images=images, annotations=captions)))
+
+
+@pytest.mark.parametrize(
+    ("given", "pictures", "file"),
+    [
+        ("d", "d", "d/captions_train2017.json"),
+        ("d", "d/photos", "d/captions.json"),
+        ("d", "d/photos", "d/annotations/captions.json"),
+        ("d/photos", "d/photos", "d/captions.json"),
+        ("d/photos", "d/photos", "d/annotations/captions.json"),
+    ],
+)
+def test_a_list_in_or_next_to_a_folder_of_pictures_is_read(tmp_path, capsys, given, pictures, file):
+    beside(tmp_path / pictures, tmp_path / file)
+    other = dict(images=[dict(file_name="x.jpg")], annotations=[dict(caption="of another folder")])
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    out = own_data.prepared(str(tmp_path / given), str(tmp_path / "out"))
+    said = capsys.readouterr().err
+    assert f"as json: making an index of it in {out}, captions from {tmp_path / file}\n" in said
+    found = [*records_of(out), *records_of(out, "test")]
+    assert sorted(one.texts for one in found) == sorted((f"a dog {i}",) for i in range(20))
+
+
+def test_the_folder_of_coco_has_its_splits(tmp_path):
+    coco(tmp_path / "coco")
+    out = own_data.prepared(str(tmp_path / "coco"), str(tmp_path / "out"))
+    assert [one.texts for one in records_of(out)] == [(f"a {i}", f"the {i}") for i in range(4)]
+    assert [one.texts[0] for one in records_of(out, "test")] == ["a 4", "a 5"]
+    import_data("json", tmp_path / "coco/val2017", tmp_path / "one", split="validation")
+    names = [one.key for one in records_of(tmp_path / "one", "validation")]
+    assert names == ["000000000004.jpg", "000000000005.jpg"]
+
+
 def test_a_list_in_parts_and_its_damaged_entries(tmp_path, monkeypatch):
     monkeypatch.setattr(json_list.imagefolder, "ROWS_PER_UNIT", 2)
     path = coco(tmp_path / "coco")
@@ -95,8 +137,7 @@ def test_the_lists_of_karpathy_tell_their_splits(tmp_path):
         ("val2014/3.jpg", "a 3", "the 3")
     ]
     # Their folder has no classes, as `val2014` would be.
-    with pytest.raises(ValueError, match=f"JSON lists; give one of them in its place, as {path}$"):
-        formats.guess(str(tmp_path / "coco"))
+    assert formats.guess(str(tmp_path / "coco")) == "json"
     path.rename(tmp_path / "list")
     (tmp_path / "coco/dataset_info.json").write_text('{"images": 4, "filename": "a"}')
     assert formats.guess(str(tmp_path / "coco")) == "imagefolder"
@@ -129,10 +170,8 @@ def test_an_array_of_objects_as_lines_have_them(tmp_path):
 
 def test_what_is_no_such_list_is_one_line(tmp_path):
     path = coco(tmp_path / "coco")
-    with pytest.raises(ValueError, match=f"JSON lists; give one of them in its place, as {path}$"):
-        formats.guess(str(tmp_path / "coco"))
-    with pytest.raises(ValueError, match="coco is a folder; give the list in it"):
-        json_list.plan(str(tmp_path / "coco"), "train", Options())
+    with pytest.raises(FileNotFoundError, match="coco: no JSON list of captions for split 'test'"):
+        json_list.plan(str(tmp_path / "coco"), "test", Options())
     with pytest.raises(ValueError, match="no rows in it, as --format=csv reads it"):
         import_data("csv", path, tmp_path / "out")
     for value, line in (
@@ -156,6 +195,8 @@ def test_an_array_in_a_file_for_lines_is_told_how_it_is_read(tmp_path, indent):
     path.write_text(json.dumps(rows, indent=indent))
     with pytest.raises(ValueError, match="not read as they are: list.jsonl"):
         import_data(formats.guess(str(tmp_path)), tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="list.jsonl line 1: .*; an array of objects is read with --format=json"):
+    with pytest.raises(
+        ValueError, match="list.jsonl line 1: .*; an array of objects is read with --format=json"
+    ):
         import_data("jsonl", path, tmp_path / "out")
     assert import_data("json", path, tmp_path / "out")["written"] == 3

@@ -18,7 +18,7 @@ from coca_jax.configs import base
 from coca_jax.data import files, formats, kinds, sources
 from coca_jax.data.mixture import Mixture
 from coca_jax.evaluators import declarations, records
-from coca_jax.importers import own_data, seen, splits, unprepared
+from coca_jax.importers import own_data, seen, shards, splits, unprepared
 from coca_jax.importers.items import Options
 
 
@@ -71,7 +71,7 @@ def test_data_that_cannot_be_reached_or_hold_no_pictures_say_so(tmp_path):
         formats.guess("https://nowhere.invalid/a.tar")
     table = pa.table({"URL": ["https://nowhere.invalid/1.jpg"], "TEXT": ["one"]})
     pq.write_table(table, tmp_path / "laion.parquet")
-    with pytest.raises(ValueError, match=r"\['URL', 'TEXT'\]; pictures by URL alone are fetched"):
+    with pytest.raises(ValueError, match="URLs .*'URL'.*img2dataset .*--caption_col=TEXT"):
         splits.prepare("parquet", str(tmp_path), str(tmp_path / "p"), processes=1, progress=False)
     line = r"--out=\S+/absent` \(a recipe's first lines show how\), or name data of your own"
     with pytest.raises(FileNotFoundError, match=line):
@@ -137,6 +137,29 @@ def test_what_has_to_be_unpacked_or_named_first_is_told(tmp_path):
             formats.guess(str(folder))
     with pytest.raises(ValueError, match="no list or archive of images; unpack the archive first"):
         formats.guess(str(tmp_path / "zip/a.zip"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_list_of_urls_is_told_how_to_download_them(tmp_path, kind):
+    columns = dict(url=["http://a.example/1.jpg", "https://a.example/2"], alt_text=["x", "y"])
+    file = tmp_path / f"d/list.{kind}"
+    file.parent.mkdir()
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), file)
+    elif kind == "csv":
+        file.write_text("\n".join([",".join(columns), *(",".join(row.values()) for row in rows)]))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="are URLs") as told:
+        own_data.prepared(str(tmp_path / "d"), str(tmp_path / "out"))
+    command = f"img2dataset --url_list={file} --input_format={kind} --url_col=url"
+    assert f"pip install img2dataset; {command} --caption_col=alt_text --output" in str(told.value)
+    assert not (tmp_path / "out").exists()
+    # Those who allow an address have its images read.
+    module = shards.importer(formats.guess(str(tmp_path / "d")))
+    options = Options(image_field="url", allow_paths=("https://a.example", "http://a.example"))
+    assert module.plan(str(tmp_path / "d"), "", options)
 
 
 def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):

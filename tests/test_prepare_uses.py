@@ -256,23 +256,23 @@ def test_tables_and_other_archives_beside_tars_are_named(tmp_path):
 
 
 def test_pictures_of_kinds_that_are_not_opened_are_counted(tmp_path):
-    """A phone writes .heic beside .jpg: half of a folder was left out without a word."""
+    """A camera writes .dng beside .jpg: half of a folder was left out without a word."""
     root = tmp_path / "in"
     (root / "dogs").mkdir(parents=True)
-    for name in ("IMG_1.HEIC", "dogs/2.heic"):
+    for name in ("IMG_1.DNG", "dogs/2.dng"):
         (root / name).write_bytes(b"any")
     with pytest.raises(ValueError, match="; make JPEGs or PNGs of the pictures first; give images"):
         formats.guess(str(root))
     (root / "dogs/1.jpg").write_bytes(encode(1))
     said = (
-        "; not read: 2 pictures of kinds that are not opened (IMG_1.HEIC, dogs/2.heic), of which "
+        "; not read: 2 pictures of kinds that are not opened (IMG_1.DNG, dogs/2.dng), of which "
         "JPEGs or PNGs would be"
     )
     for format in ("imagefolder", "sidecars"):
         line = f"{root}: read as --format={format}"
         assert remarks.of_format(str(root), format) == line + said
     assert remarks.other_kinds(str(root), "webdataset") == ""
-    (root / "metadata.jsonl").write_text('{"file_name": "IMG_1.HEIC", "text": "a dog"}\n')
+    (root / "metadata.jsonl").write_text('{"file_name": "IMG_1.DNG", "text": "a dog"}\n')
     assert remarks.other_kinds(str(root), "imagefolder") == ""
 
 

@@ -77,6 +77,10 @@ def test_what_is_open_clip_s_already_does_not_go_there(tmp_path):
         convert.to_open_clip(str(folder), str(out))
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):
         convert.to_open_clip(str(tmp_path / "none"), str(out))
+    (tmp_path / "photos/cats").mkdir(parents=True)
+    (tmp_path / "photos/cats/a.JPG").touch()
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*/photos: it is a folder of image"):
+        convert.to_open_clip(str(tmp_path / "photos"), str(out))
     assert not out.exists()
 
 

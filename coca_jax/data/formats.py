@@ -9,6 +9,7 @@ import fnmatch
 import io
 import itertools
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ _SUFFIXES = {
 }
 PATTERNS = {kind: tuple(f"*{s}" for s in suffixes) for kind, suffixes in _SUFFIXES.items()}
 PATTERNS["tfrecord"] += ("*.tfrecord-*",)  # as TFDS numbers them
-PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: a list is named itself
+PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: see `caption_lists`
 PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 HOW = ".how.json"  # behind the name of a file of `caption --out`: what it is made with
@@ -59,6 +60,8 @@ _HINTS = {  # by the ends of files' names
 }
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
 _LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
+_MOST_LISTS = 64  # JSON files of a folder that are opened
+_FILE_NAME = re.compile(rb'"file_?name"\s*:\s*"([^"]+)"')
 
 
 def guess(path: str) -> str:
@@ -101,12 +104,8 @@ def guess(path: str) -> str:
             found = ""  # a table of something else beside folders of images
     elif not found and text_lists(path, names):
         return "csv"
-    known = [n for n in names if _is_of_coco(n) or _is_of_karpathy(path, n)] if not found else []
-    if known:
-        raise ValueError(
-            f"{path}: its captions are in JSON lists; give one of them in its place, as "
-            f"{files.join(path, known[0])}"
-        )
+    if not found and pictures and caption_lists(path, names):
+        return "json"
     if found or pictures:
         return found or "imagefolder"
     if links := files.linked_folders(path):
@@ -144,21 +143,45 @@ def _of_file(path: str, plain: str) -> str:
     return found
 
 
-def _is_of_coco(name: str) -> bool:
-    """Whether a file in a folder is called as COCO's lists of captions."""
-    folder, own = posixpath.split(name.lower())
-    listed = own.startswith("captions_") and own.endswith(".json")
-    return listed and posixpath.basename(folder) == "annotations"
+def caption_lists(path: str, names: Sequence[str] = ()) -> list[str]:
+    """The JSON lists, COCO's or Karpathy's, that have captions of the images in a folder: those in
+    the folder and below; of a local folder without any, those next to it or in the folder
+    `annotations` next to it that name an image in it. names: of the files in it, where known."""
+    names = names or own_folders.without_ours(_names(path))
+    stems = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}
+    lists = [name for name in names if name.lower().endswith(".json")]
+    lists = [name for name in lists if posixpath.splitext(name)[0] not in stems]  # no sidecars
+    inside = [files.join(path, name) for name in lists[:_MOST_LISTS]]
+    if found := [file for file in inside if _listed_images(file)]:
+        return found
+    if files.is_remote(path):
+        return []
+    above = posixpath.dirname(files.absolute(path).rstrip("/"))
+    for folder in (above, files.join(above, "annotations")):
+        there = files.listing(folder) if files.exists(folder) else []
+        beside = [files.join(folder, n) for n in sorted(there) if n.lower().endswith(".json")]
+        found += [
+            file
+            for file in beside[:_MOST_LISTS]
+            if any(files.exists(files.join(path, name)) for name in _listed_images(file))
+        ]
+    return found
 
 
-def _is_of_karpathy(path: str, name: str) -> bool:
-    """Whether a file in a folder is called as Karpathy's lists, and begins as they do."""
-    own = posixpath.basename(name.lower())
-    if not own.startswith("dataset_") or not own.endswith(".json"):
-        return False
-    with files.open_binary(files.join(path, name)) as file:
-        data = file.read(_LOOK_AT_BYTES)
-    return all(word in data for word in (b'"images"', b'"filename"', b'"sentences"'))
+def _listed_images(file: str) -> list[str]:
+    """The first images that a JSON list of captions names; [] for any other file."""
+    try:
+        with files.open_binary(file) as stream:
+            data = stream.read(_LOOK_AT_BYTES)
+            stream.seek(max(len(data), files.size(file) - _LOOK_AT_BYTES))
+            end = stream.read(_LOOK_AT_BYTES)
+    except OSError:
+        return []
+    both = data + end
+    if b'"images"' not in both or not (b'"caption"' in both or b'"sentences"' in both):
+        return []
+    found = itertools.islice(_FILE_NAME.finditer(data), _LOOK_AT_ROWS)
+    return [one[1].decode("utf-8", "replace") for one in found]
 
 
 def _names(path: str) -> list[str]:

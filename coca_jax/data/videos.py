@@ -281,7 +281,9 @@ def _video_frames(data: bytes, max_pixels: int = images.MAX_PIXELS) -> Iterator[
                 raise ValueError(f"damaged video ({len(data)} bytes): {error}") from None
             if frame is None:
                 return
-            images.check_pixels(frame.width, frame.height, max_pixels)  # not always what headers say
+            images.check_pixels(
+                frame.width, frame.height, max_pixels
+            )  # not always what headers say
             left -= frame.width * frame.height
             if left < 0:
                 raise ValueError(f"too many frames: more than {MAX_CLIP_PIXELS:.0e} pixels in all")

@@ -7,10 +7,11 @@ import contextlib
 import csv
 import functools
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
-from coca_jax.data import bounded_json, files, formats, named_files
+from coca_jax.data import bounded_json, files, formats, named_files, split_names
 from coca_jax.importers import imagefolder, named_fields
 from coca_jax.importers.items import Item, Options, Unit, only, split_units
 
@@ -29,19 +30,51 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """Units of the lists: ranges of rows.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a folder, or a file that is no such list; or no row has a field that is named.
+        FileNotFoundError: no such file, or a folder without a list of captions for `split`.
+        ValueError: a file that is no such list, or no row has a field that is named.
     """
-    system, plain = files.filesystem(path)
-    if system.isdir(plain):
-        raise ValueError(f"{path} is a folder; give the list in it, as {path}/NAME.json")
     units, root = [], named_files.root_of(path)
-    lists = files.find(path, PATTERNS, split)
+    lists = list(_lists(path, split))
     named_fields.check(path, (row for file in lists for row in _objects(file)), options)
     for file in lists:
         named_fields.refuse_urls(file, _objects(file), options)
         units += split_units(file, len(_parsed(file)), imagefolder.ROWS_PER_UNIT, root)
     return units
+
+
+def splits(path: str) -> list[str]:
+    """The splits that the names of a folder's lists tell, [] where they tell none."""
+    if not _is_folder(path):
+        return files.splits_told(path, PATTERNS)
+    return sorted({_split_of(file) for file in formats.caption_lists(path)} - {""})
+
+
+def _lists(path: str, split: str) -> list[str]:
+    """The lists of an input for a split."""
+    if not _is_folder(path):
+        return files.find(path, PATTERNS, split)
+    found = formats.caption_lists(path)
+    if split and any(map(_split_of, found)):
+        wanted = split_names.SPLITS.get(split.lower(), split)
+        found = [file for file in found if _split_of(file) == wanted]
+    if not found:
+        of_split = f" for split {split!r}" if split else ""
+        raise FileNotFoundError(
+            f"{path}: no JSON list of captions{of_split} in it or next to it. Give the list: "
+            f"{path}/NAME.json."
+        )
+    return found
+
+
+def _is_folder(path: str) -> bool:
+    system, plain = files.filesystem(path)
+    return not files.is_pattern(path) and system.isdir(plain)
+
+
+def _split_of(file: str) -> str:
+    """The split that a list's name tells, as captions_train2017.json does; '' for none."""
+    words = re.findall("[a-z]+", posixpath.basename(file).lower())
+    return next((split_names.SPLITS[word] for word in words if word in split_names.SPLITS), "")
 
 
 def _objects(file: str) -> list[dict[str, Any]]:

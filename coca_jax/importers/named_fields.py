@@ -49,8 +49,8 @@ def refuse_urls(path: str, rows: Iterable[Mapping[str, Any]], options: Options) 
     caption = f" --caption_col={shlex.quote(text)}" if text else ""
     kind = posixpath.splitext(path.lower().removesuffix(".gz").removesuffix(".zst"))[1][1:]
     raise ValueError(
-        f"{path}: its images are URLs (column {column!r}), and images are read from files. Download "
-        f"them first: pip install img2dataset; img2dataset --url_list={shlex.quote(path)} "
+        f"{path}: its images are URLs (column {column!r}), and images are read from files. "
+        f"Download them first: pip install img2dataset; img2dataset --url_list={shlex.quote(path)} "
         f"--input_format={kind} --url_col={shlex.quote(column)}{caption} "
         "--output_format=webdataset --output_folder=images"
     )

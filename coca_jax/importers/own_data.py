@@ -347,7 +347,8 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     unread = remarks.unread(found.input, found.format)
     unread += remarks.files_beside(found.input, found.format)
     unread += remarks.other_kinds(found.input, found.format)
-    print(f"{line}{unread}", file=sys.stderr, flush=True)
+    lists = remarks.lists_read(found.input, found.format)
+    print(f"{line}{lists}{unread}", file=sys.stderr, flush=True)
     return dataclasses.replace(options, in_place=not why)
 
 

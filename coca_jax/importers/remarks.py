@@ -15,7 +15,7 @@ from typing import Any
 from coca_jax.console import activity
 from coca_jax.data import field_texts, files, formats, own_folders, split_names, views
 from coca_jax.data.records import Record
-from coca_jax.importers import checks, csv_list, imagefolder, jsonl_list, lines
+from coca_jax.importers import checks, csv_list, imagefolder, json_list, jsonl_list, lines
 from coca_jax.importers.items import Item, Options, class_number
 
 _MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
@@ -26,7 +26,7 @@ _MOST_ASKED = 1000  # examples whose fields are looked at
 _ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
 _BY_NAME = ("imagefolder", "sidecars")  # formats that find pictures by the ends of their names
 _LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *lines.PACKED)
-_LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list)
+_LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list, json=json_list)
 
 _CAPTION_LIKE = re.compile(
     r"caption|sentence|descri|comment|(^|_)(text|title|prompt)s?(_|$)", re.IGNORECASE
@@ -44,11 +44,18 @@ HOW_TO_CAPTION = (
 
 def of_format(input: str, format: str) -> str:
     """The line for a format that the files told, with the pictures that it leaves unread."""
-    beside = pictures_beside(input, format)
+    beside = lists_read(input, format) + pictures_beside(input, format)
     if lists := _beside_lists(input, format):
         beside += f"{lists}; --format=imagefolder reads all, by their folders"
     beside += files_beside(input, format) + other_kinds(input, format)
     return f"{input}: read as --format={format}{beside}"
+
+
+def lists_read(input: str, format: str) -> str:
+    """The JSON lists that are read for a folder, which may lie next to it; '' of other inputs."""
+    if format != "json" or not files.filesystem(input)[0].isdir(files.filesystem(input)[1]):
+        return ""
+    return f", captions from {_first(formats.caption_lists(input))}"
 
 
 def unread(input: str, format: str) -> str:
@@ -141,6 +148,8 @@ def _beside_lists(input: str, format: str) -> str:
 
 def _lists_in(input: str, format: str) -> list[str]:
     """The lists of a folder. Raises OSError, ValueError as the format's `plan`."""
+    if format == "json":
+        return formats.caption_lists(input)
     try:
         return files.find(input, formats.PATTERNS[format])
     except FileNotFoundError:
