@@ -221,8 +221,8 @@ def _folder(folder, rows, **fields):
 
 
 def test_data_without_texts_are_told_apart_with_what_would_give_them(tmp_path, capsys):
-    odd = _folder(tmp_path / "odd", 3, description=lambda i: f"thing {i}", id=lambda i: i)
-    message = "fields are description, id: name one with --text_field or --label_field"
+    odd = _folder(tmp_path / "odd", 3, notes=lambda i: f"thing {i}", id=lambda i: i)
+    message = "fields are id, notes: name one with --text_field or --label_field"
     with pytest.raises(ValueError, match=f"none of 3 .* {message}"):
         import_data("imagefolder", odd, tmp_path / "o1")
     empty = _folder(tmp_path / "empty", 3, text=lambda i: "  ")
