@@ -156,7 +156,7 @@ def _load() -> tuple[Any, Any]:
     if not model.writes_captions:  # weights that only embed
         cli.say("this model has no decoder: no captions, the rest of the page and the API")
         with cli.waiting("compiling what scores labels"):
-            model.zero_shot(picture, ["a label"], ["{}"])
+            model.zero_shot(picture, ["a label", "another label"], ["{}"])
         return model, index
     with cli.waiting(f"compiling what writes captions (1 of {1 + model.explains})"):
         *_, last = model.stream_captions(picture)

@@ -22,7 +22,7 @@ class Fake:
         self.asked.add(labels)
         return np.stack([self.text(t) for t in texts]).astype(np.float32)
 
-    def tokenize(self, texts, *, labels=False):
+    def tokenize_with_mask(self, texts, *, labels=False):
         """A letter a token, and as many as there is room for."""
         rows = [[*map(ord, t[: self.max_len])] + [0] * (self.max_len - len(t)) for t in texts]
         return np.asarray(rows, np.int32), np.asarray(rows) > 0

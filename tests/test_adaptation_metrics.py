@@ -122,7 +122,7 @@ class Head:
 
     class_names, head_kind = ["red", "green"], head_kinds.Classification()
 
-    def preprocess(self, image):
+    def fit_image(self, image):
         return image
 
     def classify(self, images, texts):

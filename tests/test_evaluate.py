@@ -202,7 +202,7 @@ class Reads:
 
     num_frames, batch_size = 0, 64
     preprocess = staticmethod(decode)
-    tokenize = staticmethod(lambda texts, labels: [np.eye(len(texts))] * 2)
+    tokenize_with_mask = staticmethod(lambda texts, labels: [np.eye(len(texts))] * 2)
 
     def encode_text(self, texts, *, labels=False):
         return np.ones((len(texts), 2), np.float32)

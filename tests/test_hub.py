@@ -24,6 +24,7 @@ from coca_jax.data import vocabulary
 from coca_jax.inference import export_folder
 from coca_jax.interop import hub, open_clip_config, safetensors_file
 from coca_jax.interop.open_clip_layout import Layout
+from coca_jax.interop.pretrained import GELU, QUICK_GELU
 from coca_jax.interop.safetensors_file import Blocks
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra 'hf'")
@@ -77,31 +78,69 @@ def _merges(data: bytes) -> dict:
     return dict(type="BPE", vocab=ids, merges=cases.MERGES)
 
 
-def test_the_names_are_open_clips():
+def test_names_resolve_to_repositories_and_a_missing_tag_lists_the_tags():
     found = coca_jax.list_pretrained()
-    assert len(found) == 25 and ("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k") in found
-    name = "hf-hub:laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"
-    assert hub.resolve("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k") == name
-    assert hub.resolve("coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k") == name
+    assert found == sorted(set(found)) and ("ViT-L-14", "openai") in found
+    place = "hf-hub:timm/vit_large_patch14_clip_224.openai"
+    for name, tag in (
+        ("ViT-L-14", "openai"),
+        ("ViT-L-14:openai", ""),
+        ("ViT-L-14-quickgelu", "openai"),
+    ):
+        assert hub.resolve(name, tag) == place
     assert hub.resolve("runs/demo") == "runs/demo"
-    with pytest.raises(ValueError, match="choose from laion2b_s13b_b90k, mscoco_finetuned"):
-        coca_jax.load("coca_ViT-B-32")
-    with pytest.raises(ValueError, match="pretrained='openai'; choose from laion2b_s13b_b90k"):
-        coca_jax.load("coca_ViT-B-32", pretrained="openai")
-    with pytest.raises(ValueError, match="belongs to a name; choose from coca_ViT-B-32"):
-        coca_jax.load("runs/demo", pretrained="openai")
+    for given in (dict(), dict(pretrained="opnai")):
+        with pytest.raises(
+            ValueError, match="^ViT-L-14: .*ViT-L-14:TAG.*openai,.*laion2b_s32b_b82k"
+        ):
+            coca_jax.load("ViT-L-14", **given)
+    with pytest.raises(ValueError, match="'ViT-L14'.*Close names:.*ViT-L-14.*list_pretrained"):
+        coca_jax.load("ViT-L14", pretrained="openai")
+    # Weights trained without QuickGELU have no -quickgelu name.
+    with pytest.raises(ValueError, match="laion2b_s32b_b82k"):
+        coca_jax.load("ViT-L-14-quickgelu", pretrained="laion2b_s32b_b82k")
 
 
 def test_apples_captioners_have_the_names_of_their_repositories():
-    apples = {place for place in hub.PRETRAINED.values() if place.startswith("apple/")}
+    apples = {place for place in hub.PRETRAINED.values() if place.startswith("apple/mobileclip2")}
     assert len(apples) == 21
-    assert all(place.startswith("apple/mobileclip2_coca_dfn2b_s13b_") for place in apples)
     tag = "mobileclip2_coca_dfn2b_s13b_context77"
     assert hub.resolve("coca_ViT-L-14", tag) == f"hf-hub:apple/{tag}"
     tag = "mobileclip2_coca_dfn2b_s13b_dci-short_s12m_context256"
     assert hub.resolve(f"coca_ViT-L-14-context256:{tag}") == f"hf-hub:apple/{tag}"
-    with pytest.raises(ValueError, match="choose from mobileclip2.*gbc10m-long_context256"):
+    with pytest.raises(ValueError, match="mobileclip2.*gbc10m-long_context256"):
         hub.resolve("coca_ViT-L-14-context256")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "name, tag, quick_gelu",
+    [
+        ("ViT-L-14", "openai", True),
+        ("ViT-L-14-quickgelu", "openai", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+    ],
+)
+def test_two_tower_models_by_name_equal_open_clip(server, name, tag, quick_gelu):
+    """A small model that open_clip made, in the repository of the name."""
+    pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+    import open_clip
+    import test_towers as towers
+    import torch
+
+    folder = server.root / hub.PRETRAINED[name, tag]
+    folder.parent.mkdir(parents=True)
+    original = towers.in_open_clip(folder, quick_gelu)
+    (folder / "config.json").write_text('{"architecture": "vit_large_patch14_clip_224"}')  # timm's
+    model = coca_jax.load(name, pretrained=tag)  # noqa: F811
+    pixels = torch.from_numpy(model.preprocess(towers.PHOTOS).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        images = original.encode_image(pixels)  # noqa: F811
+        tokens = open_clip.tokenize(towers.TEXTS)
+        texts = original.encode_text(tokens)
+    np.testing.assert_array_equal(model.tokenize(towers.TEXTS), tokens)
+    np.testing.assert_allclose(model.encode_image(towers.PHOTOS), towers.unit(images), atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(towers.TEXTS), towers.unit(texts), atol=1e-6)
 
 
 @pytest.mark.torch
@@ -136,13 +175,13 @@ print(json.dumps(open_clip.pretrained._PRETRAINED))
 """
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    theirs = {
-        (name, tag): entry["hf_hub"].rstrip("/")
-        for name, tags in json.loads(said.stdout.splitlines()[-1]).items()
-        if name.startswith("coca_")
-        for tag, entry in tags.items()
-    }
-    assert theirs == hub.OPEN_CLIPS
+    theirs = json.loads(said.stdout.splitlines()[-1])
+    for table, quick in ((QUICK_GELU, True), (GELU, False)):
+        for model, tags in table.items():  # noqa: F402, F811
+            for tag, place in tags.items():
+                entry = theirs[model][tag]
+                assert entry["hf_hub"].rstrip("/") == place, (model, tag)
+                assert entry.get("quick_gelu", False) == quick, (model, tag)
 
 
 def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
@@ -375,6 +414,8 @@ def test_commands_take_the_names(model, images, server, commands, tmp_path):  # 
     assert "hf-hub:me/again" in (server.root / "me/again/README.md").read_text()
     done = run("evaluate", "--checkpoint=hf-hub:org/birds", "--data=scenes")
     assert done.returncode == 2 and "is a name; give --out=DIR" in done.stderr
+    done = run("caption", "--checkpoint=ViT-L-14", f"{tmp_path}/a.png")
+    assert done.returncode == 2 and "ViT-L-14:TAG, with a tag of openai," in done.stderr
     done = run("convert", "--input=hf-hub:org/none", f"--out={tmp_path}/none")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
         "error: hf-hub:org/none: there is no such model"

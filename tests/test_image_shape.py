@@ -270,9 +270,9 @@ def test_a_run_trains_captions_and_explains(data):
     assert "8 x 32 px, patch 4 x 8" in (workdir / "report.html").read_text()
     model = coca_jax.load(str(workdir), devices=jax.devices()[:1])
     paths = [str(folder / f"{number}.png") for number in range(5)]
-    assert model.image_size == (8, 32) and model.preprocess(paths[0]).shape == (8, 32, 3)
+    assert model.image_size == (8, 32) and model.fit_image(paths[0]).shape == (8, 32, 3)
     embeddings = model.encode_image(paths)
-    ready = np.stack([model.preprocess(path) for path in paths])
+    ready = np.stack([model.fit_image(path) for path in paths])
     np.testing.assert_allclose(model.encode_image(ready), embeddings, atol=1e-5)
     assert len(model.caption(paths)) == 5
     (explained,) = model.explain(paths[:1], ["picture"])

@@ -19,9 +19,9 @@ def test_a_model_that_was_used_is_pickled_and_copied_as_a_new_one_is(model, imag
         assert other.step == 7 and other.stored_dtype == model.stored_dtype
         assert other.checksum() == model.checksum() and other.batch_size == model.batch_size
         assert np.abs(other.encode_image(images) - found).max() < 1e-6
-    preprocess = pickle.loads(pickle.dumps(model.preprocess))  # as a pool of processes gets it
+    preprocess = pickle.loads(pickle.dumps(model.fit_image))  # as a pool of processes gets it
     picture = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
-    assert (preprocess(picture) == model.preprocess(picture)).all()
+    assert (preprocess(picture) == model.fit_image(picture)).all()
     assert preprocess.__self__.captions(images[:1])[0][0].tokens == written[0][0].tokens
 
 

@@ -184,7 +184,7 @@ def test_a_trained_model_takes_images_of_any_shape(data, trained):
     together = model.encode_image(images)
     for image, embedding in zip(images, together):
         np.testing.assert_allclose(model.encode_image(image)[0], embedding, atol=1e-5)
-    ready = np.stack([model.preprocess(image) for image in images])
+    ready = np.stack([model.fit_image(image) for image in images])
     assert ready.shape == (5, 12, 52)
     np.testing.assert_allclose(model.encode_image(ready), together, atol=1e-5)
     assert np.isfinite(together).all() and len(model.caption(images)) == 5
@@ -201,7 +201,7 @@ def test_plain_training_pixels_are_those_of_evaluation(data, trained):
     plain.data.update(augment="none", flip=False)
     vocabulary = run_vocabulary.load_or_train(config, str(workdir))
     batch = Batches(typed(plain), vocabulary).batch(0)
-    pictures = [trained.preprocess(str(folder / f"{number}.png")).tobytes() for number in range(16)]
+    pictures = [trained.fit_image(str(folder / f"{number}.png")).tobytes() for number in range(16)]
     assert all(row.tobytes() in pictures for row in batch["image"])
 
 

@@ -66,7 +66,7 @@ class Model:
         rows = [sum(self.words.get(w, np.zeros(32)) for w in t.split()) + 1e-3 for t in texts]
         return zero_shot.normalise(np.stack(rows)).astype(np.float32)
 
-    tokenize = staticmethod(lambda texts, labels: [np.eye(len(texts))] * 2)
+    tokenize_with_mask = staticmethod(lambda texts, labels: [np.eye(len(texts))] * 2)
 
     def encode_image(self, images):
         found = [self.records[i.tobytes()] for i in images]

@@ -192,17 +192,17 @@ def test_pictures_come_to_a_trained_model_as_they_trained(run):
     config, workdir, folder = run
     batch = Batches(typed(config), run_vocabulary.load_or_train(config, str(workdir))).batch(0)
     model = coca_jax.load(str(workdir))
-    ready = [model.preprocess(str(folder / f"{number}.png")) for number in range(16)]
+    ready = [model.fit_image(str(folder / f"{number}.png")) for number in range(16)]
     assert {row.tobytes() for row in batch["image"]} == {ready[0].tobytes()}  # the same thing
     assert all(np.array_equal(one, ready[0]) for one in ready)
     # Arrays of the model's size are taken for prepared ones; a file of that size is a picture.
-    assert np.array_equal(model.preprocess(ready[0]), ready[0])
+    assert np.array_equal(model.fit_image(ready[0]), ready[0])
     small = with_room(thing(8), 4, 4, 5, 5)
-    assert np.array_equal(model.preprocess(small), small)
-    found = model.preprocess(encoded(small))
+    assert np.array_equal(model.fit_image(small), small)
+    found = model.fit_image(encoded(small))
     assert (found != 255).any(-1).mean() > 1.5 * (small != 255).any(-1).mean()
     clip = np.stack([with_room(thing(24), 5, 11, 1 + 3 * i, 10 - 3 * i) for i in range(3)])
-    frames = model.preprocess(clip, num_frames=3)
+    frames = model.fit_image(clip, num_frames=3)
     assert frames.shape == (3, 16, 16, 3) and not np.array_equal(frames[0], frames[2])
 
 
@@ -225,7 +225,7 @@ def test_an_export_keeps_it_and_formats_without_a_word_for_it_are_refused(run, t
     assert export_format.read_config(str(tmp_path / "export")).data.resize == "trim"
     again, path = coca_jax.load(str(tmp_path / "export")), str(folder / "0.png")
     assert again.checksum() == model.checksum()
-    np.testing.assert_array_equal(again.preprocess(path), model.preprocess(path))
+    np.testing.assert_array_equal(again.fit_image(path), model.fit_image(path))
     with pytest.raises(ValueError, match="data.resize='trim': transformers"):
         export_folder.write_hub(model, str(tmp_path / "hub"), "me/things")
     with pytest.raises(ValueError, match="data.resize='trim', for which open_clip has no words"):

@@ -37,7 +37,7 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
         def __getattr__(self, name):
             return getattr(model, name)
 
-        def preprocess(self, data):
+        def fit_image(self, data):
             nonlocal now, most
             with lock:
                 now += 1
@@ -45,7 +45,7 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
             go.wait(60)
             with lock:
                 now -= 1
-            return model.preprocess(data)
+            return model.fit_image(data)
 
     monkeypatch.setattr(uploads, "MOST", 1)
     limits = uploads.Limits(1, 40_000, 5, 60)
@@ -178,7 +178,7 @@ def test_a_text_that_a_request_must_have_is_not_blank():
 
 def test_a_template_is_one_sentence_and_no_name_of_a_set(model):
     """'clip' made 80,000 texts of a thousand labels, which all others waited for."""
-    client, fields = Client(model), (("image", png(0)), ("label", "red"))
+    client, fields = Client(model), (("image", png(0)), ("label", "red\nblue"))
     try:
         for given in ("red", "clip", "{} {}"):
             told = client.refused(400, "/api/zero_shot", *fields, ("template", given))

@@ -235,7 +235,7 @@ def test_the_adapter_gives_what_the_model_gives_as_tensors():
     torch = pytest.importorskip("torch")
     seen = []
 
-    def tokenize(texts, *, labels):
+    def tokenize_with_mask(texts, *, labels):
         seen.append((texts, labels))
         ids = np.arange(len(texts) * 4).reshape(len(texts), 4)
         return ids, ids % 2 == 0
@@ -245,8 +245,8 @@ def test_the_adapter_gives_what_the_model_gives_as_tensors():
         return ids.sum(1, keepdims=True) * valid.sum(1, keepdims=True)
 
     model = types.SimpleNamespace(
-        tokenize=tokenize,
-        preprocess=lambda image: np.asarray(image.resize((2, 2))),
+        tokenize_with_mask=tokenize_with_mask,
+        fit_image=lambda image: np.asarray(image.resize((2, 2))),
         encode_image=lambda images: images.reshape(len(images), -1).astype(np.float64),
         encode_tokens=encode_tokens,
     )

@@ -139,7 +139,7 @@ def test_embeddings_equal_those_of_transformers(kind, clip, tmp_path):
         texts = original.get_text_features(torch.from_numpy(tokens).long())
     np.testing.assert_allclose(model.encode_image(PHOTOS), unit(images), atol=1e-5)
     np.testing.assert_allclose(model.encode_text(TEXTS), unit(texts), atol=1e-5)
-    ids, valid = model.tokenize(TEXTS)  # as CLIP_benchmark gives them
+    ids, valid = model.tokenize_with_mask(TEXTS)  # as CLIP_benchmark gives them
     assert ids.shape == valid.shape == (len(TEXTS), model.max_len)
     np.testing.assert_allclose(model.encode_tokens(ids, valid), unit(texts), atol=1e-5)
     scale = original.logit_scale.exp().item()

@@ -167,7 +167,9 @@ def test_classes_that_the_model_reads_alike_are_named(of, caplog):
     )
     model.max_len = 64
     assert notes() == []
-    model.tokenize = lambda texts, labels: Fake().tokenize([t.lower() for t in texts])
+    model.tokenize_with_mask = lambda texts, labels: Fake().tokenize_with_mask(
+        [t.lower() for t in texts]
+    )
     names = ["food", "Food", "drink"]
     assert "'food' and 'Food', and cannot be told apart: the model's vocabulary does" in notes()[0]
 

@@ -48,10 +48,10 @@ class Predictor(Protocol):
     def encode_text(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
         """N texts -> float32 [N, E], unit length. labels: they are class names in prompts."""
 
-    def tokenize(
+    def tokenize_with_mask(
         self, texts: Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """N texts -> ids int32 and validity bool, [N, max_len], cut where they are longer."""
+        """N texts -> ids int32 and padding mask bool, [N, max_len], cut where they are longer."""
 
     def caption(self, images: Any, **how: Any) -> list[str]:
         """N images -> N captions; how: options of decoding."""

@@ -31,7 +31,7 @@ class Model(Predictor, Protocol):
     def checksum(self) -> str:
         """Tells this model from others."""
 
-    def preprocess(self, image: Any) -> np.ndarray:
+    def fit_image(self, image: Any) -> np.ndarray:
         """One image as the model takes it. Raises ValueError: cannot be decoded."""
 
 
@@ -139,7 +139,7 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     except ValueError as error:
         last = setting.common()["batch_size"]  # the most that an evaluator has before it
         reading = (records, *evaluator.further)
-        named = [one.unreadable(model.preprocess, last) for one in reading]
+        named = [one.unreadable(model.fit_image, last) for one in reading]
         found = next(filter(None, named), "")
         if not found:
             raise

@@ -72,14 +72,14 @@ def read_alike(predict: Predictor, class_names: Sequence[str], prompts: Sequence
     for prompt in prompts:
         found: dict[tuple[int, bytes], list[str]] = defaultdict(list)
         for number, names in enumerate(groups):
-            tokens, _ = predict.tokenize(class_texts(names, [prompt]), labels=True)
+            tokens, _ = predict.tokenize_with_mask(class_texts(names, [prompt]), labels=True)
             for name, row in zip(names, tokens):
                 found[number, row.tobytes()].append(name)
         groups = [names for names in found.values() if len(names) > 1]
     if not groups:
         return ""
     first, second = groups[0][:2]
-    _, valid = predict.tokenize(class_texts([first, second], prompts), labels=True)
+    _, valid = predict.tokenize_with_mask(class_texts([first, second], prompts), labels=True)
     why = "the model's vocabulary does not tell their letters apart; give other class_names"
     if valid[:, -1].any():
         why = (

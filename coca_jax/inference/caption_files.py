@@ -115,7 +115,7 @@ def read_batches(
     """Yields lists of (path, uint8 [S, S, 3], of videos [T, S, S, 3], or why it cannot be read),
     two batches read ahead."""
 
-    return read_ahead.batches(paths, model.preprocess, size)
+    return read_ahead.batches(paths, model.fit_image, size)
 
 
 def caption_files(

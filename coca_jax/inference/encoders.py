@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from coca_jax import renamed
@@ -22,6 +23,7 @@ from coca_jax.inference.devices import place
 from coca_jax.inference.programs import Programs
 from coca_jax.inference.read_images import ImageReader, check_batch_size, check_frames
 from coca_jax.models import coca, head_kinds, roles
+from coca_jax.models import pixels as pixel_values
 
 _SORTED = 32  # batches of texts that are sorted by length together
 
@@ -201,7 +203,7 @@ class Encoders:
         A class is the normalised mean of its prompts' embeddings (Radford et al. 2021); prompts
         hold '{}' once, and one may stand alone, or the name of a set in `data.prompts.SETS`;
         default: 'photo'. The probabilities use the model's temperature. Raises ValueError for a
-        prompt without '{}', no class, or a name that is no text.
+        prompt without '{}', fewer than two classes, or a name that is no text.
         templates: the old name of prompts.
         """
         prompts = renamed.one_of(prompts, "prompts", templates, "templates")
@@ -211,9 +213,9 @@ class Encoders:
         if isinstance(class_names, str):
             raise ValueError(f"class_names={class_names!r}: give a list of the names")
         class_names = list(class_names)
-        if not class_names:
-            raise ValueError("class_names is empty; give the names to choose among")
         text_arrays.check(class_names, "class_names")
+        if len(class_names) < 2:
+            raise ValueError(f"class_names={class_names}: give at least two to choose from")
         texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]
         embeddings = self.encode_text(texts, labels=True)
         mean = embeddings.reshape(len(class_names), len(prompts), -1).mean(1)
@@ -282,18 +284,40 @@ class Encoders:
         ]
         return joined(parts, (self.config.model.image.width,))
 
-    def preprocess(self, image: Any, num_frames: int = 0) -> np.ndarray:
-        """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3], as in evaluation.
+    def preprocess(self, images: Any) -> np.ndarray:
+        """Images -> pixels float32 [N, S, S, 3], normalized, as `forward` takes them; videos
+        -> [N, T, S, S, 3].
+
+        Raises ValueError for an image that can't be decoded, and for a model that takes images in
+        their own aspect ratio.
+        """
+        if self.resize == "native":
+            raise ValueError(
+                "preprocess: this model takes images in their own aspect ratio "
+                "(data.resize='native'), which has no array of pixels. Call encode_image."
+            )
+        fitted = jnp.asarray(self._reader.read(images))
+        return np.array(pixel_values.normalise_pixels(fitted, self.config.model))
+
+    @text_arrays.telling_cuts()
+    def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Texts -> token_ids int32 [N, max_len], as `forward` takes them: begin symbol, tokens, end
+        symbol, padding."""
+        return self.tokenize_with_mask(texts)[0]
+
+    def fit_image(self, image: Any, num_frames: int = 0) -> np.ndarray:
+        """One image -> uint8 [S, S, 3], one video -> [T, S, S, 3]: resized as in evaluation, before
+        normalization. `encode_image` uses such arrays as they are.
 
         num_frames: T; 0: the model's. Raises ValueError: cannot be decoded.
         """
         return self._reader.preprocess(image, num_frames)
 
     @text_arrays.telling_cuts()
-    def tokenize(
+    def tokenize_with_mask(
         self, texts: str | Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Texts as `encode_tokens` takes them: ids int32 and validity bool, [N, max_len].
+        """Texts as `encode_tokens` takes them: ids int32 and padding mask bool, [N, max_len].
 
         labels: as of `encode_text`.
         """

@@ -191,7 +191,7 @@ def examples(model: CoCaModel, count: int = 3) -> Examples:
     for source in typed(model.config).data.sources:
         try:
             records = list(itertools.islice(Records(source.to_dict(), limit=count), count))
-            images = np.stack([model.preprocess(record["image"]) for record in records])
+            images = np.stack([model.fit_image(record["image"]) for record in records])
         except (ValueError, OSError):  # moved, removed, or in a bucket that is out of reach
             continue
         found = [record["text"] or record.get("labels") for record in records]

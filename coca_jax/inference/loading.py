@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,36 +30,20 @@ from coca_jax.models import coca, roles, two_towers
 
 def load(
     path: str | os.PathLike[str],
+    pretrained: str | None = None,
     *,
-    pretrained: str = "",
     dtype: str | None = None,
+    batch_size: int = 64,
+    num_frames: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    class_names: Sequence[str] | None = None,
     narrow: bool = True,
-    **options: Any,
 ) -> CoCaModel:
-    """Loads a model to use; of weights without a decoder a `TwoTowerModel`, which has the methods
-    that need none.
-
-    Args:
-        path: a run's workdir, its checkpoints folder or one step of it (the averaged parameters
-            where the run kept them); an export or converted folder; or open_clip's own weights
-            (.bin, .pt, .safetensors, or their folder), converted on the way; CLIP's, MetaCLIP's
-            and SigLIP's too, which have no decoder (two_towers.py). Local, or in a bucket (gs://,
-            s3://). Or a name: 'hf-hub:org/name[@revision]' on the Hugging Face hub, or one of
-            open_clip's, 'coca_ViT-L-14' with its `pretrained` or 'coca_ViT-L-14:TAG'.
-        pretrained: which weights of open_clip's name; see `coca_jax.list_pretrained`.
-        dtype: 'float32' or 'bfloat16', of weights and products; default: the run's.
-        narrow: of a model that computes in bfloat16 the matrices are kept in it; False keeps them
-            as they were stored, for what writes them again.
-        options: of `CoCaModel`.
-
-    Raises:
-        FileNotFoundError: nothing of that kind at `path`, or the hub cannot be reached.
-        ValueError: damaged or mismatched files, an unknown name, tag or dtype.
-        OSError: what converts weights on the way was ended by a signal.
-        TypeError: an option that there is not.
-    """
-    _check(path, dtype, options)
-    path = hub.local(local_files.from_home(os.fspath(path)), pretrained)
+    """Implements `coca_jax.load`, which documents the arguments."""
+    _check(path, dtype)
+    read_images.check_batch_size(batch_size)
+    chosen_devices.check(devices)
+    path = hub.local(local_files.from_home(os.fspath(path)), pretrained or "")
     compile_cache.use()
     place, step = storage.place(path), None
     if not storage.reach(place):
@@ -86,14 +69,21 @@ def load(
     if narrow and config.model.dtype == "bfloat16":
         params = roles.narrow(params)
     kind: Any = CoCaModel if config.model.family == "coca" else TwoTowerModel
-    model: CoCaModel = kind(config, params, words, **options)
+    model: CoCaModel = kind(
+        config,
+        params,
+        words,
+        batch_size=batch_size,
+        num_frames=num_frames,
+        devices=devices,
+        class_names=class_names,
+    )
     model.stored_dtype, model.step = stored, step
     return model
 
 
-def _check(path: Any, dtype: str | None, options: dict[str, Any]) -> None:
-    """Raises ValueError for what is no path or dtype, TypeError for an option that models do not
-    have, before anything is read."""
+def _check(path: Any, dtype: str | None) -> None:
+    """Raises ValueError for a value that is not a path or a dtype, before anything is read."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):  # of which "" is here
         raise ValueError(f"path={path!r}: give a run, an export, weights or hf-hub:OWNER/NAME")
     if dtype is not None:
@@ -101,17 +91,6 @@ def _check(path: Any, dtype: str | None, options: dict[str, Any]) -> None:
             StoredConfig().change({"model.dtype": dtype})
         except ValueError as error:  # it names the key, and here there is an argument
             raise ValueError(str(error).replace("config.model.dtype", "dtype", 1)) from None
-    known = [name for name in inspect.signature(CoCaModel).parameters][3:]  # after the weights
-    for name, value in options.items():
-        if name in ("device", "gpu"):
-            platform = str(value).partition(":")[0] if name == "device" else "gpu"
-            raise TypeError(f"{name}={value!r}: give devices=jax.devices({platform!r})")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
-            raise TypeError(f"{name}={value!r}: no option of load; {remedy}")
-    read_images.check_batch_size(options.get("batch_size", 1))
-    chosen_devices.check(options.get("devices"))
 
 
 def _check_fit(params: dict, config: StoredConfig, path: str) -> None:

@@ -6,6 +6,7 @@ settings, HF_HUB_OFFLINE and HF_ENDPOINT among them.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 from collections.abc import Callable
@@ -16,50 +17,9 @@ from coca_jax import export_format, extras
 from coca_jax.data import bounded_json
 from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.interop import open_clip_config, towers_config
+from coca_jax.interop.pretrained import PRETRAINED
 
 PREFIX = "hf-hub:"  # as open_clip names what is on the hub
-# (model, tag) -> repository, of open_clip 3.3.0's table of pretrained weights.
-OPEN_CLIPS = {
-    ("coca_ViT-B-32", "laion2b_s13b_b90k"): "laion/CoCa-ViT-B-32-laion2B-s13B-b90k",
-    (
-        "coca_ViT-B-32",
-        "mscoco_finetuned_laion2b_s13b_b90k",
-    ): "laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k",
-    ("coca_ViT-L-14", "laion2b_s13b_b90k"): "laion/CoCa-ViT-L-14-laion2B-s13B-b90k",
-    (
-        "coca_ViT-L-14",
-        "mscoco_finetuned_laion2b_s13b_b90k",
-    ): "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
-}
-# The captioners behind DFNDR-2B (Faghri et al. 2025), by what each was tuned on and the tokens of a
-# text; they are named as their authors tell open_clip's users to.
-APPLES = "mobileclip2_coca_dfn2b_s13b"
-_TUNED_ON = {
-    "": (77,),
-    "dci-complete_s12m": (77, 128, 256),
-    "dci-extended_s12m": (77, 128, 256),
-    "dci-short_s12m": (77, 128, 256),
-    "docci_s12m": (77, 128, 256),
-    "gbc10m-long": (256,),
-    "gbc10m-short-relation": (256,),
-    "gbc1m-long": (256,),
-    "gbc1m-short": (77,),
-    "mscoco38k_s12m": (77,),
-    "recap-coco-30k_s12m": (77, 128, 256),
-}
-
-
-def _apples() -> dict[tuple[str, str], str]:
-    found = {}
-    for name, lengths in _TUNED_ON.items():
-        for length in lengths:
-            model = "coca_ViT-L-14" if length == 77 else f"coca_ViT-L-14-context{length}"
-            tag = "_".join(part for part in (APPLES, name, f"context{length}") if part)
-            found[model, tag] = f"apple/{tag}"
-    return found
-
-
-PRETRAINED = OPEN_CLIPS | _apples()
 _SMALL = [
     *(export_format.CONFIG, open_clip_config.CONFIG_FILE, "tokenizer.*", "spiece.model"),
     *(towers_config.TOKENIZER, towers_config.PREPROCESSOR, clip_bpe.FILE_NAME),
@@ -84,10 +44,10 @@ def is_name(place: str) -> bool:
 
 
 def resolve(name: str, pretrained: str = "") -> str:
-    """'hf-hub:org/name' for a name of a model with public weights; anything else as it is.
+    """'hf-hub:org/name' for a model of `pretrained.PRETRAINED`; anything else as it is.
 
-    name: 'coca_ViT-L-14' with `pretrained`, or 'coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k'.
-    Raises ValueError naming the choices for a tag that the model does not have.
+    name: 'ViT-L-14' with `pretrained`, or 'ViT-L-14:openai'.
+    Raises ValueError with the choices for a missing or unknown tag, and for an unknown model.
     """
     if pretrained and os.path.exists(pretrained):
         raise ValueError(
@@ -97,14 +57,19 @@ def resolve(name: str, pretrained: str = "") -> str:
     model, _, tag = name.partition(":")
     tags = [known for of, known in PRETRAINED if of == model]
     if not tags:
-        if pretrained:
-            models = ", ".join(sorted({of for of, _ in PRETRAINED}))
-            raise ValueError(f"pretrained={pretrained!r} belongs to a name; choose from {models}")
-        return name
+        if not pretrained:
+            return name
+        near = difflib.get_close_matches(model, {of for of, _ in PRETRAINED}, n=3, cutoff=0.5)
+        close = f"Close names: {', '.join(near)}. " if near else ""
+        raise ValueError(
+            f"{name!r} with pretrained={pretrained!r}: not a model name whose weights are known. "
+            f"{close}coca_jax.list_pretrained() lists all names; for a path or hf-hub:OWNER/NAME, "
+            "leave pretrained out."
+        )
     tag = pretrained or tag
     if (model, tag) not in PRETRAINED:
-        given = f"pretrained={tag!r}" if tag else "no pretrained weights named"
-        raise ValueError(f"{model}: {given}; choose from {', '.join(tags)}")
+        problem = f"no weights with the tag {tag!r}" if tag else "a model name without a tag"
+        raise ValueError(f"{model}: {problem}. Give {model}:TAG, with a tag of {', '.join(tags)}.")
     return PREFIX + PRETRAINED[model, tag]
 
 
@@ -178,9 +143,7 @@ def _package() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError(
-            f"a model of the hub needs huggingface_hub: {extras.remedy('hf')}"
-        ) from None
+        raise ValueError(f"models of the hub need huggingface_hub: {extras.remedy('hf')}") from None
     return huggingface_hub
 
 

@@ -87,7 +87,7 @@ class Captioner:
         for model in self.models:
             kind = self._kind(model)
             try:
-                found[kind] = found[kind] if kind in found else model.preprocess(item.image)
+                found[kind] = found[kind] if kind in found else model.fit_image(item.image)
             except Exception as error:  # decoders raise all sorts on damaged data
                 raise ValueError(f"unreadable_image: {error}") from None
         return tuple(found[self._kind(model)] for model in self.models)

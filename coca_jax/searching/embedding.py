@@ -60,7 +60,7 @@ def _add_part(
     def read(picture: Picture) -> np.ndarray:
         if picture.problem:
             raise ValueError(picture.problem)
-        return model.preprocess(picture.image)
+        return model.fit_image(picture.image)
 
     for batch in read_ahead.batches(chunk, read, batch_size):
         good = [(picture, x) for picture, x in batch if isinstance(x, np.ndarray)]

@@ -174,8 +174,8 @@ async def zero_shot(server: Server, values: Values) -> Any:
     labels = tuple(dict.fromkeys(filter(None, given)))
     if labels:  # else it is said below that there are none
         _refuse_empty("label", values["label"])
-    if not 1 <= len(labels) <= MOST_LABELS:
-        raise Refused(400, f"label: {len(labels)} labels; give 1 to {MOST_LABELS}, one a line")
+    if not 2 <= len(labels) <= MOST_LABELS:
+        raise Refused(400, f"label: {len(labels)} labels; give 2 to {MOST_LABELS}, one a line")
     longest = max(map(len, labels))
     if longest > forms.LONGEST:
         raise Refused(400, f"label: {longest} characters; at most {forms.LONGEST} each")

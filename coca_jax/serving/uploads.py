@@ -71,7 +71,7 @@ class Decoder:
 async def read(
     model: Any, files: Sequence[UploadFile], limits: Limits, decoder: Decoder
 ) -> list[np.ndarray]:
-    """What `model.preprocess` makes of each file. Raises ValueError for one that is no picture or
+    """What `model.fit_image` makes of each file. Raises ValueError for one that is no picture or
     has too many pixels, Refused when too many wait."""
     calls = [
         functools.partial(
@@ -99,7 +99,7 @@ def _preprocess(model: Any, data: bytes, pixels: int) -> np.ndarray:
             raise ValueError(f"too many pixels: {width} x {height}, limit {pixels}")
     else:
         images.open_image(data, pixels)
-    return model.preprocess(data)
+    return model.fit_image(data)
 
 
 def smaller(index: Any, row: int, side: int) -> bytes:

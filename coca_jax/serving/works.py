@@ -1,6 +1,6 @@
 """What the model is asked, in batches. Each class says what its items are, and what is answered.
 
-Pixels are what `model.preprocess` gives. Answers are ready for JSON.
+Pixels are what `model.fit_image` gives. Answers are ready for JSON.
 """
 
 from __future__ import annotations

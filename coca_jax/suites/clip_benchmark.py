@@ -42,14 +42,14 @@ class Adapter:
         """A PIL image -> uint8 [S, S, 3], the model's own preprocessing."""
         import torch
 
-        return torch.from_numpy(np.array(self.model.preprocess(image)))
+        return torch.from_numpy(np.array(self.model.fit_image(image)))
 
     def tokenizer(self, texts: str | Sequence[str]) -> Any:
         """Texts -> int64 [N, 2, L]: ids, and which of them are valid."""
         import torch
 
         texts = [texts] if isinstance(texts, str) else list(texts)
-        found = self.model.tokenize(texts, labels=self.labels)
+        found = self.model.tokenize_with_mask(texts, labels=self.labels)
         return torch.from_numpy(np.stack(found, 1).astype("i8"))
 
     def encode_image(self, images: Any) -> Any:

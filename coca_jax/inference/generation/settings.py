@@ -112,8 +112,10 @@ class Settings:
             if name not in kinds:
                 near = [group[0] for group in SAME if name in group]
                 near += difflib.get_close_matches(name, kinds, n=1)
-                remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(kinds)}"
-                raise ValueError(f"unknown option of captions {name!r}; {remedy}")
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"caption: unknown field {name!r}.{hint} Fields: {', '.join(kinds)}."
+                )
             if not _TYPES[kinds[name]].holds(value):
                 raise ValueError(f"{name}={value!r}: give {_TYPES[kinds[name]].words}")
         return cls(**how)
