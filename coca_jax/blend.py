@@ -26,6 +26,7 @@ from absl import flags
 
 import coca_jax
 from coca_jax import cli, evaluate, evaluators, export_format
+from coca_jax.console import tables
 from coca_jax.evaluators import declarations
 from coca_jax.files import checked_files, out_folder, storage
 from coca_jax.interop import safetensors_file
@@ -45,6 +46,11 @@ def define_flags() -> None:
     flags.DEFINE_list("shares", ["0", "0.25", "0.5", "0.75", "1"], "Of the way to the tuned one.")
     flags.DEFINE_integer("rank", 0, "Writes the change alone, as factors of this rank.")
     flags.DEFINE_string("adapter", "", "A folder that --rank wrote, in place of --checkpoint.")
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """What was written; the curve is printed before."""
+    return tables.fields(result)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

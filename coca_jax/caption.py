@@ -1,10 +1,11 @@
 """Captions image files and folders.
 
-Prints {"image", "caption", "score"} for each image, score being the caption's log probability in
-nats, then one line that sums up. With --out the lines also go to that file, and images that it
-already holds are not done again: a run that was stopped goes on where it was. With another model or
-other settings than the file was begun with (FILE.how.json) it does not. Images that cannot be read
-are named on standard error and skipped; the exit status is then 1.
+Prints the caption of each image, then a line with counts. Without a terminal, or with --json, these
+are JSON: {"image", "caption", "score"}, score being the caption's log probability in nats. With
+--out the JSON lines also go to that file, and images that it already holds are not done again: a
+run that was stopped goes on where it was. With another model or other settings than the file was
+begun with (FILE.how.json) it does not. Images that cannot be read are named on standard error and
+skipped; the exit status is then 1.
 
 Examples:
   coca-jax caption --checkpoint=runs/demo cat.jpg dog.jpg
@@ -17,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import posixpath
 import sys
@@ -60,6 +60,17 @@ def define_flags() -> None:
         define[type(field.default)](field.name, field.default, note)
 
 
+def summary(result: dict[str, Any]) -> list[str]:
+    """How many images were captioned."""
+    counts = {
+        "captioned": result["captioned"],
+        "captioned before": result["already_done"],
+        "failed": result["failed"],
+    }
+    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return [f"{told or 'nothing captioned'}, in {result['seconds']:.1f} s"]
+
+
 def main(argv: Sequence[str]) -> None:
     """Command-line entry."""
     start, args = time.time(), flags.FLAGS
@@ -94,7 +105,8 @@ def main(argv: Sequence[str]) -> None:
         owned = lease.alone(args.out, use="writes to it", flag="--out", beside=True)
     with owned:
         counts = _caption(paths, named, how)
-    print(json.dumps(counts | dict(seconds=round(time.time() - start, 2))), flush=True)
+    result = counts | dict(seconds=round(time.time() - start, 2))
+    cli.show(result, summary(result))
     if counts["failed"]:
         raise SystemExit(1)
 
@@ -140,7 +152,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
                 failed += 1
                 bar.write(f"skipped {result['error']}", file=sys.stderr)
                 continue
-            print(cli.json_line(result), flush=True)
+            cli.show_one(result, f"{result['image']}: {result['caption']}")
             if out:  # whatever the terminal can show
                 _add(out, f"{cli.json_line(result, 'utf-8')}\n".encode())
     return dict(captioned=len(left) - failed, already_done=already_done, failed=failed)

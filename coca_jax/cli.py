@@ -1,7 +1,8 @@
 """The command `coca-jax`, and how every sub-command starts and ends.
 
 `coca-jax NAME ...`, `python -m coca_jax NAME ...` and `python -m coca_jax.NAME ...` are the same.
-A command is a module with `define_flags()` and `main(argv)`, and a line in `COMMANDS`.
+A command is a module with `define_flags()` and `main(argv)`, and a line in `COMMANDS`. It may have
+`summary(result)`, the lines that a terminal shows of its result; see `show`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 import coca_jax
 from coca_jax import engines, extras, own_data_flags, recipes
-from coca_jax.console import activity, quiet
+from coca_jax.console import activity, quiet, tables
 from coca_jax.files import local_files
 from coca_jax.inference.generation import settings
 from coca_jax.machine import compile_cache
@@ -91,7 +92,7 @@ def usage() -> str:
 
 
 def command(name: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a sub-command; prints its result as the last line of standard output, as JSON.
+    """Runs a sub-command; prints its result, see `show`.
 
     A ValueError or OSError is bad input: it becomes one line on standard error and exit
     status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0,
@@ -112,6 +113,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
 
 def _start(name: str, arguments: Sequence[str] | None) -> None:
     given = [_from_home(one) for one in (sys.argv[1:] if arguments is None else arguments)]
+    given = _with_underscores(given, lambda flag: flag.startswith("config."))
     before = given[: given.index("--")] if "--" in given else given
     wants_help = any(argument in HELP_FLAGS for argument in before)
     # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
@@ -124,6 +126,10 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
     module = importlib.import_module(f"coca_jax.{name}")
     try:
         module.define_flags()
+        flags.DEFINE_bool(
+            "json", False, "Print the result as one line of JSON, as without a terminal."
+        )
+        sys.argv[1:] = _with_underscores(sys.argv[1:], flags.FLAGS.__contains__)
     except (flags.Error, ValueError, OSError) as error:  # as --config.a=X behind --config.a.b
         fail(str(error))
     if wants_help:
@@ -143,7 +149,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
             with _pipe_may_close():
                 result = module.main(argv)
                 if result is not None:
-                    print(json_line(result), flush=True)
+                    show(result, getattr(module, "summary", tables.fields)(result))
         except (ValueError, OSError) as error:
             fail(told(error))
         except RuntimeError as error:
@@ -152,6 +158,29 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
             fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {error}")
 
     app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
+
+
+def wants_json() -> bool:
+    """Whether results are lines of JSON: without a terminal, and with --json."""
+    return ("json" in flags.FLAGS and flags.FLAGS.json) or not sys.stdout.isatty()
+
+
+def show(result: Any, lines: Sequence[str]) -> None:
+    """Prints a command's result: on a terminal these lines, which fit on a screen. Otherwise the
+    result as JSON, the last line of standard output; the lines go to standard error then, unless
+    --json asks for nothing else."""
+    if not wants_json():
+        print("\n".join(lines), flush=True)
+        return
+    if not ("json" in flags.FLAGS and flags.FLAGS.json):
+        for line in lines:
+            say(line)
+    print(json_line(result), flush=True)
+
+
+def show_one(result: Any, line: str) -> None:
+    """Prints one of many results, such as a caption: on a terminal the line, otherwise JSON."""
+    print(json_line(result) if wants_json() else line, flush=True)
 
 
 def json_line(result: Any, encoding: str | None = None) -> str:
@@ -243,9 +272,7 @@ def help_text(name: str, module: Any) -> str:
         note = flag.help.split(";\n")[0]  # absl adds that a flag may be repeated
         lines += textwrap.wrap(note, 98, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
-        lines += ["", "Recipes for --config:"]
-        for recipe, text in recipes.names().items():
-            lines += textwrap.wrap(f"  {recipe:24s}{text}", 98, subsequent_indent=" " * 26)
+        lines += ["", "`coca-jax train --recipes` lists the recipes for --config."]
     return "\n".join(lines)
 
 
@@ -253,8 +280,27 @@ def _own_flags(module: Any) -> list[flags.Flag]:
     """The flags that the command defines, or takes over from others in `SHARES_FLAGS_OF`; none of
     the libraries'."""
     names = [module.__name__, *getattr(module, "SHARES_FLAGS_OF", ())]
-    names += [engines.__name__, recipes.__name__, own_data_flags.__name__]
+    names += [engines.__name__, recipes.__name__, own_data_flags.__name__, __name__]
     return [flag for name in names for flag in flags.FLAGS.get_flags_for_module(name)]
+
+
+def _with_underscores(arguments: Sequence[str], known: Callable[[str], bool]) -> list[str]:
+    """Command line arguments with --dry-run as --dry_run, for the flags that are known by that
+    name. Values stay as they are, and all behind '--'."""
+    found = []
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return [*found, *arguments[number:]]
+        match = re.fullmatch(r"(--?)([a-z][\w.-]*)(=.*)?", argument, re.DOTALL)
+        if match and "-" in match[2]:
+            name = match[2].replace("-", "_")
+            if not known(name) and name.startswith("no_") and known(name[3:]):
+                name = f"no{name[3:]}"  # as absl spells it
+                argument = f"{match[1]}{name}{match[3] or ''}"
+            elif known(name):
+                argument = f"{match[1]}{name}{match[3] or ''}"
+        found.append(argument)
+    return found
 
 
 def _from_home(argument: str) -> str:

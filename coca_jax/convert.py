@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from absl import flags, logging
 
 from coca_jax import cli, export_format
 from coca_jax.config import Model, checks, read
+from coca_jax.console import tables
 from coca_jax.data import bounded_json, files
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.vocabulary import clip_bpe
@@ -334,6 +336,18 @@ def _check_out(source: str, out: str) -> None:
     if place in (given, os.path.dirname(given)) and os.path.exists(given):
         raise ValueError(f"--out={out} is the folder of --input={source}; give another one")
     out_folder.check_model(out)
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """What was written, and how to use it."""
+    lines = tables.fields(result)
+    if result["format"] == "coca_jax":
+        out = shlex.quote(result["out"])
+        lines += tables.next_commands(
+            f"coca-jax caption --checkpoint={out} IMAGE_OR_FOLDER",
+            f"coca-jax evaluate --checkpoint={out} --data=DATA --out=SCORES",
+        )
+    return lines
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -14,16 +14,19 @@ Examples:
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import posixpath
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from coca_jax import cli
+from coca_jax.console import tables
 from coca_jax.data import files, formats
 from coca_jax.evaluators import declarations
 from coca_jax.evaluators.declarations import Flag
@@ -148,7 +151,9 @@ def kinds_of_flags(data: Mapping[str, Any]) -> list[str]:
     args, kinds, usual = flags.FLAGS, declarations.kinds(), usual_kinds()
     for kind in args.tasks or ():
         if kind not in kinds:
-            raise ValueError(f"--tasks={kind}: choose from {', '.join(kinds)}")
+            near = difflib.get_close_matches(kind, kinds, n=1)
+            guess = f"did you mean {near[0]}? The tasks are" if near else "choose from"
+            raise ValueError(f"--tasks={kind}: {guess} {', '.join(kinds)}")
     found = declarations.suited(args.tasks or usual, data)
     for kind in args.tasks or ():
         if kind not in found:
@@ -302,6 +307,20 @@ def compare(outs: Sequence[str]) -> dict[str, Any]:
     return dict(base=outs[0], rows=rows)
 
 
+def summary(scores: dict[str, Any]) -> list[str]:
+    """The headline scores and where all are; --suite and --compare print tables of their own."""
+    args = flags.FLAGS
+    if args.suite or args.compare:
+        return []
+    from coca_jax.report import terminal
+
+    out = args.out or args.checkpoint
+    lines = [*terminal.score_table(scores), f"all scores: {out.rstrip('/')}/eval.json"]
+    if (storage.place(out) / "metrics.jsonl").exists():
+        lines += tables.next_commands(f"coca-jax report {shlex.quote(out)}")
+    return lines
+
+
 @unprepared.looked_through_once()
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
@@ -325,7 +344,6 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         cli.say(f"loading {args.checkpoint}")
     import jax
 
-    from coca_jax.evaluators import results
     from coca_jax.machine import processes
     from coca_jax.training import stopping
 
@@ -338,8 +356,6 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             jax.distributed.shutdown()
     if not first:
         return None
-    for line in results.table(scores):
-        print(line)
     return scores
 
 

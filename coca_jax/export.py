@@ -32,6 +32,7 @@ Examples:
 from __future__ import annotations
 
 import posixpath
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from absl import flags
 
 import coca_jax
 from coca_jax import cli, export_format
+from coca_jax.console import tables
 from coca_jax.files import out_folder, sealed_json, storage
 from coca_jax.interop import hub
 
@@ -117,6 +119,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "run here"
         )
     return _told(files) | dict(differences=differences)
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Where the model is, and how to use it. The files are printed before."""
+    lines = [f"wrote {result['out']} ({result['bytes'] / 2**20:,.1f} MiB)"]
+    if "url" in result:
+        lines.append(f"uploaded to {result['url']}")
+    if flags.FLAGS.format == "folder":
+        out = shlex.quote(result["out"])
+        lines += tables.next_commands(f"coca-jax caption --checkpoint={out} IMAGE_OR_FOLDER")
+    return lines
 
 
 def _scores(model: CoCaModel) -> dict[str, Any]:

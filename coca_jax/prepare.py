@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from absl import flags
 
 from coca_jax import cli, engines, recipes
 from coca_jax.config import Config, Recipe, checks, typed
+from coca_jax.console import tables
 from coca_jax.data import files, formats, images, order, sources, stages, vocabulary
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.random_access import read_whole_texts
@@ -123,7 +125,6 @@ def train_vocabulary(
         for _, record in read_whole_texts(source, picked):
             texts.extend(record.texts or [", ".join(record.labels)])
     trained = vocabulary.train(texts, size, out, kind=kind)
-    print(f"{trained.size} pieces from {len(texts)} texts -> {out}")
     return dict(pieces=trained.size, sentences=len(texts), sha256=trained.checksum, out=out)
 
 
@@ -265,6 +266,31 @@ def _define_other_uses() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace a split, or a vocabulary, that is there.")
 
 
+def summary(result: dict[str, Any]) -> list[str]:
+    """What was written, and how to train on it."""
+    if "examples" in result:  # of `inspect`, which has printed them
+        return []
+    if "pieces" in result:
+        return [f"{result['pieces']} pieces from {result['sentences']} texts -> {result['out']}"]
+    if "waiting" in result:
+        return []
+    out = result["out"]
+    if "splits" in result:
+        each = result["splits"].items()
+        written = ", ".join(f"{one['written']:,} -> [{split}]" for split, one in each)
+        lines = [f"{result['read']:,} examples, by the field 'split': {written}; {out}"]
+    else:
+        line = f"{result['written']:,} of {result['read']:,} examples -> {out}"
+        if held := result.get("held_out"):
+            line += f" [{result['split']}], {held['written']:,} -> [{held['split']}]"
+        lines = [line]
+    data = shlex.quote(out)
+    return lines + tables.next_commands(
+        f"coca-jax fit {data} --workdir=FOLDER",
+        f"coca-jax train --config=NAME --data={data} --workdir=FOLDER",
+    )
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command."""
     if argv[1:] == ["vocabulary"]:
@@ -359,15 +385,10 @@ def _write(
         result = prepare(*where, **keywords)
         if "waiting" in result:
             return _told(result)
-        print(f"{result['written']} of {result['read']} examples -> {result['out']}")
         return result
     result, held = prepare_with_holdout(*where, flags.FLAGS.holdout, **keywords)
     if "waiting" in result:
         return _told(result)
-    print(
-        f"{result['written']} of {result['read']} examples -> {result['out']} "
-        f"[{result['split']}], {held['written']} -> [{held['split']}]"
-    )
     return result | {"held_out": held}
 
 
@@ -391,8 +412,6 @@ def _write_told(
     if any("waiting" in result for result in results.values()):
         counts = {k: sum(result[k] for result in results.values()) for k in ("waiting", "shards")}
         return _told(told | counts)
-    written = ", ".join(f"{one['written']} -> [{split}]" for split, one in results.items())
-    print(f"{told['read']} examples, by the field 'split': {written}; {told['out']}")
     return told
 
 

@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,19 @@ from coca_jax.config.section import is_value, nearest, whole_dict
 FOLDER = pathlib.Path(coca_jax.configs.__path__[0])
 PARTS = ("__init__", "base", "adapt")  # what recipes are made of
 HELP = "Recipe: a name, configs/NAME.py or a file of your own; then :ARGUMENT if it takes one."
+GROUPS = {
+    "quick starts": ("tiny", "demo", "emoji", "tuxpaint", "fashion_mnist", "easy_vqa"),
+    "training from scratch": (
+        *("coca_224", "coca_base", "coca_large", "coca_2b"),
+        *("coca_2026_small", "coca_2026_base", "coca_2026_large"),
+    ),
+    "fine-tuning": (
+        *("finetune_open_clip", "locked_captioner", "coco_captions", "vqa", "nlvr2", "snli_ve"),
+        *("imagenet_finetune", "imagenet_frozen", "kinetics_finetune", "kinetics_frozen"),
+        *("fashion_mnist_finetune", "fashion_mnist_frozen", "tuxpaint_tuned"),
+        *("emoji_reinforced", "animated_emoji"),
+    ),
+}
 
 # Names of keys, the first being ours, and what other programs call the same.
 SAME = (
@@ -52,6 +66,21 @@ def names() -> dict[str, str]:
             text = ast.get_docstring(ast.parse(path.read_text())) or ""
             found[path.stem] = re.split(r"\.\s|\n\n", " ".join(text.split()) + " ")[0].rstrip(". ")
     return found
+
+
+def listing() -> list[str]:
+    """The recipes of the package by what they are for, one a line."""
+    left, lines = names(), []
+    groups = {title: [name for name in group if name in left] for title, group in GROUPS.items()}
+    groups["others"] = [
+        name for name in left if not any(name in group for group in groups.values())
+    ]
+    for title, group in groups.items():
+        if group:
+            lines.append(f"{title}:")
+        for name in group:
+            lines.append(f"  {name:24s}{textwrap.shorten(left[name], 72, placeholder=' ...')}")
+    return lines
 
 
 def find(name: str) -> pathlib.Path:

@@ -7,7 +7,8 @@
   duplicates          groups of pictures that look alike
   clusters            groups of pictures of a kind
 
-Every find is a JSON line; the last line sums up.
+Every result is a line, and the last line gives counts; without a terminal, or with --json, all of
+them are JSON.
 
 Examples:
   coca-jax search index photos/ --checkpoint=runs/demo --out=photos.index
@@ -32,6 +33,7 @@ from coca_jax.console import activity
 from coca_jax.data import formats
 from coca_jax.files import local_files, storage
 
+SHOWN = 3  # images of a cluster that a terminal shows
 OPERANDS = "pictures, folders and texts"
 # Flags that some of the commands have alone.
 _OF = (
@@ -221,7 +223,8 @@ def _query(wanted: list[str]) -> dict[str, Any]:
     ordered = [weight for _, weight in pairs]
     found = index.search(index.query(model, texts, images, ordered), flags.FLAGS.k)
     for one in found:
-        print(cli.json_line(one), flush=True)
+        caption = f"  {one['caption']}" if one["caption"] else ""
+        cli.show_one(one, f"{one['rank']:3d}  {one['score']:.4f}  {one['image']}{caption}")
     return dict(texts=texts, images=images, found=len(found), pictures=len(index.names))
 
 
@@ -265,7 +268,8 @@ def _duplicates(rest: list[str]) -> dict[str, Any]:
 
     groups = alike.duplicates(index, flags.FLAGS.threshold, progress=True)
     for rows in groups:
-        print(cli.json_line(dict(images=[index.names[row] for row in rows])))
+        names = [index.names[row] for row in rows]
+        cli.show_one(dict(images=names), "  ".join(names))
     extra = sum(len(rows) - 1 for rows in groups)
     return dict(groups=len(groups), duplicates=extra, pictures=len(index.names))
 
@@ -279,7 +283,9 @@ def _clusters(rest: list[str]) -> dict[str, Any]:
         found = alike.clusters(index, count, flags.FLAGS.seed)
     for one in found:
         names = [index.names[row] for row in one["rows"]]
-        print(cli.json_line(dict(size=len(names), images=names)))
+        more = f"  and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+        line = f"{len(names):,} images: {'  '.join(names[:SHOWN])}{more}"
+        cli.show_one(dict(size=len(names), images=names), line)
     return dict(clusters=len(found), pictures=len(index.names))
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from absl import flags
 
 from coca_jax import cli, extras, image_shape
+from coca_jax.console import tables
 from coca_jax.data import files
 
 SHORTEST_KEY = 16  # letters
@@ -98,7 +99,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     ended = batcher.stop(left)
     result = dict(requests=numbers.answered, seconds=round(time.time() - start, 2))
     if not ended:  # Python crashes where it ends beside a thread that compiles
-        print(cli.json_line(result), flush=True)
+        cli.show(result, tables.fields(result))
         os._exit(0)
     return result
 

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before all other imports: a request to stop may co
 
     start.begin()
 
+import shlex  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -31,6 +32,7 @@ from absl import flags  # noqa: E402
 
 from coca_jax import cli, own_data_flags, recipes  # noqa: E402
 from coca_jax.config import Recipe  # noqa: E402
+from coca_jax.console import tables  # noqa: E402
 from coca_jax.data import files, formats, own_folders  # noqa: E402
 from coca_jax.files import out_folder, storage  # noqa: E402
 
@@ -47,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
     own_data_flags.define()
     recipes.define_flag()
+    flags.DEFINE_bool("recipes", False, "List the recipes for --config, and train nothing.")
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
     flags.DEFINE_integer("process_id", -1, "This process's number, from 0.", -1)
@@ -69,14 +72,35 @@ def refuse_data(workdir: str) -> None:
         )
 
 
+def summary(result: dict[str, Any]) -> list[str]:
+    """The scores, where the results are, and what may be done next."""
+    from coca_jax.report import terminal
+
+    run = shlex.quote(result["workdir"])
+    page = f"   report: {result['report']}" if "report" in result else ""
+    skipped = f", {result['skipped_steps']:,} skipped" if result["skipped_steps"] else ""
+    return [
+        *terminal.score_table(result),
+        f"trained {result['steps']:,} steps{skipped} in {result['workdir']}{page}",
+        *tables.next_commands(
+            f"coca-jax caption --checkpoint={run} IMAGE_OR_FOLDER",
+            f"coca-jax evaluate --checkpoint={run} --data=DATA",
+            f"coca-jax export --checkpoint={run} --out=FOLDER",
+        ),
+    ]
+
+
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
+    if flags.FLAGS.recipes:
+        print("\n".join(recipes.listing()))
+        return None
     if len(argv) > 1:
         flag = "config" if flags.FLAGS.config is None else "data"
         raise ValueError(f"unexpected argument {argv[1]!r}; give --{flag}={argv[1]}")
     if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
         raise ValueError(
-            "give --config=NAME and --workdir=DIR; `coca-jax train --help` lists the recipes"
+            "give --config=NAME and --workdir=DIR; `coca-jax train --recipes` lists the recipes"
         )
     recipes.check_weights(flags.FLAGS.config)
     recipes.check_trackers()

@@ -1,11 +1,14 @@
 """The command `coca-jax`: its list, help, first words and what each command does without JAX."""
 
+import contextlib
 import importlib
 import importlib.util
 import io
 import json
 import logging
 import os
+import pathlib
+import pty
 import runpy
 import subprocess
 import sys
@@ -191,7 +194,6 @@ OTHER_NAMES = {  # of flags, as other commands and programs have them; what is s
     "train --max_len=4": "the key of the recipe is --config.model.text.max_len=4",
     "train --lr=3e-4": "the key of the recipe is --config.optimizer.learning_rate=3e-4",
     "train --batch-size=64": "the key of the recipe is --config.batch_size=64",
-    "evaluate --batch-size=64": "did you mean --batch_size?",
     "convert --out_put=x": "did you mean --out?",
     "report --colour=red": "--help lists the flags",
     "blend --compare=a,b": "--help lists the flags",
@@ -255,7 +257,62 @@ def test_help_is_quick_complete_and_no_failure(name, helped):
     assert "Examples:" in text and f"  coca-jax {name} " in text
     flags = {argument.split("=")[0] for argument in STARTS[name] if argument.startswith("--")}
     assert all(f"\n  {flag}" in text for flag in flags)
-    assert ("coca_large" in text) == (name in ("train", "compile", "benchmark", "prepare"))
+    assert ("train --recipes" in text) == (name in ("train", "compile", "benchmark", "prepare"))
+    assert "\n  --json=" in text and "coca_large" not in text
+
+
+def test_recipes_are_listed_in_one_place_on_a_screen(light, tmp_path):
+    status, text, errors = light(tmp_path, {"train": ["--recipes"]})["train"]
+    assert status == 0 and not errors
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+    assert sorted(listed) == sorted(recipes.names()) and "others:" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_flags_have_dashes_or_underscores_and_values_stay(commands, tmp_path):
+    write_tar(tmp_path / "a-b.tar", 0, 3)
+    out = "--out=my-out-put"
+    done = commands.run(
+        ["prepare", "--input=a-b.tar", "--in-place", "--no-overwrite", out], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-out-put").exists()
+    done = commands.run(["compile", "--config=tiny", "--config.batch-size=x-y"], tmp_path)
+    assert done.returncode == 2 and "batch_size" in done.stderr and "x-y" in done.stderr
+
+
+def on_terminal(arguments, folder):
+    """(Exit status, what a command prints on a terminal)."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    ours, its = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "coca_jax", *arguments],
+        stdout=its,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    ) as process:
+        os.close(its)
+        found = b""
+        with contextlib.suppress(OSError):  # how a terminal ends on Linux
+            while data := os.read(ours, 4096):
+                found += data
+        os.close(ours)
+    return process.returncode, found.decode().replace("\r\n", "\n")
+
+
+def test_results_are_json_except_on_a_terminal(commands, tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    status, shown = on_terminal(["prepare", "--input=a.tar", "--out=shown"], tmp_path)
+    first, following, *commands_shown = shown.splitlines()
+    assert status == 0 and first == "3 of 3 examples -> shown" and following == "next:"
+    assert commands_shown[0] == "  coca-jax fit shown --workdir=FOLDER" and "{" not in shown
+    given = ["prepare", "--input=a.tar", "--out=forced", "--json"]
+    status, shown = on_terminal(given, tmp_path)
+    assert status == 0 and json.loads(shown)["written"] == 3
+    done = commands.run(["prepare", "--input=a.tar", "--out=piped"], tmp_path)
+    assert json.loads(done.stdout)["written"] == 3 and done.stdout.count("\n") == 1
+    assert "3 of 3 examples -> piped" in done.stderr.splitlines()
 
 
 WRITERS = {

@@ -11,6 +11,7 @@ import pytest
 
 from coca_jax.evaluators import intervals, results, unfinished
 from coca_jax.evaluators.writing import Writing
+from coca_jax.report import terminal
 
 
 def test_intervals_of_other_figures_agree_with_theory():
@@ -207,13 +208,20 @@ def test_a_damaged_file_is_set_aside_and_ends_nothing(tmp_path, caplog, harm):
     assert told[0].endswith(f": set aside as {tmp_path}/eval.json.damaged and begun anew")
 
 
-def test_the_table_for_people_has_a_line_a_score_with_its_interval_and_count():
-    scores = {"a/b/r1": 0.5, "a/b/r1_low": 0.4, "a/b/r1_high": 0.6, "a/b/r1_count": 1200.0}
-    lines = results.table(scores | {"a/b/num_examples": 1200.0})
-    assert [line.split() for line in lines] == [
-        ["a/b/r1", "0.5000", "[0.4000,", "0.6000]", "of", "1,200"],
-        ["a/b/num_examples", "1,200"],
-    ]
+def test_the_table_of_a_terminal_has_headlines_with_intervals_and_baselines_on_a_screen():
+    key = "zero_shot/pets_test/top1"
+    scores = {key: 0.348, f"{key}_low": 0.3, f"{key}_high": 0.4, f"{key}_count": 1200.0}
+    scores |= {"zero_shot/pets_test/mean_per_class": 0.2, "steps": 100, "report": "a/report.html"}
+    scores |= {f"{key}_chance": 0.045, f"{key}_majority": 0.33}
+    header, task, row, *_ = terminal.score_table(scores)
+    assert header.split() == ["score", "95%", "interval", "chance", "majority", "examples"]
+    assert task == "Zero-shot, pets_test" or "pets_test" in task
+    assert row.split()[-7:] == ["34.8%", "30.0", "to", "40.0%", "4.5%", "33.0%", "1,200"]
+    assert "chance" not in terminal.score_table({key: 0.348})[0]
+    many = {f"zero_shot/set_{n}/{m}": 0.5 for n in range(30) for m in ("top1", "top5")}
+    lines = terminal.score_table(many)
+    assert len(lines) == terminal.MOST_ROWS + 2 and lines[-1] == "and 12 more rows in eval.json"
+    assert max(map(len, lines)) <= 80 and terminal.score_table({"steps": 3}) == []
 
 
 @pytest.mark.parametrize(

@@ -79,21 +79,6 @@ def kept(path: Any, **needs: type) -> dict[str, Any]:
         return {}
 
 
-def table(scores: Mapping[str, float]) -> list[str]:
-    """Lines for people: a score each, with its 95% interval and count where it has them."""
-    lines = []
-    for key, value in scores.items():
-        if key.endswith(("_low", "_high", "_count")):
-            continue
-        digits = 0 if key.rpartition("/")[2].startswith(("num_", "unknown_")) else 4
-        line = f"{key:60s} {value:10,.{digits}f}"
-        if f"{key}_count" in scores:
-            low, high = scores[f"{key}_low"], scores[f"{key}_high"]
-            line += f"  [{low:.4f}, {high:.4f}] of {scores[f'{key}_count']:,.0f}"
-        lines.append(line)
-    return lines
-
-
 def save_examples(workdir: str | os.PathLike[str], name: str, examples: Mapping[str, Any]) -> None:
     """Merges an evaluator's `examples` into `workdir`/eval_examples.json under its name."""
     _merge(storage.place(workdir) / "eval_examples.json", {name: examples}, sort=False)

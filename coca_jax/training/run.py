@@ -15,7 +15,6 @@ from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import stages
 from coca_jax.data.features import Features
-from coca_jax.evaluators import results
 from coca_jax.files import local_files, out_folder, storage
 from coca_jax.importers import asked, indexes
 from coca_jax.training import (
@@ -123,8 +122,6 @@ def train_alone(
         good.close()
         report(run)
         raise
-    for line in results.table({k: v for k, v in scores.items() if "/" in k}):
-        run.say(line)
     if best is not None:
         run.say(best.line(checkpoints.steps(), checkpoints.directory))
     summary = {"workdir": str(workdir), "steps": run.steps, "skipped_steps": int(state.skipped)}
