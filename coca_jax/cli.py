@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import gc
 import importlib
 import importlib.util
@@ -26,8 +25,8 @@ from absl import app, flags, logging
 
 import coca_jax
 from coca_jax import engines, extras, own_data_flags, recipes
-from coca_jax.console import activity, quiet, tables
-from coca_jax.files import local_files
+from coca_jax.console import activity, notes, quiet, tables
+from coca_jax.files import local_files, storage
 from coca_jax.inference.generation import settings
 from coca_jax.machine import compile_cache
 from coca_jax.training import start, stopping
@@ -53,7 +52,6 @@ CHECKPOINT = (  # what --checkpoint takes
     "A run, an export or open_clip weights; or a name: hf-hub:org/name, coca_ViT-L-14:TAG."
 )
 FOLDERS = ("workdir", "out")  # flags that name where a command writes
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
 # Python looks for garbage after 700 new objects, or 2,000. A traced model is some hundred thousand
 # that stay, and to look through them again and again takes a tenth of a start.
@@ -142,6 +140,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
             quiet.checkpoints()
+        quiet.plain_warnings()
         # One process that was given a coordinator speaks through Gloo too.
         if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 0:
             quiet.standard_output()
@@ -152,7 +151,9 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
                     show(result, getattr(module, "summary", tables.fields)(result))
         except (ValueError, OSError) as error:
             fail(told(error))
-        except RuntimeError as error:
+        except Exception as error:
+            if storage.is_disk_full(error):
+                fail(told(error))
             if "Unable to initialize backend" not in str(error):
                 raise
             fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {error}")
@@ -168,7 +169,8 @@ def wants_json() -> bool:
 def show(result: Any, lines: Sequence[str]) -> None:
     """Prints a command's result: on a terminal these lines, which fit on a screen. Otherwise the
     result as JSON, the last line of standard output; the lines go to standard error then, unless
-    --json asks for nothing else."""
+    --json asks for nothing else. Warnings that matter for the result follow it."""
+    lines = [*lines, *notes.take()]
     if not wants_json():
         print("\n".join(lines), flush=True)
         return
@@ -253,11 +255,13 @@ def fail(text: str) -> NoReturn:
 
 
 def told(error: Exception) -> str:
-    """What went wrong; where a disk is full and the system names no file, also what the command
-    was writing."""
+    """What went wrong. A full disk is called that, with the file, or what the command writes where
+    the system names no file."""
+    if not storage.is_disk_full(error):
+        return str(error)
     given = [f"--{name}={flags.FLAGS[name].value}" for name in FOLDERS if name in flags.FLAGS]
-    full = isinstance(error, OSError) and error.errno in FULL and not error.filename
-    return f"{error}, while {given[0]} was written" if full and given else str(error)
+    place = getattr(error, "filename", None) or (given[0] if given else "")
+    return f"{place}{': ' if place else ''}the disk is full. Make room and run the command again."
 
 
 def help_text(name: str, module: Any) -> str:
@@ -331,13 +335,16 @@ def parse_flags(argv: Sequence[str], module: Any) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         fail(_unknown_flag(error.flagname, argv, module))
     except flags.IllegalFlagValueError as error:
-        fail(_of_number(recipes.explain(str(error))))
+        fail(_plain_value_error(recipes.explain(str(error))))
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
         fail(str(error).replace("\\'", "'").replace("\\n", " "))
 
 
-def _of_number(text: str) -> str:
-    """absl's line for a value that is no number, without Python's words; others as they are."""
+def _plain_value_error(text: str) -> str:
+    """absl's line for a value that is not a number or not among the choices, in plain words; others
+    as they are."""
+    if match := re.match(r"flag (--\w+=.*): value should be one of <(.*)>$", text, re.DOTALL):
+        return f"{match[1]}: give {' or '.join(match[2].split('|'))}"
     pattern = r"flag (--\w+=.*): (invalid literal for int|could not convert string to float)"
     if not (match := re.match(pattern, text, re.DOTALL)):
         return text

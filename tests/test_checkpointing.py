@@ -233,8 +233,8 @@ def test_of_several_damaged_steps_each_is_told_and_the_loss_once(workdir):
     assert_equal(state, state_of(3))
     for number, line in zip((9, 5), lines):
         params = workdir / f"checkpoints/{number}/params"
-        assert line.startswith(f"checkpoint {number} is damaged ({params} cannot be read: ")
-        assert "ValueError: OUT_OF_RANGE: Error reading Byte range" in line
+        says = f"checkpoint {number} is damaged ({params} cannot be read: a file is truncated"
+        assert line.startswith(says) and "OUT_OF_RANGE" not in line
     assert lines[2:] == ["going on from step 3, 6 steps are trained again"]
 
 
@@ -246,7 +246,16 @@ def test_an_error_of_a_library_is_told_without_its_insides():
     assert saved_items.first_line(outside) == "Exception: Encountered error"
     outside.__cause__ = inside
     assert saved_items.first_line(outside) == "ValueError: DATA_LOSS: Error decoding x: CRC"
-    assert saved_items.first_line(OSError(28, "No space left")).endswith("No space left")
+    assert saved_items.first_line(OSError(28, "No space left")) == "the disk is full"
+    exhausted = (
+        'RESOURCE_EXHAUSTED: Error writing "a/0" in OCDBT database at local file "/x/": Fail'
+    )
+    outside.__cause__ = ValueError(exhausted)
+    assert saved_items.first_line(outside) == "the disk is full"
+    assert (
+        saved_items.first_line(ValueError("RESOURCE_EXHAUSTED: Out of memory"))
+        != "the disk is full"
+    )
     assert saved_items.first_line(RuntimeError()) == "RuntimeError"
 
 

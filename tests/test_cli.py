@@ -102,6 +102,16 @@ def test_ctrl_c_while_commands_are_imported_is_a_line():
     assert (done.returncode, done.stderr) == (130, "ended by Ctrl-C\n")
 
 
+def test_warnings_and_logs_are_plain_lines(commands, tmp_path):
+    code = "import sys, warnings; from coca_jax import cli, convert; from absl import logging\n"
+    code += "def main(argv):\n    logging.warning('a %s', 'file'); warnings.warn('a text')\n"
+    code += "    logging.error('no'); return {}\n"
+    code += "convert.main = main\nconvert.summary = lambda result: []\n"
+    code += "cli.command('convert', [])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "warning: a file\nwarning: a text\nerror: no\n" and done.stdout == "{}\n"
+
+
 def test_a_save_or_restore_that_fails_is_the_run_s_line_and_not_orbax_s(monkeypatch):
     absl, passed = logging.getLogger("absl"), []
     monkeypatch.setattr(absl, "filters", [])
@@ -400,6 +410,7 @@ LAST = "times, of which the last would count"
     [
         ("serve", ["--port=http"], "--port=http: give a whole number"),
         ("serve", ["--wait_ms=some: time"], "--wait_ms=some: time: give a number"),
+        ("caption", ["--dtype=float16"], "--dtype=float16: give float32 or bfloat16"),
         ("serve", ["--port=-1"], "--port=-1: -1 is not an integer in the range [0, 65535]"),
         ("caption", ["--checkpoint=a"] * 2, f"--checkpoint stands there 2 {LAST}; give one"),
         ("recaption", ["--checkpoint=a"] * 3, f"--checkpoint stands there 3 {LAST}; separate"),
@@ -451,7 +462,7 @@ def test_a_full_disk_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli._start("convert", ["--out=some/model", "--verbosity=0"])
     assert ended.value.code == 2
-    said = "error: [Errno 28] No space left on device, while --out=some/model was written\n"
+    said = "error: --out=some/model: the disk is full. Make room and run the command again.\n"
     assert capsys.readouterr().err.endswith(said)
-    assert cli.told(OSError(28, "full", "a/b")) == "[Errno 28] full: 'a/b'"
+    assert cli.told(OSError(28, "full", "a/b")).startswith("a/b: the disk is full.")
     assert cli.told(FileNotFoundError(2, "none")) == "[Errno 2] none"

@@ -21,6 +21,7 @@ from coca_jax import metrics, partitioning, run_config
 from coca_jax import prepare as command
 from coca_jax.checkpoints import checkpointing
 from coca_jax.config import typed
+from coca_jax.console import notes
 from coca_jax.data import vocabulary
 from coca_jax.importers.splits import prepare
 from coca_jax.metrics import read_metrics
@@ -160,7 +161,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
         path.write_bytes(data)
     train(tiny_run(), str(workdir))
     told = capfd.readouterr().err
-    assert "checkpoint 4 is damaged" in told and "2 steps are trained again" in told
+    (line,) = [line for line in told.splitlines() if "checkpoint 4 is damaged" in line]
+    assert line.startswith("warning: ") and "2 steps are trained again" in line
+    assert line in notes.take()  # it is repeated next to the result
     for a, b in zip(read_metrics(whole[0]), read_metrics(workdir), strict=True):
         assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
     want, got = (checkpointing.load_params(str(place))[0] for place in (whole[0], workdir))
@@ -205,6 +208,33 @@ def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, mon
     config.steps = 3  # which end before that
     train_alone(config, tmp_path / "short")
     assert "warning: 3 of 3 steps changed nothing, as their grad" in capsys.readouterr().err
+
+
+def test_a_refused_run_removes_its_files_and_leaves_what_was_there(tmp_path, monkeypatch, caplog):
+    config, refused = smallest_run(), ValueError("refused")
+    config.batch_size = 8
+    vocabulary.load(scenes_words()).save(str(tmp_path / "words.model"))
+    config.data.vocabulary = str(tmp_path / "words.model")
+    config.data.sources = (dict(builtin="scenes", kind="caption", limit=50),)
+
+    def refuse(*of):
+        raise refused
+
+    for place in ("memory.check", "hooks.Evaluation.catch_up", "open_batches"):
+        with monkeypatch.context() as patch:
+            owner, _, name = place.rpartition(".")
+            owner = f"coca_jax.training.{owner}" if owner else "coca_jax.training.run"
+            patch.setattr(f"{owner}.{name}", refuse)
+            with pytest.raises(ValueError, match="refused"):
+                run.train(typed(config), str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists(), place
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/notes.txt").write_text("mine")
+    monkeypatch.setattr("coca_jax.training.memory.check", refuse)
+    with pytest.raises(ValueError, match="refused"):
+        run.train(typed(config), str(tmp_path / "kept"))
+    assert os.listdir(tmp_path / "kept") == ["notes.txt"]
+    assert "no run began here" not in caplog.text
 
 
 def test_a_workdir_refuses_another_config(whole):

@@ -21,14 +21,21 @@ from coca_jax.checkpoints import lean_saves, save_barrier, saved_items, saved_re
 from coca_jax.checkpoints.saved_items import first_line
 from coca_jax.checkpoints.saved_record import Damaged
 from coca_jax.config import StoredConfig, read
-from coca_jax.console import activity
+from coca_jax.console import activity, notes
 from coca_jax.data import files, images
 from coca_jax.files import sealed_json, storage
 from coca_jax.training.state import TrainState, merge
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; those before it are untouched."""
+    """A checkpoint could not be written; those before it are untouched.
+
+    why: the reason, in a few words.
+    """
+
+    def __init__(self, text: str, why: str = ""):
+        super().__init__(f"{text}: {why}" if why else text)
+        self.why = why
 
 
 class Checkpoints:
@@ -95,7 +102,7 @@ class Checkpoints:
             if jax.process_count() > 1:  # the others wait inside it: only an end helps them
                 raise
             self._reopen()
-            raise SaveFailed(f"could not save step {step}: {first_line(error)}") from error
+            raise SaveFailed(f"could not save step {step}", first_line(error)) from error
 
     def busy(self) -> bool:
         """Whether a save is under way."""
@@ -116,7 +123,7 @@ class Checkpoints:
         self._reopen()
         elsewhere = problem is None or isinstance(problem, save_barrier.FailedElsewhere)
         why = str(problem or "on another process") if elsewhere else first_line(problem)
-        raise SaveFailed(f"could not finish a save in {self.directory}: {why}") from problem
+        raise SaveFailed(f"could not finish a save in {self.directory}", why) from problem
 
     def wait_for(self, step: int) -> None:
         """`wait`, and SaveFailed unless `step` is then among the whole ones."""
@@ -331,7 +338,9 @@ def load_step(path: str, shardings: Any = None) -> tuple[Any, StoredConfig, int]
         except Damaged as error:
             if step == steps[-1]:
                 raise
-            logging.warning("checkpoint %d is damaged (%s); the one before it is read", step, error)
+            line = f"checkpoint {step} is damaged ({error}); the one before it is read"
+            logging.warning(line)
+            notes.add(f"warning: {line}")
     raise AssertionError("find_steps gives at least one step")
 
 

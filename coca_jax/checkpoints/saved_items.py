@@ -15,6 +15,7 @@ from etils import epath
 
 from coca_jax.checkpoints import checksums, saved_record
 from coca_jax.checkpoints.saved_record import Damaged
+from coca_jax.files import storage
 
 
 def read(folder: epath.Path, item: str, target: Any) -> Any:
@@ -88,7 +89,7 @@ def _reading(path: epath.Path) -> Iterator[ocp.StandardCheckpointHandler]:
     except Exception as error:
         if not saved_record.is_damage(error):
             raise OSError(f"{path} cannot be read: {first_line(error)}") from error
-        raise Damaged(f"{path} cannot be read: {first_line(error)}") from error
+        raise Damaged(f"{path} cannot be read: a file is truncated, missing or changed") from error
     finally:
         handler.close()
 
@@ -100,6 +101,8 @@ _INSIDES = re.compile(r"\.? See full TensorStore details|,? \[(?:tensorstore_spe
 def first_line(error: BaseException) -> str:
     """What an error tells, in one line: of a chain of errors, as TensorStore writes them, the kind
     and the innermost one; of one that shows TensorStore's objects, what caused it."""
+    if storage.is_disk_full(error):
+        return "the disk is full"
     while "See full TensorStore details" in str(error) and error.__cause__ is not None:
         error = error.__cause__
     name = type(error).__name__

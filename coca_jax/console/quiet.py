@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+import absl.logging
+
 _OF_SAVES = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")  # of Orbax
 GOOGLE, ACCELERATORS = "0x1ae0", ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*")
 
@@ -33,6 +35,29 @@ def environment() -> None:
     if importlib.util.find_spec("libtpu") and not has_accelerator():
         # There for `compile` alone. JAX would start it, and it complains of the missing TPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+class PlainFormatter(logging.Formatter):
+    """'warning: text' in place of absl's prefix with a time, a thread and a source line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING or text.startswith(("warning: ", "error: ")):
+            return text
+        return f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {text}"
+
+
+def plain_warnings() -> None:
+    """Logs and Python's warnings are plain lines on standard error from now on."""
+    absl.logging.get_absl_handler().setFormatter(PlainFormatter())
+    former = warnings.formatwarning
+
+    def plain(message: Any, category: Any, filename: str, number: int, line: Any = None) -> str:
+        if category is UserWarning:  # ours; those of libraries name their place
+            return f"warning: {message}\n"
+        return former(message, category, filename, number, line)
+
+    warnings.formatwarning = plain
 
 
 class Lasting:

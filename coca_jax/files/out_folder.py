@@ -116,3 +116,34 @@ def gone_if_refused(workdir: str | os.PathLike[str]) -> Iterator[None]:
             with contextlib.suppress(OSError):  # something is in it, or it was not made
                 os.rmdir(folder)
         raise
+
+
+_OF_START = ("vocabulary.model", "config.json", "metrics.jsonl", "goodput.json", "trackers.json")
+
+
+@contextlib.contextmanager
+def cleaned_if_refused(
+    workdir: str | os.PathLike[str], main_process: bool = True
+) -> Iterator[None]:
+    """Removes the files that a new run wrote when a ValueError or OSError ends it before its first
+    logged step: the next one would find a vocabulary, and warn of it. Indexes and imported data
+    stay, as they take long to make. So does what was there before, and all of a run that began."""
+    folder = storage.place(workdir)
+    before = {name for name in _OF_START if (folder / name).exists()}
+    try:
+        yield
+    except (ValueError, OSError):
+        metrics, steps = folder / "metrics.jsonl", folder / "checkpoints"
+        begun = (
+            (metrics.exists() and metrics.stat().length)
+            or (steps.exists() and any(steps.iterdir()))
+            or any(folder.glob("skipped_step_*"))  # examples of a loss that is not finite
+        )
+        if main_process and "config.json" not in before and not begun:
+            with contextlib.suppress(OSError):
+                for name in _OF_START:
+                    if name not in before and (folder / name).exists():
+                        (folder / name).unlink()
+                if steps.exists():
+                    steps.rmdir()
+        raise

@@ -7,6 +7,7 @@ is there when a file is in it.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -35,6 +36,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file
 UNNAMED = re.compile(r"(.*)\.[0-9a-f]+\.new")  # what `unnamed` gives
 
 # gcsfs logs what it also raises, with a traceback, and a line a call where it may not ask for the
@@ -109,6 +111,19 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
         raise ValueError(f"{text}: {extras.remedy(EXTRAS[scheme])}")
     return epath.Path(text)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, says that there is no room for a file. TensorStore
+    reports that of a local file as RESOURCE_EXHAUSTED, without the system's number."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in FULL or "No space left on device" in text:
+            return True
+        if "RESOURCE_EXHAUSTED" in text and "local file" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -356,6 +371,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
         yield str(new)
         if new.exists():
             new.replace(target)
+    except OSError as error:
+        if error.filename in (str(new), new):  # nobody knows the temporary name
+            error.filename = str(target)
+        raise
     finally:
         new.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ Examples:
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if out:
         check_out(out)
     if len(folders) == 1:
-        path = write_report(folders[0], out or None)
+        try:
+            path = write_report(folders[0], out or None)
+        except OSError as error:
+            if out or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise ValueError(
+                f"{error.filename} cannot be written ({error.strerror}). Give another place for "
+                "the page: --out=report.html"
+            ) from None
     else:
         path = write_comparison(folders, out)
     print(f"wrote {path} ({path.stat().length / 1024:,.0f} KiB)")

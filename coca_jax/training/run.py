@@ -13,6 +13,7 @@ import jax
 from coca_jax import image_shape, metrics, partitioning, run_config
 from coca_jax.checkpoints import checkpointing
 from coca_jax.config import Config, Recipe, typed
+from coca_jax.console import notes
 from coca_jax.data import stages
 from coca_jax.data.features import Features
 from coca_jax.files import local_files, out_folder, storage
@@ -70,9 +71,11 @@ def train_on(
     # A program that calls `train` is not ended from here.
     hang = 60 * config.faults.hang_minutes if stop.watched else 0
     watching = watchdog.Watchdog(workdir, buckets, hang, process=jax.process_index())
+    first = jax.process_index() == 0
     with lease.held(workdir), contextlib.closing(watching):
         watching.start()
-        return train_alone(mesh, config, workdir, buckets, stop)
+        with out_folder.cleaned_if_refused(workdir, first):
+            return train_alone(mesh, config, workdir, buckets, stop)
 
 
 def train_alone(
@@ -295,8 +298,10 @@ def restore_or_begin(run: Run, checkpoints: checkpointing.Checkpoints) -> tuple[
         found = checkpoints.restore_newest(*target)
         if found is not None:
             state, start, lines = found
-            for line in lines:
+            if lines:
+                line = f"warning: {'; '.join(lines)}"
                 run.say(line)
+                notes.add(line)  # with the result, too
             return state, start
     run.begin("making the model")
     state = init_state(run.model, run.config, run.mesh)

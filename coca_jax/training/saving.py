@@ -75,7 +75,7 @@ class Save:
         self._run, self._checkpoints = run, checkpoints
         self._kept = self._begun = (start, int(state.skipped))  # of whole saves, of the last one
         self._interval = Interval(run, start)
-        self._failures, self._retry_at = 0, float("inf")
+        self._failures, self._retry_at, self._why = 0, float("inf"), ""
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` is to be kept."""
@@ -122,8 +122,8 @@ class Save:
         if last and self._kept[0] != step:
             newest = f"step {before} is the newest" if before else "no step is kept"
             raise SaveFailed(
-                f"step {step} could not be saved in {self._run.workdir}; {newest}; once the reason "
-                "above is mended, the same command goes on"
+                f"step {step} could not be saved in {self._run.workdir} ({self._why}); {newest}; "
+                "once that is mended, the same command goes on"
             )
         self._interval.saved(step, time.perf_counter() - begin)
         return step
@@ -143,7 +143,7 @@ class Save:
             return False
 
     def _note(self, error: SaveFailed) -> None:
-        self._begun = self._kept
+        self._begun, self._why = self._kept, error.why
         pause = RETRY[min(self._failures, len(RETRY) - 1)]
         self._failures += 1
         self._retry_at = time.monotonic() + pause
