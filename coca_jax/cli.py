@@ -291,7 +291,7 @@ def _own_flags(module: Any) -> list[flags.Flag]:
 def _with_underscores(arguments: Sequence[str], known: Callable[[str], bool]) -> list[str]:
     """Command line arguments with --dry-run as --dry_run, for the flags that are known by that
     name. Values stay as they are, and all behind '--'."""
-    found = []
+    found: list[str] = []
     for number, argument in enumerate(arguments):
         if argument == "--":
             return [*found, *arguments[number:]]

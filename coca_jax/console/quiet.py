@@ -52,10 +52,10 @@ def plain_warnings() -> None:
     absl.logging.get_absl_handler().setFormatter(PlainFormatter())
     former = warnings.formatwarning
 
-    def plain(message: Any, category: Any, filename: str, number: int, line: Any = None) -> str:
+    def plain(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
         if category is UserWarning:  # ours; those of libraries name their place
             return f"warning: {message}\n"
-        return former(message, category, filename, number, line)
+        return former(message, category, filename, lineno, line)
 
     warnings.formatwarning = plain
 
