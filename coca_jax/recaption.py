@@ -3,7 +3,8 @@
 Reads folders, tars ('data/{000..999}.tar', what img2dataset wrote), parquet, lists and prepared
 data; writes tars, parquet or ArrayRecord. Each image gets captions of each --checkpoint, --prompt
 and --how, with their log probabilities, contrastive scores and flags; the first checkpoint scores
-the original texts too. An image keeps the text of the best score, original or not (--text).
+the original texts too. A caption replaces the original text only if it scores higher by --margin,
+and never where captions collapse or scores hardly match the original texts (--text).
 Run the same command again after a kill: it goes on, and the output is the same to the byte.
 Images that cannot be read are listed in OUT/quarantine.jsonl.
 
@@ -50,6 +51,11 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "text", "better", requests.TEXTS, "Which texts an image keeps, by score; all: any."
     )
+    flags.DEFINE_float(
+        "margin",
+        Request.margin,
+        "With --text=better, how much higher a caption must score than the text it replaces.",
+    )
     flags.DEFINE_float("min_score", None, "Leave out texts of a lower cosine similarity.")
     flags.DEFINE_float("quantile", 0.0, "Leave out this share of what --text chooses, by score.")
     flags.DEFINE_bool("embeddings", False, "Write embeddings of images and texts, float16.")
@@ -89,6 +95,7 @@ def _request() -> Request:
         ways=tuple(args.how),
         prompts=tuple(args.prompt),
         text=args.text,
+        margin=args.margin,
         min_score=args.min_score,
         quantile=args.quantile,
         embeddings=args.embeddings,
@@ -140,6 +147,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return dict(out=request.out, shards=len(jobs), **told, seconds=seconds)
     if told["collapse"]["warning"]:
         cli.say(f"warning: {told['collapse']['warning']}")
+    if told.get("kept_by_alarm"):
+        cli.say(
+            f"warning: {told['kept_by_alarm']} of {told['with_original']} images keep their "
+            "original texts, as the model's captions or scores in their shards raise the alarm. "
+            "Use a model trained on images like these, or --text=synthetic."
+        )
     if told.get("with_original") == 0 and (field := request.options.text_field):
         cli.say(f"warning: {request.input}: --text_field={field}: no image has a text in it")
     told = {key: value for key, value in told.items() if key != "request"}

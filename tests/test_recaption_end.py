@@ -10,6 +10,7 @@ import resource
 import tarfile
 import threading
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_recaption_inputs import asked, encoded, tars  # noqa: F401
@@ -21,7 +22,7 @@ from coca_jax.engines import Engine
 from coca_jax.files import sealed_json
 from coca_jax.importers import metadata, parquet, splits
 from coca_jax.importers.items import Item, Options
-from coca_jax.recaptioning import running, shard, whole, writers
+from coca_jax.recaptioning import choose, running, shard, whole, writers
 from coca_jax.training import lease
 
 
@@ -85,7 +86,8 @@ def test_a_work_of_which_all_is_filtered_says_so(tars):  # noqa: F811
             for n, item in shard.selected(job)
         ]
         bad = [dict(key="bad", reason="unreadable_image", detail="no picture")]
-        part = dict(results=made, quarantined=bad, read=3, last=True)
+        part = dict(results=made, quarantined=bad, read=3, last=True, figures={})
+        part["digests"] = [str(n) for n in range(len(made))]
         sealed_json.write(f"{job.part}/part-00000.json", part)
     with pytest.raises(ValueError) as told:
         running.run(request, jobs, Engine(), say=print, progress=False)
@@ -273,7 +275,8 @@ def test_a_class_folder_whose_name_is_no_utf8_is_a_label(tmp_path, monkeypatch, 
     (job,) = jobs = whole.plan(request)
     said = dict(captions=[dict(text="a", flags=[], score=0.5)], originals=[])
     made = [dict(said, number=n, key=item.key) for n, item in shard.selected(job)]
-    part = dict(results=made, quarantined=[], read=2, last=True)
+    part = dict(results=made, quarantined=[], read=2, last=True, figures={})
+    part["digests"] = [str(n) for n in range(len(made))]
     sealed_json.write(f"{job.part}/part-00000.json", part)
     shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
     whole.finish(request, jobs, float("-inf"))
@@ -336,6 +339,60 @@ def test_a_list_with_a_row_a_caption_is_no_collapse(tmp_path, monkeypatch):
     told = do(asked("rows.csv", "out", "csv"))
     assert told["count"] == 240 and told["collapse"]["captions"] == 40
     assert told["collapse"]["distinct"] == 1 and told["collapse"]["warning"] == ""
+
+
+class Poor(Captioner):
+    """Scores its captions above the originals; every other one begins alike."""
+
+    def part(self, pictures, look):
+        found, told = super().part(pictures, look)
+        for one in found[::2]:
+            one["captions"][0] |= dict(text=f"a photo of {one['number']}")
+        return found, told
+
+
+class Mismatched(Captioner):
+    def part(self, pictures, look):
+        found, _ = super().part(pictures, look)
+        return found, dict(match=0.6 * len(pictures), matched=len(pictures))
+
+
+@pytest.mark.parametrize(
+    ("captioner", "why"),
+    [
+        (Poor, "50% of 40 captions begin with the same three words ('a photo of'; 0% of the"),
+        (Mismatched, "fits its own image better than another in 60% of cases (chance 50%"),
+    ],
+)
+def test_a_model_that_would_make_texts_worse_is_stopped_or_keeps_them(
+    tmp_path, monkeypatch, captioner, why
+):
+    """Of 600 human captions 222 were replaced by "a photo of ..." of a model outside its domain."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running, "Captioner", captioner)
+    rows = ["image,caption"]
+    for number in range(40):
+        pathlib.Path(f"{number}.png").write_bytes(encoded(number))
+        rows.append(f"{number}.png,words on {number}")
+    pathlib.Path("rows.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="stopped after 40 images") as told:
+        do(asked("rows.csv", "out", "csv"))
+    assert why in str(told.value) and "--text=synthetic" in str(told.value)
+    assert not pathlib.Path("out/recaption").exists()
+    told = do(asked("rows.csv", "out", "csv", text="synthetic"))  # where that is asked for
+    assert told["replaced"] == 40 and why in told["collapse"]["warning"]
+    # A later shard of a work keeps its originals, and the work goes on.
+    monkeypatch.setattr(shard, "_check_first", lambda job, request: None)
+    told = do(asked("rows.csv", "kept", "csv"))
+    assert (told["count"], told["replaced"], told["kept_by_alarm"]) == (40, 0, 40)
+
+
+def test_a_model_that_matches_texts_to_images_is_trusted():
+    eye = np.eye(4, dtype=np.float32)
+    assert choose.match(eye, eye, list("abcd")) == (4.0, 4)
+    assert choose.match(eye, eye[[1, 0, 2, 3]], list("abcd")) == (pytest.approx(7 / 3 + 1 / 3), 4)
+    assert choose.match(eye, eye, ["same"] * 4) == (0.0, 0)
+    assert choose.warning_of_match(0.5, 31) == choose.warning_of_match(0.75, 100) == ""
 
 
 def test_shards_are_tidied_many_at_a_time(tars, monkeypatch):  # noqa: F811

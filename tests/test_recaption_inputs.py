@@ -184,7 +184,7 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     made = dict(originals=[], captions=[dict(text="new", flags=["cut"], score=0.5)], key="")
-    kept = choose.kept(dict(made, originals=[dict(text="x", score=0.9)]), "synthetic", 0.0)
+    kept = choose.texts(dict(made, originals=[dict(text="x", score=0.9)]), "synthetic")
     assert kept == [("new", 0.5)]  # unsound, and beside an original
     items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(verify=False)))
     assert [item.texts for item in items] == [["in json"], ["in txt"]]
@@ -220,7 +220,7 @@ def test_a_blank_caption_is_never_kept():
         assert told == [("a bus", 0.21)]
     one = dict(originals=[original], captions=[blank])
     assert choose.texts(one, "better") == choose.texts(one, "all") == [(original["text"], 0.2)]
-    assert choose.kept(one, "synthetic", float("-inf")) == []
+    assert choose.texts(one, "synthetic") == []
 
 
 @pytest.mark.parametrize("score", ["nan", "inf", "-inf", "2.0", "-1.5"])
@@ -302,7 +302,8 @@ def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, mon
             | dict(originals=[])
             for n, item in shard.selected(job)
         ]
-        part = dict(results=made, quarantined=[], read=2, last=True)
+        part = dict(results=made, quarantined=[], read=2, last=True, figures={})
+        part["digests"] = [str(n) for n in range(len(made))]
         sealed_json.write(f"{job.part}/part-00000.json", part)
         shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
         whole.finish(request, jobs, float("-inf"))
@@ -352,7 +353,8 @@ def test_a_tar_lists_the_texts_of_an_image_that_keeps_one_too(tars, rule):
         | dict(captions=[dict(said[0], flags=[])])
         for n, item in shard.selected(job)
     ]
-    part = dict(results=made, quarantined=[], read=2, last=True)
+    part = dict(results=made, quarantined=[], read=2, last=True, figures={})
+    part["digests"] = [str(n) for n in range(len(made))]
     sealed_json.write(f"{job.part}/part-00000.json", part)
     shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
     with tarfile.open("out/00000.tar") as tar:

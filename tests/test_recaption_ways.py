@@ -108,10 +108,11 @@ def test_the_scores_of_many_shards_are_asked_for_at_once(monkeypatch):
     """A bucket takes tens of milliseconds for a part of a shard."""
     together = threading.Barrier(8)
 
-    def results(job):
+    def read_parts(job):
         together.wait(10)  # raises where fewer are under way
-        return [dict(originals=[dict(text="alt", score=job / 16)], captions=[])]
+        one = dict(originals=[dict(text="alt", score=job / 16)], captions=[])
+        return [dict(results=[one])]
 
-    monkeypatch.setattr(shard, "results", results)
+    monkeypatch.setattr(shard, "read_parts", read_parts)
     request = Request("in", format="webdataset", out="out", text="original", quantile=0.5)
     assert shard.threshold(list(range(16)), request) == 7.5 / 16

@@ -1,6 +1,7 @@
-"""Does a captioner say the same of everything? Three figures, and when they are a warning.
+"""Does a captioner say the same of everything? Four figures, and when they are a warning.
 
 distinct     share of the captions that differ from all others (after case and punctuation)
+same_start   share of the captions that begin with the same three words, the most common ones
 self_bleu    BLEU-4 of each caption with the others as its references, the mean (Zhu et al. 2018)
 image_gain   how much more probable captions are with their own images than with others' images:
              nats a token, the mean
@@ -21,6 +22,8 @@ TRIED = 64  # captions that an evaluation scores with another image too
 APART = 7  # places between an image and that other one: neighbours in a set are often alike
 LEAST = 32  # captions below which nothing is warned of
 LEAST_DISTINCT = 0.2  # of the share that the references have, or of 1 without references
+START_WORDS = 3
+MOST_SAME_START = 0.25  # share of captions; more is allowed where references begin so, too
 LEAST_GAIN = 0.01  # nats a token
 MOST = 2000  # captions that self-BLEU looks at
 
@@ -38,6 +41,26 @@ def distinct(texts: Sequence[str]) -> np.ndarray:
     said = [" ".join(caption_metrics.tokenize(text)) for text in texts]
     counts = collections.Counter(said)
     return np.array([1 / counts[one] for one in said])
+
+
+def start_of(text: str) -> str:
+    """The first three words of a text in lower case; '' of a shorter one."""
+    words = caption_metrics.tokenize(text)[:START_WORDS]
+    return " ".join(words) if len(words) == START_WORDS else ""
+
+
+def same_start(texts: Sequence[str]) -> tuple[str, np.ndarray]:
+    """The most common `start_of` the texts, and bool [N], whether each text begins with it."""
+    starts = [start_of(text) for text in texts]
+    counts = collections.Counter(start for start in starts if start)
+    most_common = counts.most_common(1)[0][0] if counts else ""
+    return most_common, np.array([bool(start) and start == most_common for start in starts])
+
+
+def begin_alike(captions: float, references: float) -> bool:
+    """Whether too many captions begin with the same words, by the shares of captions and references
+    that do. People's captions may begin alike ("a photo of"); then a model is right to do so."""
+    return captions > max(MOST_SAME_START, 2 * references + 0.1)
 
 
 def self_bleu(texts: Sequence[str]) -> np.ndarray:
@@ -113,14 +136,28 @@ def first_gains(
     return found
 
 
-def warning(figures: Mapping[str, float], count: int, of_references: float = 1.0) -> str:
+def warning(
+    figures: Mapping[str, float],
+    count: int,
+    of_references: float = 1.0,
+    *,
+    start: str = "",
+    start_of_references: float = 0.0,
+) -> str:
     """What to tell of `count` captions with these figures; '' where nothing is wrong.
 
-    of_references: the distinct share of what people say of the same images.
+    of_references: the distinct share of what people say of the same images. start: the three words
+    of `same_start`; start_of_references: the share of the references that begin with them.
     """
     if count < LEAST:
         return ""
     said = []
+    same_start = figures.get("same_start", 0.0)
+    if begin_alike(same_start, start_of_references):
+        said.append(
+            f"{same_start:.0%} of {count} captions begin with the same three words ({start!r}; "
+            f"{start_of_references:.0%} of the references do)"
+        )
     least = LEAST_DISTINCT * of_references
     if figures["distinct"] < least:
         said.append(

@@ -19,7 +19,7 @@ from coca_jax.evaluators.same_images import content_digest, firsts
 from coca_jax.importers.items import Item
 from coca_jax.inference import two_towers
 from coca_jax.inference.texts import without_halves
-from coca_jax.recaptioning import flags
+from coca_jax.recaptioning import choose, flags
 from coca_jax.recaptioning.request import Request, way
 
 _LOOKED_AT = 64  # images whose captions are tried with each other's images
@@ -104,8 +104,9 @@ class Captioner:
         """What is kept of each image: number, key, captions (text, log_prob, tokens, score, flags,
         checkpoint, prompt and way by their numbers), originals (text, score), embeddings.
 
-        look: also what the first captions of some images tell of a model that says the same of
-        all (gain, tokens); else {}.
+        Besides how well the model matches the originals (match, matched: `choose.match`) and, with
+        `look`, what the first captions of some images tell of a model that says the same of all
+        (gain, tokens).
         """
         if not pictures:
             return [], {}
@@ -145,9 +146,19 @@ class Captioner:
                 result["image_emb"] = _packed(images[i : i + 1])
                 result["text_emb"] = _packed(np.concatenate([known, own]))
             found.append(result)
-        blocks = [tokens for _, tokens in first_model]
-        once = np.unique(owners[:_LOOKED_AT])
-        return found, self._look(blocks, [texts[i][0] for i in once], once) if look else {}
+        told: dict[str, Any] = {}
+        firsts_of = np.cumsum([0, *map(len, originals)])
+        known = [i for i in np.unique(owners) if originals[i]]
+        if known:
+            share, count = choose.match(
+                images[known], said[firsts_of[known]], [originals[i][0] for i in known]
+            )
+            told |= dict(match=round(share, 3), matched=count) if count else {}
+        if look:
+            blocks = [tokens for _, tokens in first_model]
+            once = np.unique(owners[:_LOOKED_AT])
+            told |= self._look(blocks, [texts[i][0] for i in once], once)
+        return found, told
 
     def _look(
         self, blocks: Sequence[jax.Array], texts: Sequence[str], numbers: np.ndarray

@@ -29,6 +29,8 @@ class Request:
         ways: how captions are written, as `way` reads them.
         prompts: how captions begin.
         text: which texts an image keeps, one of TEXTS; see choose.py.
+        margin: with 'better', by how much the score of a caption must be above that of the original
+            text that it replaces.
         min_score: least score of a text that is kept, from -1 to 1; None: any.
         quantile: share of the texts that `text` chooses, those of the lowest scores, to leave out.
         embeddings: writes them too.
@@ -48,6 +50,7 @@ class Request:
     ways: tuple[str, ...] = ("greedy",)
     prompts: tuple[str, ...] = ("",)
     text: str = "better"
+    margin: float = 0.05
     min_score: float | None = None
     quantile: float = 0.0
     embeddings: bool = False
@@ -68,6 +71,10 @@ class Request:
         if self.min_score is not None and not -1 <= self.min_score <= 1:  # nor NaN
             raise ValueError(
                 f"--min_score={self.min_score}: give a cosine similarity, a number from -1 to 1"
+            )
+        if not 0 <= self.margin <= 2:  # nor NaN
+            raise ValueError(
+                f"--margin={self.margin}: give a difference of cosine similarities, from 0 to 2"
             )
         if self.rows < self.batch_size:
             raise ValueError(

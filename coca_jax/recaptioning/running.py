@@ -47,8 +47,14 @@ def run(
         say(f"loading {', '.join(request.checkpoints)}")
         known = [unit.rows for job in left for unit in job.units]
         with bars.Bar(sum(known) if all(known) else None, "images", shown=progress) as bar:
-            for seconds in engine.run(Work(request, jobs), left, bar.update, models=True):
-                spent.update(seconds)
+            try:
+                for seconds in engine.run(Work(request, jobs), left, bar.update, models=True):
+                    spent.update(seconds)
+            except shard.Untrustworthy:
+                # --out may be used again, unless shards are there or other jobs make them.
+                if not engine.share and not any(shards.of_each(shard.account, jobs)):
+                    whole.remove(request, jobs)
+                raise
     waiting = _write(request, jobs, own)
     told = waiting or _end(request, jobs)
     return told | dict(spent={what: round(took, 2) for what, took in spent.items()})

@@ -26,6 +26,11 @@ from coca_jax.recaptioning import choose, writers
 from coca_jax.recaptioning.captioner import Captioner, Picture
 from coca_jax.recaptioning.request import Request
 
+
+class Untrustworthy(ValueError):
+    """A model whose captions or scores raise the alarm at the first images of a work."""
+
+
 LOOKED_AT = 64  # images, before any is captioned
 _DETAIL = 300  # characters of what is said of an image that cannot be used
 
@@ -38,10 +43,9 @@ def parts(job: Job) -> list[str]:
     return found
 
 
-def results(job: Job) -> Iterator[dict[str, Any]]:
-    """What was made of each image of a shard whose captions are all there."""
-    for path in parts(job):
-        yield from sealed_json.read(path)["results"]
+def read_parts(job: Job) -> list[dict[str, Any]]:
+    """What the parts hold that are there, in order."""
+    return [sealed_json.read(path) for path in parts(job)]
 
 
 def is_captioned(job: Job) -> bool:
@@ -101,24 +105,44 @@ def caption(job: Job, captioner: Captioner, report: Callable[[int], None]) -> No
         ahead=max(request.part // request.batch_size, read_ahead.AHEAD),
     )
     number, per_part = len(known), request.part // request.batch_size
+    if number:
+        _check_first(job, request)
     while True:
         with captioner.timed("input"):
             taken = list(itertools.islice(batches, per_part))
         last = sum(map(len, taken)) < request.part
         _make(f"{job.part}/part-{number:05d}.json", taken, number, last, captioner)
         report(sum(map(len, taken)))
+        if not number:
+            _check_first(job, request)
         number += 1
         if last:
             return
 
 
+def _check_first(job: Job, request: Request) -> None:
+    """Raises Untrustworthy where the first part of a work raises the alarm and its captions would
+    replace original texts: all shards would keep theirs, after hours of captioning."""
+    if job.number or request.text != "better":
+        return
+    figures = _figures(read_parts(job)[:1])
+    if figures["with_original"] and (why := alarm(figures)):
+        raise Untrustworthy(
+            f"{request.out}: stopped after {figures['count']} images, as captions would replace "
+            f"original texts by worse ones: {why}. Use a model trained on images like these, or "
+            "--text=original (adds scores and embeddings) or --text=synthetic (takes the captions "
+            "anyway)."
+        )
+
+
 def _make(path: str, taken: list, number: int, last: bool, captioner: Captioner) -> None:
     """Writes a part; its first captions are what is looked at of a model that collapsed."""
-    good, quarantined = [], []
+    good, quarantined, digests = [], [], []
     for (place, item), pixels in itertools.chain.from_iterable(taken):
         if isinstance(pixels, tuple):
             texts = [" ".join(text.split()) for text in map(printable, item.texts)]
             good.append(Picture(place, item.key, [text for text in texts if text], pixels))
+            digests.append(content_digest(item.image).hex())
         else:
             reason, _, detail = " ".join(str(pixels).split()).partition(": ")
             quarantined.append(
@@ -126,25 +150,24 @@ def _make(path: str, taken: list, number: int, last: bool, captioner: Captioner)
             )
     found, told = captioner.part(good, look=not number)
     part = dict(results=found, quarantined=quarantined, read=sum(map(len, taken)), last=last)
-    if told:
-        part["shuffled"] = told
-    sealed_json.write(path, part)
+    sealed_json.write(path, part | dict(digests=digests, figures=told))
 
 
 def write(job: Job, request: Request, threshold: float, name: str) -> None:
     """Writes a captioned shard as file `name` of the output, then its account."""
     if account(job) is not None:
         return
-    read = [sealed_json.read(path) for path in parts(job)]
+    read = read_parts(job)
     told: dict[str, Any] = dict(
         read=sum(part["read"] for part in read),
         quarantined=[one for part in read for one in part["quarantined"]],
         with_original=sum(bool(one["originals"]) for part in read for one in part["results"]),
         replaced=0,
+        collapse=_figures(read),
     )
+    how = _how(read, request)
     by_number = {one["number"]: one for part in read for one in part["results"]}
     scores: list[float] = []
-    once: dict[bytes, int] = {}  # the first of each image, which a list may name several times
 
     def examples() -> Iterator[writers.Example]:
         for number, item in selected(job):
@@ -156,9 +179,9 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
                     f"{job.units[0].path}: where {result['key']} was captioned there is now "
                     f"{item.key}: the input has changed; give another --out"
                 )
-            once.setdefault(content_digest(item.image), number)
-            kept = choose.kept(result, request.text, threshold)
-            scores.extend(score for _, score in choose.texts(result, request.text))
+            texts = choose.texts(result, request.text, **how)
+            kept = [one for one in texts if one[1] >= threshold]
+            scores.extend(score for _, score in texts)
             if kept or threshold == float("-inf"):
                 known = {one["text"] for one in result["originals"]}
                 told["replaced"] += bool(kept) and kept[0][0] not in known
@@ -174,7 +197,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
             told |= dict(file=name, bytes=os.path.getsize(local), sha256=shards.sha256(local))
         else:
             os.remove(local)
-    told["collapse"] = _figures(read, set(once.values()))
+    told["kept_by_alarm"] = told["with_original"] if how["keep"] else 0
     told["filtered"] = told["read"] - told["count"] - len(told["quarantined"])
     told["highest"] = max(scores, default=None)
     sealed_json.write(f"{job.part}.json", told)
@@ -193,19 +216,55 @@ def _key(job: Job, number: int, item: Item) -> str:
     return f"{job.number:05d}{number:06d}"
 
 
-def _figures(read: list[dict[str, Any]], once: set[int]) -> dict[str, Any]:
-    """Of the shard's first captions: count, distinct, self_bleu, gain, tokens; and the distinct
-    share of the originals. once: the numbers of the results that are looked at."""
-    looked = [one for part in read for one in part["results"] if one["number"] in once]
+def _how(read: list[dict[str, Any]], request: Request) -> dict[str, Any]:
+    """How `choose.texts` chooses in a shard with these parts."""
+    keep = request.text == "better" and bool(alarm(_figures(read)))
+    return dict(margin=request.margin, keep=keep)
+
+
+def alarm(figures: dict[str, Any]) -> str:
+    """What is wrong with the captions and scores of a shard, by its `_figures`; '' for nothing."""
+    tokens, matched = figures["tokens"], figures["matched"]
+    gain = dict(image_gain=figures["gain"] / tokens) if tokens else {}
+    said = collapse.warning(
+        figures | gain,
+        figures["count"],
+        figures["of_originals"] or 1.0,
+        start=figures["start"],
+        start_of_references=figures["start_of_originals"],
+    )
+    unmatched = choose.warning_of_match(figures["match"] / max(matched, 1), matched)
+    return "; ".join(filter(None, (said, unmatched)))
+
+
+def _figures(read: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the first captions of a shard with these parts, each image once: count, distinct,
+    same_start, self_bleu, gain, tokens; how distinct the originals are, how many begin as the
+    captions do, and how well the model matches them (the sum over `matched` texts)."""
+    once: set[str] = set()  # images, which a list may name several times
+    looked = []
+    for part in read:
+        for one, digest in zip(part["results"], part["digests"]):
+            if digest not in once:
+                once.add(digest)
+                looked.append(one)
     first = [one["captions"][0]["text"] for one in looked][: collapse.MOST]
-    said = [one["originals"][0]["text"] for one in looked if one["originals"]]
-    shuffled: dict[str, float] = next((part["shuffled"] for part in read if "shuffled" in part), {})
+    said = [one["originals"][0]["text"] for one in looked if one["originals"]][: collapse.MOST]
+    start, begins = collapse.same_start(first)
+    told = [part["figures"] for part in read]
     return dict(
-        dict(gain=0.0, tokens=0) | shuffled,
+        gain=sum(one.get("gain", 0.0) for one in told),
+        tokens=sum(one.get("tokens", 0) for one in told),
+        match=round(sum(one.get("match", 0.0) for one in told), 3),
+        matched=sum(one.get("matched", 0) for one in told),
         count=len(first),
+        with_original=len(said),
         distinct=_mean(collapse.distinct(first)),
+        start=start,
+        same_start=_mean(begins),
+        start_of_originals=_mean(np.array([collapse.start_of(text) == start for text in said])),
         self_bleu=_mean(collapse.self_bleu(first)),
-        of_originals=_mean(collapse.distinct(said[: collapse.MOST])),
+        of_originals=_mean(collapse.distinct(said)),
     )
 
 
@@ -219,9 +278,16 @@ def threshold(jobs: list[Job], request: Request) -> float:
     if not request.quantile:
         return least
     # Of many shards at once: a bucket is asked for each of their parts.
-    every = shards.of_each(lambda job: choose.scores(results(job), request.text), jobs)
+    every = shards.of_each(lambda job: _scores(job, request), jobs)
     scores = np.concatenate([np.zeros(0), *every])
     return max(least, choose.quantile(scores, request.quantile))
+
+
+def _scores(job: Job, request: Request) -> np.ndarray:
+    """Of the texts that are chosen in a shard."""
+    read = read_parts(job)
+    every = (one for part in read for one in part["results"])
+    return choose.scores(every, request.text, **_how(read, request))
 
 
 def as_number(value: float) -> float | None:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from coca_jax.data import files
-from coca_jax.evaluators import collapse
 from coca_jax.files import local_files, out_folder, sealed_json, storage
 from coca_jax.importers import asked, metadata, remarks, shards, splits
 from coca_jax.importers.shards import Job
@@ -153,7 +152,7 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
     _tidy(request, jobs)
     listed = [one for account in known for one in account["quarantined"]]
     if not any(account["count"] for account in known):
-        _remove(request, jobs)
+        remove(request, jobs)
         filtered = sum(account["filtered"] for account in known)
         why = {f"below --min_score={request.min_score}": filtered} if filtered else {}
         read = sum(account["read"] for account in known)
@@ -169,7 +168,7 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
     ]
     totals = {
         key: sum(account[key] for account in known)
-        for key in ("read", "count", "with_text", "replaced", "filtered")
+        for key in ("read", "count", "with_text", "replaced", "kept_by_alarm", "filtered")
     }
     if all("with_original" in account for account in known):  # those of older versions lack it
         totals["with_original"] = sum(account["with_original"] for account in known)
@@ -205,7 +204,7 @@ def _manifest(
     metadata.write(request.out, told)
 
 
-def _remove(request: Request, jobs: Sequence[Job]) -> None:
+def remove(request: Request, jobs: Sequence[Job]) -> None:
     """Removes a work without results. What it was asked for goes last: a part of a work without
     that would be taken for one of the next."""
     work = files.join(request.out, "recaption")
@@ -250,11 +249,16 @@ def _collapse(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def mean(key: str) -> float:
         return round(sum(one[key] * one["count"] for one in figures) / count, 4)
 
-    found = dict(captions=count, distinct=mean("distinct"), self_bleu=mean("self_bleu"))
+    found = dict(captions=count)
+    found |= {key: mean(key) for key in ("distinct", "same_start", "self_bleu")}
     tokens = sum(one["tokens"] for one in figures)
     if tokens:
         found["image_gain"] = round(sum(one["gain"] for one in figures) / tokens, 4)
-    originals = mean("of_originals")
-    return found | dict(
-        distinct_originals=originals, warning=collapse.warning(found, count, originals or 1.0)
-    )
+    gain = sum(one["gain"] for one in figures)
+    most = max(figures, key=lambda one: one["same_start"] * one["count"])
+    summed = {key: sum(one[key] for one in figures) for key in ("match", "matched")}
+    if summed["matched"]:
+        found["original_match"] = round(summed["match"] / summed["matched"], 4)
+    whole = dict(found, gain=gain, tokens=tokens, count=count, start=most["start"], **summed)
+    whole |= {key: mean(key) for key in ("of_originals", "start_of_originals")}
+    return found | dict(distinct_originals=mean("of_originals"), warning=shard.alarm(whole))
