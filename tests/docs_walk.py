@@ -3,7 +3,8 @@
 A page's fenced or indented block is a walk if one of its lines is a command. `<!-- needs: X -->` on
 the line before a block says what its commands need that a test does not have: then their flags are
 parsed, and launchers run with --dry_run, no more. `<!-- not run: why -->` is for what is no command
-of ours. Lines that begin with # and what follows `  #` are remarks.
+of ours. README.md has no such comments: NEEDS does it for its commands. Lines that begin with # and
+what follows `  #` are remarks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ PAGES = ("README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*
 COMMAND = re.compile(
     r"^(coca-jax |python3? -|pip |launch/|bash |[A-Z_]+=\S+ .*launch/|ls |uv |docker |export )"
 )
+# Commands of README.md, by pattern, and what they need that a test does not have.
+NEEDS = {
+    r"launch/(demo|test)\.sh": "an environment of its own",
+    r"coca_ViT-L-14:|photos\.index": "a download",
+    r"coca-jax serve ": "somebody who ends it",
+}
 BLOCK = re.compile(
     r"(?:^<!-- (?P<kind>needs|not run): (?P<what>[^>]*?) -->\n\n?)?"
     r"(?:^```(?P<language>\w*)\n(?P<fenced>.*?)^```"
@@ -49,8 +56,15 @@ def steps(page: str) -> list[Step]:
         if block["language"] == "python":
             found.append(Step(page, "python", text, needs))
         else:
-            found += [Step(page, "shell", line, needs) for line in commands(text)]
+            found += [
+                Step(page, "shell", line, needs or _needs(page, line)) for line in commands(text)
+            ]
     return found
+
+
+def _needs(page: str, command: str) -> str:
+    matching = (what for pattern, what in NEEDS.items() if re.search(pattern, command))
+    return next(matching, "") if page == "README.md" else ""
 
 
 def commands(text: str) -> list[str]:
