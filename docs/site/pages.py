@@ -1,4 +1,4 @@
-"""Puts the pages that stand beside docs/ into the site: README as its first, and three more."""
+"""Adds to the site the pages outside docs/ (README is its first) and files that README links to."""
 
 import pathlib
 
@@ -11,6 +11,7 @@ PAGES = {
     "SECURITY.md": "SECURITY.md",
     "CHANGELOG.md": "CHANGELOG.md",
 }
+FILES = ("CITATION.cff", "examples/search_a_folder.ipynb", "examples/train_and_caption.ipynb")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -19,6 +20,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, name in PAGES.items():
         text = (root / source).read_text().replace("](docs/", "](")
         files.append(File.generated(config, name, content=text))
+    for name in FILES:
+        files.append(File.generated(config, name, content=(root / name).read_text()))
     return files
 
 
