@@ -148,10 +148,10 @@ class Captioner:
             found.append(result)
         told: dict[str, Any] = {}
         firsts_of = np.cumsum([0, *map(len, originals)])
-        known = [i for i in np.unique(owners) if originals[i]]
-        if known:
+        texted = [i for i in np.unique(owners) if originals[i]]
+        if texted:
             share, count = choose.match(
-                images[known], said[firsts_of[known]], [originals[i][0] for i in known]
+                images[texted], said[firsts_of[texted]], [originals[i][0] for i in texted]
             )
             told |= dict(match=round(share, 3), matched=count) if count else {}
         if look:
