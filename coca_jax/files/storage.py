@@ -372,7 +372,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
         if new.exists():
             new.replace(target)
     except OSError as error:
-        if error.filename in (str(new), new):  # nobody knows the temporary name
+        if str(error.filename) == str(new):  # nobody knows the temporary name
             error.filename = str(target)
         raise
     finally:
