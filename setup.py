@@ -36,6 +36,7 @@ setuptools.setup(
             "py.typed",
             "data/vocabulary/bpe_simple_vocab_16e6.*",
             "inference/model_card.md",
+            "interop/transformers_card.md",
         ],
         "coca_jax.report": ["templates/*", "templates/layouts/*"],
         "coca_jax.serving": ["page/*"],

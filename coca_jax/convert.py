@@ -1,4 +1,5 @@
-"""Converts open_clip's CoCa weights to an export folder, and an export or a run back.
+"""Converts open_clip's CoCa weights to an export folder, and an export or a run to open_clip or to
+PyTorch code for Hugging Face transformers.
 
 CLIP, MetaCLIP, SigLIP (open_clip's or transformers' files), PE-Core, OpenVision and CLIPA
 (open_clip's) become models without a decoder, for embeddings, zero-shot and search.
@@ -6,6 +7,7 @@ CLIP, MetaCLIP, SigLIP (open_clip's or transformers' files), PE-Core, OpenVision
 Examples:
   coca-jax convert --input=open_clip_pytorch_model.bin --out=weights
   coca-jax convert --input=runs/tuned --out=for_open_clip --to=open_clip
+  coca-jax convert --input=runs/demo --out=for_torch --to=transformers
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from absl import flags, logging
 
 from coca_jax import cli, export_format
-from coca_jax.config import Model, checks, read
+from coca_jax.config import Model, StoredConfig, checks, read
 from coca_jax.console import tables
 from coca_jax.data import bounded_json, files
 from coca_jax.data import vocabulary as vocabularies
@@ -180,6 +182,39 @@ def _config(model_cfg: Any, preprocess_cfg: Any, place: str) -> dict[str, Any]:
     return dict(model=model, preprocess=preprocess, tokenizer=dict(kind="clip_bpe"))
 
 
+_OTHER_TARGETS = (
+    "Use --to=transformers (PyTorch), or `coca-jax export` for StableHLO, ONNX (--format=onnx) or "
+    "coca_jax on the hub (--format=hub)"
+)
+
+
+def read_ours(source: str) -> tuple[dict, StoredConfig]:
+    """Parameters and configuration of an export folder or a run.
+
+    Raises FileNotFoundError where `source` is neither, ValueError for another program's weights.
+    """
+    if export_format.is_export(source):
+        return export_format.read_export(source)
+    weights_files.refuse(source)
+    from coca_jax.checkpoints import checkpointing  # orbax: only where a run is read
+
+    return checkpointing.load_params(source)
+
+
+def to_transformers(source: str, out: str, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Writes an export folder or a run as a folder for transformers; returns its tensors.
+
+    Raises FileNotFoundError and ValueError as `to_open_clip`, and as `transformers_folder.check`.
+    """
+    from coca_jax.interop import transformers_folder  # jax and flax
+
+    params, config = read_ours(source)
+    vocabulary = vocabularies.load(_vocabulary_of(source))
+    name = os.path.basename(os.path.abspath(out))
+    with naming(source):
+        return transformers_folder.write(params, config, vocabulary, out, name, dtype)
+
+
 def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict[str, Any], Layout]:
     """Writes an export folder or a run as open_clip's safetensors and configuration; progress: show
     a bar.
@@ -194,24 +229,20 @@ def to_open_clip(source: str, out: str, *, progress: bool = False) -> tuple[dict
     """
     from coca_jax.models import roles  # jax and flax: not where weights are only read
 
-    if export_format.is_export(source):
-        params, config = export_format.read_export(source)
-    else:
-        weights_files.refuse(source)
-        from coca_jax.checkpoints import checkpointing  # orbax: only where a run is read
-
-        params, config = checkpointing.load_params(source)
+    params, config = read_ours(source)
     try:
         preprocess = open_clip_preprocess.write(config.model, config.data.resize)
+        model_cfg = open_clip_config.from_model(config.model)
+        merges = _own_merges(source)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(
+            f"{source}: open_clip cannot express this model: {error}. {_OTHER_TARGETS}"
+        ) from None
     if roles.has_task_head(params):
         logging.warning("%s: its task head is left out; open_clip's CoCa has none", source)
         params = roles.without_task_head(params)
     if frames := config.data.num_frames:
         logging.warning("%s: a model of clips of %d frames; open_clip reads images", source, frames)
-    model_cfg = open_clip_config.from_model(config.model)
-    merges = _own_merges(source)
     params = roles.without_training_aids(params)
     bias = roles.sigmoid_bias(params)
     layout = Layout(config.model, logit_bias=bias is not None)
@@ -243,20 +274,22 @@ def _own_merges(source: str) -> bytes:
     """The file of a model's merges, where these are others than CLIP's; b'' where they are not.
     Raises ValueError for a model whose texts open_clip would read as others: its CoCas take CLIP's
     byte pairs."""
-    place = export_format.vocabulary_beside(source)
-    if not place:
-        raise FileNotFoundError(f"{source}: no vocabulary beside the weights; copy it there")
-    vocabulary = vocabularies.load(place)
+    vocabulary = vocabularies.load(_vocabulary_of(source))
     if not isinstance(vocabulary, clip_bpe.ClipBpe):
-        raise ValueError(
-            f"{place} is of another kind than CLIP's byte pairs, by which open_clip's CoCas read "
-            "texts: this model cannot go back there"
-        )
+        raise ValueError("its vocabulary is not CLIP's byte pairs, which open_clip's CoCas read")
     merges, package = clip_bpe.parse_merges, os.path.dirname(clip_bpe.__file__)
     found = merges(vocabulary.data)
     if vocabulary.size == CLIP_IDS and found == merges(clip_bpe.find_merges(package)):
         return b""
     return clip_bpe.packed(found)
+
+
+def _vocabulary_of(source: str) -> str:
+    """The path of a model's vocabulary. Raises FileNotFoundError where there is none."""
+    place = export_format.vocabulary_beside(source)
+    if not place:
+        raise FileNotFoundError(f"{source}: no vocabulary beside the weights. Copy it there.")
+    return place
 
 
 def _config_beside(weights: str) -> str:
@@ -315,7 +348,18 @@ def define_flags() -> None:
         "coca_ViT-L-14:TAG.",
     )
     flags.DEFINE_string("out", None, "Folder to write.")
-    flags.DEFINE_enum("to", "coca_jax", ["coca_jax", "open_clip"], "The format to write.")
+    flags.DEFINE_enum(
+        "to",
+        "coca_jax",
+        ["coca_jax", "open_clip", "transformers"],
+        "The format to write. transformers: a folder with PyTorch code for AutoModel.",
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        "float32",
+        ["float32", "bfloat16"],
+        "Dtype of the weights written by --to=transformers; bfloat16 halves the file and rounds.",
+    )
     flags.DEFINE_string(
         "model",
         "",
@@ -353,34 +397,38 @@ def summary(result: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """The command; see the module's docstring."""
     del argv
-    source, out = flags.FLAGS.input, flags.FLAGS.out
+    source, out, target = flags.FLAGS.input, flags.FLAGS.out, flags.FLAGS.to
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
     for name in ("model", "bpe"):
-        if flags.FLAGS.to == "open_clip" and (given := flags.FLAGS[name].value):
+        if target != "coca_jax" and (given := flags.FLAGS[name].value):
             raise ValueError(
-                f"--{name}={given}: --to=open_clip writes what --input says; leave out --{name}"
+                f"--{name}={given}: --to={target} writes what --input says; leave out --{name}"
             )
+    if flags.FLAGS.dtype != "float32" and target != "transformers":
+        raise ValueError(
+            f"--dtype={flags.FLAGS.dtype}: only --to=transformers has it. Leave it out"
+        )
     _check_out(source, out)
     source = hub.local(source)
-    if flags.FLAGS.to == "coca_jax":
+    if target == "coca_jax":
         source = weights_files.find(source)
     bar, said = sys.stderr.isatty(), f"converting {source}"
     if bar:
         cli.say(said)
     with contextlib.nullcontext() if bar else cli.waiting(said):
-        if flags.FLAGS.to == "open_clip":
-            _, layout = to_open_clip(source, out, progress=bar)
+        if target == "transformers":
+            found = to_transformers(source, out, flags.FLAGS.dtype)
+            tensors, parameters = len(found), sum(array.size for array in found.values())
         else:
-            given = flags.FLAGS.model, flags.FLAGS.bpe
-            _, layout = from_open_clip(source, out, *given, progress=bar)
+            if target == "open_clip":
+                _, layout = to_open_clip(source, out, progress=bar)
+            else:
+                given = flags.FLAGS.model, flags.FLAGS.bpe
+                _, layout = from_open_clip(source, out, *given, progress=bar)
+            tensors, parameters = len(layout.tensors()), count(layout.parameters())
     cli.say(f"wrote {out}")
-    return dict(
-        out=out,
-        format=flags.FLAGS.to,
-        tensors=len(layout.tensors()),
-        parameters=count(layout.parameters()),
-    )
+    return dict(out=out, format=target, tensors=tensors, parameters=parameters)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Exported programs run without the package and equal the model."""
 
 import ast
-import importlib.util
 import json
 import pathlib
 import re
@@ -33,7 +32,6 @@ from coca_jax.files import sealed_json
 from coca_jax.inference import export_folder, export_onnx, export_programs
 from coca_jax.inference.two_towers import TwoTowerModel
 from coca_jax.models import head_kinds, two_towers
-from coca_jax.models.pixels import normalise_pixels
 
 # What a user without this package runs: jax, NumPy and the files.
 WITHOUT_PACKAGE = """
@@ -288,41 +286,6 @@ def test_a_refused_export_leaves_the_folder_as_it_was(model, monkeypatch, tmp_pa
     assert "programs/decode_step.jax_export" in files and len(files) == 8
     assert {path.name for path in place.iterdir()} == {*before, "programs"}
     assert coca_jax.load(str(place)).checksum() == model.checksum()
-
-
-@pytest.mark.torch
-def test_the_example_in_torch_gives_what_the_model_gives(model, images, tmp_path):  # noqa: F811
-    torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
-    spec = importlib.util.spec_from_file_location("coca_torch", ROOT / "examples/coca_torch.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    export_folder.write(model, str(tmp_path))
-    other = example.CoCa.load(str(tmp_path))
-    length = model.max_len
-    tokens = np.random.default_rng(0).integers(4, 300, (len(images), length))
-    pixels = np.asarray(normalise_pixels(images, model.config.model))
-    wanted = model.forward(pixels, tokens.astype(np.int32))
-    with torch.no_grad():
-        image, seen = other.encode_image(torch.tensor(images).float())
-        ids = torch.tensor(tokens)
-        text = other.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
-        logits = other.caption_logits(ids, seen)
-    for found, want in zip((image, text, seen, logits), wanted_of(wanted)):
-        np.testing.assert_allclose(found.numpy(), want, atol=2e-5)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for part, key, value, told in (
-        (config["preprocess"], "num_frames", 4, "preprocess.num_frames=4, .* clips: not here"),
-        (config["model"], "patch_size", [8, 4], r"model.patch_size=\[8, 4\]: .* not here"),
-        (config["model"]["text"], "cross", "open_clip", "model.text.cross='open_clip': not here"),
-    ):
-        before, part[key] = part.get(key), value
-        with pytest.raises(ValueError, match=told):
-            example.CoCa(config, {})
-        part[key] = before
-
-
-def wanted_of(found):
-    return found.image_embedding, found.text_embedding, found.image_tokens, found.logits
 
 
 def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_path):

@@ -95,17 +95,19 @@ def write(
     *,
     progress: bool = False,
     about: Mapping[str, str] | None = None,
+    dtype: str = "F32",
 ) -> None:
     """Writes float32 arrays, block by block; the file appears under its name when complete.
-    progress: show a bar of its bytes. about: words that the file says of them.
+    progress: show a bar of its bytes. about: words that the file says of them. dtype: of DTYPES,
+    to which they are rounded.
 
     Raises:
         ValueError: an array's blocks do not add up to its shape.
     """
-    header, offset = {}, 0
+    header, offset, stored = {}, 0, DTYPES[dtype]
     for name, blocks in tensors.items():
-        end = offset + 4 * math.prod(blocks.shape)
-        header[name] = dict(dtype="F32", shape=list(blocks.shape), data_offsets=[offset, end])
+        end = offset + stored.itemsize * math.prod(blocks.shape)
+        header[name] = dict(dtype=dtype, shape=list(blocks.shape), data_offsets=[offset, end])
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt", **(about or {})}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the arrays start aligned
@@ -115,10 +117,10 @@ def write(
         for name, blocks in tensors.items():
             before = file.tell()
             for block in blocks.parts():
-                data = np.ascontiguousarray(block, "<f4").data
+                data = np.ascontiguousarray(block, stored).view(np.uint8).data
                 file.write(data)
                 bar.update(data.nbytes)
-            if file.tell() - before != 4 * math.prod(blocks.shape):
+            if file.tell() - before != stored.itemsize * math.prod(blocks.shape):
                 raise ValueError(f"{name}: its blocks do not add up to its shape {blocks.shape}")
 
 

@@ -35,6 +35,11 @@ def find(path: str) -> str:
             raise FileNotFoundError(f"--input={path}: no such file or folder")
         export_format.refuse_file(path)
         return path
+    if os.path.exists(os.path.join(path, "modeling_coca.py")):
+        raise ValueError(
+            f"{path}: written for transformers (modeling_coca.py), which coca_jax does not read "
+            "back. Give the run or export that it was made from"
+        )
     for name in FOREIGN:
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)

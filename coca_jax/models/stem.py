@@ -40,9 +40,14 @@ class Convolution(nn.Module):
         kernel = parameter(self, "kernel", init, shape, *axes)
         gain = parameter(self, "gain", nn.initializers.constant(self.gain), shape[3:], "norm")
         bias = parameter(self, "bias", nn.initializers.zeros, shape[3:], "norm")
-        kernel = kernel - kernel.mean((0, 1, 2))
-        kernel = kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
+        kernel = standardized(kernel, gain)
         return self.ops.convolve(x, kernel, bias, self.stride, self.dtype, self.before)
+
+
+def standardized(kernel: jax.Array, gain: jax.Array) -> jax.Array:
+    """The kernel [3, 3, C, F] that is applied: zero mean and norm `gain` [F] over its inputs."""
+    kernel = kernel - kernel.mean((0, 1, 2))
+    return kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
 
 
 RESIDUAL_GAIN = 0.5  # of a convolutional block's second kernel
