@@ -19,7 +19,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -376,7 +376,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
             error.filename = str(target)
         raise
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk even of a file that is not there
+            new.unlink(missing_ok=True)
 
 
 @contextmanager
