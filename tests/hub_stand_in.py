@@ -66,19 +66,32 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {path}")
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/(.+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        found = info or file
+        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)  # since version 1
+        found = info or file or tree
         if not found:
             return self.answer(404, b"", head=head)
         repository = self.server.root / found[1]
         if not repository.is_dir():
             return self.missing("RepoNotFound")
-        revision = info[3] if info else file[2]
+        revision = info[3] if info else found[2]
         if revision not in (None, "main", COMMIT):
             return self.missing("RevisionNotFound")
         if info:
             files = [p for p in sorted(repository.rglob("*")) if p.is_file()]
             siblings = [{"rfilename": p.relative_to(repository).as_posix()} for p in files]
             return self.answer(200, {"id": found[1], "sha": COMMIT, "siblings": siblings})
+        if tree:
+            files = [p for p in sorted(repository.rglob("*")) if p.is_file()]
+            entries = [
+                dict(
+                    type="file",
+                    path=p.relative_to(repository).as_posix(),
+                    size=p.stat().st_size,
+                    oid=hashlib.sha1(p.read_bytes()).hexdigest(),
+                )
+                for p in files
+            ]
+            return self.answer(200, json.dumps(entries).encode())
         if not (repository / file[3]).is_file():
             return self.missing("EntryNotFound")
         data = (repository / file[3]).read_bytes()

@@ -1,13 +1,10 @@
 """Models as ONNX files, and those that compute in other types than onnxruntime does."""
 
-import os
 import pathlib
-import sys
 
 import jax
 import numpy as np
 import pytest
-from docs_walk import ROOT
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
 import coca_jax
@@ -19,12 +16,6 @@ from coca_jax.models import roles
 
 @pytest.fixture
 def onnx_packages(monkeypatch):
-    """They stand beside the environment, see .ci/run, and behind it."""
-    beside = os.environ.get("COCA_JAX_ONNX", os.path.join(ROOT, ".venv", "onnx-packages"))
-    if os.path.isdir(beside):
-        monkeypatch.syspath_prepend(beside)
-        sys.path.remove(beside)
-        sys.path.append(beside)
     pytest.importorskip("jax2onnx", reason="needs the extra 'onnx'")
     pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     return monkeypatch
