@@ -67,6 +67,32 @@ def test_the_same_caption_of_one_image_is_no_collapse():
     assert got["captioning/s/self_bleu"] == pytest.approx(collapse.self_bleu(said).mean())
 
 
+def test_captions_that_begin_with_the_same_words_are_a_collapse(caplog):
+    """270 of 500 captions began with "a photo of", and none of the references: each caption was
+    another one, so `distinct` did not show it."""
+    said = [f"a photo of thing {i}" if i < 27 else f"number {i} of all" for i in range(50)]
+    own = [f"what is here is {i % 10}" for i in range(50)]
+
+    def scored(references):
+        rows = [dict(image=picture(i), text=text) for i, text in enumerate(references)]
+        evaluator = captioning.Captioning("s", perplexity=False)
+        return dict(evaluator.run(Fake(captions=said), rows)), evaluator
+
+    got, evaluator = scored(own)
+    assert got["captioning/s/same_start"] == pytest.approx(0.54)
+    assert got["captioning/s/same_start_low"] < 0.54 < got["captioning/s/same_start_high"]
+    assert got["captioning/s/same_start_references"] == 0 and got["captioning/s/distinct"] == 1
+    for fact in ("54% of 50 captions begin with the same three words", "'a photo of'"):
+        assert fact in evaluator.warning and fact in caplog.text
+        assert fact in evaluator.examples["notes"][0]
+    # The most common of ten references is right for each tenth, and shares four of five words.
+    assert got["captioning/s/exact_match_majority"] == pytest.approx(0.1)
+    assert got["captioning/s/word_f1_majority"] == pytest.approx(0.1 + 0.9 * 0.8)
+    # Where people's captions begin alike too, the model is right to do so.
+    got, evaluator = scored(["A photo of a cat"] * 25 + own[:25])
+    assert got["captioning/s/same_start_references"] == 0.5 and not evaluator.warning
+
+
 class Looks(Fake):
     """Finds a caption one nat a token more probable with its own picture than with another."""
 

@@ -9,7 +9,6 @@ import types
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from coca_jax import run_config
 from coca_jax.config import Config
@@ -311,41 +310,22 @@ def test_what_comes_next_can_be_pasted_into_a_shell(workdir):
     assert python[:2] == ["python", "-c"] and call.args[0].value == workdir
 
 
-def test_the_largest_class_is_that_of_the_pictures_scored(tmp_path):
-    """Three in eight of all, and half of those held out."""
-    for split, names in (("train", "aabb"), ("test", "abcc")):
-        for i, name in enumerate(names):
-            (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (4, 4), (9 * i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
-    assert tell.largest_class(dict(path=str(tmp_path), kind="label", split="test")) == 0.5
-
-
-def test_scores_stand_beside_chance(tmp_path):
+def test_scores_stand_next_to_their_baselines():
     scores = {
         "retrieval/mine_test/image_to_text_r1": 0.25,
         "retrieval/mine_test/image_to_text_r1_low": 0.2,
         "retrieval/mine_test/image_to_text_r1_high": 0.3,
+        "retrieval/mine_test/image_to_text_r1_chance": 0.005,
         "retrieval/mine_test/num_texts": 200.0,
         "zero_shot/mine_test/top1": 0.9,
+        "zero_shot/mine_test/top1_chance": 0.5,
+        "zero_shot/mine_test/top1_majority": 0.7,
         "zero_shot/mine_test/num_classes": 2.0,
     }
-    lines = tell.score_table(scores, "mine_test", {"image_to_text_r1": 0.005}, largest=0.7)
-    assert "of 200 captions" in lines[1] and "25.0% (20.0% to 30.0%)" in lines[1]
-    assert lines[1].rstrip().endswith("0.5%")
-    assert "of 2 classes" in lines[2] and "70.0% by their largest class" in lines[2]
-    # Four captions of twenty pictures: a guess is right for every fourth.
-    lines = []
-    for i in range(20):
-        Image.new("RGB", (4, 4), (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        lines.append(f'{{"file_name": "{i}.png", "text": "shade {i % 4}"}}\n')
-    (tmp_path / "metadata.jsonl").write_text("".join(lines))
-    task = dict(kind="retrieval", name="mine_test", data=dict(path=str(tmp_path)), limit=2000)
-    config = Config().change({"eval.tasks": (dict(task, name="another"), task)})
-    chance = tell.retrieval_chance(config, "mine_test")
-    for direction in ("image_to_text", "text_to_image"):
-        assert chance[f"{direction}_r1"] == pytest.approx(0.25)
-        scores = {f"retrieval/mine_test/{direction}_r1": 0.3}
-        (line,) = tell.score_table(scores, "mine_test", chance)[1:]
-        assert line.split()[-2:] == ["30.0%", "25.0%"]
-    assert tell.retrieval_chance(config, "mine") == {}
-    assert tell.score_table({}, "mine_test", {}) == ["nothing was held out, so there are no scores"]
+    head, retrieval, classes = tell.score_table(scores, "mine_test")
+    assert head.split("  ")[-1] == "most common answer"
+    assert "of 200" in retrieval and retrieval.split("25.0% (20.0% to 30.0%)")[1].split() == [
+        "0.5%"
+    ]
+    assert "2 classes" in classes and classes.split()[-3:] == ["90.0%", "50.0%", "70.0%"]
+    assert "no scores" in tell.score_table({}, "mine_test")[0]

@@ -202,6 +202,10 @@ def test_tasks_have_a_headline_each_and_the_worst_examples_come_first(run):
     page = report.write_report(run).read_text()
     assert page.count('<div class="tile">') == 3  # one a task, not one a metric
     text = Reader(page).text
+    # The verdict comes first; images come before the charts of training.
+    assert text.index("The model is ") < text.index("Zero-shot classification")
+    assert page.index("<img") < page.index('<section id="training">')
+    assert text.index("Attribute F1") < text.index("CIDEr-D")
     zero_shot_at, retrieval_at = text.index("Zero-shot classification"), text.index("Retrieval")
     assert zero_shot_at < retrieval_at < text.index("Captioning")  # the order of the evaluators
     captions = page[page.index("Captioning: scenes_heldout") :]

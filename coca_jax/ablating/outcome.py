@@ -19,6 +19,7 @@ from scipy import stats
 
 import coca_jax
 from coca_jax.ablating.table import Table, Variant
+from coca_jax.evaluators.intervals import COMPANIONS
 from coca_jax.files import sealed_json, storage
 from coca_jax.report import ablation, scores
 from coca_jax.training import skipping
@@ -112,7 +113,7 @@ def summaries(runs: Mapping[int, Any], first: Mapping[int, Any]) -> dict[str, An
     names = dict.fromkeys(name for run in runs.values() for name in run["scores"])
     found = {}
     for name in names:
-        if any(name.endswith(end) and name.removesuffix(end) in names for end in scores.SUFFIXES):
+        if any(name.endswith(end) and name.removesuffix(end) in names for end in COMPANIONS):
             continue
         values = {seed: run["scores"].get(name) for seed, run in runs.items()}
         values = {s: v for s, v in values.items() if v is not None and math.isfinite(v)}

@@ -42,6 +42,12 @@ class Loss(Section):
 
     contrastive_weight: float = key(1.0, WEIGHT, "of the contrastive loss in the sum")
     captioning_weight: float = key(2.0, WEIGHT, "of the captioning loss in the sum")
+    caption_labels: bool = key(
+        True,
+        FLAG,
+        "Compute the captioning loss on rows of label sources, too, as in the paper. False trains "
+        "the decoder on captions only; label rows still have the contrastive loss.",
+    )
     bag_weight: float = key(
         0.0, WEIGHT, "of the loss of a text's tokens in any order, from the image encoder alone"
     )

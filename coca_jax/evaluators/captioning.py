@@ -24,6 +24,7 @@ from coca_jax.evaluators import (
     warn,
 )
 from coca_jax.evaluators.caption_match import Scorer, score_references, score_scene
+from coca_jax.evaluators.chance import most_common_caption
 from coca_jax.evaluators.declarations import Evaluator, Flag, Metric, Scale, Setting, called
 from coca_jax.evaluators.intervals import (
     bootstrap,
@@ -111,10 +112,14 @@ class Captioning(Evaluator):
         "spice": Metric("SPICE", Scale.HUNDREDFOLD),
         "perplexity": Metric("Perplexity", Scale.PLAIN, lower=True),
         "distinct": Metric("Distinct captions"),
+        "same_start": Metric("Captions with the most common first three words", lower=True),
+        "same_start_references": Metric("References with these first three words"),
         "self_bleu": Metric("Self-BLEU", Scale.HUNDREDFOLD, lower=True),
         "image_gain": Metric("Gain by the right image, nats a token", Scale.PLAIN),
     }
-    headlines = ("cider_d", "attribute_f1", "exact_match", "bleu4")
+    # Word F1 first: exact match is near 0 for long captions even of a good model, and CIDEr-D and
+    # BLEU-4 mean little to people who don't know them.
+    headlines = ("word_f1", "attribute_f1", "exact_match", "cider_d")
 
     def __init__(
         self,
@@ -182,7 +187,8 @@ class Captioning(Evaluator):
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields perplexity (of a token, over all references), exact_match, f1, bleu4, rouge_l,
         cider_d, with java_metrics meteor and spice, and the figures of collapse.py (image_gain
-        with perplexity alone), all with intervals.
+        with perplexity alone), all with intervals; exact_match and word_f1 also of always giving
+        the most common reference (`_majority`).
 
         A record needs `image` and `text`, and what the scorer reads. Perplexity is
         exp(-sum of log likelihoods / number of predicted tokens), the end of text included.
@@ -234,6 +240,10 @@ class Captioning(Evaluator):
             yield from with_interval(f"{self.name}/exact_match", np.asarray(exact), owners=owners)
             f1_name = "attribute_f1" if self.scorer is score_scene else "word_f1"
             yield from with_interval(f"{self.name}/{f1_name}", np.asarray(f1), owners=owners)
+            if self.scorer is score_references:
+                common = most_common_caption(references)
+                for metric, share in zip(("exact_match", "word_f1"), common):
+                    yield f"{self.name}/{metric}_majority", share
             yield from self._corpus_metrics(captions, references, owners)
             yield from self._collapse(captions, references, gains, once.tolist())
         items, worse = shown.items(), worst.items()
@@ -318,7 +328,12 @@ class Captioning(Evaluator):
         """Whether the model says the same of everything; `warning` says so. once: the first record
         of each image, as a list may name it for each of its captions."""
         captions, references = [captions[i] for i in once], [references[i] for i in once]
-        found = dict(distinct=collapse.distinct(captions), self_bleu=collapse.self_bleu(captions))
+        start, same_start = collapse.same_start(captions)
+        found = dict(
+            distinct=collapse.distinct(captions),
+            same_start=same_start,
+            self_bleu=collapse.self_bleu(captions),
+        )
         figures = {name: float(values.mean()) for name, values in found.items()}
         for name, values in found.items():
             yield from with_interval(f"{self.name}/{name}", values)
@@ -330,8 +345,12 @@ class Captioning(Evaluator):
             name = f"{self.name}/image_gain"
             yield from scored(name, figures["image_gain"], (low, high), len(gain))
         first = [several[0] for several in references]
+        of_start = float(np.mean([bool(start) and collapse.start_of(t) == start for t in first]))
+        yield f"{self.name}/same_start_references", of_start
         of_references = float(collapse.distinct(first).mean())
-        self.warning = collapse.warning(figures, len(captions), of_references)
+        self.warning = collapse.warning(
+            figures, len(captions), of_references, start=start, start_of_references=of_start
+        )
         if self.warning:
             warn(self.name, self.warning)
 

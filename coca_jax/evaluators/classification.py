@@ -71,6 +71,7 @@ class Tally:
         self._number = {label: i for i, label in enumerate(labels)}
         self._ranks: list[np.ndarray] = []
         self._right: list[np.ndarray] = []  # how many classes each image has
+        self._images_of = np.zeros(len(class_names), np.int64)  # number of images of each class
         self._truths: list[int] = []  # the first name, for accuracy by class and confusion; or -1
         self._guesses: list[np.ndarray] = []
         self._shown, self._worst = Spread(num_examples), Worst(num_examples // 2)
@@ -101,6 +102,7 @@ class Tally:
                 self._image_of.append(content_digest(record["image"]))
         self._ranks.append(rank_of_best(scores, right, self.tie, self.relative))
         self._right.append(right.sum(1))
+        self._images_of += right.sum(0)
         # Among equal scores a wrong class is the guess, as in the rank.
         top = scores.max(1, keepdims=True)
         best = scores >= top - _width(self.tie, top, self.relative)
@@ -127,7 +129,8 @@ class Tally:
         return numbered(self._image_of) if self.asked else None
 
     def results(self) -> Iterator[tuple[str, float]]:
-        """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
+        """Yields top1, top5 (of more than five classes), mean_per_class, their intervals and
+        baselines.
 
         mean_per_class is the mean accuracy of the classes that occur; its interval resamples within
         each class. Raises ValueError when nothing was added.
@@ -147,6 +150,10 @@ class Tally:
             mean = float((hits / total).mean())
             interval = share_limits(mean_of_classes(hits, total), mean, len(rank))
             yield from scored(f"{self.name}/mean_per_class", mean, interval, len(rank))
+        for metric, share in self.chance().items():
+            yield f"{self.name}/{metric}_chance", share
+        # Always naming the largest class: the baseline that a useful classifier has to beat.
+        yield f"{self.name}/top1_majority", float(self._images_of.max() / len(self._truths))
         yield f"{self.name}/num_classes", float(len(self.class_names))
 
     def hits(self) -> np.ndarray:
@@ -154,9 +161,9 @@ class Tally:
         return np.concatenate(self._ranks) < 1
 
     def chance(self) -> dict[str, float]:
-        """What blind guesses reach of top1, top5 and mean_per_class."""
+        """The scores of random guesses."""
         right, count = np.concatenate(self._right), len(self.class_names)
-        found = {f"top{k}": among_first(count, right, k) for k in (1, 5)}
+        found = {f"top{k}": among_first(count, right, k) for k in (1, 5) if k < max(count, 2)}
         known = np.asarray(self._truths) >= 0
         if known.any():
             truth, right = np.asarray(self._truths)[known], right[known]
@@ -191,7 +198,7 @@ class Tally:
         )
 
     def examples(self) -> dict[str, Any]:
-        """Returns confusions, accuracies by class, pictures and chance, for the report."""
+        """Returns confusions, accuracies by class and pictures, for the report."""
         rank, truth, guess = self._guessed()
         names = self.class_names
         present, place, total = np.unique(truth, return_inverse=True, return_counts=True)
@@ -214,7 +221,6 @@ class Tally:
             ],
             items=self._shown.items(),
             worst=self._worst.items(),
-            chance=self.chance(),
         )
         rows, columns = present, np.unique(np.concatenate([present, guess]))
         if len(columns) <= _MAX_CONFUSION:

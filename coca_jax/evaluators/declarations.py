@@ -116,7 +116,7 @@ class Evaluator(abc.ABC):
     Of an instance:
         name: `<kind>/<data set>`.
         examples: after `run`, what the report shows; `kind` in it names the layout, a file of
-            report/templates/layouts, and `chance` says what blind guesses reach, by metric.
+            report/templates/layouts.
         classes: after `run`, accuracy by class and confusion, or {}.
         skipped: metrics that could not run, and why.
         further: what it learns from beside the records of the task, each a `records.Records`.

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+# Endings of scores that belong to the score without the ending: its 95% interval, the number of
+# examples, and what it would be for a model that does not look at the images (see chance.py).
+COMPANIONS = ("_low", "_high", "_count", "_chance", "_majority")
 _MAX_BLOCKS = 5_000
 _LEVEL = 0.95
 _RESAMPLES = 1_000

@@ -70,7 +70,8 @@ class _Encoded:
         return np.stack([np.repeat(self.image_of, counts), caption], 1)
 
     def chance(self, matches: np.ndarray) -> dict[str, float]:
-        """What blind guesses reach, {'image_to_text_r1': ...}. matches: as `matches` gives them."""
+        """The scores of random guesses, {'image_to_text_r1': ...}. matches: as `matches` gives
+        them."""
         image, text = np.unique(matches, axis=0).T
         texts_of = np.bincount(image, minlength=len(self.images))
         images_of = np.bincount(text, minlength=len(self.texts))
@@ -185,7 +186,8 @@ class Retrieval(Evaluator):
         return made
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields image_to_text_r1 and so on, text_to_image_r1, mean_recall, and their intervals;
+        """Yields image_to_text_r1 and so on, text_to_image_r1, mean_recall, their intervals and
+        chance;
         with `bank` also normalised_image_to_text_r1 and so on, with `rerank` also
         reranked_image_to_text_r1 and so on.
 
@@ -205,9 +207,7 @@ class Retrieval(Evaluator):
         self.examples = retrieval_examples.examples(
             found.images, found.kept, found.texts, found.embeddings, matches, self.num_examples
         )
-        chance = found.chance(matches)
-        chance |= {f"{how}_{name}": share for how in _AGAIN for name, share in chance.items()}
-        self.examples |= dict(map=self._map(found, matches, ranks[0] < 1), chance=chance)
+        self.examples |= dict(map=self._map(found, matches, ranks[0] < 1))
         yield from self._metrics("", ranks, found, matches)
         if self.bank is not None:
             without_hubs = self._normalised(predict, found, matches)
@@ -347,6 +347,10 @@ class Retrieval(Evaluator):
             value = shares[0][0, column]
             interval = share_limits(shares[1][:, column], value, size)
             yield from scored(f"{self.name}/{metric}", value, interval, number)
+        chance = found.chance(matches)
+        chance["mean_recall"] = float(np.mean(list(chance.values())))
+        for metric, share in chance.items():
+            yield f"{self.name}/{prefix}{metric}_chance", share
         for direction, (places, owner) in by_direction.items():
             low, high = median_limits(places, owner)
             metric = f"{self.name}/{prefix}{direction}_median_rank"

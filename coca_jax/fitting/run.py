@@ -26,6 +26,7 @@ from coca_jax.importers.items import Options, read_class_names
 from coca_jax.importers.metadata import MANIFEST
 from coca_jax.inference import export_programs
 from coca_jax.machine import compile_cache
+from coca_jax.report import run_files, verdict
 from coca_jax.training import lease, memory, setup, stopping
 from coca_jax.training import run as training
 
@@ -87,7 +88,6 @@ def write_recipe(
     facts, place, splits, name = bring_in(request, workdir, kept, say)
     for line in tell.warnings(facts, bool(start)):
         say(line)
-    kept.put("facts", dataclasses.asdict(facts))
     kept.put("data", dict(path=place, train=splits[0], held=splits[1], name=name))
     config, why = decide(request, facts, (place, splits, name), start, workdir, kept, change, say)
     named = f"{request.folder}:{request.kind}" if request.kind else request.folder
@@ -276,7 +276,6 @@ def token_lengths(
 
 def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[str, Any]:
     """Shows captions and scores, writes the export, says what comes next; returns a summary."""
-    facts = facts_of(kept)
     data = kept.get("data")
     model = inference.load(workdir, narrow=False)  # an export has the weights as they are
     stopping.current().stage("captioning and exporting")
@@ -291,18 +290,10 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         command = f"coca-jax export --checkpoint={shlex.quote(workdir)} --out={shlex.quote(place)}"
         say(f"export: {error}. The run itself is complete; retry with `{command}`")
         place = ""
-    constant, largest = (0.0, 0.0), 0.0
-    if facts.test_captions and "caption" in choose.kinds(facts):
-        entry = dict(path=data["path"], kind="caption")
-        constant = tell.constant_caption(
-            dict(entry, split=data["train"]), dict(entry, split=data["held"])
-        )
-    if facts.test_labels and "label" in choose.kinds(facts):
-        largest = tell.largest_class(dict(path=data["path"], kind="label", split=data["held"]))
-    config = recipes.typed(recipes.load(os.path.join(workdir, RECIPE)))
-    chance = tell.retrieval_chance(config, data["name"])
-    for line in tell.score_table(scores, data["name"], chance, constant, largest):
+    for line in tell.score_table(scores, data["name"]):
         say(line)
+    if sentence := verdict.of_run(run_files.read(workdir)):
+        say(sentence)
     page = os.path.join(workdir, "report.html")
     report = f"report: {page}   " if os.path.exists(page) else ""  # `train` said why it is not
     export = f"   export: {place}" if place else ""
@@ -310,14 +301,6 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
     for line in tell.next_commands(workdir, data["path"]):
         say(line)
     return dict(export=place or None)
-
-
-def facts_of(kept: Kept) -> look.Facts:
-    """The facts that an earlier act kept."""
-    found: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in kept.get("facts").items()
-    }
-    return look.Facts(**found)
 
 
 def captions(model: Any, data: dict[str, Any], count: int = 8) -> Iterator[tuple[str, str, list]]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from coca_jax.config import Config, keys
-from coca_jax.evaluators.caption_match import score_references
-from coca_jax.evaluators.guessing import guessed
-from coca_jax.evaluators.records import Records, candidates, records_of
 from coca_jax.fitting.choose import FEW, kinds, training
 from coca_jax.fitting.look import Facts
 
@@ -82,77 +77,36 @@ def warnings(facts: Facts, from_weights: bool) -> list[str]:
     return lines
 
 
-def constant_caption(train: Mapping[str, Any], test: Mapping[str, Any]) -> tuple[float, float]:
-    """(exact, word F1) on `test` of always saying the commonest caption of `train`: what captions
-    are worth that do not look. Both are data entries."""
-    seen: collections.Counter[str] = collections.Counter()
-    for record in Records(train, limit=20_000, need="caption"):
-        seen.update(record["text"])
-    said = seen.most_common(1)[0][0]
-    found = [score_references(said, record) for record in Records(test, limit=500, need="caption")]
-    return (
-        sum(exact for exact, _ in found) / len(found),
-        sum(f1 for _, f1 in found) / len(found),
-    )
+def score_table(scores: Mapping[str, float], name: str) -> list[str]:
+    """The main scores on a data set, next to those of random guesses and of always giving the most
+    common answer."""
+    rows: list[tuple[str, ...]] = []
 
-
-def largest_class(test: Mapping[str, Any]) -> float:
-    """The share of a data entry that its largest class has: what always naming that gets right."""
-    seen: collections.Counter[str] = collections.Counter()
-    found = Records(test, limit=5000, need="label")
-    for record in found:
-        seen.update(set(record["labels"]))
-    return max(seen.values()) / len(found)
-
-
-def retrieval_chance(config: Config, name: str) -> dict[str, float]:
-    """What a guesser has in the retrieval task of this name, {'image_to_text_r1': ...}; {} where
-    there is none."""
-    for task in config.eval.tasks:
-        if (task["kind"], task["name"]) == ("retrieval", name):
-            records = records_of(task, "caption")
-            return guessed(records, candidates(task))
-    return {}
-
-
-def score_table(
-    scores: Mapping[str, float],
-    name: str,
-    chance: Mapping[str, float],
-    constant: tuple[float, float] = (0.0, 0.0),
-    largest: float = 0.0,
-) -> list[str]:
-    """The main scores, each beside what chance, or not looking, would give. chance: that of
-    `retrieval_chance`; constant, largest: of `constant_caption` and `largest_class`."""
-    rows: list[tuple[str, str, str]] = []
-
-    def add(key: str, what: str, beside: float, note: str = "") -> None:
+    def add(key: str, what: str) -> None:
         if key in scores:
             low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
             between = f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else ""
-            rows.append((what, f"{scores[key]:.1%}{between}", f"{beside:.1%}{note}"))
+            baselines = (scores.get(f"{key}_{end}") for end in ("chance", "majority"))
+            others = ("" if value is None else f"{value:.1%}" for value in baselines)
+            rows.append((what, f"{scores[key]:.1%}{between}", *others))
 
     texts = scores.get(f"retrieval/{name}/num_texts", 1)
     images = scores.get(f"retrieval/{name}/num_images", 1)
-    for rank, words in ((1, "first"), (5, "among the first five")):
-        for metric, what in (
-            (f"image_to_text_r{rank}", f"of {texts:,.0f} captions, a picture's own comes {words}"),
-            (f"text_to_image_r{rank}", f"of {images:,.0f} pictures, a caption's own comes {words}"),
-        ):
-            if metric in chance:
-                add(f"retrieval/{name}/{metric}", what, chance[metric])
-    same = " by the commonest caption"
-    add(f"captioning/{name}/exact_match", "captions written word for word", constant[0], same)
-    add(f"captioning/{name}/word_f1", "words of written captions (F1)", constant[1], same)
+    for rank, words in ((1, "comes first"), (5, "is among the first five")):
+        key = f"retrieval/{name}/{{}}_r{rank}"
+        add(key.format("image_to_text"), f"an image's own caption {words} of {texts:,.0f}")
+        add(key.format("text_to_image"), f"a caption's own image {words} of {images:,.0f}")
+    add(f"captioning/{name}/exact_match", "captions correct word for word")
+    add(f"captioning/{name}/word_f1", "words of captions (F1)")
+    add(f"captioning/{name}/same_start", "captions that begin with the same three words")
     classes = scores.get(f"zero_shot/{name}/num_classes", 1)
-    key = f"zero_shot/{name}/top1"
-    by_name = f"of {classes:,.0f} classes, the right one by its name"
-    add(key, by_name, largest, " by their largest class")
+    add(f"zero_shot/{name}/top1", f"zero-shot classification, {classes:,.0f} classes")
     if not rows:
-        return ["nothing was held out, so there are no scores"]
-    header = ("on pictures held out", "score (95% interval)", "chance")
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(3)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in (header, *rows)]
+        return ["no data was held out, so there are no scores"]
+    header = ("held-out images", "score (95% interval)", "random guess", "most common answer")
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in (header, *rows))
+    return [line.rstrip() for line in lines]
 
 
 def changed(chosen: Config, config: Config, wanted: Config) -> list[str]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from coca_jax import export_format, image_shape
+from coca_jax.evaluators.intervals import COMPANIONS
 from coca_jax.export_format import CARD, PREPROCESSOR
 from coca_jax.files import out_folder, storage
 from coca_jax.inference.model import CoCaModel
@@ -223,7 +224,7 @@ def _score_rows(scores: Mapping[str, float | None]) -> list[str]:
     for key, value in sorted(scores.items()):
         if "/" not in key:  # the step of a run
             continue
-        if value is None or key.endswith(("_low", "_high", "_count")):
+        if value is None or key.endswith(COMPANIONS):
             continue
         low, high, count = (scores.get(f"{key}_{end}") for end in ("low", "high", "count"))
         interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"

@@ -82,16 +82,6 @@ def interval(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
     return f"{first}\u2009\u2013\u2009{last}{sign}"
 
 
-def chance(metric: Metric, name: str, examples: Mapping[str, Any]) -> str:
-    """What blind guesses reach of a score, in its scale, as its evaluation said in `chance` of its
-    examples; '' where it does not, as those of before this did not."""
-    task, _, own = name.rpartition("/")
-    found = examples.get(task)
-    told = found.get("chance") if isinstance(found, Mapping) else None
-    known = isinstance(told, Mapping) and is_number(told.get(own))
-    return score(metric, told[own]) if known else ""
-
-
 def split_name(name: str) -> tuple[str, str, str]:
     """(evaluator, data set, metric) of a score; ('', '', name) of anything else."""
     parts = name.split("/")

@@ -15,7 +15,7 @@ from etils import epath
 from coca_jax import image_shape
 from coca_jax.config.section import flatten
 from coca_jax.files import storage
-from coca_jax.report import charts, examples, numbers, run_files, scores
+from coca_jax.report import charts, examples, numbers, run_files, scores, verdict
 from coca_jax.report.run_files import RunFiles
 from coca_jax.training import goodput as training
 
@@ -49,7 +49,8 @@ def write_report(
     context: dict[str, Any] = dict(
         title=run.name,
         summary=summary(run),
-        headlines=scores.headlines(run.scores, tasks, run),
+        verdict=verdict.of_run(run),
+        headlines=scores.headlines(run.scores, tasks),
         tables=scores.tables(run.scores, tasks, run),
         evaluations=[*charts.evaluations([run]), *charts.blended(run.blend.get("curve", []))],
         training=charts.training([run]),

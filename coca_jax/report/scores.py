@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax.evaluators import declarations
+from coca_jax.evaluators.declarations import Metric
+from coca_jax.evaluators.intervals import COMPANIONS
 from coca_jax.report import numbers
 from coca_jax.report.run_files import RunFiles
 
 Scores = Mapping[str, Any]
-SUFFIXES = ("_low", "_high", "_count")
 _COUNTED = "num_"  # metrics that say of how many things
 
 
@@ -27,7 +28,7 @@ def tasks_of(scores: Scores) -> dict[tuple[str, str], list[str]]:
 
 
 def _is_companion(name: str, scores: Scores) -> bool:
-    return any(name.endswith(s) and name.removesuffix(s) in scores for s in SUFFIXES)
+    return any(name.endswith(s) and name.removesuffix(s) in scores for s in COMPANIONS)
 
 
 def _metric_order(evaluator: str) -> Any:
@@ -43,14 +44,12 @@ def _metric_order(evaluator: str) -> Any:
     return place
 
 
-def headlines(
-    scores: Scores, metrics: Mapping[tuple[str, str], list[str]], run: RunFiles
-) -> list[dict[str, Any]]:
+def headlines(scores: Scores, metrics: Mapping[tuple[str, str], list[str]]) -> list[dict[str, Any]]:
     """A tile a task: its first headline large, with its interval, and the others small."""
     tiles = []
     for (evaluator, data), there in metrics.items():
         wanted = headline_metrics(evaluator, there)
-        lines = [_line(scores, evaluator, data, metric, run) for metric in wanted]
+        lines = [_line(scores, evaluator, data, metric) for metric in wanted]
         if lines:
             title = numbers.title_of(evaluator)
             tiles.append(dict(title=title, data=data, first=lines[0], rest=lines[1:3]))
@@ -65,7 +64,7 @@ def headline_metrics(evaluator: str, there: Sequence[str]) -> list[str]:
     return [metric for metric in known.headlines if metric in there]
 
 
-def _line(scores: Scores, evaluator: str, data: str, metric: str, run: RunFiles) -> dict[str, Any]:
+def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, Any]:
     name = f"{evaluator}/{data}/{metric}"
     shown = numbers.metric_of(evaluator, metric, [scores[name]])
     count = scores.get(f"{name}_count")
@@ -73,10 +72,17 @@ def _line(scores: Scores, evaluator: str, data: str, metric: str, run: RunFiles)
         title=shown.title,
         value=numbers.score(shown, scores[name]),
         interval=numbers.interval(shown, scores, name),
-        chance=numbers.chance(shown, name, run.examples),
+        chance=_baseline(shown, scores, f"{name}_chance"),
+        majority=_baseline(shown, scores, f"{name}_majority"),
         count="" if count is None else f"{count:,.0f}",
         lower=shown.lower,
     )
+
+
+def _baseline(shown: Metric, scores: Scores, name: str) -> str:
+    """A companion of a score, as the score is written; '' where there is none."""
+    value = scores.get(name)
+    return "" if value is None else numbers.score(shown, value)
 
 
 def tables(
@@ -93,7 +99,7 @@ def tables(
             if metric.startswith(_COUNTED) and scores[f"{evaluator}/{data}/{metric}"] is not None
         ]
         rows = [
-            _line(scores, evaluator, data, metric, run)
+            _line(scores, evaluator, data, metric)
             for metric in there
             if not metric.startswith(_COUNTED)
         ]

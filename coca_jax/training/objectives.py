@@ -165,9 +165,13 @@ class GlobalContrastive(Configured):
 
 @dataclasses.dataclass(frozen=True)
 class Captioning(Configured):
-    """The mean of the cross-entropy over all target tokens of the batch (paper, Eq. 3)."""
+    """The mean of the cross-entropy over all target tokens of the batch (paper, Eq. 3).
+
+    labels: whether rows of label sources have targets.
+    """
 
     weight: float
+    labels: bool
     chunk: int
     z_loss: float
     label_smoothing: float
@@ -183,15 +187,25 @@ class Captioning(Configured):
     def of(cls, config: Config, ops: Reference) -> Captioning:
         loss = config.loss
         return cls(
-            loss.captioning_weight, loss.caption_chunk, loss.z_loss, loss.label_smoothing, ops
+            loss.captioning_weight,
+            loss.caption_labels,
+            loss.caption_chunk,
+            loss.z_loss,
+            loss.label_smoothing,
+            ops,
         )
 
     def totals(self, batch: Inputs) -> jax.Array:
         """Target tokens in the batch, float32, at least 1."""
-        return jnp.maximum(batch["text_valid"][:, 1:].sum(), 1).astype(jnp.float32)
+        return jnp.maximum(self._targets(batch)[1].sum(), 1).astype(jnp.float32)
+
+    def _targets(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """(targets int [B, L], mask bool [B, L]), without those of label rows if not `labels`."""
+        targets, mask = captioning.caption_targets(inputs["tokens"], inputs["text_valid"])
+        return targets, mask if self.labels else mask & ~inputs["is_label"][:, None]
 
     def value(self, inputs: Inputs, totals: Any) -> tuple[jax.Array, Means]:
-        targets, mask = captioning.caption_targets(inputs["tokens"], inputs["text_valid"])
+        targets, mask = self._targets(inputs)
         loss, nll = captioning.weighted_captioning_loss(
             inputs["states"],
             inputs["kernel"],
