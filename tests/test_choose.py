@@ -159,6 +159,9 @@ def test_what_trains_follows_from_what_there_is():
     # With both, captions are most of the batch.
     weights = [s.weight for s in chosen(BOTH).config.data.sources]
     assert weights[0] == 7 * weights[1]
+    # Then the decoder learns from captions only, or it would write "a photo of the ...".
+    learned = [chosen(one).config.loss.caption_labels for one in (CAPTIONS, LABELS, BOTH)]
+    assert learned == [True, True, False]
 
 
 def test_the_batch_is_no_larger_than_data_and_time_give():

@@ -161,6 +161,32 @@ def test_metrics_count_what_they_are_means_of():
     assert float(means(captioning)["captioning_loss/caption"][1]) == targets[~label].sum()
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_captions_alone_train_the_decoder_where_label_rows_have_no_captioning_loss(chunk):
+    inputs = inputs_of()
+    captions = rows_of(inputs, np.flatnonzero(~np.asarray(inputs["is_label"])))
+
+    def loss(states, given, **options):
+        config = config_of(caption_chunk=chunk, **options)
+        (objective,) = (o for o in objectives.of(config) if o.name == "captioning_loss")
+        read_ = read(objective, given | dict(states=states))
+        return objective.value(read_, objective.totals(read_))
+
+    def gradient(given, **options):
+        (value, means), found = jax.value_and_grad(loss, has_aux=True)(
+            given["states"], given, **options
+        )
+        return float(value), means, np.asarray(found)
+
+    value, means, found = gradient(inputs, caption_labels=False)
+    label = np.asarray(inputs["is_label"])
+    wanted, _, wanted_gradient = gradient(captions)  # as if the label rows were not there
+    assert value == pytest.approx(wanted, rel=1e-6)
+    np.testing.assert_allclose(found[~label], wanted_gradient, rtol=1e-5, atol=1e-7)
+    assert not found[label].any() and float(means["captioning_loss/label"][1]) == 0
+    assert np.abs(gradient(inputs)[2][label]).max() > 1e-3  # by default they train it
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_a_tangent_has_the_gradient_of_its_loss(kind):
     """Over two parts, by the embeddings, the scale and the sigmoid's bias."""

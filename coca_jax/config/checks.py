@@ -67,6 +67,13 @@ def check_sources(config: Config) -> None:
         raise ValueError("config.data.sources is empty; name at least one source of data")
     for number, entry in enumerate(config.data.sources):
         entry.check_read(f"config.data.sources[{number}]")
+    loss, kinds = config.loss, {entry.kind for entry in config.data.sources}
+    if loss.captioning_weight and not loss.caption_labels and kinds == {"label"}:
+        raise ValueError(
+            f"loss.caption_labels=False leaves the decoder nothing to learn from sources of "
+            f"kind='label' alone, and loss.captioning_weight={loss.captioning_weight}; set "
+            "loss.caption_labels=True, or loss.captioning_weight=0"
+        )
 
 
 def _check_image_sizes(config: Config) -> None:
