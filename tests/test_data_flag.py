@@ -1,6 +1,7 @@
 """The flag --data, and those beside it that name fields of its data."""
 
 import json
+import os
 import re
 import types
 
@@ -13,7 +14,7 @@ from coca_jax import own_data_flags, run_config, train
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.files import out_folder, storage
-from coca_jax.importers import asked, checks, data_flag, own_data, splits
+from coca_jax.importers import asked, checks, data_flag, indexes, own_data, splits
 from coca_jax.importers.items import Options
 from coca_jax.training import setup
 
@@ -91,6 +92,31 @@ def test_few_of_several_data_of_which_none_is_held_out_train_whole(tmp_path, cap
     )
     with pytest.raises(ValueError, match="leaves none of 1 for the split 'test'"):
         own_data.apply(typed(recipe()), given[:1], str(tmp_path / "alone"))
+
+
+def test_data_that_lose_more_than_half_of_their_rows_are_refused(tmp_path):
+    """59 of 60 images were missing and the run went on with one. The list stays, and the same
+    command works once the images are there."""
+    folder, run = captioned(tmp_path / "half", 60), tmp_path / "run"
+    moved = [name for name in sorted(os.listdir(folder)) if not name.startswith("meta")][:59]
+    (tmp_path / "away").mkdir()
+    for name in moved:
+        os.rename(folder / name, tmp_path / "away" / name)
+    listed = f"{run}/data/half-quarantine.jsonl"
+    why = f"half: 59 of 60 rows cannot be used .59 missing_image., more than half.* {listed}"
+    with pytest.raises(ValueError, match=why):
+        own_data.apply(typed(recipe()), [str(folder)], str(run))
+    with open(listed) as file:
+        found = [json.loads(line) for line in file]
+    assert len(found) == 59 and {one["reason"] for one in found} == {"missing_image"}
+    assert not (run / "data/half").exists()
+    entry = {"data.sources": (dict(path=str(folder)),)}  # as a recipe names them
+    with pytest.raises(ValueError, match="59 of 60 rows cannot be used"):
+        indexes.of_sources(typed(recipe()).change(entry), str(tmp_path / "other"))
+    for name in moved[30:]:  # half of them is not more than half
+        os.rename(tmp_path / "away" / name, folder / name)
+    own_data.apply(typed(recipe()), [str(folder)], str(run))
+    assert (run / "data/half").exists()
 
 
 def words(folder, count):

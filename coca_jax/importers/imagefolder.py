@@ -97,7 +97,10 @@ def unlisted(path: str, options: Options, lists: Any = None) -> tuple[int, int]:
     root = os.path.realpath(path)
     if not lists and not _metadata(root):
         return 0, 0
-    there = {os.path.normpath(one) for one in _images(root)}
+    try:
+        there = {os.path.normpath(one) for one in _images(root)}
+    except FileNotFoundError:  # all images lie elsewhere
+        return 0, 0
     left = set(there)
     planned, rows = (lists.plan, lists.located) if lists else (plan, located)
     for unit in whole_files(planned(root, "", options)):

@@ -15,13 +15,14 @@ import pathlib
 import posixpath
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config, Entry
 from coca_jax.console import activity
 from coca_jax.data import files, formats, manifest, named_files, references
-from coca_jax.files import cache_folder, local_files
+from coca_jax.files import cache_folder, local_files, storage
 from coca_jax.files.storage import write_bytes
 from coca_jax.importers import in_place, metadata, shards, split_field, splits
 from coca_jax.importers.items import Options, Unit, whole_files
@@ -56,6 +57,7 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
                 now = state_of_input(formats.guess(input), input, out, options, split)
                 refuse_changed(input, out, now)
             _make(input, split, out, options)
+            check_losses(input, out)
         wait_for(out, split)
         sources[number] = dataclasses.replace(of_index(entry, out, split), split=split)
     if not numbers:
@@ -350,6 +352,38 @@ def _check(path: str, format: str) -> None:
             f"data source {path}: --format={format} cannot be read in place; give what "
             "`coca-jax prepare` makes of it"
         )
+
+
+def check_losses(input: str, out: str) -> None:
+    """Raises ValueError where more than half of the rows of the data in `out` could not be used.
+    Then `out` is removed, so that the command can be repeated with better data."""
+    there = metadata.read_manifest(out)["splits"]
+    lists = [files.join(out, f"{name}-quarantine.jsonl") for name in there]
+    lines = b"".join(files.read(one) for one in lists if files.exists(one)).splitlines()
+    usable = sum(split["count"] for split in there.values())
+    if len(lines) > usable:
+        storage.remove(out)
+        raise too_many_lost(input, out, [json.loads(line) for line in lines], usable)
+
+
+def too_many_lost(
+    input: str, out: str, lost: Sequence[Mapping[str, str]], usable: int
+) -> ValueError:
+    """The error of data that have lost more rows than are usable, which lists them next to `out`.
+
+    lost: {key, reason, detail} of each.
+    """
+    listed = f"{out}-quarantine.jsonl"
+    write_bytes(listed, "".join(f"{json.dumps(one, sort_keys=True)}\n" for one in lost).encode())
+    reasons = Counter(one["reason"] for one in lost)
+    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    allow = ""
+    if "outside_input" in reasons:
+        allow = ", or let fit and prepare read them with --allow_paths=FOLDER"
+    return ValueError(
+        f"{input}: {len(lost):,} of {len(lost) + usable:,} rows cannot be used ({told}), more than "
+        f"half. They are listed in {listed}. Correct them or remove them from the data{allow}."
+    )
 
 
 def _make(path: str, split: str, out: str, options: Options) -> None:

@@ -287,8 +287,15 @@ def bring_in(
     """
     try:
         _bring_in(found, out, holdout, options or Options(), or_whole)
+        indexes.check_losses(found.input, out)
     except splits.EmptySide as error:
         metadata.remove_empty(out)
+        items = list(found.items(options or Options()))
+        lost = [
+            dict(key=one.key, reason=one.problem, detail=one.detail) for one in items if one.problem
+        ]
+        if 2 * len(lost) > len(items):
+            raise indexes.too_many_lost(found.input, out, lost, len(items) - len(lost)) from None
         raise ValueError(
             f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
             f"for the scores, which leaves none of {error.read} for the split {error.split!r}"
