@@ -12,6 +12,7 @@ Examples:
   coca-jax fit photos/ --workdir=runs/mine
   coca-jax fit photos/ --workdir=runs/mine --minutes=10 --config.batch_size=64
   coca-jax fit photos/:label --workdir=runs/classes --init_from=runs/mine
+  coca-jax fit photos/ --workdir=runs/mine --init_from=coca_ViT-B-32:laion2b_s13b_b90k
   coca-jax fit photos/ --workdir=runs/mine --dry_run
 """
 
@@ -38,7 +39,15 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where the fit lives; made when missing.")
     flags.DEFINE_float("minutes", 30.0, "Of training; looking, scoring and writing come besides.")
     flags.DEFINE_bool("dry_run", False, "Choose and print the recipe, train nothing.")
-    flags.DEFINE_string("init_from", "", "Weights to start from: a run, export or converted ones.")
+    flags.DEFINE_string(
+        "init_from",
+        "",
+        "Pretrained CoCa weights to start from: a model name with its tag "
+        "(coca_ViT-B-32:laion2b_s13b_b90k), hf-hub:OWNER/NAME, a run, an export or a file.",
+    )
+    flags.DEFINE_multi_string(
+        "allow_paths", [], "Folder or URL from which rows may name images. Repeatable."
+    )
     for field in ("text", "label", "image"):
         note = f"Field of the {field}, where it has an unusual name."
         flags.DEFINE_string(f"{field}_field", "", note)
@@ -54,6 +63,12 @@ def summary(result: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Command-line entry."""
     args = flags.FLAGS
+    if len(argv) > 2:
+        several = " ".join(f"--data={shlex.quote(one)}" for one in argv[1:])
+        raise ValueError(
+            f"fit takes one FOLDER, and {len(argv) - 1} were given. Train on several with "
+            f"coca-jax train {several} --config=RECIPE --workdir=DIR, or put them into one folder."
+        )
     if len(argv) != 2 or not args.workdir:
         raise ValueError("give one FOLDER of pictures and --workdir=DIR")
     if not 0 < args.minutes < float("inf"):
@@ -105,6 +120,9 @@ def request_of_flags(folder: str) -> Any:
         minutes=args.minutes,
         init_from=os.path.abspath(weights) if os.path.exists(weights) else weights,
         fields={name: args[name].value for name in FIELDS if args[name].value},
+        allow_paths=tuple(
+            one if "://" in one else os.path.abspath(one) for one in args.allow_paths
+        ),
         overrides=tuple(f"{key}={value}" for key, value in sorted(recipes.changes().items())),
     )
 

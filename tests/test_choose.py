@@ -15,6 +15,7 @@ from coca_jax.config import Config
 from coca_jax.data.mixture import shares
 from coca_jax.data.pixels import Pixels
 from coca_jax.fitting import choose, look, machine, sizes, tell
+from coca_jax.fitting.kept import Request
 from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
 from coca_jax.machine import cgroups, compile_cache, cores
@@ -280,16 +281,32 @@ def test_data_that_cannot_train_say_what_would():
         ),
         (Facts(train=9, captions=9), "can be used: 9, too few .* give 20 at the very least"),
         (Facts(train=1, captions=1), "can be used: 1, too few"),
-        (Facts(train=0, left_out=(("bad_utf8", 30),)), r"none .* can be used \(30 bad_utf8\)"),
+        (Facts(train=0, left_out=(("bad_utf8", 30),)), "none .* can be used .30 bad_utf8;"),
+        (
+            Facts(train=0, left_out=(("outside_input", 30),), first_problem="'/a/b.jpg' leads"),
+            "30 outside_input; the first: '/a/b.jpg' leads.*--allow_paths=FOLDER",
+        ),
+        (Facts(train=60, captions=60, distinct_captions=1), "all 60 captions are the same"),
         (Facts(train=99, labels=99, classes=("cat",)), "all labels are 'cat': with one class"),
     ):
         with pytest.raises(ValueError, match=message):
             choose.check(facts)
     few = sized(CAPTIONS, 795)
-    assert "for 8.3% of new pictures" in tell.warnings(few, from_weights=False)[0]
-    assert tell.warnings(few, from_weights=True) == tell.warnings(CAPTIONS, False) == []
-    numbers = dataclasses.replace(LABELS, classes=("0", "1", "2"))
-    assert "--class_names=FILE" in tell.warnings(numbers, False)[0]
+    asked = Request(folder="/my data/pics", kind="caption", fields={"text_field": "title"})
+    line, command, *_ = tell.warnings(few, asked, "runs/mine/")
+    assert line.startswith("Few images: 795.") and "for 8.3% of new images" in line
+    # The same fit from weights with a name, to paste into a shell.
+    assert shlex.split(command) == [
+        *("coca-jax", "fit", "/my data/pics:caption", "--workdir=runs/mine-pretrained"),
+        *("--init_from=coca_ViT-B-32:laion2b_s13b_b90k", "--text_field=title"),
+    ]
+    many = sized(CAPTIONS, 20_000)
+    assert tell.warnings(many, asked, "w") == []
+    assert tell.warnings(few, dataclasses.replace(asked, init_from="runs/a"), "w") == []
+    assert (
+        "--class_names"
+        in tell.warnings(dataclasses.replace(LABELS, classes=("0", "1")), asked, "w")[-1]
+    )
 
 
 @pytest.mark.parametrize("count, held", [(20, 8), (100, 10), (9000, 900), (30_000, 1500)])

@@ -5,16 +5,19 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 
+import conversion_cases
 import jax
 import numpy as np
 import pytest
+from conftest import tiny_config
 from PIL import Image, ImageDraw
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import fit, recipes
+from coca_jax import export_format, fit, recipes
 from coca_jax.config import typed
 from coca_jax.data import sources
 from coca_jax.files import out_folder
@@ -23,7 +26,7 @@ from coca_jax.fitting.kept import Kept, Request
 from coca_jax.importers import asked, indexes, splits
 from coca_jax.importers.items import Item
 from coca_jax.inference import export_programs
-from coca_jax.training import gradients, lease, step, stopping
+from coca_jax.training import gradients, lease, step, stopping, warm_start
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
 SHAPES = ("circle", "square")
@@ -164,7 +167,9 @@ def test_what_is_said(done, folder):
     assert "61 pictures" not in text and "60 pictures, 28 x 28 px, drawings or screens" in text
     assert "left out: 1 damaged_image" in text or "left out: 1 unreadable_image" in text
     assert "held out for the scores: 8; to train on: 52" in text
-    assert "Few pictures: 52." in text and "--init_from=" in text
+    assert "Few images: 52." in text
+    (advice,) = [line for line in said if "--init_from=" in line]
+    assert shlex.split(advice)[:2] == ["coca-jax", "fit"] and "coca_ViT-B-32:laion2b" in advice
     choice = said[said.index("the choice:") + 1 : said.index("again")]
     assert len([line for line in choice if line.startswith("  ")]) >= 6
     # few_steps is what the user wants: the reasons are of it, and what it is in place of.
@@ -177,7 +182,9 @@ def test_what_is_said(done, folder):
     assert any(line.startswith("  as you wish: checkpoint.every_steps 3 in ") for line in choice)
     after = said[said.index("again") + 1 :]
     assert after[0] == f"{workdir}/recipe.py holds the choice that was made before"
-    assert any("a picture's own comes first" in line and "chance" not in line for line in after)
+    assert any("an image's own caption comes first" in line for line in after)
+    (verdict,) = [line for line in after if line.startswith("The model is ")]
+    assert "pretrained weights" in verdict and "52 images are few" in verdict
     assert f"  coca-jax caption --checkpoint={workdir} PICTURE_OR_FOLDER" in after
 
 
@@ -327,12 +334,68 @@ def test_pictures_in_the_workdir_stay(tmp_path, monkeypatch):
     [
         (dict(text=None, label="cat"), "all labels are 'cat': with one class"),
         (dict(text=None, label=None), "0 of 24 pictures have a caption and 0 a label"),
+        (dict(text="a photo", label=None), "all 24 captions are the same"),
     ],
 )
 def test_folders_that_cannot_train(tmp_path, rows, message):
     drawn_folder(tmp_path / "data", 24, **rows)
     with pytest.raises(ValueError, match=message):
         run.fit(Request(folder=str(tmp_path / "data")), str(tmp_path / "run"), say=str)
+
+
+def test_images_outside_the_folder_are_read_where_that_is_allowed(tmp_path):
+    """A list with absolute paths: the message names the flag, and with it they are read."""
+    pictures, lists = drawn_folder(tmp_path / "pics", 24), tmp_path / "lists"
+    lists.mkdir()
+    rows = [json.loads(line) for line in open(pictures / "metadata.jsonl")]
+    rows = [json.dumps(row | dict(file_name=str(pictures / row["file_name"]))) for row in rows]
+    (lists / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    workdir = str(tmp_path / "run")
+    with pytest.raises(ValueError, match="24 outside_input; the first: .*pics.*--allow_paths=FOLD"):
+        run.fit(Request(folder=str(lists)), workdir, say=str)
+    assert not os.path.exists(workdir)
+    request = Request(folder=str(lists), allow_paths=(str(pictures),))
+    facts, place, names, _ = run.bring_in(request, workdir, Kept(workdir, request), str)
+    assert (facts.train, facts.test) == (16, 8)
+    record = next(iter(sources.open_source(dict(path=place, split="train"))))
+    assert record.image in [drawing(i)[0] for i in range(24)]
+
+
+def test_any_coca_model_can_be_started_from(tmp_path, monkeypatch):
+    """A file as open_clip publishes it, converted into the workdir: the recipe has its image size,
+    preprocessing and vocabulary."""
+    source = conversion_cases.write_source(tmp_path / "weights", conversion_cases.small_weights())
+    folder, workdir = drawn_folder(tmp_path / "pics", 24), str(tmp_path / "run")
+    request = Request(folder=str(folder), init_from=str(source), minutes=0.01)
+    found = run.fit(request, workdir, dry_run=True, say=str)
+    config = typed(recipes.load(found["recipe"]))
+    assert config.init_from == f"{workdir}/pretrained"
+    assert config.model.image_size == 32 and config.data.resize == "crop"
+    assert config.data.vocabulary == f"{workdir}/pretrained/vocabulary.bpe.gz"
+    theirs, ours = coca_jax.load(str(source)), coca_jax.load(config.init_from)
+    np.testing.assert_array_equal(theirs.encode_text(["a cat"]), ours.encode_text(["a cat"]))
+    warm_start.check_model(config)  # its weights fit the model
+
+
+@pytest.mark.parametrize(
+    "init_from, message",
+    [
+        ("coca_ViT-B-32:laion400m", "coca_ViT-B-32.*laion2b_s13b_b90k"),
+        ("coca_ViT-B-32", "coca_ViT-B-32.*laion2b_s13b_b90k"),
+        ("nowhere", "nowhere: does not exist. Give a run, an export, .*hf-hub:OWNER/NAME"),
+        ("towers", "towers: .* no decoder. Such models can be loaded to encode, .* not fine-tuned"),
+    ],
+)
+def test_weights_that_cannot_be_tuned_are_refused_before_the_data_are_read(
+    tmp_path, monkeypatch, init_from, message
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("words.model").write_bytes(b"words")
+    towers = typed(tiny_config(family="clip")).model.to_dict()
+    export_format.write_export("towers", {"a": np.zeros(2)}, dict(model=towers), "words.model")
+    with pytest.raises(ValueError if init_from != "nowhere" else FileNotFoundError, match=message):
+        run.fit(Request(folder="pics", init_from=init_from), "run", say=str)
+    assert not os.path.exists("run")
 
 
 def test_prepared_data_are_split_again(tmp_path):
@@ -388,6 +451,13 @@ def test_looking_counts_what_is_there():
     noise = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(noise, "PNG")
     assert not look.drawn([noise.getvalue()] * 3)
+    # A photograph of an object on a white ground is none; a flat drawing on the same ground is.
+    for front, drawn in ((rng.integers(60, 200, (40, 40, 3)), False), (90, True)):
+        pixels = np.full((64, 64, 3), 255, np.uint8)
+        pixels[10:50, 10:50] = front
+        on_white = io.BytesIO()
+        Image.fromarray(pixels).save(on_white, "PNG")
+        assert look.drawn([on_white.getvalue()] * 3) == drawn
 
 
 def test_the_command_says_mistakes_in_a_line(commands, tmp_path):
@@ -408,6 +478,10 @@ def test_the_command_says_mistakes_in_a_line(commands, tmp_path):
     "arguments, message",
     [
         ([], "give one FOLDER of pictures and --workdir=DIR"),
+        (
+            ["x", "z", "--workdir=y"],
+            "fit takes one FOLDER, and 2 were given. Train on several",
+        ),
         (["x", "--workdir=y", "--minutes=0"], "--minutes=0: give the minutes of training, above 0"),
         (["x", "--workdir=y", "--config=tiny"], "--config=tiny: fit chooses the recipe"),
         (["x", "--workdir=s3://b/y"], "fit works in a local folder"),

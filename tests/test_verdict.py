@@ -33,7 +33,7 @@ def test_a_weak_model_is_called_so_and_pretrained_weights_are_advised():
     assert (
         "captioning (0.2% word for word, word F1 8%, 54% begin with the same three words)" in rest
     )
-    assert "pretrained weights, since 5,578 images are few" in rest
+    assert "pretrained weights (such as coca_" in rest and "since 5,578 images are few" in rest
 
 
 def test_a_good_model_needs_no_advice():

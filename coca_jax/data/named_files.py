@@ -101,7 +101,7 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
     if not any(found.startswith(_prefix(root, here)) for root in roots):
         raise Outside(
             f"{name[:200]!r} leads to {found[:200]}, outside the input; "
-            "`prepare`, `recaption` and `search index` take --allow_paths=FOLDER_OR_URL for more"
+            "`fit`, `prepare`, `recaption` and `search index` take --allow_paths=FOLDER_OR_URL"
         )
     return found
 

@@ -18,7 +18,6 @@ from coca_jax.fitting.look import Facts
 from coca_jax.fitting.machine import Machine
 from coca_jax.fitting.sizes import Size, affordable, step_flops, vocabulary_size
 
-FEW = 2000  # pictures to train on; below, a model from scratch remembers more than it learns
 LEAST = 20  # pictures in all, with which there is anything to hold out and to tell apart
 PASSES = 200  # over the data, at most; beyond, small data are learned by heart
 ENOUGH_STEPS = 150  # of a model from scratch; a size that takes fewer in the time is too large
@@ -30,7 +29,7 @@ _LABEL_SHARE = 8  # where there are captions, one row in so many is a label
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """Weights to start from: the place, config.model, the number of parameters, how
-    images were resized, and the vocabulary's file and ids."""
+    images were resized, the vocabulary's file, and what the user called them."""
 
     path: str
     model: Model
@@ -38,6 +37,7 @@ class Weights:
     resize: str
     label_token: bool = False
     vocabulary: str = ""
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Choice:
 
 def kinds(facts: Facts) -> tuple[str, ...]:
     """Which texts train: ('caption', 'label'), or one of them, the first being the main one."""
-    found = {"caption": facts.captions, "label": facts.labels if len(facts.classes) > 1 else 0}
+    found = {
+        "caption": facts.captions if facts.distinct_captions != 1 else 0,
+        "label": facts.labels if len(facts.classes) > 1 else 0,
+    }
     most = max(found.values())
     return tuple(kind for kind, count in found.items() if count > max(LEAST // 4, most // 4))
 
@@ -120,9 +123,17 @@ def check(facts: Facts) -> None:
     total = facts.train + facts.test
     without = dict(facts.left_out).get("missing_text", 0)
     if not total and facts.left_out and not without:
+        hint = "`coca-jax prepare` lists what is wrong with each one"
+        if facts.left_out[0][0] == "outside_input":
+            hint = "give --allow_paths=FOLDER (or a URL) to read images from outside the folder"
         raise ValueError(
-            f"none of the pictures can be used ({facts.problems}); `coca-jax prepare` lists what "
-            "is wrong with each one"
+            f"none of the images can be used ({facts.problems}; the first: {facts.first_problem}). "
+            f"{hint[:1].upper()}{hint[1:]}."
+        )
+    if not kinds(facts) and facts.captions and facts.distinct_captions == 1:
+        raise ValueError(
+            f"all {facts.captions:,} captions are the same and there are no classes to learn: a "
+            "model could learn nothing. Give each image a caption or a label of its own."
         )
     if not kinds(facts) and facts.labels and len(facts.classes) == 1:
         raise ValueError(
@@ -217,8 +228,8 @@ def _from_weights(config: Config, machine: Machine, weights: Weights) -> tuple[C
         )
     )
     return config, (
-        f"model: that of {weights.path}, {weights.parameters / 1e6:.1f}M parameters, "
-        f"{image_shape.words(config.model.image_size)} px, {machine.dtype}, fine-tuned "
+        f"model: that of {weights.name or weights.path}, {weights.parameters / 1e6:.1f}M "
+        f"parameters, {image_shape.words(config.model.image_size)} px, {machine.dtype}, fine-tuned "
         f"at a rate of {config.optimizer.learning_rate:g}"
     )
 
@@ -309,12 +320,18 @@ def _data(
         data = dict(path=path, split=held, kind="label")
         tasks.append(dict(kind="zero_shot", name=name, data=data, prompts="photo", limit=5000))
     config = config.change(
-        {"data.sources": sources, "data.prompts": "photo", "eval.tasks": tuple(tasks)}
+        {
+            "data.sources": sources,
+            "data.prompts": "photo",
+            # Else the decoder learns to write "a photo of the ..." in place of captions.
+            "loss.caption_labels": len(found) < 2,
+            "eval.tasks": tuple(tasks),
+        }
     )
     if len(found) == 2:
         return config, (
-            f"trains on captions, and one row in {_LABEL_SHARE} on labels ('a photo of the "
-            f"{facts.classes[0]}')"
+            f"trains on captions; one row in {_LABEL_SHARE} has a label as its text ('a photo of "
+            f"the {facts.classes[0]}'), for the contrastive loss only"
         )
     if found == ("caption",):
         return config, "trains on captions"

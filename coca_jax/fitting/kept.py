@@ -27,6 +27,7 @@ class Request:
         init_from: weights to start from, '' for none.
         fields: text_field, label_field, image_field and class_names as they were given.
         overrides: 'key=value' of the config.
+        allow_paths: folders and URLs from which rows may name images, in addition to `folder`.
     """
 
     folder: str
@@ -35,6 +36,7 @@ class Request:
     init_from: str = ""
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+    allow_paths: tuple[str, ...] = ()
 
 
 class Kept:

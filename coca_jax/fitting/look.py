@@ -21,6 +21,9 @@ from coca_jax.importers.items import Item
 
 _DECODED = 96  # pictures whose pixels are looked at
 _TEXTS = 200_000  # captions that are kept to measure
+# Least share of equal neighbors before the background of a drawing. Medians: Twitter's emoji 0.53,
+# Google's 0.29, screenshots 0.29; photographs on white 0.10, Fashion-MNIST 0.04.
+_FLAT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Facts:
         drawn: whether the pictures are drawings, icons or screens more than photographs.
         repeated: pictures whose bytes occur before.
         left_out: reason -> number of examples that cannot be used.
+        first_problem: details of the first example with the most common reason.
         fields: names of other fields of the data.
         tokens: of a text as trained on with begin and end, (75%, 99%, most); (0, 0, 0): not known.
     """
@@ -66,6 +70,7 @@ class Facts:
     drawn: bool = False
     repeated: int = 0
     left_out: tuple[tuple[str, int], ...] = ()
+    first_problem: str = ""
     fields: tuple[str, ...] = ()
     tokens: tuple[int, int, int] = (0, 0, 0)
 
@@ -87,6 +92,7 @@ class Scan:
         self._sizes: list[tuple[int, int]] = []
         self._classes: collections.Counter[str] = collections.Counter()
         self._problems: collections.Counter[str] = collections.Counter()
+        self._first: dict[str, str] = {}  # of each problem: what it says of its first example
         self._fields: collections.Counter[str] = collections.Counter()
         self._seen: set[bytes] = set()
         self._sample: list[tuple[float, bytes]] = []  # a heap of those with the lowest place
@@ -113,6 +119,7 @@ class Scan:
             problem = "missing_text"
         if problem:
             self._problems[problem] += 1
+            self._first.setdefault(problem, item.detail)
             return False
         self._captions += bool(item.texts)
         self._labels += bool(item.labels)
@@ -154,6 +161,9 @@ class Scan:
             drawn=drawn([data for _, data in self._sample]),
             repeated=self._repeated,
             left_out=tuple(self._problems.most_common()),
+            first_problem=self._first[max(self._problems, key=self._problems.__getitem__)]
+            if self._problems
+            else "",
             fields=tuple(name for name, _ in self._fields.most_common(12)),
         )
 
@@ -171,10 +181,10 @@ def scripts(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def drawn(pictures: Sequence[bytes]) -> bool:
-    """Whether most pictures are drawn: transparent, or with large areas of one very colour.
+    """Whether most pictures are drawn: transparent, or flat with a plain background.
 
-    A photograph has noise and shades everywhere; one colour, to the bit of eight, on a quarter of
-    the picture is a ground that was filled.
+    A background of exactly one color on a quarter of the image was filled. What lies before it
+    tells drawings from photographs of objects on white, which have noise and shades everywhere.
     """
     votes = []
     for data in pictures:
@@ -185,9 +195,14 @@ def drawn(pictures: Sequence[bytes]) -> bool:
         if pixels.shape[-1] == 4 and (pixels[..., 3] < 128).mean() > 0.05:
             votes.append(True)
             continue
-        colours = pixels[::2, ::2, :3].reshape(-1, 3).astype(np.uint32)
-        codes = (colours[:, 0] << 16) | (colours[:, 1] << 8) | colours[:, 2]
-        votes.append(bool(np.unique(codes, return_counts=True)[1].max() > 0.25 * len(codes)))
+        colors = pixels[..., :3].astype(np.uint32)
+        codes = (colors[..., 0] << 16) | (colors[..., 1] << 8) | colors[..., 2]  # [H, W]
+        values, counts = np.unique(codes[::2, ::2], return_counts=True)
+        filled = counts.max() > 0.25 * counts.sum()
+        front = codes != values[counts.argmax()]
+        pairs = front[:, 1:] & front[:, :-1]  # neighbors that both lie before the background
+        equal = (codes[:, 1:] == codes[:, :-1]) & pairs
+        votes.append(bool(filled and equal.sum() >= _FLAT * pairs.sum()))
     return bool(votes) and float(np.mean(votes)) > 0.5
 
 

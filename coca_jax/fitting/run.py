@@ -84,10 +84,17 @@ def write_recipe(
     path: pathlib.Path, request: Request, workdir: str, kept: Kept, change: Change, say: Say
 ) -> None:
     """Looks, holds out, chooses and measures; the recipe is there when all of it is done."""
-    start = weights.read(request.init_from) if request.init_from else None
+    if request.init_from:
+        weights.check(request.init_from)
     facts, place, splits, name = bring_in(request, workdir, kept, say)
-    for line in tell.warnings(facts, bool(start)):
+    for line in tell.warnings(facts, request, workdir):
         say(line)
+    start = None
+    if request.init_from:
+        into = os.path.join(os.path.abspath(workdir), "pretrained")
+        kept.imports(into)
+        start = weights.read(request.init_from, into, say)
+    kept.put("facts", dataclasses.asdict(facts))
     kept.put("data", dict(path=place, train=splits[0], held=splits[1], name=name))
     config, why = decide(request, facts, (place, splits, name), start, workdir, kept, change, say)
     named = f"{request.folder}:{request.kind}" if request.kind else request.folder
@@ -199,7 +206,11 @@ def options_of(request: Request) -> Options:
     """How the data are read."""
     given: dict[str, Any] = dict(request.fields)
     names = given.pop("class_names", "")
-    return Options(**given, class_names=read_class_names(names) if names else ())
+    return Options(
+        **given,
+        class_names=read_class_names(names) if names else (),
+        allow_paths=tuple(request.allow_paths),
+    )
 
 
 def decide(
@@ -301,6 +312,14 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
     for line in tell.next_commands(workdir, data["path"]):
         say(line)
     return dict(export=place or None)
+
+
+def facts_of(kept: Kept) -> look.Facts:
+    """The facts that an earlier act kept."""
+    found: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in kept.get("facts").items()
+    }
+    return look.Facts(**found)
 
 
 def captions(model: Any, data: dict[str, Any], count: int = 8) -> Iterator[tuple[str, str, list]]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 
+from coca_jax import extras
 from coca_jax.config import Config, keys
-from coca_jax.fitting.choose import FEW, kinds, training
+from coca_jax.fitting.choose import kinds, training
+from coca_jax.fitting.kept import Request
 from coca_jax.fitting.look import Facts
+from coca_jax.report.verdict import FEW_IMAGES, PRETRAINED
 
 
 def facts_in_words(facts: Facts, where: str) -> list[str]:
@@ -57,17 +61,19 @@ def _left_aside(facts: Facts, pictures: int) -> list[str]:
     return lines
 
 
-def warnings(facts: Facts, from_weights: bool) -> list[str]:
+def warnings(facts: Facts, request: Request, workdir: str) -> list[str]:
     """What to expect of such data, and what would help; a paragraph a line."""
     lines = []
-    if facts.train < FEW and not from_weights:
-        lines.append(
-            f"Few pictures: {facts.train:,}. A model that begins from nothing learns most of them "
-            "by heart: after 795 photographs and drawings of Tux Paint it put the right caption "
-            "first of 156 for 8.3% of new pictures (chance 0.6%). Give --init_from= (a run, an "
-            "export or converted open_clip weights: docs/open_clip.md), or some thousands of "
-            "pictures."
-        )
+    if facts.train < FEW_IMAGES and not request.init_from:
+        lines += [
+            f"Few images: {facts.train:,}. With fewer than about {FEW_IMAGES:,}, a model trained "
+            "from scratch learns most of them by heart: after 795 Tux Paint images it put the "
+            "right caption first of 156 for 8.3% of new images (chance 0.6%). Start from "
+            "pretrained weights instead:",
+            f"  {_pretrained_command(request, workdir)}",
+        ]
+        if importlib.util.find_spec("huggingface_hub") is None:
+            lines.append(f"  (downloading them needs: {extras.remedy('hf')})")
     if facts.classes and all(name.isdigit() for name in facts.classes) and "label" in kinds(facts):
         lines.append(
             f"The classes are numbers ({', '.join(facts.classes[:3])}, ...), and become texts such "
@@ -75,6 +81,15 @@ def warnings(facts: Facts, from_weights: bool) -> list[str]:
             "order of the numbers, would say more."
         )
     return lines
+
+
+def _pretrained_command(request: Request, workdir: str) -> str:
+    """The same fit from pretrained weights, in a workdir of its own."""
+    folder = f"{request.folder}:{request.kind}" if request.kind else request.folder
+    fields = [f"--{name}={value}" for name, value in request.fields.items()]
+    fields += [f"--allow_paths={one}" for one in request.allow_paths]
+    place = f"--workdir={workdir.rstrip('/')}-pretrained"
+    return shlex.join(["coca-jax", "fit", folder, place, f"--init_from={PRETRAINED}", *fields])
 
 
 def score_table(scores: Mapping[str, float], name: str) -> list[str]:

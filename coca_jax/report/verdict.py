@@ -78,7 +78,7 @@ def _training_images(config: Mapping[str, Any]) -> int:
 def _remedy(images: int, passes: float, pretrained: bool) -> str:
     if not pretrained and images < FEW_IMAGES:
         few = f", since {images:,} images are few to train from scratch," if images else ""
-        return f"starting from pretrained weights{few}"
+        return f"starting from pretrained weights (such as {PRETRAINED}){few}"
     if 0 < passes < (FEW_PASSES_TUNING if pretrained else FEW_PASSES):
         return f"longer training ({passes:.2g} passes over the images so far)"
     return f"more images than {images:,}" if images else "more images or longer training"
