@@ -260,12 +260,12 @@ def test_a_mistake_claims_no_workdir(folder, tmp_path):
     for i in range(30):
         data, colour, shape = drawing(i)
         (other / f"{i}.png").write_bytes(data)
-        rows.append(json.dumps(dict(file_name=f"{i}.png", description=f"a {colour} {shape}")))
+        rows.append(json.dumps(dict(file_name=f"{i}.png", remark=f"a {colour} {shape}")))
     (other / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    with pytest.raises(ValueError, match="its other fields are description. Name the field"):
+    with pytest.raises(ValueError, match="its other fields are remark. Name the field"):
         run.fit(Request(folder=str(other)), workdir, say=str)
     assert not os.path.exists(workdir)
-    request = Request(folder=str(other), fields={"text_field": "description"})
+    request = Request(folder=str(other), fields={"text_field": "remark"})
     kept = Kept(workdir, request)
     facts, place, _, _ = run.bring_in(request, workdir, kept, str)
     assert (facts.train + facts.test, facts.captions + facts.test_captions) == (30, 30)
