@@ -17,7 +17,7 @@ from in_place_cases import both, make, picture, write_tar
 
 from coca_jax.data import formats, prepared, references, sources
 from coca_jax.importers import imagefolder, indexes, metadata, own_data, parquet, unprepared
-from coca_jax.importers.items import Options, Unit
+from coca_jax.importers.items import Options, Unit, resuming_reads
 
 
 def test_image_files_that_lists_name(tmp_path):
@@ -387,7 +387,7 @@ def test_parquet_is_gone_on_with_where_the_unit_before_ended(tmp_path, monkeypat
         unit = Unit(str(file), start, stop, stop - start)
         return [int(item.texts[0]) for item in parquet.read(unit, Options(verify=False))]
 
-    with parquet.going_on():
+    with resuming_reads():
         for start, stop in ((0, 7), (7, 19), (23, 33), (33, 36)):
             assert texts(start, stop) == [*range(start, stop)]
         assert len(opened) == 1

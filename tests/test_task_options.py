@@ -46,7 +46,7 @@ WRONG = [
     (dict(kind="retrieval", candidates=dict(path="no/such")), "data source no/such"),
     (dict(kind="captioning", attention="no"), "attention='no': give True or False"),
     (dict(kind="captioning", decode=3), "decode=3: give a dict"),
-    (dict(kind="captioning", decode=dict(num_beam=3)), "'num_beam'; did you mean 'num_beams'"),
+    (dict(kind="captioning", decode=dict(num_beam=3)), "unknown field 'num_beam'. Did you mean 'num_beams'"),
     (dict(kind="captioning", decode=dict(num_beams=3.5)), "num_beams=3.5: give a whole number"),
     (dict(kind="captioning", decode=dict(num_beams=0)), "decode: num_beams=0: must be at least 1"),
     (dict(kind="knn", train_limit=-1), "train_limit=-1: give a whole number of records"),
