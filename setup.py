@@ -28,18 +28,18 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["coca_jax", "coca_jax.*"]),
-    package_dir={"coca_jax.configs": "configs"},  # not the folder that leads a checkout there
+    package_dir={"coca_jax.recipes": "configs"},  # not the folder that leads a checkout there
     package_data={
         "coca_jax": [
-            "ops/cpu/*.cc",
-            "ops/cpu/*.h",
+            "ops/cpu_kernels/*.cc",
+            "ops/cpu_kernels/*.h",
             "py.typed",
             "data/vocabulary/bpe_simple_vocab_16e6.*",
             "inference/model_card.md",
             "interop/transformers_card.md",
         ],
-        "coca_jax.report": ["templates/*", "templates/layouts/*"],
-        "coca_jax.serving": ["page/*"],
+        "coca_jax.evaluation": ["templates/*", "templates/layouts/*"],
+        "coca_jax.apps.serve": ["page/*"],
     },
     entry_points={"console_scripts": ["coca-jax = coca_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",

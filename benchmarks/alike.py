@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch_alike import Alike, normalised, rounded, stepper
 
-from coca_jax import ops, recipes
-from coca_jax.benchmarking import step_times
-from coca_jax.benchmarking.model_times import build, make_params, random_batch, timed
+from coca_jax import ops
+from coca_jax.apps import benchmark
+from coca_jax.apps.benchmark import build, make_params, random_batch, timed
 from coca_jax.config import Config, typed
-from coca_jax.machine import huge_pages
-from coca_jax.models.pixels import normalise_pixels
-from coca_jax.models.stem import ConvStem
+from coca_jax.models.image_encoder import ConvStem, normalise_pixels
+from coca_jax.runtime import huge_pages
+from coca_jax.training import recipes
 
 
 def captions(config: Config, length: int) -> dict[str, np.ndarray]:
@@ -45,14 +45,14 @@ def cut(batch: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 def steps(config: Config, lengths: list[int], repeats: int) -> dict[str, Any]:
     """Times of whole steps by length."""
-    ours = step_times.ours(config)
+    ours = benchmark.ours(config)
     twin, theirs = stepper(config)
     own = sum(int(x.size) for x in jax.tree.leaves(make_params(config)))
     found: dict[str, Any] = dict(parameters=own)
     found["peer_parameters"] = sum(p.numel() for p in twin.parameters())
     for length in lengths:
         batch = captions(config, length)
-        chosen = step_times.lengths_of(batch, config)[1]
+        chosen = benchmark.lengths_of(batch, config)[1]
         short = cut(batch, chosen)
 
         def one(batch: dict[str, np.ndarray] = batch) -> Any:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coca_jax import ops
-from coca_jax.ops.cpu import conv_kernels, decode_kernels
+from coca_jax.ops.cpu_kernels import conv, decode
 
 # (channels, features, pixels, stride) of the convolutions of an earlier, deeper stem.
 SHAPES = {
@@ -65,7 +65,7 @@ def by_xla(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int) -> jax
 def by_kernels(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int, halves: bool = False
 ) -> jax.Array:
-    return conv_kernels.convolve(x, kernel, bias, stride, True, halves)
+    return conv.convolve(x, kernel, bias, stride, True, halves)
 
 
 def convolutions() -> dict[str, dict[str, float]]:
@@ -79,7 +79,7 @@ def convolutions() -> dict[str, dict[str, float]]:
         gflop = 2 * 9 * channels * features * IMAGES * (pixels // stride) ** 2 / 1e9
         ways: dict[str, dict[str, Callable[[], Any]]] = {}
         forms: dict[str, Any] = dict(xla=by_xla, kernels=by_kernels)
-        if conv_kernels.available_in_bfloat16():
+        if conv.available_in_bfloat16():
             forms["bfloat16_kernels"] = functools.partial(by_kernels, halves=True)
         for way, convolve in forms.items():
             one = functools.partial(convolve, stride=stride)
@@ -103,7 +103,7 @@ def convolutions() -> dict[str, dict[str, float]]:
 
 def dense(depth: int, width: int, dtype: Any) -> dict[str, jax.Array]:
     kernel = drawn(depth, width, scale=depth**-0.5)
-    return dict(panels=decode_kernels.panels(kernel, dtype), bias=drawn(width))
+    return dict(panels=decode.panels(kernel, dtype), bias=drawn(width))
 
 
 def parts(dtype: Any) -> dict[str, Callable[[], Any]]:
@@ -113,7 +113,7 @@ def parts(dtype: Any) -> dict[str, Callable[[], Any]]:
     key, value = (drawn(ROWS, HEADS, PAST, head) for _ in range(2))
     mask = jnp.ones((ROWS, 1, PAST), bool)
     layer = functools.partial(dense, dtype=dtype)
-    panels = jax.vmap(functools.partial(decode_kernels.panels, dtype=dtype))
+    panels = jax.vmap(functools.partial(decode.panels, dtype=dtype))
     shared = dict(
         query=panels(drawn(HEADS, head, WIDTH, scale=WIDTH**-0.5)),
         value=panels(drawn(HEADS, WIDTH, head, scale=WIDTH**-0.5)),
@@ -124,19 +124,19 @@ def parts(dtype: Any) -> dict[str, Callable[[], Any]]:
     square = layer(WIDTH, WIDTH)
     past = (x, norm, layer(WIDTH, 3 * WIDTH), square, mask, PAST - 1, key, value)
     seen = (x, norm, square, square, shared, tokens)
-    mlp = jax.jit(lambda x, norm, both: decode_kernels.mlp(x, norm, both, "gelu"))
+    mlp = jax.jit(lambda x, norm, both: decode.mlp(x, norm, both, "gelu"))
     return dict(
         mlp=functools.partial(mlp, x, norm, both),
-        self_attention=functools.partial(jax.jit(decode_kernels.self_attention), *past),
-        image_attention=functools.partial(jax.jit(decode_kernels.image_attention), *seen),
-        logits=functools.partial(jax.jit(decode_kernels.log_probs), x, norm, layer(WIDTH, WORDS)),
+        self_attention=functools.partial(jax.jit(decode.self_attention), *past),
+        image_attention=functools.partial(jax.jit(decode.image_attention), *seen),
+        logits=functools.partial(jax.jit(decode.log_probs), x, norm, layer(WIDTH, WORDS)),
     )
 
 
 def decoding() -> dict[str, dict[str, float]]:
     """Milliseconds by part and type; float32 alone where the processor has no other."""
     types = dict(float32=jnp.float32)
-    if decode_kernels.available_in_bfloat16():
+    if decode.available_in_bfloat16():
         types["bfloat16"] = jnp.bfloat16
     made = {name: parts(dtype) for name, dtype in types.items()}
     found = {}
@@ -148,7 +148,7 @@ def decoding() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Command-line entry."""
-    if not (conv_kernels.available() and decode_kernels.available()):
+    if not (conv.available() and decode.available()):
         raise SystemExit("no compiler, no kernels: see the warning above")
     print(json.dumps(dict(convolutions=convolutions(), decoding=decoding())))
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from cpu_kernels import REPEATS, best, drawn
 
 from coca_jax import ops
-from coca_jax.ops import cpu
-from coca_jax.ops.cpu import Cpu, attention_kernels, turn_kernels
+from coca_jax.ops import cpu, cpu_attention
+from coca_jax.ops.cpu import Cpu
+from coca_jax.ops.cpu_kernels import turn
 
 # (examples, queries, keys, heads, width of one) of the emoji recipe, coca_ViT-B-32 and a ViT-B/16.
 ATTENTION = {
@@ -85,7 +86,7 @@ def in_milliseconds(seconds: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Command-line entry."""
-    if not (attention_kernels.available() and turn_kernels.available()):
+    if not (cpu_attention.available() and turn.available()):
         raise SystemExit("no compiler, no kernels: see the warning above")
     print(json.dumps(dict(attention=attention(), weight_gradients=weight_gradients())))
 

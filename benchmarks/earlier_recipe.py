@@ -5,7 +5,7 @@
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import demo, emoji, emoji_reinforced
+from coca_jax.recipes import demo, emoji, emoji_reinforced
 
 
 def get_config(name: str) -> ConfigDict:

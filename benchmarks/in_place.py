@@ -36,13 +36,13 @@ import numpy as np
 import s3_server
 from PIL import Image
 
-from coca_jax.benchmarking import input_rate
+from coca_jax.apps import benchmark
 from coca_jax.config import typed
-from coca_jax.configs import base
-from coca_jax.data import run_vocabulary
-from coca_jax.data.loaders import open_stream
-from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare
+from coca_jax.data.batches import open_stream
+from coca_jax.data.prepare import prepare
+from coca_jax.data.sources.items import Options
+from coca_jax.recipes import base
+from coca_jax.training import run_vocabulary
 
 DRAWN = 250  # pictures; the others are the same again under another name and caption
 SIDE = 256
@@ -179,7 +179,7 @@ def batches(index: str, copy: str, seconds: float, repeats: int) -> dict[str, fl
     found: dict[str, list[float]] = dict(in_place=[], copy=[])
     for _ in range(repeats):
         for name, path in (("copy", copy), ("in_place", index)):
-            told = input_rate.measure(config_of(path), seconds)
+            told = benchmark.measure_input(config_of(path), seconds)
             found[name].append(told["images_per_second_per_core"])
     best = {name: max(values) for name, values in found.items()}
     return best | dict(quotient=best["in_place"] / best["copy"])

@@ -10,8 +10,8 @@ import sys
 
 from settings import config_of
 
-from coca_jax.machine import huge_pages
-from coca_jax.train import train
+from coca_jax.cli.train import train
+from coca_jax.runtime import huge_pages
 
 
 def main(act: str, row: str, data: str, folder: str, steps: str, seed: str, workdir: str) -> None:

@@ -6,7 +6,7 @@ locked encoder of a run of the first. Each keeps batches of 64 and that many ste
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import emoji
+from coca_jax.recipes import emoji
 
 GROUPS = ("animals-nature", "food-drink", "activities")
 

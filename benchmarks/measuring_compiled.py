@@ -105,9 +105,9 @@ def of_cpu(told: dict[str, Any]) -> Values:
 TEMPORARIES = """
 import json
 import jax
-from coca_jax import ops, partitioning, recipes
+from coca_jax import ops; from coca_jax.parallel import sharding as partitioning; from coca_jax.training import recipes
 from coca_jax.config import typed
-from coca_jax.estimate.step import build_step
+from coca_jax.training.programs import build_step
 from coca_jax.ops import cpu
 recipe = recipes.load("finetune_open_clip")
 recipe.batch_size = 16

@@ -23,10 +23,10 @@ def sizes(given: Given) -> Rows:
     """Parameters in millions, GFLOP of a forward pass over a pair."""
     import jax
 
-    from coca_jax import recipes
     from coca_jax.config import typed
     from coca_jax.estimate.flops import model_flops
     from coca_jax.models import coca
+    from coca_jax.training import recipes
 
     def one(recipe: str) -> Values:
         model = typed(recipes.load(recipe)).model
@@ -72,7 +72,7 @@ def huge_pages(given: Given) -> Rows:
 
 CHUNKS = """
 import json
-from coca_jax.benchmarking.loss_costs import captioning, contrastive
+from coca_jax.apps.benchmark import captioning, contrastive
 found = [captioning(64, 76, 49_408, 512, 8, chunk, 3) for chunk in (152, 608)]
 print(json.dumps([*found, contrastive(32_768, 512, 8_192, 2_048, 3)]))
 """
@@ -81,7 +81,7 @@ print(json.dumps([*found, contrastive(32_768, 512, 8_192, 2_048, 3)]))
 RETRIEVAL = """
 import resource, sys, time
 import numpy as np
-from coca_jax.evaluators import ranks
+from coca_jax.evaluation.metrics import ranking as ranks
 def made(n):
     both = np.random.default_rng(0).standard_normal((2, n, 64), np.float32)
     both /= np.linalg.norm(both, axis=-1, keepdims=True)

@@ -11,6 +11,8 @@ loss, over the tensor's largest value, against open_clip's in float64: ours in f
 float64. Needs the extra 'parity'; the cases are those of tests/test_open_clip_parity.py.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import argparse
@@ -29,18 +31,18 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import open_clip_cases as cases  # noqa: E402
-import open_clip_oracle as oracle  # noqa: E402
-import torch  # noqa: E402
-from conversion_cases import as_tensors, each_loss, forward, relative  # noqa: E402
-from measuring import children, environment  # noqa: E402
+import jax
+import numpy as np
+import open_clip_cases as cases
+import open_clip_oracle as oracle
+import torch
+from conversion_cases import as_tensors, each_loss, forward, relative
+from measuring import children, environment
 
-from coca_jax import convert, export_format  # noqa: E402
-from coca_jax.config import Model  # noqa: E402
-from coca_jax.interop import open_clip_config  # noqa: E402
-from coca_jax.models import coca  # noqa: E402
+from coca_jax.cli import convert
+from coca_jax.config import Model
+from coca_jax.interop import export_format, open_clip_config
+from coca_jax.models import coca
 
 CONFIGS = {"small": cases.SMALL} | open_clip_config.RELEASED
 NAMES = ("image", "text", "logits")

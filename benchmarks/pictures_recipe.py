@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import coca_224
+from coca_jax.recipes import coca_224
 
 
 def get_config(path: str) -> ConfigDict:

@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import finetune_open_clip
 from coca_jax.interop import open_clip_config
+from coca_jax.recipes import finetune_open_clip
 
 
 def get_config(name: str) -> ConfigDict:

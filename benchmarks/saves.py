@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.checkpoints import lean_saves
-from coca_jax.checkpoints.checkpointing import Checkpoints
+from coca_jax.checkpoints import manager
+from coca_jax.checkpoints.manager import Checkpoints
 from coca_jax.data.texts import Tokenizer
 from coca_jax.training.state import TrainState
 
@@ -40,14 +40,14 @@ def saves() -> tuple[float, float]:
     """(objects a save leaves behind, milliseconds of giving memory back)."""
     arrays = {f"layer_{n}": jnp.full((16, 16), n, jnp.float32) for n in range(ARRAYS // 2)}
     state = TrainState(jnp.int32(0), jnp.int32(0), arrays, dict(moments=arrays), None)
-    blocks, took, give_back = [], [], lean_saves.give_back
+    blocks, took, give_back = [], [], manager.give_back
 
     def timed() -> None:
         start = time.perf_counter()
         give_back()
         took.append(time.perf_counter() - start)
 
-    lean_saves.give_back = timed
+    manager.give_back = timed
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder, keep=2)
         for step in range(FIRST + MORE):

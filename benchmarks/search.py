@@ -88,17 +88,17 @@ def texts(pictures: np.ndarray) -> np.ndarray:
 
 def graph(args: argparse.Namespace) -> dict[str, Any]:
     """Builds an index by the package's own code, and asks it, a query at a time."""
-    from coca_jax.searching import embedding, index, nearest, pictures
-    from coca_jax.searching.parts import Parts, Row
+    from coca_jax.apps.search import embed, index, nearest
+    from coca_jax.apps.search.parts import Parts, Row
 
     drawn = dict(clustered=Clustered, uniform=Uniform)[args.kind]()
     parts, count = Parts(args.out), args.vectors
     if not parts.about:
         x = drawn.draw(count, 1)
-        about = dict(version=embedding.VERSION, model="0" * 64, checkpoint="none", width=WIDTH)
+        about = dict(version=embed.VERSION, model="0" * 64, checkpoint="none", width=WIDTH)
         parts.begin(about)
-        for start in range(0, count, pictures.PART):
-            rows = x[start : start + pictures.PART].astype(np.float32)
+        for start in range(0, count, embed.PART):
+            rows = x[start : start + embed.PART].astype(np.float32)
             names = [Row(f"photos/{start + i:07d}.jpg", "") for i in range(len(rows))]
             parts.write("drawn", rows, names, {}, start + len(rows) == count)
     wall, spent = time.perf_counter(), time.process_time()
@@ -113,8 +113,8 @@ def graph(args: argparse.Namespace) -> dict[str, Any]:
     opened = time.perf_counter()
     made = index.Index(args.out)
     told["open_seconds"] = time.perf_counter() - opened
-    pictures = drawn.draw(QUERIES, 2).astype(np.float32)
-    for name, queries in (("pictures", pictures), ("texts", texts(drawn.draw(QUERIES, 3)))):
+    embed = drawn.draw(QUERIES, 2).astype(np.float32)
+    for name, queries in (("pictures", embed), ("texts", texts(drawn.draw(QUERIES, 3)))):
         told[name] = asked(made, np.asarray(queries, np.float32), nearest.Exact(made.embeddings))
     told["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return told

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from coca_jax import recipes
 from coca_jax.config import Config, typed
+from coca_jax.training import recipes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,7 +116,7 @@ def theirs(checkpoint: str, root: pathlib.Path, name: str, task: str, out: pathl
     """{figure: value} of a set by CLIP_benchmark."""
     file = out / f"{name}_{task}.json"
     run(
-        *("coca_jax.suites.clip_benchmark", "eval", "--model_type=coca_jax"),
+        *("coca_jax.evaluation.clip_benchmark", "eval", "--model_type=coca_jax"),
         *(f"--model={checkpoint}", "--pretrained=captions", f"--dataset=wds/{name}"),
         *(f"--dataset_root={root / name}", f"--task={task}", "--no_amp", "--num_workers=0"),
         *("--recall_k", "1", "5", "10", f"--output={file}"),

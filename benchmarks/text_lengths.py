@@ -15,10 +15,9 @@ import json
 
 import numpy as np
 
-from coca_jax import recipes
 from coca_jax.config import Config, typed
 from coca_jax.estimate.flops import model_flops
-from coca_jax.training import text_lengths
+from coca_jax.training import feed, recipes
 
 LENGTHS = (8, 16, 24, 32, 48)
 WHOLE = 64
@@ -40,16 +39,16 @@ def counts(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
     return drawn.round().clip(2, WHOLE).astype(int)
 
 
-def cut(batch: np.ndarray, made: Config) -> text_lengths.Lengths:
+def cut(batch: np.ndarray, made: Config) -> feed.Lengths:
     """The two lengths of a batch of counts."""
     valid = np.arange(WHOLE) < batch[:, None]
-    arranged = text_lengths.arrange(dict(text_valid=valid), made)["text_valid"].sum(1)
-    long = text_lengths.long_rows(len(batch), made)
+    arranged = feed.arrange(dict(text_valid=valid), made)["text_valid"].sum(1)
+    long = feed.long_rows(len(batch), made)
     rest = arranged if made.text_parts == 1 else arranged[~long]
-    return text_lengths.choose(made, (int(rest.max()), int(arranged.max())))
+    return feed.choose(made, (int(rest.max()), int(arranged.max())))
 
 
-def share(found: text_lengths.Lengths, parts: int) -> float:
+def share(found: feed.Lengths, parts: int) -> float:
     """Of the places of whole texts. A batch in one part is as long as its longest."""
     short, long = found
     return long / WHOLE if parts == 1 else ((parts - 1) * short + long) / parts / WHOLE

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from coca_jax.config import Config, Model
-from coca_jax.models.stem import RESIDUAL_GAIN, unit_activation
+from coca_jax.models.image_encoder import RESIDUAL_GAIN, unit_activation
 from coca_jax.training.optimizer import (
     MUON_ITERATIONS,
     MUON_MOMENTUM,
@@ -30,7 +30,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024
 
 
 class Standardised(nn.Module):
-    """3 x 3 convolution with a standardised kernel, see coca_jax.models.stem.Convolution; variance:
+    """3 x 3 convolution with a standardised kernel, see coca_jax.models.image_encoder.Convolution; variance:
     of its input, which goes through a ReLU first; None: as it is."""
 
     def __init__(

@@ -22,13 +22,13 @@ from settings import DATA, ROWS, Row, config_of
 from torch_models import build
 
 from coca_jax.config import Config
-from coca_jax.data import images, resizing
+from coca_jax.data import images
 from coca_jax.data.batches import Batches, DirectStream
 from coca_jax.data.pixels import Pixels
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe, find_merges
-from coca_jax.evaluators import declarations
-from coca_jax.evaluators.declarations import Setting
-from coca_jax.evaluators.tasks import run_task
+from coca_jax.evaluation.evaluators import base
+from coca_jax.evaluation.evaluators.base import Setting
+from coca_jax.evaluation.runner import run_task
 
 CAPTIONING, RATE, CLIP_NORM = 2.0, {"adamw": 1e-3, "muon": 1.5e-3}, 1.0
 MEAN, STD = (
@@ -197,9 +197,7 @@ class Run:
         scores: dict[str, float] = {}
         with torch.no_grad():
             for task in self.config.eval.tasks:
-                lacking = [
-                    p for p in declarations.of(task["kind"]).programs if not hasattr(predictor, p)
-                ]
+                lacking = [p for p in base.of(task["kind"]).programs if not hasattr(predictor, p)]
                 if not lacking:
                     setting = Setting(batch_size=128, workdir=workdir, request={"row": workdir})
                     more = ("rerank", "querybank")  # embeddings are compared
@@ -222,7 +220,7 @@ class Predictor:
 
     def _pixels(self, given: Any) -> torch.Tensor:
         size, resize = self._run.config.model.image_size, self._run.config.data.resize
-        made = [resizing.preprocess_eval(images.decode(one), size, resize) for one in given]
+        made = [images.preprocess_eval(images.decode(one), size, resize) for one in given]
         return normalised(np.stack(made))
 
     def _texts(self, texts: Sequence[str]) -> torch.Tensor:

@@ -93,8 +93,8 @@ def measure(name: str) -> dict[str, float]:
     import torch
 
     import coca_jax
-    from coca_jax import convert
-    from coca_jax.interop.open_clip_layout import count
+    from coca_jax.cli import convert
+    from coca_jax.interop.open_clip_weights import count
 
     cfg = configuration(name)
     original = drawn(cfg)

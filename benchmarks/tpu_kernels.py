@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 
-from coca_jax.estimate import chips, kernels
+from coca_jax.estimate import chips, tpu
 
 BATCH = 8
 WIDTHS = {64: 12, 88: 16}  # of a head: how many heads
@@ -51,10 +51,10 @@ def measure() -> dict[str, dict[str, float]]:
             heads = LONG_WIDTHS[head]
             name = f"long_attention_{part}{heads}_heads"
             calls.append((name, long_types(head * heads, bool(part))))
-            steps = kernels.work(*calls[-1])[0] / BATCH
+            steps = tpu.work(*calls[-1])[0] / BATCH
             places.append((f"long_{head}", way, steps / heads))
     topology = f"{chip.name}:{chip.smallest}"
-    counted = kernels.bundles(topology, dict(chip.options), calls)
+    counted = tpu.count_bundles(topology, dict(chip.options), calls)
     rows: dict[str, dict[str, float]] = {}
     for (row, key, factor), bundles in zip(places, counted, strict=True):
         rows.setdefault(row, {})[key] = round(bundles * factor, 1)

@@ -62,10 +62,10 @@ AT_EACH_LINE = """
 import importlib.util, json, os, sys, time
 import jax
 try:
-    from coca_jax.benchmarking import model_times as module
+    from coca_jax.apps import benchmark as model_times as module
     from coca_jax.config import typed
 except ImportError:
-    from coca_jax import benchmark as module
+    from coca_jax.cli import benchmark as module
     typed = lambda config: config
 
 def timed(function, repeats, peer=None):
@@ -126,7 +126,7 @@ def start(python: str, clone: str, recipes: str, folder: str) -> dict[str, float
 def images(python: str, clone: str, recipes: str, folder: str) -> dict[str, float]:
     """Emoji a second of processor time, read, decoded, augmented and with their tokens."""
     with tempfile.TemporaryDirectory() as cache:
-        words = ["-m", "coca_jax.benchmark", "input", f"--config={recipes}/configs/emoji.py"]
+        words = ["-m", "coca_jax.cli.benchmark", "input", f"--config={recipes}/configs/emoji.py"]
         found = call(python, clone, [*words, "--seconds=20"], folder, cache)
     return dict(images=found["images_per_second_per_core"], images_mib=found["max_rss_mib"])
 

@@ -8,13 +8,13 @@ import sys
 def main() -> None:
     """Runs `cli.main`. Whoever asks it to stop while that is imported is heard as well."""
     try:
-        from coca_jax.training import start, stopping
+        from coca_jax.runtime import signals, startup
 
-        if sys.argv[1:2] and sys.argv[1] in stopping.SAVED:
-            start.begin()
-        from coca_jax import cli
+        if sys.argv[1:2] and sys.argv[1] in signals.SAVED:
+            startup.begin()
+        from coca_jax.cli import main
 
-        cli.main()
+        main.main()
     except KeyboardInterrupt:
         print("ended by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None

@@ -7,8 +7,8 @@ python -m coca_jax.train --config=configs/imagenet_frozen.py:runs/coca --workdir
 
 from ml_collections import ConfigDict
 
-from coca_jax import inherit
-from coca_jax.configs import base
+from coca_jax.recipes import base
+from coca_jax.training import inherit
 
 
 def get_config(weights: str = "") -> ConfigDict:

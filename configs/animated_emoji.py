@@ -1,7 +1,7 @@
 """Animated emoji: the group of an animation from 8 frames, over the frozen encoder of an emoji run.
 
 for split in train test; do
-  python -m coca_jax.prepare --format=imagefolder --input=ANIMATIONS --out=data/animated_emoji \\
+  coca-jax prepare --format=imagefolder --input=ANIMATIONS --out=data/animated_emoji \\
     --split=$split --where=split=$split
 done
 python -m coca_jax.train --config=configs/animated_emoji.py:runs/emoji --workdir=runs/animated
@@ -12,7 +12,7 @@ fine-tunes the encoder.
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.recipes import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

@@ -5,7 +5,7 @@ The recipe is that of coca_base. Point data.sources at your own prepared alt-tex
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import coca_base
+from coca_jax.recipes import coca_base
 
 
 def get_config() -> ConfigDict:

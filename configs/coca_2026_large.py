@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import coca_2026_base, coca_large
+from coca_jax.recipes import coca_2026_base, coca_large
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@ Point data.sources at your own prepared alt-text and label data before a run.
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import coca_224, coca_2026_base
+from coca_jax.recipes import coca_224, coca_2026_base
 
 
 def get_config() -> ConfigDict:

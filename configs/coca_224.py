@@ -5,7 +5,7 @@ Labels are told from alt-text by a reserved token. Point data.sources at your ow
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import base
+from coca_jax.recipes import base
 
 
 def get_config() -> ConfigDict:

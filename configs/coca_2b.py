@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import coca_base
+from coca_jax.recipes import coca_base
 
 
 def get_config() -> ConfigDict:

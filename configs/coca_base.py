@@ -6,7 +6,7 @@ Point data.sources at your own prepared alt-text and label data before a run.
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import base
+from coca_jax.recipes import base
 
 
 def get_config() -> ConfigDict:

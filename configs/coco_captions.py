@@ -3,13 +3,13 @@
 Prepare the Karpathy split with all captions of an image as its texts. For NoCaps the paper trains
 10,000 steps: --config.steps=10000.
 
-python -m coca_jax.prepare --format=imagefolder --input=COCO --out=data/coco --split=train
+coca-jax prepare --format=imagefolder --input=COCO --out=data/coco --split=train
 python -m coca_jax.train --config=configs/coco_captions.py:runs/coca --workdir=runs/coco
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt, base
+from coca_jax.recipes import adapt, base
 
 
 def get_config(weights: str = "") -> ConfigDict:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import base
+from coca_jax.recipes import base
 
 
 def get_config() -> ConfigDict:

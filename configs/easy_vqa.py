@@ -1,13 +1,13 @@
 """easy-VQA: 38,575 questions about 4,000 drawings of a shape, answered by head and decoder.
 
-python -m coca_jax.prepare --format=webdataset --input=EASY_VQA --out=data/easy_vqa --split=train
-python -m coca_jax.prepare --format=webdataset --input=EASY_VQA --out=data/easy_vqa --split=test
+coca-jax prepare --format=webdataset --input=EASY_VQA --out=data/easy_vqa --split=train
+coca-jax prepare --format=webdataset --input=EASY_VQA --out=data/easy_vqa --split=test
 python -m coca_jax.train --config=configs/easy_vqa.py:runs/demo --workdir=runs/easy_vqa
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt, demo
+from coca_jax.recipes import adapt, demo
 
 NAMES = (
     *("circle", "rectangle", "triangle"),

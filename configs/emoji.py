@@ -1,11 +1,11 @@
 """Emoji: train on the drawings of three vendors, retrieve those of a fourth by name.
 
-python -m coca_jax.prepare --format=imagefolder --input=EMOJI_FOLDER --out=data/emoji
+coca-jax prepare --format=imagefolder --input=EMOJI_FOLDER --out=data/emoji
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import base
+from coca_jax.recipes import base
 
 VENDORS = ["google", "twitter", "fluent"]
 UNSEEN = "openmoji"

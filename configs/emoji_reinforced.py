@@ -7,7 +7,7 @@ coca-jax recaption --checkpoint=runs/emoji --input=data/emoji --out=data/emoji_r
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import emoji
+from coca_jax.recipes import emoji
 
 
 def get_config() -> ConfigDict:

@@ -1,12 +1,12 @@
 """Fashion-MNIST with its labels as text only: zero-shot classification of the test set.
 
-python -m coca_jax.prepare --format=parquet --input=FASHION_MNIST --out=data/fashion_mnist --split=train
-python -m coca_jax.prepare --format=parquet --input=FASHION_MNIST --out=data/fashion_mnist --split=test
+coca-jax prepare --format=parquet --input=FASHION_MNIST --out=data/fashion_mnist --split=train
+coca-jax prepare --format=parquet --input=FASHION_MNIST --out=data/fashion_mnist --split=test
 """  # noqa: E501
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import base
+from coca_jax.recipes import base
 
 
 def get_config() -> ConfigDict:

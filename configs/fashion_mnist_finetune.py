@@ -5,7 +5,7 @@ python -m coca_jax.train --config=configs/fashion_mnist_finetune.py:runs/fashion
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import fashion_mnist_frozen
+from coca_jax.recipes import fashion_mnist_frozen
 
 
 def get_config(weights: str = "") -> ConfigDict:

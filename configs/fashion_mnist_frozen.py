@@ -5,7 +5,7 @@ python -m coca_jax.train --config=configs/fashion_mnist_frozen.py:runs/fashion -
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.recipes import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

@@ -1,14 +1,14 @@
 """Fine-tune converted open_clip weights with both losses.
 
-python -m coca_jax.convert --input=open_clip_pytorch_model.bin --out=weights
+coca-jax convert --input=open_clip_pytorch_model.bin --out=weights
 python -m coca_jax.train --config=configs/finetune_open_clip.py:weights --workdir=runs/tuned
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax import inherit
-from coca_jax.configs import base
 from coca_jax.interop import open_clip_config
+from coca_jax.recipes import base
+from coca_jax.training import inherit
 
 
 def get_config(weights: str = "") -> ConfigDict:

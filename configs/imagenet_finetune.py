@@ -7,7 +7,7 @@ python -m coca_jax.train --config=configs/imagenet_finetune.py:runs/coca --workd
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import imagenet_frozen
+from coca_jax.recipes import imagenet_frozen
 
 
 def get_config(weights: str = "") -> ConfigDict:

@@ -1,13 +1,13 @@
 """ImageNet on frozen features: a new pooler and a linear classifier (paper, Table 9).
 
-python -m coca_jax.prepare --format=tfds --input=imagenet2012 --out=data/imagenet --split=train
-python -m coca_jax.prepare --format=tfds --input=imagenet2012 --out=data/imagenet --split=validation
+coca-jax prepare --format=tfds --input=imagenet2012 --out=data/imagenet --split=train
+coca-jax prepare --format=tfds --input=imagenet2012 --out=data/imagenet --split=validation
 python -m coca_jax.train --config=configs/imagenet_frozen.py:runs/coca --workdir=runs/frozen
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.recipes import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

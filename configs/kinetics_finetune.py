@@ -7,7 +7,7 @@ python -m coca_jax.train --config=configs/kinetics_finetune.py:runs/coca --workd
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import kinetics_frozen
+from coca_jax.recipes import kinetics_frozen
 
 
 def get_config(weights: str = "") -> ConfigDict:

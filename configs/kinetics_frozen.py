@@ -2,14 +2,14 @@
 all frames and a linear classifier (paper, Table 9).
 
 One folder a class, clips of some seconds cut beforehand, near the training size:
-python -m coca_jax.prepare --format=imagefolder --input=CLIPS --out=data/kinetics --split=train
-python -m coca_jax.prepare --format=imagefolder --input=CLIPS --out=data/kinetics --split=validation
+coca-jax prepare --format=imagefolder --input=CLIPS --out=data/kinetics --split=train
+coca-jax prepare --format=imagefolder --input=CLIPS --out=data/kinetics --split=validation
 python -m coca_jax.train --config=configs/kinetics_frozen.py:runs/coca --workdir=runs/frozen
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.recipes import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

@@ -7,9 +7,9 @@ WEIGHTS: a run, an export, or what `convert` made of CLIP, SigLIP, MetaCLIP or a
 
 from ml_collections import ConfigDict
 
-from coca_jax import inherit
 from coca_jax.config.model import BLOCK
-from coca_jax.configs import base
+from coca_jax.recipes import base
+from coca_jax.training import inherit
 
 OF_THE_ENCODER = ("image", "image_size", "patch_size", "image_mean", "image_std", *BLOCK)
 

@@ -2,14 +2,14 @@
 
 Prepare pairs: rows of metadata.jsonl with the files of both images, text and label.
 
-python -m coca_jax.prepare --format=imagefolder --input=NLVR2 --image_field=left,right \\
+coca-jax prepare --format=imagefolder --input=NLVR2 --image_field=left,right \\
     --out=data/nlvr2 --split=train
 python -m coca_jax.train --config=configs/nlvr2.py:runs/coca --workdir=runs/nlvr2
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.recipes import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

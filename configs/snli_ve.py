@@ -2,13 +2,13 @@
 
 Prepare data whose text is the statement and whose label is one of the three.
 
-python -m coca_jax.prepare --format=imagefolder --input=SNLI_VE --out=data/snli_ve --split=train
+coca-jax prepare --format=imagefolder --input=SNLI_VE --out=data/snli_ve --split=train
 python -m coca_jax.train --config=configs/snli_ve.py:runs/coca --workdir=runs/snli_ve
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt
+from coca_jax.recipes import adapt
 
 
 def get_config(weights: str = "") -> ConfigDict:

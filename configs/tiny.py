@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import base
+from coca_jax.recipes import base
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,7 @@
 """Tux Paint stamps: photos and drawings, each with captions in up to 18 languages.
 
 for split in train test; do
-  python -m coca_jax.prepare --format=webdataset --input=TUXPAINT --text_field=captions \\
+  coca-jax prepare --format=webdataset --input=TUXPAINT --text_field=captions \\
     --out=data/tuxpaint --split=$split
 done
 python -m coca_jax.train --config=configs/tuxpaint.py --workdir=runs/tuxpaint
@@ -9,7 +9,7 @@ python -m coca_jax.train --config=configs/tuxpaint.py --workdir=runs/tuxpaint
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import emoji
+from coca_jax.recipes import emoji
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,7 @@
 """Tux Paint stamps with their English captions, tuned from a run on emoji that stays able.
 
 for split in train test; do
-  python -m coca_jax.prepare --format=webdataset --input=TUXPAINT --text_field=caption \\
+  coca-jax prepare --format=webdataset --input=TUXPAINT --text_field=caption \\
     --out=data/tuxpaint_en --split=$split
 done
 python -m coca_jax.train --config=configs/tuxpaint_tuned.py:runs/emoji --workdir=runs/tuned
@@ -9,8 +9,8 @@ python -m coca_jax.train --config=configs/tuxpaint_tuned.py:runs/emoji --workdir
 
 from ml_collections import ConfigDict
 
-from coca_jax import inherit
-from coca_jax.configs import base, emoji
+from coca_jax.recipes import base, emoji
+from coca_jax.training import inherit
 
 
 def get_config(weights: str = "") -> ConfigDict:

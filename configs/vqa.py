@@ -4,13 +4,13 @@ Prepare images whose json lists questions, {"qa": [{"question": ..., "answer": .
 answer may be a list, of which one is drawn at each visit), and write the answers to choose from,
 3,129 in the paper, one a line. Other answers train the decoder alone.
 
-python -m coca_jax.prepare --format=webdataset --input=VQA --out=data/vqa --split=train
+coca-jax prepare --format=webdataset --input=VQA --out=data/vqa --split=train
 python -m coca_jax.train --config=configs/vqa.py:runs/coca --workdir=runs/vqa
 """
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import adapt, base
+from coca_jax.recipes import adapt, base
 
 
 def get_config(weights: str = "") -> ConfigDict:

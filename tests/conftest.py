@@ -31,13 +31,17 @@ import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from coca_jax import partitioning  # noqa: E402
 from coca_jax.config import Config, typed  # noqa: E402
-from coca_jax.configs import base  # noqa: E402
-from coca_jax.data import run_vocabulary  # noqa: E402
 from coca_jax.models import coca  # noqa: E402
-from coca_jax.ops.cpu import build  # noqa: E402
-from coca_jax.training import programs, state, step  # noqa: E402
+from coca_jax.ops.cpu_kernels import build  # noqa: E402
+from coca_jax.parallel import sharding  # noqa: E402
+from coca_jax.recipes import base  # noqa: E402
+from coca_jax.training import (  # noqa: E402
+    programs,
+    run_vocabulary,  # noqa: E402
+    state,
+    train_step,
+)
 from coca_jax.training.optimizer import make_schedule  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
@@ -132,7 +136,7 @@ def _drawn(model: coca.CoCa, seed: int) -> dict:
 
 def params_of(model: coca.CoCa, seed: int = 0) -> dict:
     """New parameters of a module, drawn once for all tests of a process that build the same."""
-    return jax.tree.map(lambda x: x, partitioning.unbox(_drawn(model, seed)))  # the caller's own
+    return jax.tree.map(lambda x: x, sharding.unbox(_drawn(model, seed)))  # the caller's own
 
 
 @functools.cache
@@ -153,7 +157,7 @@ def scenes_words() -> str:
 def train_step_of(model: coca.CoCa, config: ConfigDict, steps: int, *of, **how):
     """(state, batch) -> (state, metrics): the step of a run of so many steps, jitted. of: what
     `make_train_step` takes besides; how: what `jax.jit` does."""
-    function = jax.jit(step.make_train_step(model, config, *of), **how)
+    function = jax.jit(train_step.make_train_step(model, config, *of), **how)
     schedule = make_schedule(config.optimizer, steps)
     return lambda state, batch: function(state, batch, schedule)
 
@@ -174,7 +178,7 @@ def config() -> ConfigDict:
 
 @pytest.fixture
 def one_device_mesh():
-    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -182,7 +186,7 @@ def one_device_mesh():
 @pytest.fixture
 def nothing_kept():
     """Steps are traced anew, and what is traced of stand-ins is not kept."""
-    kept = (programs.program, step._kept_train_step)
+    kept = (programs.program, train_step._kept_train_step)
     for each in kept:
         each.cache_clear()
     yield

@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import open_clip_cases as cases
 
-from coca_jax import convert, export_format, partitioning
+from coca_jax.cli import convert
 from coca_jax.config import Model, read
-from coca_jax.interop import open_clip_config, safetensors_file
-from coca_jax.interop.open_clip_layout import Layout
-from coca_jax.interop.safetensors_file import Blocks
+from coca_jax.interop import export_format, open_clip_config, safetensors
+from coca_jax.interop.open_clip_weights import Layout
+from coca_jax.interop.safetensors import Blocks
 from coca_jax.models import coca
-from coca_jax.ops.captioning import captioning_loss
-from coca_jax.ops.contrastive import contrastive_loss
+from coca_jax.ops.captioning_loss import captioning_loss
+from coca_jax.ops.contrastive_loss import contrastive_loss
+from coca_jax.parallel import sharding
 
 SMALL = read(Model, open_clip_config.to_model(cases.SMALL))
 
@@ -24,7 +25,7 @@ def small_weights():
 
 
 def write_weights(path, tensors):
-    safetensors_file.write(
+    safetensors.write(
         path, {k: Blocks(v.shape, lambda v=v: [np.asarray(v)]) for k, v in tensors.items()}
     )
 
@@ -114,7 +115,7 @@ def greedy(model, params, pixels, length, vocab_size):
 
 def shapes_of(model):
     built = coca.build(model)
-    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(built, jax.random.key(0))))
+    params = jax.eval_shape(lambda: sharding.unbox(coca.init(built, jax.random.key(0))))
     return {path: leaf.shape for path, leaf in export_format.flatten(params).items()}
 
 

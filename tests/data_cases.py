@@ -5,8 +5,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from coca_jax.configs import base
-from coca_jax.importers.splits import prepare
+from coca_jax.data.prepare import prepare
+from coca_jax.recipes import base
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 

@@ -7,10 +7,11 @@ import pytest
 from conftest import needs_compiler, tiny_config
 from ops_cases import drawn
 
-from coca_jax.inference.generation import loop
-from coca_jax.inference.generation.settings import Settings
-from coca_jax.models import coca, decoding
-from coca_jax.ops.cpu import decode_kernels as cpu_kernels
+from coca_jax.inference.generation import generate
+from coca_jax.inference.generation.config import Settings
+from coca_jax.models import coca
+from coca_jax.models import text_decoder as decoding
+from coca_jax.ops.cpu_kernels import decode as cpu_kernels
 
 EOS, VOCAB = 1, 7
 PANELS, OPEN_CLIP_PANELS = (
@@ -90,7 +91,7 @@ LENGTH = np.array([1, 2, 3], np.int32)
 
 def run(model, prompt=PROMPT, length=LENGTH, rows=slice(None), numbers=None, **how):
     spec, weights, image_tokens, _ = model
-    out = loop.generate(
+    out = generate.generate(
         spec, weights, image_tokens[rows], prompt, length, Settings(**how), rows=numbers
     )
     return jax.tree.map(np.asarray, out)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from coca_jax.evaluators import zero_shot
+from coca_jax.evaluation.evaluators import zero_shot
 
 
 class Fake:

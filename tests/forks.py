@@ -32,7 +32,7 @@ arguments = sys.argv[1:]
 if os.path.basename(sys.argv[0]).startswith("python"):
     if arguments[:1] != ["-m"] or not arguments[1:] or arguments[1].split(".")[0] != "coca_jax":
         os.execv("{python}", ["{python}", *arguments])
-    name = arguments[1].partition(".")[2]
+    name = arguments[1].partition(".")[2].removeprefix("cli.")
     arguments = [name, *arguments[2:]] if name else arguments[2:]
 with socket.socket(socket.AF_UNIX) as server:
     server.connect("{socket}")
@@ -98,14 +98,14 @@ def serve(place: str, blocked: Sequence[str] = ()) -> None:
     """Answers one command after the other, each in a process of its own."""
     for name in blocked:
         sys.modules[name] = None  # type: ignore[assignment]
-    from coca_jax import cli
-    from coca_jax.console import quiet
+    from coca_jax.cli import main
+    from coca_jax.runtime import quiet
 
     if not blocked:
         quiet.environment()
-        for name in cli.COMMANDS:
-            importlib.import_module(f"coca_jax.{name}")
-        for name in ("checkpoints.checkpointing", "inference", "training.run", "importers.splits"):
+        for name in main.COMMANDS:
+            importlib.import_module(f"coca_jax.cli.{name}")
+        for name in ("checkpoints.manager", "inference", "training.trainer", "data.prepare"):
             importlib.import_module(f"coca_jax.{name}")
     gc.freeze()  # what is imported stays
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none is waited for
@@ -146,7 +146,7 @@ def attend(talk: socket.socket) -> int:
 
 def run(arguments: list[str], folder: str, env: dict[str, str], streams: Sequence[int]) -> None:
     """One command, to the end of the process."""
-    from coca_jax import cli
+    from coca_jax.cli import main
 
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -161,7 +161,7 @@ def run(arguments: list[str], folder: str, env: dict[str, str], streams: Sequenc
         if env.get(PARSE):
             parse(arguments)
         else:
-            cli.main()
+            main.main()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -175,14 +175,14 @@ def run(arguments: list[str], folder: str, env: dict[str, str], streams: Sequenc
 
 def parse(arguments: Sequence[str]) -> None:
     """Reads a command's flags and recipe, and no more."""
-    from coca_jax import cli
+    from coca_jax.cli import main
 
     name = arguments[0]
-    assert name in cli.COMMANDS, f"no command {name}"
-    module = importlib.import_module(f"coca_jax.{name}")
+    assert name in main.COMMANDS, f"no command {name}"
+    module = importlib.import_module(f"coca_jax.cli.{name}")
     module.define_flags()
     sys.argv = [f"coca-jax {name}", *arguments[1:]]
-    cli.parse_flags(sys.argv, module)
+    main.parse_flags(sys.argv, module)
 
 
 if __name__ == "__main__":

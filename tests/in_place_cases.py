@@ -7,9 +7,10 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from coca_jax.data import prepared, sources
-from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare
+from coca_jax.data import filters
+from coca_jax.data.prepare import prepare
+from coca_jax.data.sources import array_record
+from coca_jax.data.sources.items import Options
 
 KEPT = ("count", "with_text", "with_label", "read", "quarantined", "filtered")
 
@@ -41,7 +42,7 @@ def both(format, input, out, split="train", **options):
     """The sources of a copy and of an index, whose accounts must agree."""
     for name in ("copy", "index"):
         make(format, input, out / name, in_place=name == "index", **options)
-    told = [prepared.read_manifest(str(out / name)) for name in ("copy", "index")]
+    told = [array_record.read_manifest(str(out / name)) for name in ("copy", "index")]
     assert [told[0]["splits"][split][key] for key in KEPT] == [
         told[1]["splits"][split][key] for key in KEPT
     ]
@@ -50,4 +51,4 @@ def both(format, input, out, split="train", **options):
         (out / name / f"{split}-quarantine.jsonl").read_text() for name in ("copy", "index")
     ]
     assert left_out[0] == left_out[1]
-    return [sources.open_source(str(out / name), split) for name in ("copy", "index")]
+    return [filters.open_source(str(out / name), split) for name in ("copy", "index")]

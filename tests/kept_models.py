@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import pytest
 
-from coca_jax.inference import encoders, explain
+from coca_jax.inference import embeddings, explain
 
 KEPT: dict[tuple, Any] = {}
 
@@ -29,7 +29,7 @@ def no_compile_cache():
     differ in nothing but their parameters, which programs take as an argument, share them."""
     jax.config.update("jax_enable_compilation_cache", False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoders, "Programs", kept(encoders.Programs))
+        patch.setattr(embeddings, "Programs", kept(embeddings.Programs))
         patch.setattr(explain, "program", kept(explain.program))
         yield
     jax.config.update("jax_enable_compilation_cache", True)

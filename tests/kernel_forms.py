@@ -6,9 +6,9 @@ import functools
 import jax
 import pytest
 
-from coca_jax.ops.cpu import build
+from coca_jax.ops.cpu_kernels import build
 
-HAS_TILES = "amx_bf16" in build.compile_cache.processor().split()
+HAS_TILES = "amx_bf16" in build.machine.processor().split()
 
 
 @functools.cache

@@ -4,9 +4,10 @@ import jax
 import pytest
 from conftest import tiny_config
 
-from coca_jax import partitioning, run_config
-from coca_jax.metrics import TimeBuckets
-from coca_jax.training.run import train_on
+from coca_jax.checkpoints import config_file
+from coca_jax.parallel import sharding
+from coca_jax.runtime.metric_log import TimeBuckets
+from coca_jax.training.trainer import train_on
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +34,7 @@ def smallest_run(bias=False):
 
 def train_alone(config, workdir):
     """`train` on one device, which compiles faster."""
-    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    run_config.check(config)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    config_file.check(config)
     with jax.set_mesh(mesh):
         return train_on(mesh, config, str(workdir), TimeBuckets())

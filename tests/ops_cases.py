@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import partitioning
 from coca_jax.ops import reference
+from coca_jax.parallel import sharding
 
 
 def arrays(*shape, count=1, dtype=jnp.float32, seed=0):
@@ -27,7 +27,7 @@ def drawn(shapes, by=0.3, seed=0):
         about = float("scale" in jax.tree_util.keystr(path))
         return _on_device(about + by * rng.normal(size=leaf.shape), leaf.dtype)
 
-    return jax.tree.map_with_path(draw, partitioning.unbox(shapes))
+    return jax.tree.map_with_path(draw, sharding.unbox(shapes))
 
 
 def with_gradients(function, inputs):

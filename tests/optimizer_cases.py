@@ -11,7 +11,7 @@ from conftest import tiny
 
 from coca_jax.training import optimizer
 from coca_jax.training.state import TrainState, trainable
-from coca_jax.training.step import make_update
+from coca_jax.training.train_step import make_update
 
 TOLERANCE = 2e-5
 KEY = jax.random.key(0)

@@ -9,8 +9,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from coca_jax import prepare
-from coca_jax.importers.items import Options
+from coca_jax.cli import prepare
+from coca_jax.data.sources.items import Options
 
 
 def draw(seed, size=(40, 30)):

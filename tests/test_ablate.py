@@ -13,15 +13,16 @@ import jax
 import pytest
 from PIL import Image
 
-from coca_jax import ablate, metrics, partitioning, recipes
-from coca_jax.ablating import outcome, running, table
-from coca_jax.data import sources
-from coca_jax.evaluators.declarations import Metric
-from coca_jax.files import out_folder, sealed_json
-from coca_jax.fitting import kept
-from coca_jax.report import ablation
-from coca_jax.training import lease, stopping
-from coca_jax.training import run as training
+from coca_jax.apps import fit
+from coca_jax.apps.ablating import outcome, running, table
+from coca_jax.cli import ablate
+from coca_jax.data import filters
+from coca_jax.evaluation import report_ablation
+from coca_jax.evaluation.evaluators.base import Metric
+from coca_jax.parallel import sharding
+from coca_jax.runtime import json_files, lease, metric_log, out_folder, signals
+from coca_jax.training import recipes
+from coca_jax.training import trainer as training
 
 TABLE = """
 config = "tiny"
@@ -52,10 +53,10 @@ def written(folder, text):
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     """Steps for one device compile in a third of the time."""
-    whole = partitioning.make_mesh
+    whole = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         mesh = functools.partial(whole, devices=jax.devices()[:1])
-        patch.setattr(partitioning, "make_mesh", mesh)
+        patch.setattr(sharding, "make_mesh", mesh)
         yield
 
 
@@ -71,8 +72,8 @@ def ablated(tmp_path_factory):
         return len(asked) == 3  # the first step of the second run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stopping.Stop, "reached", reached)
-        with pytest.raises(stopping.Preempted, match="step 1 is saved"):
+        patch.setattr(signals.Stop, "reached", reached)
+        with pytest.raises(signals.Preempted, match="step 1 is saved"):
             running.ablate(found, str(out), 0, quietly)
     between = (out / "both/seed0/metrics.jsonl").stat().st_mtime_ns
     assert not (out / "again/seed0" / outcome.DONE).exists()
@@ -85,7 +86,7 @@ def test_a_killed_ablation_goes_on_and_does_nothing_twice(ablated):
     assert result == dict(out=str(out), results=str(out / "results.json"), runs=4, failed={})
     assert (out / "both/seed0/metrics.jsonl").stat().st_mtime_ns == between
     # The second variant trains as the first one does; its first run was stopped after a step.
-    whole, resumed = (metrics.read_metrics(out / name / "seed0") for name in ("both", "again"))
+    whole, resumed = (metric_log.read_metrics(out / name / "seed0") for name in ("both", "again"))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert [row["step"] for row in resumed] == [1, 2]
     scores = json.loads((out / "results.json").read_text())["variants"]["again"]["metrics"]
@@ -105,7 +106,7 @@ def done(tmp_path_factory):
         named = {"retrieval/x/image_to_text_r1": value, "retrieval/x/image_to_text_r1_low": 0.1}
         named["train/batches/loss"] = 2.0
         contents = dict(steps=2, minutes=1.5, scores=named)
-        sealed_json.write(place / outcome.DONE, contents)
+        json_files.write_sealed(place / outcome.DONE, contents)
     outcome.write(found, folder, 0, {})
     return found, folder
 
@@ -144,7 +145,7 @@ def test_the_table_and_the_page_show_every_variant(done):
     assert lines[0] == "| variant | runs | steps | minutes | retrieval/x/image_to_text_r1 |"
     assert lines[2] == "| both | 2 | 2 | 1.5 | 30.0% (0.0 to 100.0) |"
     narrow = dict(mean=0.728, low=0.3781, high=0.771)  # what results.json has is not cut
-    assert ablation.limits(Metric("Top 1"), narrow) == pytest.approx((37.81, 77.1))
+    assert report_ablation.limits(Metric("Top 1"), narrow) == pytest.approx((37.81, 77.1))
     page = (folder / "report.html").read_text()
     assert page.count('<figure class="card spread">') == 1
     assert page.count('<circle class="p s1"') == 2  # a dot a seed
@@ -200,7 +201,7 @@ def test_equal_minutes_are_steps_by_a_pace_that_is_measured_once(tmp_path, monke
     out = tmp_path / "out"
     running.ablate(found, str(out), 0.002, quietly)
     (plan,) = json.loads((out / "plan.json").read_text())["variants"].values()
-    rows = metrics.read_metrics(out / "both/seed0")
+    rows = metric_log.read_metrics(out / "both/seed0")
     assert rows[-1]["step"] == plan["steps"] >= 1
     run = json.loads((out / "results.json").read_text())["variants"]["both"]["runs"]["0"]
     assert run["minutes"] == pytest.approx(sum(row["processor_time"] for row in rows) / 60)
@@ -243,7 +244,7 @@ def test_runs_are_of_equal_minutes_failures_are_told_and_nothing_is_done_twice(
     told = running.ablate(found, str(out), 0.5, said.append)
     assert told == dict(out=str(out), results=str(out / "results.json"), runs=4, failed={})
     assert ran[11:] == [("again/seed3", 30)]
-    done = sealed_json.read(out / "again/seed3" / outcome.DONE)
+    done = json_files.read_sealed(out / "again/seed3" / outcome.DONE)
     assert (done["steps"], done["minutes"]) == (30, 0.5)
     assert done.get("commit", "") == outcome.commit()
     assert done["scores"]["retrieval/x/image_to_text_r1"] == 0.25
@@ -321,7 +322,7 @@ def test_the_folder_of_an_ablation_is_no_workdir(tmp_path):
     with pytest.raises(ValueError, match=line):
         training.train(found.variants[0].config(), workdir)
     with pytest.raises(ValueError, match=line):
-        kept.Kept(workdir, kept.Request(folder="pictures"))
+        fit.Kept(workdir, fit.Request(folder="pictures"))
     assert [path.name for path in (tmp_path / "abl").iterdir()] == [out_folder.PLAN]
 
 
@@ -334,7 +335,7 @@ def test_data_that_are_not_there_are_told_before_anything_is_trained(tmp_path, m
     for name in ("both/seed0", "both/seed3", "again/seed0", "again/seed3"):  # done before they went
         (tmp_path / "out" / name).mkdir(parents=True)
         contents = dict(steps=2, minutes=1.5, scores={"train/batches/loss": 2.0})
-        sealed_json.write(tmp_path / "out" / name / outcome.DONE, contents)
+        json_files.write_sealed(tmp_path / "out" / name / outcome.DONE, contents)
     assert running.ablate(found, "out", 0, quietly)["runs"] == 4
 
 
@@ -375,7 +376,7 @@ def test_every_variant_has_the_data_that_are_named(tmp_path, capsys):
         assert source.path == str(tmp_path / "out/data/pictures") and source.split == "train"
         assert {task["kind"] for task in tasks} == {"retrieval", "captioning"}
         assert all(task["data"]["split"] == "test" for task in tasks)
-        assert sources.open_source(source).read([0])[0].texts[0].startswith("a shade of number")
+        assert filters.open_source(source).read([0])[0].texts[0].startswith("a shade of number")
     assert mine.variants[1].values["checkpoint.keep"] == 1
     assert running.with_data(found, [], "out", {}) is found
     # Evaluations that the table gives, none of them perhaps, are kept.

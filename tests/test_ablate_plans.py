@@ -8,15 +8,13 @@ import pytest
 from PIL import Image
 from test_ablate import TABLE, quietly, written
 
-from coca_jax import metrics, recipes
-from coca_jax.ablating import outcome, running, table
+from coca_jax.apps.ablating import outcome, running, table
 from coca_jax.config import typed
-from coca_jax.data import sources
-from coca_jax.files import sealed_json
-from coca_jax.importers import indexes
-from coca_jax.report import ablation
-from coca_jax.training import run as training
-from coca_jax.training import setup, skipping
+from coca_jax.data import filters, source_index
+from coca_jax.evaluation import report_ablation
+from coca_jax.runtime import json_files, metric_log
+from coca_jax.training import bad_steps, recipes, setup
+from coca_jax.training import trainer as training
 
 
 def test_other_variants_of_a_name_are_refused(tmp_path):
@@ -46,7 +44,7 @@ def test_a_name_with_a_dot_stands_in_quotes(tmp_path):
 def test_an_edited_recipe_is_another_variant(tmp_path):
     """By its values, not by its name, which is the same; a plan of before has no values."""
     recipe = tmp_path / "mine.py"
-    source = "from coca_jax.configs import tiny\n\n\ndef get_config():\n"
+    source = "from coca_jax.recipes import tiny\n\n\ndef get_config():\n"
     source += "    config = tiny.get_config()\n    config.batch_size = 8\n    return config\n"
     recipe.write_text(source)
     text = TABLE.replace('"tiny"', f'"{recipe}"').replace("batch_size = 8\n", "")
@@ -58,10 +56,10 @@ def test_an_edited_recipe_is_another_variant(tmp_path):
     recipe.write_text(source.replace("= 8", "= 16"))
     with pytest.raises(ValueError, match="another variant 'both': batch_size is 8 there, 16 here;"):
         running.Plan(tmp_path / "plan.json", 0).check(found.variants)
-    plan = sealed_json.read(tmp_path / "plan.json")
+    plan = json_files.read_sealed(tmp_path / "plan.json")
     for variant in plan["variants"].values():
         del variant["config"]
-    sealed_json.write(tmp_path / "plan.json", plan)
+    json_files.write_sealed(tmp_path / "plan.json", plan)
     running.Plan(tmp_path / "plan.json", 0).check(found.variants)
     recipe.write_text(source)  # from here on it is known
     with pytest.raises(ValueError, match="batch_size is 16 there, 8 here"):
@@ -194,10 +192,10 @@ def test_no_scores_are_promised_where_the_table_takes_all_evaluations(tasks, end
 def test_minutes_have_two_digits_however_few_they_are():
     runs = {str(n): dict(steps=9, minutes=took) for n, took in enumerate((0.0706, 0.106))}
     found = dict(variants=dict(a=dict(runs=runs, metrics={})))
-    assert ablation.rows(found, [])[0]["counts"] == ["2", "9", "0.071 to 0.11"]
+    assert report_ablation.rows(found, [])[0]["counts"] == ["2", "9", "0.071 to 0.11"]
     for run, took in zip(runs.values(), (12.4, 1234.5), strict=True):
         run["minutes"] = took
-    assert ablation.rows(found, [])[0]["counts"][2] == "12 to 1,234"
+    assert report_ablation.rows(found, [])[0]["counts"][2] == "12 to 1,234"
 
 
 def test_an_ablation_shows_a_metric_that_is_no_share_as_it_is():
@@ -212,7 +210,7 @@ def test_an_ablation_shows_a_metric_that_is_no_share_as_it_is():
         name: dict(runs={}, metrics=dict(zip(names, (of(*loss), of(0.4, 0.6)))))
         for name, loss in (("a", (2.2, 2.4)), ("b", (0.8, 0.9)))
     }
-    first, second = (row["cells"] for row in ablation.rows(dict(variants=variants), names))
+    first, second = (row["cells"] for row in report_ablation.rows(dict(variants=variants), names))
     assert first[0] == dict(value="2.3", interval="(1.029 to 3.571)")
     assert second[0] == dict(value="0.85", interval="(0.2147 to 1.485)")
     assert first[1] == second[1] == dict(value="50.0%", interval="(0.0 to 100.0)")
@@ -232,12 +230,12 @@ def test_folders_that_train_reads_in_place_are_indexed_once_for_all_runs(
 
     def train(config, workdir):
         (source,) = config.data.sources
-        saw[workdir.removeprefix(f"{out}/")] = sources.open_whole(source).labels(), source.path
+        saw[workdir.removeprefix(f"{out}/")] = filters.open_whole(source).labels(), source.path
         pathlib.Path(workdir).mkdir(parents=True)
         return dict(steps=config.steps)
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(metrics, "read_metrics", lambda place: [dict(loss=1.0)])
+    monkeypatch.setattr(metric_log, "read_metrics", lambda place: [dict(loss=1.0)])
     of = 'data.sources = [{path = "%s/fm", kind = "label"}]\n'
     text = TABLE.replace("[variants.again]", "eval.tasks = []\n" + of % (tmp_path / "one"))
     text = text.replace("checkpoint.keep = 1\n", "")
@@ -264,7 +262,7 @@ def test_variants_of_other_images_read_other_images(tmp_path):
         entry = dict(path=str(tmp_path / "list.csv"), kind="caption", image_field=field)
         config = typed(recipes.load("tiny")).change({"data.sources": (entry,)})
         (source,) = running.indexed(config, folder).data.sources
-        return [record.image for record in sources.open_whole(source).read([0, 1, 2, 3])]
+        return [record.image for record in filters.open_whole(source).read([0, 1, 2, 3])]
 
     kept = [(tmp_path / f"{n}.png").read_bytes() for n in range(4)]
     assert images("one", tmp_path / "out") == kept
@@ -272,18 +270,18 @@ def test_variants_of_other_images_read_other_images(tmp_path):
     # A run's own workdir has one index of a path.
     entry = dict(path=str(tmp_path / "list.csv"), kind="caption", image_field="one")
     config = typed(recipes.load("tiny")).change({"data.sources": (entry,)})
-    assert indexes.of_sources(config, str(tmp_path / "run")).data.sources[0].image_field == ""
+    assert source_index.of_sources(config, str(tmp_path / "run")).data.sources[0].image_field == ""
     other = config.change({"data.sources": (entry | dict(image_field="two"),)})
     with pytest.raises(ValueError, match="is of image_field='one', not 'two'; use a new --workdir"):
-        indexes.of_sources(other, str(tmp_path / "run"))
+        source_index.of_sources(other, str(tmp_path / "run"))
     # The texts of a field that is named no longer would train as if they were the usual ones.
     named = config.change({"data.sources": (entry | dict(text_field="two"),)})
     workdir = str(tmp_path / "named")
-    assert indexes.of_sources(named, workdir).data.sources[0].text_field == ""
+    assert source_index.of_sources(named, workdir).data.sources[0].text_field == ""
     with pytest.raises(ValueError, match="is of text_field='two', not ''; use a new --workdir"):
-        indexes.of_sources(config, workdir)
+        source_index.of_sources(config, workdir)
     third = config.change({"data.sources": (entry | dict(text_field="text"),)})
-    assert indexes.of_sources(third, workdir).data.sources[0].text_field == "text"
+    assert source_index.of_sources(third, workdir).data.sources[0].text_field == "text"
 
 
 def test_runs_that_the_table_no_longer_asks_for_are_named(tmp_path):
@@ -293,7 +291,7 @@ def test_runs_that_the_table_no_longer_asks_for_are_named(tmp_path):
         for seed in (0, 3):
             told = dict(steps=2, minutes=1.5, scores={"train/batches/loss": 2.0})
             (out / name / f"seed{seed}").mkdir(parents=True)
-            sealed_json.write(out / name / f"seed{seed}" / outcome.DONE, told)
+            json_files.write_sealed(out / name / f"seed{seed}" / outcome.DONE, told)
     said: list[str] = []
     for seeds, variants, others in (
         ("[0, 3]", 2, ""),
@@ -342,7 +340,7 @@ def test_a_variant_that_diverges_while_it_is_timed_fails_alone(timed, tmp_path, 
 
     def train(config, workdir):
         if config.loss.z_loss and 0 < config.checkpoint.max_skipped <= config.steps:
-            raise skipping.Diverged("the gradients of 20 steps in a row are not finite")
+            raise bad_steps.Diverged("the gradients of 20 steps in a row are not finite")
         return whole(config, workdir)
 
     monkeypatch.setattr(training, "train", train)

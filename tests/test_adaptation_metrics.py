@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from coca_jax import evaluators, run_config
-from coca_jax.evaluators import linear, probes, tasks
-from coca_jax.evaluators.caption_match import vqa_accuracy
-from coca_jax.evaluators.declarations import Setting
-from coca_jax.evaluators.task_head import Answers, Classification
-from coca_jax.models import head_kinds
+from coca_jax.checkpoints import config_file
+from coca_jax.config import heads
+from coca_jax.evaluation import evaluators, runner
+from coca_jax.evaluation.evaluators import probes
+from coca_jax.evaluation.evaluators.base import Setting
+from coca_jax.evaluation.evaluators.caption_match import vqa_accuracy
+from coca_jax.evaluation.evaluators.task_head import Answers, Classification
+from coca_jax.evaluation.metrics import linear
 
 NAMES = [f"class {i}" for i in range(7)]
 
@@ -24,7 +26,7 @@ NAMES = [f"class {i}" for i in range(7)]
 class Fixed:
     """Answers with prepared probabilities, whatever the picture."""
 
-    class_names, head_kind = NAMES, head_kinds.Classification()
+    class_names, head_kind = NAMES, heads.Classification()
 
     def __init__(self, probability):
         self.probability, self.done = probability, 0
@@ -120,7 +122,7 @@ def test_equal_probabilities_score_nothing():
 class Head:
     """Says 'red' of every picture."""
 
-    class_names, head_kind = ["red", "green"], head_kinds.Classification()
+    class_names, head_kind = ["red", "green"], heads.Classification()
 
     def fit_image(self, image):
         return image
@@ -141,14 +143,14 @@ def test_a_head_is_scored_on_what_has_a_label_and_data_without_any_are_refused(t
         (tmp_path / split / "metadata.jsonl").write_text(text)
     task = dict(kind="classification", name="c", data=dict(path=str(tmp_path), split="test"))
     setting = Setting(main_process=True, workdir=str(tmp_path / "out"))
-    scores = tasks.run_task(Head(), task, setting)
+    scores = runner.run_task(Head(), task, setting)
     assert scores["classification/c/top1"] == 0.5
     assert scores["classification/c/num_examples"] == 2
     assert scores["classification/c/unknown_labels"] == 0
     assert "classification/c: 2 examples have no label and are left" in capsys.readouterr().err
     task["data"]["split"] = "train"
     with pytest.raises(ValueError, match="no example has a label, and this task needs one"):
-        tasks.run_task(Head(), task, setting)
+        runner.run_task(Head(), task, setting)
 
 
 def test_written_answers_are_compared_as_words():
@@ -181,7 +183,7 @@ def test_answers_of_many_people_are_scored_as_vqa_does():
     )
 
     class Asked(Fixed):
-        head_kind = head_kinds.Answer()
+        head_kind = heads.Answer()
 
         def answer(self, images, questions):
             return [list(said)[image[0, 0, 0]] for image in images]
@@ -206,7 +208,7 @@ def test_questions_of_one_image_are_one_draw():
     """Six of each picture, all answered or none: no more is known than of one of each."""
 
     class Asked(Fixed):
-        head_kind = head_kinds.Answer()
+        head_kind = heads.Answer()
 
         def answer(self, images, questions):
             return [NAMES[image[0, 0, 0] % 2] for image in images]
@@ -367,9 +369,9 @@ def test_probes_of_other_records_do_not_share_features(tmp_path):
     task = dict(kind="knn", name="x", data=data)
     known = dict(task, known_only=True, candidates=dict(path=str(words)))
     for one, top1 in ((task, 0.5), (known, 1.0), (task, 0.5)):
-        assert tasks.run_task(Mean(), one, setting)["knn/x/top1"] == top1
+        assert runner.run_task(Mean(), one, setting)["knn/x/top1"] == top1
     assert (
-        tasks.run_task(Mean(), dict(known, kind="linear_probe"), setting)[
+        runner.run_task(Mean(), dict(known, kind="linear_probe"), setting)[
             "linear_probe/x/num_examples"
         ]
         == 6
@@ -391,8 +393,8 @@ def test_probes_of_other_records_do_not_share_features(tmp_path):
     ],
 )
 def test_recipes_are_sound(recipe, head, rates):
-    config = importlib.import_module(f"coca_jax.configs.{recipe}").get_config()
-    run_config.check(config)
+    config = importlib.import_module(f"coca_jax.recipes.{recipe}").get_config()
+    config_file.check(config)
     assert config.head.kind == head and config.optimizer.schedule == "cosine"
     found = config.optimizer.learning_rate, config.optimizer.encoder_learning_rate
     assert found == rates

@@ -10,10 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 from open_clip_cases import SMALL
 
-from coca_jax import partitioning, recipes
-from coca_jax.benchmarking import step_times
-from coca_jax.benchmarking.model_times import build
+from coca_jax.apps import benchmark
+from coca_jax.apps.benchmark import build
 from coca_jax.config import Config, read
+from coca_jax.parallel import sharding
+from coca_jax.training import recipes
 from coca_jax.training.state import init_state
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
@@ -79,8 +80,8 @@ def weights(params: dict, twin) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def one_device(monkeypatch):
-    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    monkeypatch.setattr(partitioning, "make_mesh", lambda *sizes: mesh)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes: mesh)
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -98,7 +99,7 @@ def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monk
     given = weights(params, twin)
     assert set(given) == set(dict(twin.named_parameters()))
     twin.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in given.items()})
-    ours = step_times.ours(config)
+    ours = benchmark.ours(config)
     batch = alike.captions(config, 6)
     batch["text_id"][1] = batch["text_id"][0]
     exact, near = (
@@ -111,7 +112,7 @@ def test_with_our_weights_it_makes_our_steps_and_both_are_timed(one_device, monk
     np.testing.assert_allclose(own[0], other[0], rtol=1e-5)
     assert own[0] - own[1] > 0.2
     np.testing.assert_allclose(own[1:], other[1:], atol=0.005)
-    monkeypatch.setattr(step_times, "ours", lambda config: ours)
+    monkeypatch.setattr(benchmark, "ours", lambda config: ours)
     monkeypatch.setattr(alike, "make_params", lambda config: params)
     found = alike.steps(config, [6], 1) | dict(stem=alike.stem(config, 1))
     assert found["parameters"] == found["peer_parameters"] > 10_000

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax import ops, partitioning
-from coca_jax.ops.cpu import Cpu, attention_kernels
+from coca_jax import ops
+from coca_jax.ops import cpu_attention
+from coca_jax.ops.cpu import Cpu
 from coca_jax.ops.reference import Reference, attend, split_heads
+from coca_jax.parallel import sharding
 
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if not attention_kernels.available():
+    if not cpu_attention.available():
         pytest.skip("no C++ compiler")
 
 
@@ -130,16 +132,16 @@ def test_where_the_kernels_run():
     assert calls(Cpu(), *halves) == 0
     # What runs forward alone needs no compiler.
     assert _calls(functools.partial(loss, Cpu()), *operands) == 0
-    with jax.set_mesh(partitioning.make_mesh(2, 1, 1, devices=jax.devices()[:2])):
+    with jax.set_mesh(sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])):
         assert calls(Cpu(), *operands) == 0
-    with jax.set_mesh(partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
         assert calls(Cpu(), *operands) == 2
 
 
 def test_without_a_compiler_training_is_as_before(monkeypatch):
     operands = _operands(2, 8, 12, 2, 16)
     want = _gradients(Cpu(kernels=False), operands, None, 2)
-    monkeypatch.setattr(attention_kernels, "available", lambda: False)
+    monkeypatch.setattr(cpu_attention, "available", lambda: False)
     for a, b in zip(want, _gradients(Cpu(), operands, None, 2)):
         np.testing.assert_array_equal(b, a)
 

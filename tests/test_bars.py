@@ -6,11 +6,11 @@ import time
 import pytest
 from prepare_cases import encode
 
-from coca_jax.console import activity, bars
-from coca_jax.data import files
-from coca_jax.evaluators import in_batches
-from coca_jax.importers import imagefolder, remarks, split_field, splits
-from coca_jax.importers.items import Options
+from coca_jax.data import holdout, prepare, quarantine
+from coca_jax.data.sources import files, image_folder
+from coca_jax.data.sources.items import Options
+from coca_jax.evaluation.evaluators import in_batches
+from coca_jax.runtime import activity, progress
 
 
 class Terminal(io.StringIO):
@@ -20,8 +20,8 @@ class Terminal(io.StringIO):
 
 def count(monkeypatch, file, every, **how):
     monkeypatch.setattr("sys.stderr", file)
-    monkeypatch.setattr(bars, "LINE_EVERY", every)
-    with bars.Bar(how.pop("total", 3000), how.pop("unit", "pictures"), "looking", **how) as bar:
+    monkeypatch.setattr(progress, "LINE_EVERY", every)
+    with progress.Bar(how.pop("total", 3000), how.pop("unit", "pictures"), "looking", **how) as bar:
         for done in (1000, 500):
             bar.update(done)
     return file.getvalue()
@@ -42,10 +42,10 @@ def test_a_log_file_has_whole_lines_now_and_then(monkeypatch):
 
 def test_the_last_line_says_how_far_long_work_came(monkeypatch):
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
-    with pytest.raises(OSError), bars.Bar(9, "texts") as bar:
-        monkeypatch.setattr(bars, "LINE_EVERY", 0.0)
+    with pytest.raises(OSError), progress.Bar(9, "texts") as bar:
+        monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
         bar.update(4)
-        monkeypatch.setattr(bars, "LINE_EVERY", 30.0)
+        monkeypatch.setattr(progress, "LINE_EVERY", 30.0)
         bar.update(3)
         raise OSError
     assert file.getvalue().splitlines() == ["4 of 9 texts in 00:00", "7 of 9 texts in 00:00"]
@@ -88,20 +88,20 @@ def test_a_folder_that_takes_long_to_list_is_said(monkeypatch, capsys, tmp_path)
     (tmp_path / "in/a/1.jpg").write_bytes(encode(1))
     where = "imagefolder", str(tmp_path / "in"), str(tmp_path / "out")
     monkeypatch.setattr(activity, "SAID_EVERY", 0.04)
-    monkeypatch.setattr(imagefolder, "plan", slow(imagefolder.plan))
-    split_field.of_data(*where[:2], Options())
+    monkeypatch.setattr(image_folder, "plan", slow(image_folder.plan))
+    holdout.of_data(*where[:2], Options())
     told = capsys.readouterr().err
     assert f"looking for splits in {where[1]} ... 0 s so far" in told
-    monkeypatch.setattr(remarks, "of_split", slow(remarks.of_split))
-    assert splits.prepare(*where, processes=1, progress=False)["written"] == 1
+    monkeypatch.setattr(quarantine, "of_split", slow(quarantine.of_split))
+    assert prepare.prepare(*where, processes=1, progress=False)["written"] == 1
     told = capsys.readouterr().err
     assert f"looking through {where[1]} ... 0 s so far" in told
     unread = f"looking for what is not read in {where[1]} ... 0 s so far"
     assert unread in told
     monkeypatch.setattr(files, "walk", slow(files.walk))
-    remarks.of_format(where[1], "imagefolder")
+    quarantine.of_format(where[1], "imagefolder")
     assert unread in capsys.readouterr().err
     (tmp_path / "in/list.csv").write_text("file_name,text\na/1.jpg,one\n")
-    monkeypatch.setattr(imagefolder, "unlisted", slow(imagefolder.unlisted))
-    remarks.unread(where[1], "csv")
+    monkeypatch.setattr(image_folder, "unlisted", slow(image_folder.unlisted))
+    quarantine.unread(where[1], "csv")
     assert unread in capsys.readouterr().err

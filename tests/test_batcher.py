@@ -8,8 +8,8 @@ import pytest
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
     pytest.skip("needs the extra 'serve'", allow_module_level=True)
 
-from coca_jax.serving.batcher import Batcher  # noqa: E402
-from coca_jax.serving.refusals import Refused  # noqa: E402
+from coca_jax.apps.serve.batcher import Batcher  # noqa: E402
+from coca_jax.apps.serve.limits import Refused  # noqa: E402
 
 
 class Slow:

@@ -19,16 +19,16 @@ from data_cases import (
 )
 from PIL import Image
 
-from coca_jax import prepare
+from coca_jax.cli import prepare
 from coca_jax.config import Entry, typed
-from coca_jax.data import images, prompts, resizing, run_vocabulary, sources, texts
+from coca_jax.data import filters, images, prompts, texts
 from coca_jax.data import vocabulary as vocabularies
-from coca_jax.data.batches import Batches
-from coca_jax.data.loaders import open_stream
+from coca_jax.data.batches import Batches, open_stream
 from coca_jax.data.mixture import Mixture, class_names, nearest_shares, shares
-from coca_jax.evaluators import declarations
-from coca_jax.evaluators.records import Records
-from coca_jax.importers import items
+from coca_jax.data.sources import items
+from coca_jax.evaluation.evaluators import base
+from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.training import run_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_pixels_equal_those_of_evaluation(data, tmp_path):
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
-        wanted = resizing.preprocess_eval(picture(int(index)), 16)
+        wanted = images.preprocess_eval(picture(int(index)), 16)
         assert np.abs(pixels.astype(int) - wanted).max() <= 1
 
 
@@ -151,7 +151,7 @@ def test_augmentations_change_pixels_and_repeat(data, mode, tmp_path):
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
     first, second = (next(open_stream(config, vocabulary)) for _ in range(2))
     assert equal(first, second)
-    plain = np.stack([resizing.preprocess_eval(picture(int(i)), 16) for i in first["index"]])
+    plain = np.stack([images.preprocess_eval(picture(int(i)), 16) for i in first["index"]])
     changed = np.abs(first["image"].astype(int) - plain).mean((1, 2, 3))
     assert (changed > 0.5).mean() > 0.5
 
@@ -180,7 +180,7 @@ def test_every_format_and_transparency_give_right_pixels(tmp_path):
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "workdir"))
     batch = next(open_stream(config, vocabulary))
     for pixels, index in zip(batch["image"], batch["index"]):
-        wanted = resizing.preprocess_eval(images.decode(folder / rows[index]["file_name"]), 16)
+        wanted = images.preprocess_eval(images.decode(folder / rows[index]["file_name"]), 16)
         assert np.abs(pixels.astype(int) - wanted).max() <= 6, rows[index]
 
 
@@ -206,7 +206,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, fast):
         batch = next(open_stream(config, vocabulary))
         if mode == "none":
             for pixels, index in zip(batch["image"], batch["index"]):
-                wanted = resizing.preprocess_eval(images.decode(folder / f"{index}.jpg"), 16)
+                wanted = images.preprocess_eval(images.decode(folder / f"{index}.jpg"), 16)
                 assert np.abs(pixels.astype(int) - wanted).mean() <= (6 if fast else 4)
 
 
@@ -250,7 +250,7 @@ def test_a_damaged_shard_costs_only_its_damaged_record(tmp_path):
     batches = open_stream(config, vocabulary)
     seen = np.concatenate([b["index"] for b in take(batches, 15)])
     assert set(seen.tolist()) == set(range(30)) - {9}
-    source = sources.open_source(config.data.sources[0])
+    source = filters.open_source(config.data.sources[0])
     with pytest.raises(ValueError, match="record 9 cannot be read: .*; the classes are"):
         source.labels()
     texts = sum(len(source.read([index])[0].texts) for index in range(30) if index != 9)
@@ -261,9 +261,9 @@ def test_a_damaged_shard_costs_only_its_damaged_record(tmp_path):
 
 def test_where_text_field_and_limit(data):
     path = str(data / "a")
-    found = sources.open_source(dict(path=path, where={"group": 1}))
+    found = filters.open_source(dict(path=path, where={"group": 1}))
     assert len(found) == 11 and all(json.loads(r.extra)["group"] == 1 for r in found)
-    found = sources.open_source(dict(path=path, text_field="group", limit=4))
+    found = filters.open_source(dict(path=path, text_field="group", limit=4))
     assert [r.texts for r in found] == [("0",), ("1",), ("0",), ("1",)]
     assert len(list(Records(dict(path=path, split="train"), limit=5))) == 5
     assert class_names(path) == ["blue", "green", "red", "square"]
@@ -384,7 +384,7 @@ def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
     """Once 'plain' was 'a photo of the {}' for the one and '{}' for the other."""
     for name in prompts.SETS:
         task = dict(kind="zero_shot", name="x", data={}, class_names=["cat", "dog"], prompts=name)
-        evaluator = declarations.of("zero_shot").from_task(task, declarations.Setting())
+        evaluator = base.of("zero_shot").from_task(task, base.Setting())
         assert evaluator.prompts == prompts.load(name)
 
 

@@ -14,12 +14,16 @@ from PIL import Image
 from test_inference import random_params
 from test_version_0_1 import flags_of
 
-from coca_jax import benchmark, prepare
-from coca_jax.benchmarking import input_rate, loss_costs, model_times, peer_times, step_times
+from coca_jax.apps import benchmark as input_rate
+from coca_jax.apps import benchmark as loss_costs
+from coca_jax.apps import benchmark as model_times
+from coca_jax.apps import benchmark as peer_times
+from coca_jax.apps import benchmark as step_times
+from coca_jax.cli import benchmark, prepare
 from coca_jax.config import Config, read, typed
-from coca_jax.configs import base
-from coca_jax.data import sources
+from coca_jax.data import filters
 from coca_jax.interop import open_clip_config
+from coca_jax.recipes import base
 
 
 @pytest.mark.long
@@ -80,18 +84,18 @@ def test_the_peer_runs_at_the_same_sizes(monkeypatch):
     params = random_params(model_times.build(config))  # in no time
     monkeypatch.setattr(model_times, "make_params", lambda config: params)
     pixels = model_times.random_batch(config, 2)["image"]
-    peer = peer_times.build(config.model)
+    peer = peer_times.build_peer(config.model)
     for beams in (1, 3):
-        ids = peer_times.caption(peer, pixels, tokens=7, beams=beams)
+        ids = peer_times.caption_with_peer(peer, pixels, tokens=7, beams=beams)
         assert ids.shape == (2, 8)
         assert peer_times.END not in ids[:, 1:-1]
     result = model_times.caption(config, 2, 7, 3, repeats=1, compare=True)
     assert result["times_peer"] == result["peer_seconds"] / result["seconds"]
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 2 * 7)
-    embeddings = peer_times.encode(peer, pixels)
+    embeddings = peer_times.encode_with_peer(peer, pixels)
     assert embeddings.shape == (2, 32)
     np.testing.assert_array_equal(
-        embeddings, peer_times.encode(peer_times.build(config.model), pixels)
+        embeddings, peer_times.encode_with_peer(peer_times.build_peer(config.model), pixels)
     )
     assert all(
         bool(p.isfinite().all()) and bool(p.std() > 0) for p in peer.parameters() if p.numel() > 1
@@ -108,7 +112,7 @@ def test_the_peer_learns_from_captions_of_a_file(tmp_path):
     config = read(Config, config.to_dict())
     file = tmp_path / "texts.txt"
     file.write_text("\n\n".join(f"a picture of {n} small things" for n in range(9)))
-    first, second = step_times.batches(config, str(file))
+    first, second = step_times.step_batches(config, str(file))
     assert first["text_valid"].sum(1).tolist() == [8] * 4  # [start], six words, [end]
     assert (first["tokens"] != second["tokens"]).sum() == 4  # the numbers
     assert step_times.lengths_of(first, config) == (9, 9)  # their mask looks a place beyond
@@ -116,19 +120,19 @@ def test_the_peer_learns_from_captions_of_a_file(tmp_path):
     losses = [step(first) for _ in range(4)]
     np.testing.assert_allclose(losses[0], np.log(4) + 2 * np.log(300), rtol=0.02)
     assert losses[0] - losses[-1] > 0.2
-    (full,) = step_times.batches(config, "")
+    (full,) = step_times.step_batches(config, "")
     assert full["text_valid"].all() and (full["tokens"] > 0).all()
     narrow = step_times.theirs(config.change({"model.dtype": "bfloat16"}))
     np.testing.assert_allclose(narrow(first), losses[0], rtol=0.02)
     with pytest.raises(ValueError, match="has 9 captions, a batch 10; give more"):
-        step_times.batches(config.change({"batch_size": 10}), str(file))
+        step_times.step_batches(config.change({"batch_size": 10}), str(file))
     with pytest.raises(ValueError, match="optimizer.name='muon'; add --config.optimizer.name=adam"):
         peer_times.trainer(config.change({"optimizer.name": "muon"}))
     with pytest.raises(
         ValueError, match="pooler.token_dropout=0.5 hides .* add --config.model.pool"
     ):
         peer_times.trainer(config.change({"model.pooler.token_dropout": 0.5}))
-    fewer = peer_times.build(config.model.change({"image.patch_dropout": 0.5}), training=True)
+    fewer = peer_times.build_peer(config.model.change({"image.patch_dropout": 0.5}), training=True)
     assert fewer.visual.patch_dropout.prob == 0.5
 
 
@@ -146,7 +150,7 @@ def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path,
     lines = [f"a picture of {n} small things" for n in range(17)]
     (tmp_path / "texts.txt").write_text("\n".join(lines))
     config = read(Config, config.to_dict())
-    first, second = step_times.batches(config, str(tmp_path / "texts.txt"))
+    first, second = step_times.step_batches(config, str(tmp_path / "texts.txt"))
     assert first["text_valid"].sum(1).max() == 8  # [start], six words, [end]
     assert not (first["tokens"] == second["tokens"]).all()
     result = step_times.train(config, 1, True, str(tmp_path / "texts.txt"))
@@ -154,12 +158,12 @@ def test_the_peer_s_step_runs_beside_ours_on_captions_of_their_lengths(tmp_path,
     assert result["peak_bytes"] > 0 and result["peer_peak_bytes"] > 0
     with pytest.raises(ValueError, match="has 17 captions, a batch 32; give more"):
         config = config.change(dict(batch_size=32))
-        step_times.batches(config, str(tmp_path / "texts.txt"))
+        step_times.step_batches(config, str(tmp_path / "texts.txt"))
 
 
 PEAKS = """
 import numpy as np
-from coca_jax.benchmarking import step_times
+from coca_jax.apps import benchmark as step_times
 work = lambda: np.ones(64 << 17)  # 64 MiB, of which nothing stays
 print(step_times.added(work), step_times.added(lambda: None))
 """
@@ -187,7 +191,7 @@ def test_the_peer_reads_the_same_records(tmp_path):
     config = tiny_config()
     config.batch_size, config.model.text.vocab_size = 4, 400
     config.data.sources = (dict(path=str(tmp_path / "out")),)
-    records = sources.open_source(str(tmp_path / "out")).read(range(12))
+    records = filters.open_source(str(tmp_path / "out")).read(range(12))
     peer_times.write_tar(records, str(tmp_path / "0.tar"))
     batches = peer_times.input_batches(str(tmp_path / "0.tar"), 12, 4, 16)
     images, tokens = zip(*(next(batches) for _ in range(3)))
@@ -215,7 +219,7 @@ def test_what_needs_open_clip_is_the_flag_that_was_given(tmp_path, monkeypatch):
     file = tmp_path / "texts.txt"
     file.write_text("a cat\n" * config.batch_size)
     with pytest.raises(ValueError, match="^--texts needs open_clip: pip install"):
-        step_times.batches(config, str(file))
+        step_times.step_batches(config, str(file))
     with pytest.raises(ValueError, match="^--peer needs open_clip: pip install"):
         peer_times.trainer(config.change({"optimizer.name": "adamw"}))
 
@@ -228,19 +232,19 @@ def test_a_peer_needs_a_batch_of_records():
 def test_a_peer_needs_a_model_that_it_has():
     open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
     with pytest.raises(ValueError, match="open_clip has only"):
-        peer_times.build(tiny_config().model)
+        peer_times.build_peer(tiny_config().model)
     if "correct_cls_mask" not in open_clip.CLIPTextCfg.__dataclass_fields__:  # a later release's
         exact = typed(peer_config()).change({"model.text.cls_mask": "exact"})
         says = "no such model .*'correct_cls_mask'.*add --config.model.text.cls_mask=shifted"
         with pytest.raises(ValueError, match=says):
-            peer_times.build(exact.model)
+            peer_times.build_peer(exact.model)
 
 
 def test_a_peer_is_compared_in_its_own_precision():
     config = tiny_config()
     config.model.dtype = "bfloat16"
     with pytest.raises(ValueError, match="--config.model.dtype=float32"):
-        peer_times.build(config.model)
+        peer_times.build_peer(config.model)
 
 
 def test_a_peer_is_compared_on_the_same_device(monkeypatch):
@@ -313,5 +317,5 @@ def test_texts_that_are_no_text_file_are_a_line(tmp_path):
     picture.write_bytes(b"\xff\xd8\xff\xe0 and so on")
     for path in (picture, tmp_path / "none.txt", tmp_path):
         with pytest.raises(ValueError) as error:
-            step_times.batches(config, str(path))
+            step_times.step_batches(config, str(path))
         assert str(error.value) == f"--texts={path}: give a text file, one caption a line"

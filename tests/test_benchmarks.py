@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax import prepare
-from coca_jax.suites import tables
+from coca_jax.apps.suites import tables
+from coca_jax.cli import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(ROOT))

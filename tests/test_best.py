@@ -8,10 +8,10 @@ from conftest import scenes_words, tiny_config
 from one_device import smallest_run, train_alone
 from quick_start import drawn_by_numpy  # noqa: F401
 
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import manager
 from coca_jax.config import typed
-from coca_jax.evaluators import history, tasks
-from coca_jax.training import best, spikes
+from coca_jax.evaluation import history, runner
+from coca_jax.training import bad_steps, best_checkpoint
 
 NAME = "retrieval/s/mean_recall"
 TASK = dict(kind="retrieval", name="s", data=dict(builtin="scenes", split="test", kind="caption"))
@@ -48,7 +48,7 @@ def test_scores_behind_a_spike_go_with_the_steps(tmp_path, monkeypatch):
 
     def looked(self, found):
         if found and found[0] in spike:
-            raise spikes.WentUp(spike.pop(), 9.0, 1.0)
+            raise bad_steps.WentUp(spike.pop(), 9.0, 1.0)
 
     def scored(*_):
         value = next(scores)
@@ -56,8 +56,8 @@ def test_scores_behind_a_spike_go_with_the_steps(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return {NAME: value}
 
-    monkeypatch.setattr(spikes.Spikes, "_look", looked)
-    monkeypatch.setattr(tasks, "run_task", scored)
+    monkeypatch.setattr(bad_steps.Spikes, "_look", looked)
+    monkeypatch.setattr(runner, "run_task", scored)
     with pytest.raises(KeyboardInterrupt):
         train_alone(config, tmp_path)
     assert [row["step"] for row in history.read(tmp_path)] == [1, 2]
@@ -80,7 +80,7 @@ def test_the_best_step_stays_when_the_run_is_killed_and_goes_on(tmp_path, monkey
             raise KeyboardInterrupt
         return {NAME: value}
 
-    monkeypatch.setattr(tasks, "run_task", scored)
+    monkeypatch.setattr(runner, "run_task", scored)
     with pytest.raises(KeyboardInterrupt):
         train_alone(config, tmp_path)
     assert "2" in settled(tmp_path / "checkpoints")
@@ -88,7 +88,7 @@ def test_the_best_step_stays_when_the_run_is_killed_and_goes_on(tmp_path, monkey
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "6"]
     told = f"best {NAME}: 0.5 after step 2, {tmp_path}/checkpoints/2"
     assert told in capfd.readouterr().err
-    params, _ = checkpointing.load_params(f"{tmp_path}/checkpoints/2")
+    params, _ = manager.load_params(f"{tmp_path}/checkpoints/2")
     assert params and history.read(tmp_path)[-1]["scores"] == {NAME: 0.4}
 
 
@@ -96,8 +96,8 @@ def test_lower_is_better_where_the_metric_says_so_and_equals_are_the_later(tmp_p
     history.add(tmp_path, 1, {NAME: 0.5, "captioning/s/perplexity": 9.0})
     history.add(tmp_path, 2, {NAME: 0.5, "captioning/s/perplexity": 7.0})
     history.add(tmp_path, 3, {NAME: float("nan"), "captioning/s/perplexity": 8.0})
-    recall = best.Best(typed(run_of()), tmp_path)
-    perplexity = best.Best(typed(run_of("captioning/s/perplexity")), tmp_path)
+    recall = best_checkpoint.Best(typed(run_of()), tmp_path)
+    perplexity = best_checkpoint.Best(typed(run_of("captioning/s/perplexity")), tmp_path)
     assert recall.among([1, 2, 3]) == 2 and recall.among([1, 3]) == 1
     assert perplexity.among([1, 2, 3]) == 2 and perplexity.among([1, 3]) == 3
     assert recall.among([3, 4]) is None
@@ -117,5 +117,5 @@ def test_lower_is_better_where_the_metric_says_so_and_equals_are_the_later(tmp_p
 )
 def test_a_score_that_the_run_does_not_give_is_refused(config, line):
     with pytest.raises(ValueError, match=line):
-        best.check(typed(config))
-    best.check(typed(tiny_config()))  # without one
+        best_checkpoint.check(typed(config))
+    best_checkpoint.check(typed(tiny_config()))  # without one

@@ -17,14 +17,14 @@ from one_device import smallest_run, train_alone
 from test_train import COMPARED
 
 import coca_jax
-from coca_jax import report
-from coca_jax.checkpoints import bucket_arrays, checkpointing, saved_steps
-from coca_jax.evaluators import tasks
-from coca_jax.files import storage
-from coca_jax.metrics import read_metrics
-from coca_jax.training.run import train
+from coca_jax.checkpoints import manager, steps
+from coca_jax.cli import report
+from coca_jax.evaluation import runner
+from coca_jax.runtime import storage
+from coca_jax.runtime.metric_log import read_metrics
+from coca_jax.runtime.signals import Preempted, Stop
 from coca_jax.training.state import TrainState
-from coca_jax.training.stopping import Preempted, Stop
+from coca_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -62,7 +62,7 @@ def _arrays(place):
     """All arrays of a run's newest checkpoint."""
     import orbax.checkpoint as ocp
 
-    directory, step = checkpointing.find_step(place)
+    directory, step = manager.find_step(place)
     with ocp.StandardCheckpointer() as reader:
         found = [
             reader.restore(directory / str(step) / item)
@@ -78,8 +78,8 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
         f"import os, signal, sys, time; sys.path.insert(0, {TESTS!r})\n"
         f"import conftest; conftest.scenes_words = lambda: {scenes_words()!r}\n"
         "from test_buckets import small_run\n"
-        "from coca_jax.files import storage\n"
-        "from coca_jax.training import stopping\n"
+        "from coca_jax.runtime import storage\n"
+        "from coca_jax.runtime import signals as stopping\n"
         f"saved = storage.place({workdir!r}) / 'checkpoints/2/commit_success.txt'\n"
         "def reached(self, step):\n"
         "  while step == 3:\n"
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, s3):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert [row["step"] for row in read_metrics(workdir)] == [1, 2]  # those of the checkpoint
-    assert checkpointing.find_step(workdir)[1] == 2
+    assert manager.find_step(workdir)[1] == 2
     small_run(workdir)
     _equal(workdir, whole)
     files = fsspec.filesystem("s3").find("bucket/killed")
@@ -133,7 +133,7 @@ def test_a_model_is_loaded_and_scored_in_its_bucket(whole, s3):
     np.testing.assert_array_equal(model.encode_image(image), local.encode_image(image))
     data = dict(builtin="scenes", split="test", objects=(1,))
     task = dict(kind="captioning", name="scenes", data=data, limit=8, java_metrics=False)
-    scores = tasks.run_tasks(model, [task], workdir)
+    scores = runner.run_tasks(model, [task], workdir)
     assert scores["captioning/scenes/num_examples"] == 8
     place = storage.place(workdir)
     assert len((place / "eval_captions/scenes.jsonl").read_text().splitlines()) == 9
@@ -160,7 +160,7 @@ def _state(step):
 def _restored(folder):
     """(state, step, lines) of the newest step."""
     state = _state(0)
-    checkpoints = checkpointing.Checkpoints(folder, keep=2)
+    checkpoints = manager.Checkpoints(folder, keep=2)
     found = checkpoints.restore_newest(state, jax.tree.map(lambda x: x.sharding, state))
     checkpoints.close()
     return found
@@ -176,13 +176,13 @@ def test_weights_that_are_not_there_are_told_before_data_are_read(folder, tmp_pa
 
 @pytest.mark.long
 def test_only_whole_steps_count(folder):
-    checkpoints = checkpointing.Checkpoints(folder, keep=2)
+    checkpoints = manager.Checkpoints(folder, keep=2)
     assert checkpoints.steps() == []
     for step in (1, 2, 3):
         checkpoints.save(step, _state(step))
         checkpoints.wait_for(step)
     checkpoints.close()
-    directory, step = checkpointing.find_step(folder)
+    directory, step = manager.find_step(folder)
     assert step == 3 and sorted(p.name for p in directory.iterdir()) == ["2", "3"]
     state, step, lines = _restored(folder)
     assert (step, lines) == (3, [])
@@ -191,10 +191,10 @@ def test_only_whole_steps_count(folder):
     if not storage.is_remote(folder):
         return
     (directory / "3" / "commit_success.txt").unlink()  # as a kill within the save leaves it
-    assert checkpointing.find_step(folder)[1] == 2
+    assert manager.find_step(folder)[1] == 2
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):
-        checkpointing.find_step(f"{folder}/checkpoints/3")
-    again = checkpointing.Checkpoints(folder, keep=2)
+        manager.find_step(f"{folder}/checkpoints/3")
+    again = manager.Checkpoints(folder, keep=2)
     assert again.steps() == [2] and not (directory / "3").exists()
     again.save(3, _state(30))
     again.wait_for(3)
@@ -204,7 +204,7 @@ def test_only_whole_steps_count(folder):
 
 @pytest.mark.long
 def test_a_damaged_step_is_set_aside(folder):
-    checkpoints = checkpointing.Checkpoints(folder)
+    checkpoints = manager.Checkpoints(folder)
     for step in (1, 2):
         checkpoints.save(step, _state(step))
         checkpoints.wait_for(step)
@@ -218,13 +218,13 @@ def test_a_damaged_step_is_set_aside(folder):
     jax.tree.map(np.testing.assert_array_equal, state, _state(1))
     assert step == 1 and "checkpoint 2 is damaged" in lines[0]
     assert lines[1:] == ["going on from step 1, 1 steps are trained again"]
-    assert checkpointing.find_step(folder)[1] == 1
+    assert manager.find_step(folder)[1] == 1
     place = storage.place(folder) / "checkpoints"
     assert (place / "2.damaged/params").is_dir() and not (place / "2").exists()
 
 
 def test_arrays_are_tried_before_any_work(folder):
-    saved_steps.check_writable(folder)
+    steps.check_writable(folder)
     system, plain = storage.filesystem(folder)
     assert system.find(plain) == []
 
@@ -254,7 +254,7 @@ def test_arrays_are_written_with_the_credentials_that_s3fs_finds(tmp_path, monke
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", credentials_file)
         monkeypatch.setenv("AWS_CONFIG_FILE", config_file)
         here = session.Session(profile=profile)
-        return bucket_arrays._credentials(here, here.get_credentials())
+        return steps._credentials(here, here.get_credentials())
 
     files = dict(config_file=config, credentials_file=keys)
     assert found("mine") == dict(type="profile", profile="mine", **files)

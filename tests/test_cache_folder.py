@@ -9,8 +9,7 @@ import types
 
 import pytest
 
-from coca_jax.files import cache_folder
-from coca_jax.machine import compile_cache
+from coca_jax.runtime import cache_folder, machine
 
 
 @pytest.fixture
@@ -83,56 +82,56 @@ def test_without_a_home_nothing_is_made_in_the_current_folder(folder, tmp_path, 
 
 
 def test_programs_are_kept_where_the_user_says_or_else_below_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(compile_cache.cache_folder, "folder", lambda: tmp_path)
-    monkeypatch.setattr(compile_cache.os, "environ", environ := {})
+    monkeypatch.setattr(machine.cache_folder, "folder", lambda: tmp_path)
+    monkeypatch.setattr(machine.os, "environ", environ := {})
     monkeypatch.setitem(sys.modules, "jax", None)  # not imported yet: through the environment
-    compile_cache.use()
+    machine.use()
     place = environ["JAX_COMPILATION_CACHE_DIR"]
     assert re.fullmatch(re.escape(f"{tmp_path}/compiled-") + "[0-9a-f]{8}", place)
     assert environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(4 << 30)
     environ.clear()
     environ["JAX_COMPILATION_CACHE_DIR"] = "mine"
-    compile_cache.use()
+    machine.use()
     assert environ == {"JAX_COMPILATION_CACHE_DIR": "mine"}
     environ.clear()
     environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "1000"
-    compile_cache.use()
+    machine.use()
     assert environ["JAX_COMPILATION_CACHE_DIR"] == place and len(environ) == 3
     assert environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "1000"
     environ.clear()
     told = {}
     config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=told.__setitem__)
     monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(config=config))
-    compile_cache.use()
+    machine.use()
     assert told["jax_compilation_cache_dir"] == place and len(told) == 3
     told.clear()
     environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "1000"
-    compile_cache.use()
+    machine.use()
     assert told["jax_compilation_cache_dir"] == place and len(told) == 2
     told.clear()
     config.jax_compilation_cache_dir = "mine"
-    compile_cache.use()
+    machine.use()
     assert not told
 
 
 def test_another_processor_has_another_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(compile_cache.cache_folder, "folder", lambda: tmp_path)
+    monkeypatch.setattr(machine.cache_folder, "folder", lambda: tmp_path)
     monkeypatch.setitem(sys.modules, "jax", None)
     places = []
     for flags in ("flags : avx2\n", "flags : avx2 avx512f\n", "model name : x\n"):
-        monkeypatch.setattr(compile_cache.os, "environ", environ := {})
-        monkeypatch.setattr(compile_cache.pathlib.Path, "read_text", lambda _, text=flags: text)
-        compile_cache.use()
+        monkeypatch.setattr(machine.os, "environ", environ := {})
+        monkeypatch.setattr(machine.pathlib.Path, "read_text", lambda _, text=flags: text)
+        machine.use()
         places.append(environ["JAX_COMPILATION_CACHE_DIR"])
     assert len(set(places)) == 3
     # Nor is a program that is split for two cores one for all.
-    monkeypatch.setattr(compile_cache.cores, "schedulable", lambda: 1000)
-    monkeypatch.setattr(compile_cache.os, "environ", environ := {})
-    compile_cache.use()
+    monkeypatch.setattr(machine, "schedulable", lambda: 1000)
+    monkeypatch.setattr(machine.os, "environ", environ := {})
+    machine.use()
     assert environ["JAX_COMPILATION_CACHE_DIR"] not in places
 
     def absent(_):
         raise FileNotFoundError
 
-    monkeypatch.setattr(compile_cache.pathlib.Path, "read_text", absent)  # as on macOS
-    assert compile_cache.processor().startswith(platform.machine())
+    monkeypatch.setattr(machine.pathlib.Path, "read_text", absent)  # as on macOS
+    assert machine.processor().startswith(platform.machine())

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax import cli
+from coca_jax.cli import main
 from coca_jax.data import image_files
-from coca_jax.files import growing_file
 from coca_jax.inference import caption_files, export_programs
+from coca_jax.runtime import growing_file
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_what_is_refused_leaves_nothing_and_comes_before_the_model(commands, tmp
 
 def test_a_file_name_that_is_not_utf_8_is_a_line_like_others(tmp_path):
     names = ["caf\u00e9.png", os.fsdecode(b"caf\xe9.png")]
-    lines = [cli.json_line(dict(image=name, caption="x", score=-1.0)) for name in names]
+    lines = [main.json_line(dict(image=name, caption="x", score=-1.0)) for name in names]
     (tmp_path / "out.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     assert "\u00e9" in lines[0]
     assert caption_files.read_done(str(tmp_path / "out.jsonl"))[0] == set(names)

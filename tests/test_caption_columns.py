@@ -8,13 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from prepare_cases import add_member, encode, import_data
 
-from coca_jax.data import sources
-from coca_jax.importers import splits
-from coca_jax.importers.items import Options
+from coca_jax.data import filters, prepare
+from coca_jax.data.sources.items import Options
 
 
 def texts_of(out):
-    return [one.texts for one in sources.open_source(str(out))]
+    return [one.texts for one in filters.open_source(str(out))]
 
 
 @pytest.mark.parametrize("name", ["captions", "sentences", "comment"])
@@ -45,7 +44,7 @@ def test_the_keys_of_a_map_of_captions_are_no_captions(tmp_path):
     pq.write_table(pa.table(columns, schema), tmp_path / "a.parquet")
     import_data("parquet", tmp_path / "a.parquet", tmp_path / "out")
     assert texts_of(tmp_path / "out") == [("ein Hund", "a dog"), ("a cat",)]
-    extra = [json.loads(one.extra) for one in sources.open_source(str(tmp_path / "out"))]
+    extra = [json.loads(one.extra) for one in filters.open_source(str(tmp_path / "out"))]
     assert extra == [{"size": {"w": 3, "h": 4}}] * 2
 
 
@@ -135,9 +134,9 @@ def test_a_field_that_gives_nothing_at_all_is_named(tmp_path, share):
     says = "a caption or a class name; --text_field=nope: no example has a text in it; captions are"
     with pytest.raises(ValueError, match=f"none of 6 examples .* none has {says}"):
         if share:
-            splits.prepare_with_holdout(*where, share, **given)
+            prepare.prepare_with_holdout(*where, share, **given)
         else:
-            splits.prepare(*where, **given)
+            prepare.prepare(*where, **given)
 
 
 def test_one_language_of_an_object_of_texts_is_named_with_a_dot(tmp_path):
@@ -155,7 +154,7 @@ def test_one_language_of_an_object_of_texts_is_named_with_a_dot(tmp_path):
         named = dict(text_field="text.de", label_field="info.a.b")
         import_data(kind, tmp_path / f"a.{kind}", tmp_path / kind, **named)
         assert texts_of(tmp_path / kind) == [("Hund 0",), ("Hund 1",), ("wörtlich",)]
-        first = next(iter(sources.open_source(str(tmp_path / kind))))
+        first = next(iter(filters.open_source(str(tmp_path / kind))))
         assert first.labels == ("0",)
         assert json.loads(first.extra) == dict(text=dict(ja="犬 0"), info=dict(a={}))
     with pytest.raises(ValueError, match=r"no field 'text.fr'; it has \['file_name', 'text'"):

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from coca_jax.evaluators import caption_metrics as cm
-from coca_jax.evaluators import captioning
+from coca_jax.evaluation.evaluators import captioning
+from coca_jax.evaluation.metrics import captions as cm
 
 SAMPLE = [
     (

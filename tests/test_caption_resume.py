@@ -16,10 +16,9 @@ from test_search import encoded
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import caption
-from coca_jax.files import growing_file
+from coca_jax.cli import caption
 from coca_jax.inference import caption_files
-from coca_jax.training import lease
+from coca_jax.runtime import growing_file, lease
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from evaluator_cases import Fake, picture
 
 from coca_jax.data import scenes
-from coca_jax.evaluators import caption_match, captioning, collapse
-from coca_jax.evaluators.writing import Writing
+from coca_jax.evaluation.evaluators import caption_match, captioning, collapse
+from coca_jax.evaluation.evaluators.base import Writing
 from coca_jax.inference.explain import Explanation, Word
 
 

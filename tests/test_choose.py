@@ -10,15 +10,14 @@ import types
 import numpy as np
 import pytest
 
-from coca_jax import run_config
+from coca_jax.apps import fit, fit_choice
+from coca_jax.apps.fit import Request
+from coca_jax.apps.fit_choice import Facts, Machine
+from coca_jax.checkpoints import config_file
 from coca_jax.config import Config
 from coca_jax.data.mixture import shares
 from coca_jax.data.pixels import Pixels
-from coca_jax.fitting import choose, look, machine, sizes, tell
-from coca_jax.fitting.kept import Request
-from coca_jax.fitting.look import Facts
-from coca_jax.fitting.machine import Machine
-from coca_jax.machine import cgroups, compile_cache, cores
+from coca_jax.runtime import machine
 
 LAPTOP = Machine("cpu", 1, 16e9, 1e11, 2, "float32")
 TINY = Machine("cpu", 1, 2e9, 2e10, 1, "float32")
@@ -57,9 +56,9 @@ PLACE = dict(path="data/mine", name="mine_test", vocabulary="data/v.model")
 
 
 def chosen(facts, machine=LAPTOP, minutes=30.0, seconds=0.5, **keywords):
-    size = sizes.sizes_for(facts, machine, minutes)[0]
-    found = choose.choose(facts, machine, minutes, size, **PLACE, **keywords)
-    return choose.with_steps(found, facts, minutes, seconds, 20.0)
+    size = fit_choice.sizes_for(facts, machine, minutes)[0]
+    found = fit_choice.choose(facts, machine, minutes, size, **PLACE, **keywords)
+    return fit_choice.with_steps(found, facts, minutes, seconds, 20.0)
 
 
 def sized(facts, count, **changes):
@@ -83,13 +82,13 @@ def test_every_choice_is_a_run_that_can_be(machine, minutes):
         for seconds in (0.01, 3.0):
             found = chosen(facts, machine, minutes, seconds)
             config = found.config
-            run_config.check(config)  # among others: warm-up below the steps, sizes that divide
-            run_config.check_batch(config, machine.devices)
+            config_file.check(config)  # among others: warm-up below the steps, sizes that divide
+            config_file.check_batch(config, machine.devices)
             assert sum(shares(config.data.sources, config.batch_size)) == config.batch_size
             assert config.steps >= 10 and config.optimizer.warmup_steps < config.steps
             assert config.steps * seconds <= max(60 * minutes, 10 * seconds)
             passes = (config.steps - 10) * config.batch_size / facts.train
-            assert passes <= choose.PASSES + 1
+            assert passes <= fit_choice.PASSES + 1
             assert config.model.text.vocab_size >= 320
             assert config.checkpoint.every_steps >= 1 <= config.log.every_steps
             assert len(found.why) <= 10 and all(len(line) < 160 for line in found.why)
@@ -97,7 +96,7 @@ def test_every_choice_is_a_run_that_can_be(machine, minutes):
 
 def test_models_grow_with_data_and_time_and_machine():
     def width(facts, machine, minutes):
-        return sizes.sizes_for(facts, machine, minutes)[0].width
+        return fit_choice.sizes_for(facts, machine, minutes)[0].width
 
     many = sized(CAPTIONS, 2_000_000)
     assert width(CAPTIONS, TINY, 5) == width(CAPTIONS, LAPTOP, 30) == 160
@@ -106,23 +105,25 @@ def test_models_grow_with_data_and_time_and_machine():
     assert width(many, EIGHT, 300) > width(CAPTIONS, EIGHT, 300) > width(LABELS, TINY, 5) - 1
     assert width(dataclasses.replace(many, width=28, height=28), EIGHT, 300) == 96
     for minutes in (1, 10, 100, 1000, 10_000):
-        names = [s.name for s in sizes.sizes_for(many, EIGHT, minutes)]
-        order = [s.name for s in sizes.SIZES]
+        names = [s.name for s in fit_choice.sizes_for(many, EIGHT, minutes)]
+        order = [s.name for s in fit_choice.SIZES]
         assert names == sorted(names, key=order.index, reverse=True) and names[-1] == "small"
 
 
 def test_models_compute_in_what_the_machine_multiplies_fastest():
     halves = dataclasses.replace(LAPTOP, dtype="bfloat16")
-    released = choose.Weights("runs/demo", chosen(CAPTIONS).config.model, 2_000_000, "crop")
+    released = fit_choice.Weights("runs/demo", chosen(CAPTIONS).config.model, 2_000_000, "crop")
     for own, weights in itertools.product((LAPTOP, halves, EIGHT), (None, released)):
         found = chosen(CAPTIONS, own, weights=weights)
         assert found.config.model.dtype == own.dtype
         assert f", {own.dtype}, " in found.why[0]
-    one, more = (sizes.affordable(sizes.SIZES[1], CAPTIONS, m, 30) for m in (LAPTOP, halves))
+    one, more = (
+        fit_choice.affordable(fit_choice.SIZES[1], CAPTIONS, m, 30) for m in (LAPTOP, halves)
+    )
     assert more == pytest.approx(1.5 * one)  # a GPU was measured in bfloat16
-    assert sizes.step_flops(EIGHT) == sizes.EFFICIENCY * EIGHT.flops
-    flags = compile_cache.processor().split()
-    assert machine.look().dtype == ("bfloat16" if "avx512_bf16" in flags else "float32")
+    assert fit_choice.step_flops(EIGHT) == fit_choice.EFFICIENCY * EIGHT.flops
+    flags = machine.processor().split()
+    assert fit_choice.look().dtype == ("bfloat16" if "avx512_bf16" in flags else "float32")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_gpus_from_before_ampere_have_no_products_in_bfloat16(platform, capabili
     device = types.SimpleNamespace(platform=platform)
     if capability:  # a TPU has none
         device.compute_capability = capability
-    assert machine.multiplies_bfloat16(device) == halves
+    assert fit_choice.multiplies_bfloat16(device) == halves
 
 
 def test_pictures_are_not_made_larger_than_they_are():
@@ -229,29 +230,34 @@ def test_a_step_fits_the_memory_with_the_user_s_own_values():
 def test_passes_are_over_the_pictures_that_train():
     """Of 1,000 pictures 900 have a label, and 150 a caption, which is too few to train too."""
     facts = sized(BOTH, 1000)
-    facts = choose.training(dataclasses.replace(facts, captions=150, labels=900))
-    assert facts.train == 900 and choose.training(sized(BOTH, 1000)).train == 1000
-    assert choose.training(dataclasses.replace(facts, train=1000, captions=300)).train == 1000
+    facts = fit_choice.training_facts(dataclasses.replace(facts, captions=150, labels=900))
+    assert facts.train == 900 and fit_choice.training_facts(sized(BOTH, 1000)).train == 1000
+    assert (
+        fit_choice.training_facts(dataclasses.replace(facts, train=1000, captions=300)).train
+        == 1000
+    )
     found = chosen(facts, minutes=3000.0, seconds=0.01)
     passes = found.config.steps * found.config.batch_size / 900
-    assert choose.PASSES <= passes < choose.PASSES + 1
+    assert fit_choice.PASSES <= passes < fit_choice.PASSES + 1
     assert "passes over 900 pictures" in found.why[-1]
     one = dataclasses.replace(CAPTIONS, labels=4000, classes=("cat",))
-    assert "labels do not train: all are the same" in tell.facts_in_words(one, "x")
+    assert "labels do not train: all are the same" in fit.facts_in_words(one, "x")
 
 
 def test_cores_are_counted_where_the_system_does_not_say_whose_they_are(monkeypatch, tmp_path):
-    monkeypatch.setattr(cgroups, "GROUPS", tmp_path)  # no limits of a container
-    assert cores.count() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(machine, "GROUPS", tmp_path)  # no limits of a container
+    assert machine.count() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    assert machine.look().cores == cores.count() == os.cpu_count()
+    assert fit_choice.look().cores == machine.count() == os.cpu_count()
     config = Config().change({"steps": 1})
     assert Pixels(config).threads == os.cpu_count()
 
 
 def test_weights_bring_their_model_and_gentle_rates():
     model = chosen(CAPTIONS).config.model.change(dict(image_size=64))
-    small = choose.Weights("runs/demo", model, 2_000_000, "crop", vocabulary="runs/demo/v.model")
+    small = fit_choice.Weights(
+        "runs/demo", model, 2_000_000, "crop", vocabulary="runs/demo/v.model"
+    )
     config = chosen(CAPTIONS, weights=small).config
     assert config.init_from == "runs/demo" and config.model.image_size == 64
     assert config.data.vocabulary == "runs/demo/v.model" and config.data.resize == "crop"
@@ -259,7 +265,7 @@ def test_weights_bring_their_model_and_gentle_rates():
     assert config.data.augment == "crop"
     trimming = chosen(CAPTIONS, weights=dataclasses.replace(small, resize="trim")).config
     assert trimming.data.resize == "trim" and trimming.data.augment == "drawing"
-    run_config.check(trimming)
+    config_file.check(trimming)
     assert config.model.text.max_len == model.text.max_len == 24
     short = dataclasses.replace(small, model=model.change({"text.max_len": 12}))
     longer = chosen(CAPTIONS, weights=short)
@@ -270,7 +276,7 @@ def test_weights_bring_their_model_and_gentle_rates():
     large = dataclasses.replace(small, parameters=150_000_000)
     config = chosen(CAPTIONS, weights=large, seconds=8.0).config
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-5)
-    run_config.check(config)
+    config_file.check(config)
 
 
 def test_data_that_cannot_train_say_what_would():
@@ -290,10 +296,10 @@ def test_data_that_cannot_train_say_what_would():
         (Facts(train=99, labels=99, classes=("cat",)), "all labels are 'cat': with one class"),
     ):
         with pytest.raises(ValueError, match=message):
-            choose.check(facts)
+            fit_choice.check_facts(facts)
     few = sized(CAPTIONS, 795)
     asked = Request(folder="/my data/pics", kind="caption", fields={"text_field": "title"})
-    line, command, *_ = tell.warnings(few, asked, "runs/mine/")
+    line, command, *_ = fit.warnings(few, asked, "runs/mine/")
     assert line.startswith("Few images: 795.") and "for 8.3% of new images" in line
     # The same fit from weights with a name, to paste into a shell.
     assert shlex.split(command) == [
@@ -301,27 +307,27 @@ def test_data_that_cannot_train_say_what_would():
         *("--init_from=coca_ViT-B-32:laion2b_s13b_b90k", "--text_field=title"),
     ]
     many = sized(CAPTIONS, 20_000)
-    assert tell.warnings(many, asked, "w") == []
-    assert tell.warnings(few, dataclasses.replace(asked, init_from="runs/a"), "w") == []
+    assert fit.warnings(many, asked, "w") == []
+    assert fit.warnings(few, dataclasses.replace(asked, init_from="runs/a"), "w") == []
     assert (
         "--class_names"
-        in tell.warnings(dataclasses.replace(LABELS, classes=("0", "1")), asked, "w")[-1]
+        in fit.warnings(dataclasses.replace(LABELS, classes=("0", "1")), asked, "w")[-1]
     )
 
 
 @pytest.mark.parametrize("count, held", [(20, 8), (100, 10), (9000, 900), (30_000, 1500)])
 def test_a_twentieth_to_a_tenth_is_held_out(count, held):
     places = np.random.default_rng(0).random(count)
-    assert (places < look.holdout(places)).sum() == held
+    assert (places < fit_choice.holdout(places)).sum() == held
     twins = np.concatenate([places, places[: count // 2]])
-    assert (np.unique(twins) < look.holdout(twins)).sum() == held
+    assert (np.unique(twins) < fit_choice.holdout(twins)).sum() == held
     with pytest.raises(ValueError, match=f"all {count:,} pictures are the same one: .* nothing to"):
-        look.holdout(np.full(count, 0.669))
+        fit_choice.holdout(np.full(count, 0.669))
 
 
 @pytest.mark.parametrize("workdir", ["runs/mine", "my runs/it's", 'a "b" $HOME'])
 def test_what_comes_next_can_be_pasted_into_a_shell(workdir):
-    head, *lines = tell.next_commands(workdir, f"{workdir}/data")
+    head, *lines = fit.next_commands(workdir, f"{workdir}/data")
     caption, evaluate, python = map(shlex.split, lines)
     assert head == "next:"
     assert caption == ["coca-jax", "caption", f"--checkpoint={workdir}", "PICTURE_OR_FOLDER"]
@@ -342,10 +348,10 @@ def test_scores_stand_next_to_their_baselines():
         "zero_shot/mine_test/top1_majority": 0.7,
         "zero_shot/mine_test/num_classes": 2.0,
     }
-    head, retrieval, classes = tell.score_table(scores, "mine_test")
+    head, retrieval, classes = fit.score_table(scores, "mine_test")
     assert head.split("  ")[-1] == "most common answer"
     assert "of 200" in retrieval and retrieval.split("25.0% (20.0% to 30.0%)")[1].split() == [
         "0.5%"
     ]
     assert "2 classes" in classes and classes.split()[-3:] == ["90.0%", "50.0%", "70.0%"]
-    assert "no scores" in tell.score_table({}, "mine_test")[0]
+    assert "no scores" in fit.score_table({}, "mine_test")[0]

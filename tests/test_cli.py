@@ -21,10 +21,11 @@ from absl import flags
 from in_place_cases import write_tar
 from test_version_0_1 import flags_of
 
-from coca_jax import cli, convert, recipes
-from coca_jax.console import quiet
-from coca_jax.importers import metadata
-from coca_jax.inference.generation.settings import Settings
+from coca_jax.cli import convert, main
+from coca_jax.data.sources import manifest
+from coca_jax.inference.generation.config import Settings
+from coca_jax.runtime import quiet
+from coca_jax.training import recipes
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
 STARTS = {
@@ -63,7 +64,7 @@ def light():
 def test_an_unknown_command_names_the_nearest(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coca-jax", "trian"])
     with pytest.raises(SystemExit, match="2"):
-        cli.main()
+        main.main()
     assert (
         capsys.readouterr().err == "error: coca-jax trian: no such command; did you mean train?\n"
     )
@@ -72,18 +73,18 @@ def test_an_unknown_command_names_the_nearest(capsys, monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
 def test_alone_it_lists_every_command_in_a_line(arguments, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coca-jax", *arguments])
-    cli.main()
+    main.main()
     lines = capsys.readouterr().out.splitlines()
     named = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert named == list(cli.COMMANDS) == list(STARTS)
+    assert named == list(main.COMMANDS) == list(STARTS)
 
 
 def test_a_platform_that_jax_has_no_package_for_is_a_line(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for wanted in ("", "cpu", "cuda,cpu", "tpu"):
-        cli.check_platforms(wanted)
+        main.check_platforms(wanted)
     with pytest.raises(SystemExit, match="2"):
-        cli.check_platforms("cuda")
+        main.check_platforms("cuda")
     said = capsys.readouterr().err
     assert said.startswith("error: JAX_PLATFORMS=cuda: JAX has no CUDA in this environment; unset")
     assert "pip install" in said and said.count("\n") == 1
@@ -91,19 +92,19 @@ def test_a_platform_that_jax_has_no_package_for_is_a_line(monkeypatch, capsys):
 
 def test_ctrl_c_while_commands_are_imported_is_a_line():
     code = "import os, signal, sys; from coca_jax.__main__ import main; light = set(sys.modules)\n"
-    code += "assert not {'absl', 'coca_jax.cli', 'ml_collections'} & light\n"
+    code += "assert not {'absl', 'coca_jax.cli.main', 'ml_collections'} & light\n"
     code += "sys.argv = ['coca-jax', 'caption']\n"
     # Who runs the tests in the background of a shell has them begin with Ctrl-C ignored.
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "class Early:\n    def find_spec(self, name, path=None, target=None):\n"
-    code += "        if name == 'coca_jax.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "        if name == 'coca_jax.cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
     code += "sys.meta_path.insert(0, Early())\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "ended by Ctrl-C\n")
 
 
 def test_warnings_and_logs_are_plain_lines(commands, tmp_path):
-    code = "import sys, warnings; from coca_jax import cli, convert; from absl import logging\n"
+    code = "import sys, warnings; from coca_jax.cli import main as cli, convert; from absl import logging\n"
     code += "def main(argv):\n    logging.warning('a %s', 'file'); warnings.warn('a text')\n"
     code += "    logging.error('no'); return {}\n"
     code += "convert.main = main\nconvert.summary = lambda result: []\n"
@@ -219,7 +220,7 @@ def test_a_line_of_results_has_letters_as_they_are_where_they_can_be_shown(monke
     ):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
         for text, as_it_is in zip(texts, shown):
-            line = cli.json_line(dict(texts=[text]))
+            line = main.json_line(dict(texts=[text]))
             print(line, flush=True)
             assert (text in line) is as_it_is and json.loads(line) == dict(texts=[text])
 
@@ -365,16 +366,16 @@ def test_a_folder_to_write_to_may_be_a_url_of_a_file(commands, tmp_path):
     out = f"--out=file://{tmp_path}/my%20index"
     done = commands.run(["prepare", "--input=a.tar", "--in_place", out], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert metadata.read_manifest(str(tmp_path / "my index"))["splits"]["train"]["count"] == 3
+    assert manifest.read_manifest(str(tmp_path / "my index"))["splits"]["train"]["count"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "my index"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # imported by other tests
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_python_m_starts_the_same_command(name, monkeypatch):
     begun = []
-    monkeypatch.setattr(cli, "command", begun.append)
-    runpy.run_module(f"coca_jax.{name}", run_name="__main__")
+    monkeypatch.setattr(main, "command", begun.append)
+    runpy.run_module(f"coca_jax.cli.{name}", run_name="__main__")
     assert begun == [name]
 
 
@@ -398,7 +399,7 @@ def test_a_number_that_counts_has_a_lowest_value(name, monkeypatch):
 
 def test_an_error_is_one_line_in_which_names_are_as_they_are(capsys):
     with pytest.raises(SystemExit):
-        cli.fail("my  photos/a\tb.png: no such\n  file\r\n\n; give one\n")
+        main.fail("my  photos/a\tb.png: no such\n  file\r\n\n; give one\n")
     assert capsys.readouterr().err == "error: my  photos/a\tb.png: no such file ; give one\n"
 
 
@@ -419,12 +420,12 @@ LAST = "times, of which the last would count"
 def test_a_value_that_cannot_be_is_a_plain_line(name, given, says, monkeypatch, capsys):
     flags_of(name, monkeypatch)
     with pytest.raises(SystemExit, match="2"):
-        cli.parse_flags([name, *given], importlib.import_module(f"coca_jax.{name}"))
+        main.parse_flags([name, *given], importlib.import_module(f"coca_jax.cli.{name}"))
     assert capsys.readouterr().err.removeprefix("error: ").removeprefix("flag ").startswith(says)
 
 
 def test_what_waits_says_for_how_long(capsys):
-    with cli.waiting("compiling", every=0.02):
+    with main.waiting("compiling", every=0.02):
         time.sleep(0.1)
     first, *others = capsys.readouterr().err.splitlines()
     assert first == "compiling ..."
@@ -437,9 +438,9 @@ def test_what_waits_says_for_how_long(capsys):
 def test_a_full_standard_output_is_named_and_another_file_is_not_taken_for_it(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(OSError, match="of a file"), cli._pipe_may_close():
+        with pytest.raises(OSError, match="of a file"), main._pipe_may_close():
             raise OSError(28, "of a file")
-        with pytest.raises(SystemExit) as ended, cli._pipe_may_close():
+        with pytest.raises(SystemExit) as ended, main._pipe_may_close():
             print("a line", flush=True)
     assert ended.value.code == 2
     said = "error: standard output cannot be written: [Errno 28] No space left on device"
@@ -458,11 +459,11 @@ def test_a_full_disk_is_named(monkeypatch, capsys):
             file.write("x" * 100_000)
 
     monkeypatch.setattr(convert, "main", writes)
-    monkeypatch.setattr(cli.app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
+    monkeypatch.setattr(main.app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
     with pytest.raises(SystemExit) as ended:
-        cli._start("convert", ["--out=some/model", "--verbosity=0"])
+        main._start("convert", ["--out=some/model", "--verbosity=0"])
     assert ended.value.code == 2
     said = "error: --out=some/model: the disk is full. Make room and run the command again.\n"
     assert capsys.readouterr().err.endswith(said)
-    assert cli.told(OSError(28, "full", "a/b")).startswith("a/b: the disk is full.")
-    assert cli.told(FileNotFoundError(2, "none")) == "[Errno 2] none"
+    assert main.error_text(OSError(28, "full", "a/b")).startswith("a/b: the disk is full.")
+    assert main.error_text(FileNotFoundError(2, "none")) == "[Errno 2] none"

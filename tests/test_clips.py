@@ -15,16 +15,18 @@ from test_inference import (  # noqa: F401
     tiny_parts,
 )
 
-from coca_jax import inference, prepare
-from coca_jax.configs import base
-from coca_jax.data import run_vocabulary, videos
-from coca_jax.data.loaders import open_stream
-from coca_jax.evaluators import tasks
-from coca_jax.evaluators.records import Records
-from coca_jax.inference import caption_files, read_images
+from coca_jax import inference
+from coca_jax.cli import prepare
+from coca_jax.data import videos
+from coca_jax.data.batches import open_stream
+from coca_jax.evaluation import runner
+from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.inference import caption_files, preprocess
 from coca_jax.models import coca
-from coca_jax.models.pixels import shrink
-from coca_jax.training.gradients import loss_and_metrics
+from coca_jax.models.image_encoder import shrink
+from coca_jax.recipes import base
+from coca_jax.training import run_vocabulary
+from coca_jax.training.train_step import loss_and_metrics
 
 # ---- Prepared data and batches
 
@@ -259,7 +261,7 @@ def test_paths_captions_and_zero_shot(video_model, data, tmp_path):
     lines = list(caption_files.caption_files(video_model, [*paths, str(data / "raw" / "bad.png")],
                                        max_tokens=3))  # fmt: skip
     assert ["error" in line for line in lines] == [False, False, False, True]
-    assert type(read_images.check_frames(np.int64(2))) is int
+    assert type(preprocess.check_frames(np.int64(2))) is int
     with pytest.raises(ValueError, match="num_frames"):
         inference.CoCaModel(video_model.config, video_model.params, video_model.vocabulary,
                             num_frames=-1)  # fmt: skip
@@ -281,7 +283,7 @@ def test_zero_shot_and_retrieval_of_videos(video_model, data, tmp_path):
         dict(kind="zero_shot", name="clips", data=dict(entry, kind="label"), prompts="bare"),
         dict(kind="retrieval", name="clips", data=entry),
     ]
-    scores = tasks.run_tasks(video_model, asked, str(tmp_path))
+    scores = runner.run_tasks(video_model, asked, str(tmp_path))
     paths = [str(data / "raw" / name) for name in ("09.webp", "10.gif", "11.png")]
     found = video_model.zero_shot(paths, ["even", "odd"], ["{}"]).argmax(1)
     assert scores["zero_shot/clips/top1"] == pytest.approx(np.mean(found == [1, 0, 1]))

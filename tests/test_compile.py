@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from coca_jax import compile as compile_command
-from coca_jax.estimate import chips, hlo, kernels, schedule, tpu
+from coca_jax.cli import compile as compile_command
+from coca_jax.estimate import chips, hlo, tpu
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HLO = os.path.join(os.path.dirname(__file__), "golden", "tpu_step.hlo")
@@ -102,17 +102,17 @@ def test_kernels_are_listed_with_their_operands_and_costed_by_steps_and_bytes():
     assert (name, runs, others) == ("attention_4_heads", 1, [])
     assert types == ("s32[1]", "bf16[8,64,256]", "bf16[8,32,256]", "bf16[8,32,256]")
     moved = 2 * 8 * 256 * (64 + 32) * 2  # query and result, key and value; bfloat16
-    assert kernels.work(name, list(types)) == (8, moved)
+    assert tpu.work(name, list(types)) == (8, moved)
     stack = ["s32[1]", "bf16[40,32,64,1408]", "f32[1,1408]", *["bf16[32,64,1408]"] * 2]
-    assert kernels.work("norm_gradient", stack) == (8, 4 * 2 * 32 * 64 * 1408)  # 4 rows a step
+    assert tpu.work("norm_gradient", stack) == (8, 4 * 2 * 32 * 64 * 1408)  # 4 rows a step
     rows = ["s32[1]", "bf16[40,8,1024,1408]", "f32[1,1408]", *["bf16[8,1024,1408]"] * 2]
-    assert kernels.work("norm_gradient", rows)[0] == 8 * 4  # a row in four steps
+    assert tpu.work("norm_gradient", rows)[0] == 8 * 4  # a row in four steps
     long = ["s32[1]", *["bf16[8,1024,1408]"] * 3]  # 128 queries a step, and backward 256 keys
     one = 2 * 8 * 1024 * 1408
-    assert kernels.work("long_attention_16_heads", long) == (8 * 8, 4 * one)
+    assert tpu.work("long_attention_16_heads", long) == (8 * 8, 4 * one)
     gradient = [*long, *["bf16[8,1024,1408]"] * 2, "f32[8,1024,128]"]
     # Queries, results and gradients for each block of keys; results.
-    assert kernels.work("long_attention_gradient_16_heads", gradient) == (8 * 4 * 8, 17 * one)
+    assert tpu.work("long_attention_gradient_16_heads", gradient) == (8 * 4 * 8, 17 * one)
 
 
 @pytest.mark.tpu_backend
@@ -128,7 +128,7 @@ def test_the_compiler_s_schedule_of_a_kernel_is_counted(monkeypatch):
         ("long_attention_4_heads", ["s32[1]", *[row] * 3]),
         ("long_attention_gradient_4_heads", ["s32[1]", *[row] * 5, "f32[8,1024,128]"]),
     ]
-    few, many, *blocks = kernels.bundles("v5e:2x2", {}, calls)
+    few, many, *blocks = tpu.count_bundles("v5e:2x2", {}, calls)
     # The weights of 4 heads of 256 x 256 are 256 registers' worth; each is exponentiated, at least.
     assert 256 < many < 10_000 and 0 < few < many / 2
     assert all(128 < bundles < 20_000 for bundles in blocks)  # half as many weights, at least
@@ -137,7 +137,7 @@ def test_the_compiler_s_schedule_of_a_kernel_is_counted(monkeypatch):
 def test_a_process_of_kernels_that_ends_without_a_word_is_told(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="no schedule of the kernels: it ended with 1$"):
-        kernels.bundles("v5e:2x2", {}, [("attention_4_heads", ["s32[1]", "bf16[8,64,256]"])])
+        tpu.count_bundles("v5e:2x2", {}, [("attention_4_heads", ["s32[1]", "bf16[8,64,256]"])])
 
 
 def test_text_without_a_module_is_refused():
@@ -188,8 +188,8 @@ LB: loop body
 
 def test_bundles_count_as_often_as_their_loops_run():
     """Two outside, 5 = 6 less a stage of pipelining times 4 and an inner loop of 3 times 2."""
-    assert schedule.cycles(BUNDLES) == 2 + 5 * (4 + 3 * 2)
-    assert schedule.cycles(BUNDLES.replace("%s7_s6, 6 /*", "%s7_s6, %s8_s2 /*")) is None
+    assert tpu.cycles(BUNDLES) == 2 + 5 * (4 + 3 * 2)
+    assert tpu.cycles(BUNDLES.replace("%s7_s6, 6 /*", "%s7_s6, %s8_s2 /*")) is None
 
 
 def test_a_fusion_lasts_as_long_as_its_schedule_or_its_bytes():
@@ -244,7 +244,7 @@ LITTLE_EFFORT = "--xla_backend_optimization_level=0"
 def command(*arguments, **env):
     """In an interpreter of its own, as the compilers for TPUs and GPUs need it."""
     return subprocess.run(
-        [sys.executable, "-m", "coca_jax.compile", *arguments],
+        [sys.executable, "-m", "coca_jax.cli.compile", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,

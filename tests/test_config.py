@@ -10,13 +10,14 @@ import pytest
 from conftest import tiny
 
 import coca_jax
-from coca_jax import export_format, recipes, run_config
-from coca_jax.checkpoints import checkpointing
-from coca_jax.config import Config, Entry, Mesh, checks, keys, page, read, typed
-from coca_jax.configs import base, finetune_open_clip
+from coca_jax.checkpoints import config_file, manager
+from coca_jax.config import Config, Entry, Mesh, checks, docs, keys, read, typed
 from coca_jax.data import augment
-from coca_jax.files import sealed_json
+from coca_jax.interop import export_format
 from coca_jax.ops import reference
+from coca_jax.recipes import base, finetune_open_clip
+from coca_jax.runtime import json_files
+from coca_jax.training import recipes
 
 OLD = pathlib.Path(__file__).parent / "golden/config_0_1.json"
 NO_LOSSES = {"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0}
@@ -40,8 +41,8 @@ def test_a_key_of_another_version_is_left_out_of_old_files_alone():
 
 def test_a_run_of_before_the_bound_of_seeds_is_read_and_none_begins(tmp_path):
     """Above 32 bits SentencePiece fails, and JAX would draw as for the lower 32 alone."""
-    sealed_json.write(tmp_path / "config.json", Config().to_dict() | dict(seed=5_000_000_000))
-    assert checkpointing.read_config(str(tmp_path)).seed == 5_000_000_000
+    json_files.write_sealed(tmp_path / "config.json", Config().to_dict() | dict(seed=5_000_000_000))
+    assert manager.read_config(str(tmp_path)).seed == 5_000_000_000
     with pytest.raises(ValueError, match="config.seed=5000000000: give a .*, 0 to 4,294,967,295$"):
         Config().change(dict(seed=5_000_000_000))
     assert Config().change(dict(seed=(1 << 32) - 1)).seed == 4_294_967_295
@@ -130,7 +131,7 @@ def test_a_recipe_leaves_its_model_to_weights_that_it_does_not_read(tmp_path):
 def test_every_recipe_on_weights_of_native_images_keeps_how_many_patches_they_have(tmp_path):
     """A recipe that leaves data.resize and not data.max_patches would take the pictures smaller."""
     run = Config().change({"data.resize": "native", "data.max_patches": 8})
-    sealed_json.write(tmp_path / "config.json", run.to_dict())
+    json_files.write_sealed(tmp_path / "config.json", run.to_dict())
     (tmp_path / "checkpoints/1").mkdir(parents=True)
     found = {}
     for name in recipes.names():
@@ -141,63 +142,63 @@ def test_every_recipe_on_weights_of_native_images_keeps_how_many_patches_they_ha
 
 
 def test_the_page_of_keys_is_current():
-    """python -m coca_jax.config.page > docs/config.md"""
-    assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == page.page()
+    """python -m coca_jax.config.docs > docs/config.md"""
+    assert (pathlib.Path(__file__).parents[1] / "docs/config.md").read_text() == docs.page()
 
 
 def test_what_stays_as_it_is_drawn_at_random_is_told():
     frozen = {"head.kind": "classification", "optimizer.encoder_learning_rate": 0.0, **NO_LOSSES}
-    (line,) = run_config.remarks(tiny(**frozen), 1000)
+    (line,) = config_file.remarks(tiny(**frozen), 1000)
     assert line.startswith("warning: optimizer.encoder_learning_rate=0 without init_from: the head")
-    assert not run_config.remarks(tiny(**frozen, init_from="runs/coca"), 1000)
+    assert not config_file.remarks(tiny(**frozen, init_from="runs/coca"), 1000)
     for key, value in (("lora_rank", 4), ("keep_embeddings", True)):
         part = tiny(init_from="weights", init_parts="image", **{f"optimizer.{key}": value})
-        (line,) = run_config.remarks(part, 1000)
+        (line,) = config_file.remarks(part, 1000)
         assert f"at random, and optimizer.{key}={value} trains a part of that alone" in line
-        assert not run_config.remarks(part.change({"init_parts": "all"}), 1000)
+        assert not config_file.remarks(part.change({"init_parts": "all"}), 1000)
     locked = {"optimizer.image_learning_rate": 0.0, "init_parts": "image"}  # the rest is learned
-    assert not run_config.remarks(tiny(init_from="weights", **locked), 1000)
+    assert not config_file.remarks(tiny(init_from="weights", **locked), 1000)
 
 
 def test_losses_beside_a_head_that_train_nothing_are_told():
     frozen = tiny(**{"head.kind": "classification", "optimizer.encoder_learning_rate": 0.0})
     frozen = frozen.change({"init_from": "runs/coca"})
-    assert run_config.remarks(frozen, 1000) == [
+    assert config_file.remarks(frozen, 1000) == [
         "warning: loss.contrastive_weight=1.0 and loss.captioning_weight=2.0 cost time and train "
         "nothing, as optimizer.encoder_learning_rate=0 leaves the head alone; set 0"
     ]
-    assert not run_config.remarks(frozen.change({"optimizer.encoder_learning_rate": 1e-4}), 1000)
-    assert not run_config.remarks(frozen.change(NO_LOSSES), 1000)
+    assert not config_file.remarks(frozen.change({"optimizer.encoder_learning_rate": 1e-4}), 1000)
+    assert not config_file.remarks(frozen.change(NO_LOSSES), 1000)
 
 
 def test_losses_of_a_locked_encoder_alone_are_told():
     locked = tiny(**{"optimizer.image_learning_rate": 0.0, "init_from": "runs/coca"})
-    assert not run_config.remarks(locked, 1000)
+    assert not config_file.remarks(locked, 1000)
     both = {"loss.bag_weight": 0.5, "loss.hidden_weight": 1.0, "optimizer.ema": 0.99}
-    assert run_config.remarks(locked.change(both), 1000) == [
+    assert config_file.remarks(locked.change(both), 1000) == [
         "warning: loss.bag_weight=0.5 and loss.hidden_weight=1.0 cost time and train nothing, as "
         "optimizer.image_learning_rate=0 locks the image encoder; set 0"
     ]
     slow = both | {"optimizer.image_learning_rate": 1e-5}
-    assert not run_config.remarks(locked.change(slow), 1000)
+    assert not config_file.remarks(locked.change(slow), 1000)
 
 
 def test_patches_that_a_frozen_encoder_leaves_out_are_told(tmp_path):
     """As a recipe has them of a run that was trained so."""
-    sealed_json.write(
+    json_files.write_sealed(
         tmp_path / "config.json", Config().change({"model.image.patch_dropout": 0.5}).to_dict()
     )
     (tmp_path / "checkpoints/1").mkdir(parents=True)
     frozen = typed(recipes.load(f"imagenet_frozen:{tmp_path}"))
-    (line,) = run_config.remarks(frozen, 10**6)
+    (line,) = config_file.remarks(frozen, 10**6)
     assert line.startswith("warning: model.image.patch_dropout=0.5 hides patches from a frozen im")
-    assert not run_config.remarks(frozen.change({"model.image.patch_dropout": 0.0}), 10**6)
+    assert not config_file.remarks(frozen.change({"model.image.patch_dropout": 0.0}), 10**6)
     tuned = frozen.change({"optimizer.encoder_learning_rate": 1e-4})
-    (line,) = run_config.remarks(tuned, 10**6)
+    (line,) = config_file.remarks(tuned, 10**6)
     assert line.startswith("warning: model.image.patch_dropout=0.5 hides so much of each image whi")
-    assert not run_config.remarks(tuned.change({"init_from": ""}), 10**6)
+    assert not config_file.remarks(tuned.change({"init_from": ""}), 10**6)
     both = {"model.image.patch_dropout": 0.5, "model.pooler.token_dropout": 0.7}
-    (line,) = run_config.remarks(tiny(init_from="weights", **both), 1000)
+    (line,) = config_file.remarks(tiny(init_from="weights", **both), 1000)
     told = "warning: model.image.patch_dropout=0.5 and model.pooler.token_dropout=0.7 hide so much"
     assert line.startswith(told)
 
@@ -215,14 +216,14 @@ def test_patches_that_a_frozen_encoder_leaves_out_are_told(tmp_path):
     ],
 )
 def test_how_something_is_done_that_is_not_done_is_told(key, value, read_by):
-    (line,) = run_config.remarks(tiny(**{key: value}), 1000)
+    (line,) = config_file.remarks(tiny(**{key: value}), 1000)
     assert line.startswith(f"warning: no effect has {key}={value!r} without {next(iter(read_by))}")
-    assert not run_config.remarks(tiny(**{key: value} | read_by), 1000)
+    assert not config_file.remarks(tiny(**{key: value} | read_by), 1000)
 
 
 def test_several_keys_without_effect_are_one_line():
     both = {"optimizer.lora": "all", "optimizer.decay_share": 0.3}
-    assert run_config.remarks(tiny(**both), 1000) == [
+    assert config_file.remarks(tiny(**both), 1000) == [
         "warning: no effect has optimizer.lora='all' without optimizer.lora_rank above 0, and none "
         "optimizer.decay_share=0.3 without optimizer.schedule='wsd'"
     ]
@@ -230,18 +231,18 @@ def test_several_keys_without_effect_are_one_line():
 
 def test_a_batch_that_no_wide_tile_divides_is_told():
     config = tiny(batch_size=2038, **{"loss.contrastive_chunk": 512})  # 2 x 1019
-    (line,) = run_config.remarks(config, 5000)
+    (line,) = config_file.remarks(config, 5000)
     assert "contrastive_chunk=512: a batch of 2038 is cut into tiles of 2, the largest" in line
     for changes in ({"batch_size": 2048}, {"loss.contrastive_chunk": 0}, {"batch_size": 300}):
-        assert not run_config.remarks(config.change(changes), 5000)
-    assert not run_config.remarks(config.change({"loss.contrastive_weight": 0.0}), 5000)
+        assert not config_file.remarks(config.change(changes), 5000)
+    assert not config_file.remarks(config.change({"loss.contrastive_weight": 0.0}), 5000)
 
 
 def test_the_page_on_resuming_names_all_that_may_change():
     page_ = (OLD.parents[2] / "docs/training.md").read_text()
     said = page_.partition("## Resuming")[2].partition("\n\n")[2].partition("\n\n")[0]
     named = set(re.findall("`(.*?)`", said))
-    assert not [key for key in run_config.FREE if not {key, key.rpartition(".")[2]} & named]
+    assert not [key for key in config_file.FREE if not {key, key.rpartition(".")[2]} & named]
 
 
 def test_every_key_says_what_it_is():
@@ -261,11 +262,10 @@ def test_names_of_the_config_are_those_of_what_they_name(key, known):
 
 EDGES = {
     "config/__init__.py": "typed() takes what a recipe gave",
-    "config/rules.py": "knows one where it sees it",
-    "config/section.py": "read() takes one",
+    "config/fields.py": "knows one where it sees it",
     "inherit.py": "fills what a recipe left to its weights",
     "recipes.py": "evaluates recipes and defines their flags",
-    "fitting/recipe.py": "writes a recipe",
+    "apps/fit.py": "writes a recipe",
 }
 
 
@@ -334,9 +334,9 @@ KEPT = {"optimizer.keep_embeddings": True, "loss.contrastive_weight": 0.0}
 )
 def test_what_could_have_no_effect_is_refused(changes, told):
     plain = tiny(**{"model.text.width": 24, "data.sources": (dict(builtin="scenes"),)})
-    run_config.check(plain)
+    config_file.check(plain)
     with pytest.raises(ValueError, match=told):
-        run_config.check(plain.change(changes))
+        config_file.check(plain.change(changes))
 
 
 OF_PATH = dict(path="data/mine")

@@ -7,7 +7,7 @@ import pytest
 
 from coca_jax import configs
 from coca_jax.config import Config, keys, read
-from coca_jax.configs import base
+from coca_jax.recipes import base
 
 NAN, INF = float("nan"), float("inf")
 ABSURD = {
@@ -141,7 +141,7 @@ def test_every_key_has_a_range_and_every_recipe_is_in_it():
     assert not [key for key in _values(base.get_config()) if key not in rules]
     for module in pkgutil.iter_modules(configs.__path__):
         if module.name != "__init__":
-            recipe = importlib.import_module(f"coca_jax.configs.{module.name}")
+            recipe = importlib.import_module(f"coca_jax.recipes.{module.name}")
             read(Config, recipe.get_config())
 
 

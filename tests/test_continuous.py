@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from decoding_cases import LENGTH, PANELS, PROMPT, make
 
-from coca_jax.inference.generation import continuous, loop
-from coca_jax.inference.generation.settings import Settings
+from coca_jax.inference.generation import continuous, generate
+from coca_jax.inference.generation.config import Settings
 
 KINDS = {
     "tied": dict(num_beams=3, num_captions=2),
@@ -23,7 +23,7 @@ def test_captions_are_those_of_one_batch(kind):
     spec, weights, tokens, _ = make(**hidden) if kind == "hidden" else make(kind)
     every = np.concatenate([np.asarray(tokens) + 0.3 * i for i in range(5)])
     prompt, length = np.tile(PROMPT, (5, 1)), np.tile(LENGTH, 5)
-    wanted = loop.generate(spec, weights, every, prompt, length, Settings(**how))
+    wanted = generate.generate(spec, weights, every, prompt, length, Settings(**how))
     wanted = jax.tree.map(lambda x: np.asarray(x)[:14], wanted)
     assert len(set(wanted.length[:, 0].tolist())) > 1  # or there would be nothing to refill
 

@@ -9,9 +9,11 @@ import pytest
 from conftest import needs_bfloat16
 from kernel_forms import forms
 
-from coca_jax import ops, partitioning
-from coca_jax.ops.cpu import Cpu, conv_kernels
+from coca_jax import ops
+from coca_jax.ops.cpu import Cpu
+from coca_jax.ops.cpu_kernels import conv
 from coca_jax.ops.reference import Before, Reference
+from coca_jax.parallel import sharding
 
 RELU = Before("relu", 0.8, 1.7)
 GELU = Before("gelu", 0.8, 1.7)
@@ -19,7 +21,7 @@ GELU = Before("gelu", 0.8, 1.7)
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if not conv_kernels.available():
+    if not conv.available():
         pytest.skip("no C++ compiler")
 
 
@@ -85,7 +87,7 @@ def test_bfloat16_rounds_operands_alone(shape):
     arrays = _arrays(*shape)
     steps = (None, Before("relu", 0.5, 4.0), GELU)
     plain = [_gradients(Cpu(kernels=False), *arrays, stride, s, jnp.bfloat16) for s in steps]
-    for form in forms(conv_kernels):
+    for form in forms(conv):
         with form:
             for before, want in zip(steps, plain):
                 got = _gradients(Cpu(), *arrays, stride, before, jnp.bfloat16)
@@ -97,7 +99,7 @@ def test_a_gradient_in_bfloat16_is_rounded():
     """To the nearest of it, ties to even, also of an odd number of images."""
     g = jnp.float32(1) + jnp.float32([1, 3, 4, 5]) / 256  # halves of a step, and less, and more
     x, kernel = jnp.zeros((3, 2, 2, 1)).at[:, 0, 0].set(1.0), jnp.zeros((3, 3, 1, 16))
-    run = functools.partial(conv_kernels.convolve, stride=1, rectify=False, halves=True)
+    run = functools.partial(conv.convolve, stride=1, rectify=False, halves=True)
     _, back = jax.vjp(run, x, kernel, jnp.zeros(16))
     _, of_kernel, of_bias = back(jnp.zeros((3, 2, 2, 16)).at[:, 0, 0, :4].set(g))
     np.testing.assert_array_equal(
@@ -140,7 +142,7 @@ def test_each_device_convolves_its_own_images(shape, dtype):
     """As one device does, gradients of what all devices share included."""
     x, kernel, bias = _arrays(8, 8, 8, 16, 32)
     alone = _gradients(Cpu(), x, kernel, bias, 2, RELU, dtype)
-    with jax.set_mesh(partitioning.make_mesh(*shape, jax.devices()[: np.prod(shape)])):
+    with jax.set_mesh(sharding.make_mesh(*shape, jax.devices()[: np.prod(shape)])):
         split = _gradients(Cpu(), x, kernel, bias, 2, RELU, dtype)
     for a, b in zip(alone, split):
         np.testing.assert_allclose(b, a, atol=1e-5 * abs(a).max())
@@ -155,6 +157,6 @@ def test_what_the_kernel_is_called_for():
 
     assert calls(Cpu())
     assert not calls(ops.choose("cpu", "xla"))
-    with jax.set_mesh(partitioning.make_mesh(2, 1, 1, jax.devices()[:2])):
+    with jax.set_mesh(sharding.make_mesh(2, 1, 1, jax.devices()[:2])):
         assert calls(Cpu())
         assert not calls(Cpu(), images=3)  # not evenly over the devices

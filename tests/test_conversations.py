@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from prepare_cases import add_member, encode, import_data, reasons_of
 
-from coca_jax.data import conversations, field_texts, formats, sources
-from coca_jax.importers import webdataset
-from coca_jax.importers.items import Options, Unit
+from coca_jax.data import filters
+from coca_jax.data.sources import conversations, field_texts, formats, tars
+from coca_jax.data.sources.items import Options, Unit
 
 
 def said(*turns):
@@ -113,7 +113,7 @@ def test_conversations_and_lists_of_one_image_are_read(tmp_path, write, in_place
     format, path, reasons = write(tmp_path / "in")
     result = import_data(format, path, tmp_path / "out", in_place=in_place)
     assert (result["read"], result["written"], result["with_text"]) == (4, 3, 3)
-    found = list(sources.open_source(str(tmp_path / "out"), "train"))
+    found = list(filters.open_source(str(tmp_path / "out"), "train"))
     assert [(one.image, one.texts) for one in found] == [(encode(i), ("A cat.",)) for i in range(3)]
     assert reasons_of(tmp_path / "out") == reasons
 
@@ -158,7 +158,7 @@ def test_an_empty_member_hides_no_caption_and_no_label(tmp_path):
             add_member(archive, f"{key}.txt", text.encode())
             add_member(archive, f"{key}.cls", label.encode())
             add_member(archive, f"{key}.json", json.dumps(fields).encode())
-    items = list(webdataset.read(Unit(str(tmp_path / "a.tar")), Options()))
+    items = list(tars.read(Unit(str(tmp_path / "a.tar")), Options()))
     assert [item.texts for item in items] == [["a cat"], ["a cat"], ["a dog"], []]
     assert [item.labels for item in items] == [["cat"], ["cat"], ["dog"], []]
     assert items[0].extra == dict(title="cats")  # what became the text is no other field

@@ -27,16 +27,17 @@ from conversion_cases import (
 from one_device import models_on_one  # noqa: F401
 
 import coca_jax
-from coca_jax import convert, export_format, partitioning, recipes
+from coca_jax.cli import convert
 from coca_jax.config import Model, read
-from coca_jax.data import images, resizing, vocabulary
+from coca_jax.data import images, vocabulary
 from coca_jax.data.vocabulary import clip_bpe
-from coca_jax.files import sealed_json, storage
 from coca_jax.inference import export_programs as programs
-from coca_jax.interop import open_clip_config, safetensors_file
-from coca_jax.interop.open_clip_layout import Layout, count
+from coca_jax.interop import export_format, open_clip_config, safetensors
+from coca_jax.interop.open_clip_weights import Layout, count
 from coca_jax.models import coca
-from coca_jax.training import warm_start
+from coca_jax.parallel import sharding
+from coca_jax.runtime import json_files, storage
+from coca_jax.training import recipes, warm_start
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/open_clip.npz"
 
@@ -123,15 +124,15 @@ def test_exported_programs_hide_id_0_as_the_model_does(tmp_path):
 def test_preprocessing_equals_torchvision(golden):
     reference = golden["pixels"]
     for image, wanted in zip(cases.odd_images(len(reference)), reference):
-        got = resizing.preprocess_eval(images.decode(image), wanted.shape[0], "crop")
+        got = images.preprocess_eval(images.decode(image), wanted.shape[0], "crop")
         difference = np.abs(got.astype(int) - wanted).max()
         assert difference <= 2, (image.mode, image.size, difference)
 
 
 def test_going_back_gives_the_same_bytes(source, export, tmp_path):
     convert.to_open_clip(str(export), str(tmp_path))
-    before = safetensors_file.read(source / convert.WEIGHTS_NAME)
-    after = safetensors_file.read(tmp_path / convert.WEIGHTS_NAME)
+    before = safetensors.read(source / convert.WEIGHTS_NAME)
+    after = safetensors.read(tmp_path / convert.WEIGHTS_NAME)
     assert set(before) == set(after)
     for key, tensor in before.items():
         np.testing.assert_array_equal(after[key], tensor)
@@ -186,7 +187,7 @@ def test_the_sigmoid_loss_s_bias_goes_both_ways(tmp_path):
     assert bias(params) == -9.5
     model, _ = convert.to_open_clip(str(tmp_path / "out"), str(tmp_path / "back"))
     assert model["init_logit_bias"] == -9.5
-    assert safetensors_file.read(tmp_path / "back" / convert.WEIGHTS_NAME)["logit_bias"] == -9.5
+    assert safetensors.read(tmp_path / "back" / convert.WEIGHTS_NAME)["logit_bias"] == -9.5
 
 
 def test_images_that_are_squashed_are_so_in_open_clip_too(tmp_path):
@@ -273,7 +274,7 @@ def test_weights_start_a_run_straight_on_the_mesh(export, monkeypatch):
     boxed = jax.eval_shape(lambda: coca.init(coca.build(config.model), jax.random.key(0)))
     nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), boxed)
     monkeypatch.setattr(conftest, "_drawn", lambda *_: nothing)  # a draw is compiled
-    mesh = partitioning.make_mesh(2, 4, 1)
+    mesh = sharding.make_mesh(2, 4, 1)
     params = export_format.flatten(export_format.read_export(export)[0])
     with jax.set_mesh(mesh):
         state = fresh_state(coca.build(config.model), config, mesh)
@@ -344,7 +345,7 @@ def test_weights_that_are_no_numbers(tmp_path, value):
 def test_exports_that_name_files_elsewhere_or_are_none(export, tmp_path, change, message):
     config = json.loads((export / "config.json").read_text())
     change(config)
-    del config[sealed_json.KEY]  # a stranger's folder: its checksum, if any, is of what it says
+    del config[json_files.SEAL_KEY]  # a stranger's folder: its checksum, if any, is of what it says
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "params.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):

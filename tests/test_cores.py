@@ -2,7 +2,7 @@
 
 import pytest
 
-from coca_jax.machine import cgroups, cores
+from coca_jax.runtime import machine
 
 
 @pytest.fixture
@@ -10,9 +10,9 @@ def system(tmp_path, monkeypatch):
     """Of eight cores, with these files of groups of processes."""
 
     def make(files, own="0::/"):
-        monkeypatch.setattr(cores, "schedulable", lambda: 8)
-        monkeypatch.setattr(cgroups, "GROUPS", tmp_path / "groups")
-        monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+        monkeypatch.setattr(machine, "schedulable", lambda: 8)
+        monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
+        monkeypatch.setattr(machine, "OWN", tmp_path / "own")
         (tmp_path / "own").write_text(f"{own}\n")
         for name, text in files.items():
             file = tmp_path / "groups" / name
@@ -38,17 +38,17 @@ def system(tmp_path, monkeypatch):
 )
 def test_a_container_s_limit_counts(files, count, system):
     system(files)
-    assert cores.count() == count
+    assert machine.count() == count
 
 
 def test_the_smallest_limit_of_the_groups_around_a_process_counts(system):
     """Of a job of SLURM or a service, which see the groups of the whole machine."""
     job = "job_7/step_0"
     system({"job_7/cpu.max": "200000 100000", f"{job}/cpu.max": "max 100000"}, own=f"0::/{job}")
-    assert cores.count() == 2
+    assert machine.count() == 2
 
 
 def test_a_system_without_groups_has_its_cores(system, tmp_path):
     system({})
     (tmp_path / "own").unlink()
-    assert cores.count() == 8
+    assert machine.count() == 8

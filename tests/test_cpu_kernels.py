@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import needs_compiler
 
-from coca_jax import partitioning
-from coca_jax.configs import coca_base, demo, finetune_open_clip
-from coca_jax.models import coca, decoding
-from coca_jax.ops.cpu import decode_kernels as cpu_kernels
+from coca_jax.models import coca, text_decoder
+from coca_jax.ops.cpu_kernels import decode as cpu_kernels
 from coca_jax.ops.reference import ACTIVATIONS as REFERENCE
+from coca_jax.parallel import sharding
+from coca_jax.recipes import coca_base, demo, finetune_open_clip
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_where_the_kernels_are_used(monkeypatch):
         config.model.text.update(text)
         decoder, row = coca.build(config.model).decoder, np.zeros((1, 4), np.int32)
         given = jax.random.key(0), row, row == 0, np.zeros((1, 4, config.model.text.width))
-        return dict(text_decoder=partitioning.unbox(jax.eval_shape(decoder.init, *given)["params"]))
+        return dict(text_decoder=sharding.unbox(jax.eval_shape(decoder.init, *given)["params"]))
 
     def layout(recipe, devices=1, dtype="float32", **text):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
@@ -270,8 +270,8 @@ def test_where_the_kernels_are_used(monkeypatch):
         config.model.dtype = dtype
         config.model.text.update(text)
         params = shapes(recipe, **text)
-        spec = decoding.decoder(config.model, num_ids=config.model.text.vocab_size, eos_id=1)
-        spec, layout = decoding.fastest(spec, params)
+        spec = text_decoder.decoder(config.model, num_ids=config.model.text.vocab_size, eos_id=1)
+        spec, layout = text_decoder.fastest(spec, params)
         assert spec.dtype == ("float32" if "panels" in layout else config.model.dtype)
         return layout
 

@@ -13,11 +13,11 @@ from decoding_cases import EOS, LENGTH, PROMPT, own, run, text_decoder
 from kernel_forms import HAS_TILES, without_tiles
 from test_cpu_kernels import packed, panels_of_heads
 
-from coca_jax.machine import compile_cache
-from coca_jax.models import decoding
-from coca_jax.ops import packed as packing
-from coca_jax.ops.cpu import build
-from coca_jax.ops.cpu import decode_kernels as cpu_kernels
+from coca_jax.models import text_decoder as decoding
+from coca_jax.ops import decode_layouts as packing
+from coca_jax.ops.cpu_kernels import build
+from coca_jax.ops.cpu_kernels import decode as cpu_kernels
+from coca_jax.runtime import machine
 
 HALVES = jnp.bfloat16
 
@@ -236,6 +236,6 @@ def test_several_captions_of_a_model_in_bfloat16(monkeypatch, cross, layout):
 
 
 def test_another_processor_gets_none_without_a_word(monkeypatch):
-    monkeypatch.setattr(compile_cache, "processor", lambda: "flags : avx2 avx512f")
+    monkeypatch.setattr(machine, "processor", lambda: "flags : avx2 avx512f")
     monkeypatch.setattr(build, "register", None)
     assert cpu_kernels.available_in_bfloat16() is False

@@ -13,12 +13,12 @@ import pytest
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
 import coca_jax
-from coca_jax import convert, export_format
+from coca_jax.cli import convert
 from coca_jax.config import Model, read
 from coca_jax.inference import export_folder, export_programs, loading
-from coca_jax.interop import open_clip_config, safetensors_file
-from coca_jax.interop.open_clip_layout import Layout
-from coca_jax.interop.safetensors_file import Blocks
+from coca_jax.interop import export_format, open_clip_config, safetensors
+from coca_jax.interop.open_clip_weights import Layout
+from coca_jax.interop.safetensors import Blocks
 
 DAMAGES = ("flip", "truncate", "delete", "empty")
 
@@ -35,7 +35,7 @@ def folders(model, tmp_path_factory):  # noqa: F811
         for key, shape in layout.tensors().items()
     }
     (root / "given").mkdir()
-    safetensors_file.write(root / "given/weights.safetensors", tensors)
+    safetensors.write(root / "given/weights.safetensors", tensors)
     (root / "given/config.json").write_text(json.dumps(cases.SMALL))
     (root / "given" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(cases.small_merges())
     weights = str(root / "given/weights.safetensors")
@@ -131,10 +131,10 @@ def test_weights_that_are_no_numbers_are_refused(model, words, folders, tmp_path
     plain = {name: config[name] for name in ("model", "preprocess", "tokenizer")}
     (folder / "config.json").write_text(json.dumps(plain))
     coca_jax.load(folder)
-    arrays = safetensors_file.read(folder / "params.safetensors")
+    arrays = safetensors.read(folder / "params.safetensors")
     broken = {name: np.array(array) for name, array in arrays.items()}
     broken["log_scale/value"] = np.float32(np.inf)
-    safetensors_file.write(
+    safetensors.write(
         folder / "params.safetensors",
         {name: Blocks(np.shape(x), lambda x=x: [x]) for name, x in broken.items()},
     )

@@ -10,13 +10,13 @@ import pytest
 from test_own_data import by_class, captioned, picture, recipe, tar
 from test_version_0_1 import flags_of
 
-from coca_jax import own_data_flags, run_config, train
+from coca_jax.checkpoints import config_file
+from coca_jax.cli import data_flags, train
 from coca_jax.config import typed
-from coca_jax.data import sources
-from coca_jax.files import out_folder, storage
-from coca_jax.importers import asked, checks, data_flag, indexes, own_data, splits
-from coca_jax.importers.items import Options
-from coca_jax.training import setup
+from coca_jax.data import filters, prepare, quarantine, source_index
+from coca_jax.data.sources.items import Options
+from coca_jax.runtime import out_folder, storage
+from coca_jax.training import data_flag, setup
 
 
 @pytest.mark.parametrize(
@@ -65,33 +65,33 @@ def test_more_data_than_rows_are_refused_before_any_is_indexed(tmp_path):
     flags = [str(captioned(tmp_path / name, 2)) for name in ("a", "b")]
     why = "2 data sets for a batch of 1 rows, .* give --config.batch_size=2 or more"
     with pytest.raises(ValueError, match=why):
-        own_data.apply(typed(recipe(batch_size=1)), flags, str(tmp_path / "run"))
+        data_flag.apply(typed(recipe(batch_size=1)), flags, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_few_of_several_data_of_which_none_is_held_out_train_whole(tmp_path, capsys):
     """The run ended at the first of them, behind those that were indexed before it."""
     many = captioned(tmp_path / "many", 60)
-    kept = [n for n in range(200) if not checks.is_held_out(picture(n), own_data.HOLDOUT)]
+    kept = [n for n in range(200) if not quarantine.is_held_out(picture(n), data_flag.HOLDOUT)]
     few = captioned(tmp_path / "few", 1, kept[0])
     given, run = [str(few), str(many)], str(tmp_path / "run")
     for _ in range(2):  # as when the run goes on
-        config = own_data.apply(typed(recipe()), given, run)
-        counts = [len(sources.open_source(entry)) for entry in config.data.sources]
+        config = data_flag.apply(typed(recipe()), given, run)
+        counts = [len(filters.open_source(entry)) for entry in config.data.sources]
         assert counts[0] == 1 and counts[0] + counts[1] < 61
         assert {task["name"] for task in config.eval.tasks} == {"many_test"}
         said = capsys.readouterr().err
         assert "'train' train as captions (1 have one); nothing of it is held out for" in said
     # A kill in the midst of the two splits leaves what a whole one takes the place of.
-    work = asked.unfinished(f"{tmp_path}/again/data/few", "train")
+    work = prepare.unfinished(f"{tmp_path}/again/data/few", "train")
     plan = json.dumps(dict(request=dict(input="x"), state="", groups=[]))
     storage.write_bytes(f"{work}/plan.json", plan.encode())
-    own_data.apply(typed(recipe()), given, str(tmp_path / "again"))
+    data_flag.apply(typed(recipe()), given, str(tmp_path / "again"))
     assert "few: a share of 0.1 of its 1 pictures, by their bytes, is none: all train" in (
         capsys.readouterr().err
     )
     with pytest.raises(ValueError, match="leaves none of 1 for the split 'test'"):
-        own_data.apply(typed(recipe()), given[:1], str(tmp_path / "alone"))
+        data_flag.apply(typed(recipe()), given[:1], str(tmp_path / "alone"))
 
 
 def test_data_that_lose_more_than_half_of_their_rows_are_refused(tmp_path):
@@ -105,17 +105,17 @@ def test_data_that_lose_more_than_half_of_their_rows_are_refused(tmp_path):
     listed = f"{run}/data/half-quarantine.jsonl"
     why = f"half: 59 of 60 rows cannot be used .59 missing_image., more than half.* {listed}"
     with pytest.raises(ValueError, match=why):
-        own_data.apply(typed(recipe()), [str(folder)], str(run))
+        data_flag.apply(typed(recipe()), [str(folder)], str(run))
     with open(listed) as file:
         found = [json.loads(line) for line in file]
     assert len(found) == 59 and {one["reason"] for one in found} == {"missing_image"}
     assert not (run / "data/half").exists()
     entry = {"data.sources": (dict(path=str(folder)),)}  # as a recipe names them
     with pytest.raises(ValueError, match="59 of 60 rows cannot be used"):
-        indexes.of_sources(typed(recipe()).change(entry), str(tmp_path / "other"))
+        source_index.of_sources(typed(recipe()).change(entry), str(tmp_path / "other"))
     for name in moved[30:]:  # half of them is not more than half
         os.rename(tmp_path / "away" / name, folder / name)
-    own_data.apply(typed(recipe()), [str(folder)], str(run))
+    data_flag.apply(typed(recipe()), [str(folder)], str(run))
     assert (run / "data/half").exists()
 
 
@@ -132,34 +132,34 @@ def texts(entry):
     return {
         record.texts
         for split in ("train", "test")
-        for record in sources.open_source(entry.to_dict() | dict(split=split))
+        for record in filters.open_source(entry.to_dict() | dict(split=split))
     }
 
 
 def test_flags_beside_it_name_the_fields(tmp_path, capsys):
     folder, workdir = words(tmp_path / "mine", 30), str(tmp_path / "run")
     with pytest.raises(ValueError, match="none of 30 .* name one with --text_field or --label_fi"):
-        own_data.apply(typed(recipe()), [folder], workdir)
+        data_flag.apply(typed(recipe()), [folder], workdir)
     fields = dict(text_field="words", label_field="", image_field="")
-    config = own_data.apply(typed(recipe()), [folder], workdir, fields=fields)
+    config = data_flag.apply(typed(recipe()), [folder], workdir, fields=fields)
     (entry,) = config.data.sources
     assert (entry.path, entry.kind, entry.text_field) == (f"{workdir}/data/mine", "caption", "")
     assert texts(entry) == {(f"words {i}",) for i in range(30)}
     # The same again; and what is prepared already, of a field that its records still have.
-    again = own_data.apply(typed(recipe()), [folder], workdir, fields=fields)
+    again = data_flag.apply(typed(recipe()), [folder], workdir, fields=fields)
     assert again.data.sources == config.data.sources
     other = captioned(tmp_path / "other", 30, words=lambda i: f"words {i}")
     out = str(tmp_path / "prepared")
     keywords = dict(progress=False, processes=1)
-    splits.prepare_with_holdout("imagefolder", str(other), out, 0.3, **keywords)
+    prepare.prepare_with_holdout("imagefolder", str(other), out, 0.3, **keywords)
     capsys.readouterr()
-    config = own_data.apply(typed(recipe()), [out], workdir, fields=fields)
+    config = data_flag.apply(typed(recipe()), [out], workdir, fields=fields)
     (entry,), (task, *_) = config.data.sources, config.eval.tasks
     assert entry.text_field == task["data"]["text_field"] == "words"
     assert texts(entry) == {(f"words {i}",) for i in range(30)}
     assert "of split 'train' train as captions; " in capsys.readouterr().err
     with pytest.raises(ValueError, match="--image_field=left: the images in .* of another field"):
-        own_data.apply(typed(recipe()), [out], workdir, fields=dict(image_field="left"))
+        data_flag.apply(typed(recipe()), [out], workdir, fields=dict(image_field="left"))
 
 
 def test_a_field_that_one_of_several_data_has_is_told_how_to_name_it(tmp_path):
@@ -171,37 +171,37 @@ def test_a_field_that_one_of_several_data_has_is_told_how_to_name_it(tmp_path):
         "that have the field alone .* `coca-jax prepare --text_field=words --input=... --out=DIR`"
     )
     with pytest.raises(ValueError, match=says):
-        own_data.apply(
+        data_flag.apply(
             typed(recipe()), both, str(tmp_path / "run"), fields=dict(text_field="words")
         )
     out, one = str(tmp_path / "prepared"), Options(text_field="words")
     keywords = dict(progress=False, processes=1, options=one)
-    splits.prepare_with_holdout("imagefolder", both[0], out, 0.3, **keywords)
-    config = own_data.apply(typed(recipe()), [out, both[1]], str(tmp_path / "run"))
+    prepare.prepare_with_holdout("imagefolder", both[0], out, 0.3, **keywords)
+    config = data_flag.apply(typed(recipe()), [out, both[1]], str(tmp_path / "run"))
     assert [entry.kind for entry in config.data.sources] == ["caption", "caption"]
 
 
 def test_weights_that_a_batch_cannot_have_and_kinds_that_nothing_has_are_told(tmp_path, capsys):
     named = [str(captioned(tmp_path / name, 30)) for name in ("a", "b")]
     config = typed(recipe(batch_size=8))
-    found = own_data.apply(config, [f"{named[0]}:caption:1000", named[1]], str(tmp_path / "run"))
+    found = data_flag.apply(config, [f"{named[0]}:caption:1000", named[1]], str(tmp_path / "run"))
     assert [entry.weight for entry in found.data.sources] == [7.0, 1.0]
     line = "--data: the weights 1000:1 are 7:1 rows of a batch of 8, as each has one at least; a la"
     assert line in capsys.readouterr().err
-    own_data.apply(config, [f"{named[0]}:caption:2", named[1]], str(tmp_path / "run"))
+    data_flag.apply(config, [f"{named[0]}:caption:2", named[1]], str(tmp_path / "run"))
     assert "rows of a batch" not in capsys.readouterr().err  # 5:3 is near enough
     with pytest.raises(ValueError, match="a:label: none of its 2. examples has a label; leave out"):
-        own_data.apply(config, [f"{named[0]}:label"], str(tmp_path / "run"))
+        data_flag.apply(config, [f"{named[0]}:label"], str(tmp_path / "run"))
 
 
 def test_train_has_them(monkeypatch):
     assert {"data", "text_field", "label_field", "image_field"} <= flags_of("train", monkeypatch)
-    own_data_flags.flags.FLAGS(["train", "--text_field=words"])
-    assert own_data_flags.given() == {"--text_field": "words"}  # what processes compare
-    fields = own_data_flags.fields()
+    data_flags.flags.FLAGS(["train", "--text_field=words"])
+    assert data_flags.given() == {"--text_field": "words"}  # what processes compare
+    fields = data_flags.fields()
     assert fields == dict(text_field="words", label_field="", image_field="")
     with pytest.raises(ValueError, match="--text_field=words is of --data; give --data=PATH"):
-        own_data.of_command(typed(recipe()), [], "w", check=setup.check_devices, fields=fields)
+        data_flag.of_command(typed(recipe()), [], "w", check=setup.check_devices, fields=fields)
 
 
 RUNS = {"steps": 4, "epochs": 0, "optimizer.warmup_steps": 0}
@@ -237,7 +237,7 @@ def test_what_needs_no_data_is_refused_before_they_are_indexed(tmp_path):
     ):
         config = typed(recipe()).change(RUNS | changes)
         with pytest.raises(ValueError, match=says):
-            own_data.of_command(config, [folder], workdir, check=setup.check_devices)
+            data_flag.of_command(config, [folder], workdir, check=setup.check_devices)
     assert not (tmp_path / "run").exists()
 
 
@@ -246,13 +246,13 @@ def test_what_is_not_read_beside_lists_and_archives_is_told(tmp_path, capsys):
     (mine / "metadata.jsonl").unlink()
     rows = "".join(f"{i:03d}.png,text {i}\n" for i in range(37))
     (mine / "list.csv").write_text(f"image,caption\n{rows}")
-    own_data.apply(typed(recipe()), [str(mine)], str(tmp_path / "run"))
+    data_flag.apply(typed(recipe()), [str(mine)], str(tmp_path / "run"))
     line = "/run/data/mine; not read: 3 of 40 pictures, which no row of its lists names\n"
     assert line in capsys.readouterr().err
     packed = tar(tmp_path / "packed" / "a.tar", 40)
     (packed / "loose.png").write_bytes(picture(99))
     (packed / "texts.csv").write_text("image,caption\nloose.png,a text\n")
-    own_data.apply(typed(recipe()), [str(packed)], str(tmp_path / "other"))
+    data_flag.apply(typed(recipe()), [str(packed)], str(tmp_path / "other"))
     said = capsys.readouterr().err
     assert "; not read: 1 pictures beside its archives (loose.png); not read: tables beside" in said
 
@@ -262,17 +262,17 @@ def test_data_that_were_moved_are_told_by_their_places_and_go_on_by_a_link(tmp_p
     old.mkdir()
     begun = typed(recipe()).change({"data.sources": (dict(path=str(old), weight=2.0),)})
     words = types.SimpleNamespace(checksum="")
-    run_config.write(run_config.contents(begun, workdir, words), workdir)
+    config_file.write(config_file.contents(begun, workdir, words), workdir)
     old.rename(new)
     there = begun.change({"data.sources": (dict(path=str(new)),)})
     with pytest.raises(ValueError) as found:
-        run_config.check_before_data(there, workdir)
+        config_file.check_before_data(there, workdir)
     assert f"(data.sources[0].path: '{old}' there, '{new}' here); use" in str(found.value)
     assert f"if {old} was moved, a link there to where it is now lets the" in str(found.value)
     old.symlink_to(new)
-    run_config.check_before_data(begun, workdir)
+    config_file.check_before_data(begun, workdir)
     with pytest.raises(ValueError, match="or the same config$"):
-        run_config.check_before_data(there, workdir)
+        config_file.check_before_data(there, workdir)
 
 
 def test_labels_of_one_class_alone_do_not_train_and_beside_captions_are_not_scored(
@@ -283,15 +283,15 @@ def test_labels_of_one_class_alone_do_not_train_and_beside_captions_are_not_scor
     one = by_class(tmp_path / "one", 40, ("images",))
     says = f"--data={one}: all labels are 'images': with one class there is nothing to tell apart"
     with pytest.raises(ValueError, match=re.escape(says)):
-        own_data.apply(typed(recipe()), [str(one)], str(tmp_path / "run"))
+        data_flag.apply(typed(recipe()), [str(one)], str(tmp_path / "run"))
     other = captioned(tmp_path / "other", 40, label=lambda i: "photo")
-    found = own_data.apply(typed(recipe()), [str(other)], str(tmp_path / "captions"))
+    found = data_flag.apply(typed(recipe()), [str(other)], str(tmp_path / "captions"))
     assert [entry.kind for entry in found.data.sources] == ["caption"]
     capsys.readouterr()
-    found = own_data.apply(typed(recipe()), [str(one), str(other)], str(tmp_path / "both"))
+    found = data_flag.apply(typed(recipe()), [str(one), str(other)], str(tmp_path / "both"))
     assert [entry.kind for entry in found.data.sources] == ["label", "caption"]
     assert {task["name"] for task in found.eval.tasks} == {"other_test"}
     assert "are held out, and not scored, as all labels are 'images'" in capsys.readouterr().err
     two = by_class(tmp_path / "two", 40, ("cat", "dog"))
-    found = own_data.apply(typed(recipe()), [str(one), str(two)], str(tmp_path / "classes"))
+    found = data_flag.apply(typed(recipe()), [str(one), str(two)], str(tmp_path / "classes"))
     assert [task["name"] for task in found.eval.tasks] == ["two_test"]

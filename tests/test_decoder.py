@@ -20,11 +20,12 @@ from decoding_cases import (
     text_decoder,
 )
 
-from coca_jax import partitioning
-from coca_jax.inference.generation import loop
-from coca_jax.inference.generation.settings import Settings
-from coca_jax.models import coca, decoding
-from coca_jax.ops.cpu import decode_kernels as cpu_kernels
+from coca_jax.inference.generation import generate
+from coca_jax.inference.generation.config import Settings
+from coca_jax.models import coca
+from coca_jax.models import text_decoder as decoding
+from coca_jax.ops.cpu_kernels import decode as cpu_kernels
+from coca_jax.parallel import sharding
 
 KINDS = ["paper", "open_clip", "reference", "modern", PANELS, OPEN_CLIP_PANELS]
 KINDS += [
@@ -42,7 +43,7 @@ def test_panels_are_left_to_blocks_that_their_kernels_know(change):
     config.text.update(change.get("text", {}))
     config.update({k: v for k, v in change.items() if k != "text"})
     module, spec = coca.build(config), decoding.decoder(config, num_ids=64, eos_id=EOS)
-    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))
+    params = jax.eval_shape(lambda: sharding.unbox(coca.init(module, jax.random.key(0))))
     weights = jax.eval_shape(lambda p: decoding.pack(spec, p, "panels"), params)
     packed = set() if change else {"attention", "cross_attention", "mlp"}
     assert set(weights["multimodal"][0]["packed"]) == packed
@@ -149,7 +150,7 @@ def test_layouts_of_the_weights_give_the_same_captions(layout):
     for beams in (1, 2):
         settings = Settings(num_beams=beams, max_tokens=8)
         ours, want = (
-            loop.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
+            generate.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
             for weights in (other, plain)
         )
         np.testing.assert_array_equal(ours.tokens, want.tokens)

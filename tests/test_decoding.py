@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from decoding_cases import EOS, LENGTH, PROMPT, VOCAB, make, own, run
 
-from coca_jax.inference.generation import loop
-from coca_jax.inference.generation.settings import Settings
-from coca_jax.inference.generation.state import Plan
+from coca_jax.inference.generation import generate
+from coca_jax.inference.generation.base import Plan
+from coca_jax.inference.generation.config import Settings
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_one_beam_is_greedy(model):
         length_penalty=np.float32(1),
         active=np.ones(3, bool),
     )
-    beam = loop.decode(spec, plan, weights, image_tokens, PROMPT, LENGTH, numbers)
+    beam = generate.decode(spec, plan, weights, image_tokens, PROMPT, LENGTH, numbers)
     np.testing.assert_array_equal(beam.tokens, greedy.tokens)
     np.testing.assert_allclose(beam.log_prob, greedy.log_prob, atol=1e-5)
 
@@ -257,7 +257,7 @@ def test_of_equal_tokens_the_first_is_taken(model):
 def test_a_program_has_room_for_all_tokens_and_serves_several_lengths(model):
     spec, lengths = dataclasses.replace(model[0], max_len=64), np.ones(3, np.int32)
     room = {
-        tokens: loop.planned(spec, lengths, Settings(max_tokens=tokens), None, None)[0].steps
+        tokens: generate.planned(spec, lengths, Settings(max_tokens=tokens), None, None)[0].steps
         for tokens in (1, 16, 17, 40, 60)
     }
     assert room == {1: 16, 16: 16, 17: 32, 40: 48, 60: 63}  # 64 with the begin symbol
@@ -290,12 +290,12 @@ def test_ids_beyond_the_vocabulary_are_never_chosen(wide):
 def test_one_program_serves_all_lengths_and_numbers(model):
     run(model)
     run(model, temperature=2.0)
-    before = loop.decode._cache_size()
+    before = generate.decode._cache_size()
     run(model, max_tokens=3, min_tokens=1)
     run(model, prompt=PROMPT[::-1].copy(), length=LENGTH[::-1].copy())
     run(model, temperature=1.0)
     run(model, temperature=0.5, seed=3)
-    assert loop.decode._cache_size() == before
+    assert generate.decode._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_rows_that_pad_a_batch_write_nothing(model):
     spec, weights, image_tokens, _ = model
     active = np.array([True, False, True])
     for how in ({}, dict(num_beams=2)):
-        out = loop.generate(
+        out = generate.generate(
             spec, weights, image_tokens, PROMPT, LENGTH, Settings(**how), active=active
         )
         assert (np.asarray(out.length)[:, 0] > 0).tolist() == active.tolist()

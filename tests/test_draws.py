@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from coca_jax.models import coca, draws
+from coca_jax.models import coca, initializers
 
 
 @pytest.mark.parametrize("name, spread", [("truncated_normal", 0.88), ("normal", 1.0)])
 def test_initializers_are_those_of_jax_to_the_bit(name, spread):
     key, std = jax.random.key(3), 0.23
-    ours = jax.jit(lambda: getattr(draws, name)(std)(key, (37, 110)))()
+    ours = jax.jit(lambda: getattr(initializers, name)(std)(key, (37, 110)))()
     wanted = jax.jit(lambda: getattr(nn.initializers, name)(std)(key, (37, 110)))()
     np.testing.assert_array_equal(ours, wanted)
     assert abs(float(ours.std()) / std - spread) < 0.03
@@ -24,8 +24,8 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        kernel = self.param("kernel", draws.truncated_normal(0.5), (4, 4))
-        bias = self.param("bias", draws.normal(0.1), (4,))
+        kernel = self.param("kernel", initializers.truncated_normal(0.5), (4, 4))
+        bias = self.param("bias", initializers.normal(0.1), (4,))
         return x @ kernel + bias + self.param("gain", nn.initializers.ones, ()), None
 
 
@@ -34,11 +34,11 @@ class Tower(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        large = self.param("large", draws.normal(0.02), (draws.SMALL // 4 + 1, 4))
-        chunks = self.param("chunks", draws.normal(0.02), (draws.CHUNK // 2 - 1, 4))
+        large = self.param("large", initializers.normal(0.02), (initializers.SMALL // 4 + 1, 4))
+        chunks = self.param("chunks", initializers.normal(0.02), (initializers.CHUNK // 2 - 1, 4))
         stack = nn.scan(Layer, {"params": 0}, split_rngs={"params": True}, length=3)
         x = stack(name="stack")(x + large[:2] + chunks[:2], None)[0]
-        return x @ self.param("out", draws.truncated_normal(1.0), (4, 9))
+        return x @ self.param("out", initializers.truncated_normal(1.0), (4, 9))
 
 
 def test_draws_together_are_those_alone_to_the_bit():
@@ -47,7 +47,7 @@ def test_draws_together_are_those_alone_to_the_bit():
 
     for seed in (0, 5):
         key = jax.random.key(seed)
-        got, want = jax.jit(draws.together(alone))(key), jax.jit(alone)(key)
+        got, want = jax.jit(initializers.together(alone))(key), jax.jit(alone)(key)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         jax.tree.map(np.testing.assert_array_equal, got, want)
     kernels = np.asarray(want["stack"]["kernel"])
@@ -70,8 +70,8 @@ def test_a_model_s_draw_is_a_program_of_a_third_of_the_size(remat):
 @pytest.mark.parametrize("impl", ["rbg", "threefry2x32"])
 def test_keys_of_another_kind_are_drawn_with_as_jax_does(impl):
     def alone(key):
-        return [draws.normal(1.0)(jax.random.fold_in(key, n), (3, n)) for n in (1, 2)]
+        return [initializers.normal(1.0)(jax.random.fold_in(key, n), (3, n)) for n in (1, 2)]
 
     key = jax.random.key(4, impl=impl)
-    got, want = jax.jit(draws.together(alone))(key), jax.jit(alone)(key)
+    got, want = jax.jit(initializers.together(alone))(key), jax.jit(alone)(key)
     jax.tree.map(np.testing.assert_array_equal, got, want)

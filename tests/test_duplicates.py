@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.data import sources
-from coca_jax.importers import dedup, split_field
-from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare_with_holdout
+from coca_jax.data import dedup, filters, holdout
+from coca_jax.data.prepare import prepare_with_holdout
+from coca_jax.data.sources.items import Options
 
 BIG = (96, 72)
 
@@ -23,7 +22,7 @@ def write_rows(folder, rows):
 
 
 def keys(out, split="train"):
-    return [record.key for record in sources.open_source(str(out), split)]
+    return [record.key for record in filters.open_source(str(out), split)]
 
 
 def test_twins_are_on_one_side_of_a_holdout(tmp_path):
@@ -49,7 +48,7 @@ def test_twins_are_on_one_side_of_a_holdout(tmp_path):
 
 def by_field(folder, out, **options):
     """Of each split that the field tells: key -> reason of what is left out, and the keys kept."""
-    told = split_field.told("imagefolder", str(folder), Options())
+    told = holdout.told("imagefolder", str(folder), Options())
     left_out, kept = {}, {}
     for split in told.values:
         chosen = dataclasses.asdict(told.options(split, Options(**options)))
@@ -96,7 +95,7 @@ def test_rows_that_name_one_file_are_no_duplicates(mode, in_place, tmp_path):
     out = tmp_path / "out"
     done = import_data("csv", tmp_path / "list.csv", out, dedup=mode, in_place=in_place)
     assert done["written"] == 15 and done["quarantined"] == {"duplicate_image": 5}
-    texts = {text for record in sources.open_source(str(out)) for text in record.texts}
+    texts = {text for record in filters.open_source(str(out)) for text in record.texts}
     assert texts == {f"caption {k} of {n}" for k in range(5) for n in range(3)}
 
 
@@ -134,7 +133,7 @@ def pairs(tmp_path):
 
 def read_pairs(pairs, out, **options):
     done = import_data("imagefolder", pairs, out, image_field="left,right", **options)
-    return done, [int(record.texts[0]) for record in sources.open_source(str(out))]
+    return done, [int(record.texts[0]) for record in filters.open_source(str(out))]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import re
 import pytest
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.importers import splits
-from coca_jax.importers.items import Options
+from coca_jax.data import prepare
+from coca_jax.data.sources.items import Options
 
 
 def table(folder, names, text="Hund {}", encoding="cp1252", name="list.csv"):
@@ -41,7 +41,7 @@ def test_names_of_pictures_that_are_not_utf8_are_told_where_none_is_found(tmp_pa
         import_data("csv", path, tmp_path / "out")
     with pytest.raises(ValueError, match=r"'missing_image': 30.*" + re.escape(remedy(path, 2))):
         where = ("csv", str(path), str(tmp_path / "held"), 0.5)
-        splits.prepare_with_holdout(*where, options=Options(), processes=1, progress=False)
+        prepare.prepare_with_holdout(*where, options=Options(), processes=1, progress=False)
 
 
 def test_lines_of_json_that_are_not_utf8_are_named(tmp_path, capsys):

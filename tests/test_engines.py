@@ -15,13 +15,13 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_recaption import asked, checkpoint, tars, tree  # noqa: F401
 
 import coca_jax
-from coca_jax import engines
-from coca_jax.engines import Engine
-from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare, prepare_with_holdout
-from coca_jax.recaptioning import running, whole
-from coca_jax.searching import index, staged
-from coca_jax.searching.parts import Parts
+from coca_jax.apps.recaption import job
+from coca_jax.apps.search import index
+from coca_jax.apps.search.parts import Parts
+from coca_jax.data.prepare import prepare, prepare_with_holdout
+from coca_jax.data.sources.items import Options
+from coca_jax.runtime import workers
+from coca_jax.runtime.workers import Engine
 
 QUIET = dict(processes=1, progress=False)
 LOCAL = Engine()
@@ -43,7 +43,7 @@ def searched(input: str, out, load, engine: Engine = LOCAL) -> dict:
     parts, how = Parts(str(out)), dict(checkpoint="here", batch_size=4, part=3)
     groups = index.groups([input], parts, 3)
     if engine != LOCAL:
-        waiting = staged.stage(load, groups, parts, engine, **how)
+        waiting = index.stage(load, groups, parts, engine, **how)
         if engine.share:
             return dict(waiting=waiting)
     told = index.add(None if engine != LOCAL else load(), groups, parts, say=said.append, **how)
@@ -52,8 +52,8 @@ def searched(input: str, out, load, engine: Engine = LOCAL) -> dict:
 
 
 def recaptioned(request, engine: Engine = LOCAL) -> dict:
-    jobs = whole.plan(request)
-    return running.run(request, jobs, engine, say=lambda text: None, progress=False)
+    jobs = job.plan(request)
+    return job.run(request, jobs, engine, say=lambda text: None, progress=False)
 
 
 said: list[str] = []
@@ -123,7 +123,7 @@ def test_indexed_by_shares_and_joined(model, tars, tmp_path, monkeypatch, kind):
     assert searched(input, out, lambda: model, Engine(share="0/2"))["waiting"] == 0
     other = {"model": "0123", "checkpoint": "there"}
     with pytest.raises(ValueError, match="made by another model"):
-        staged.Work(lambda: model, str(out), other, "here", 4, 3)(joined[0], said.append)
+        index.Work(lambda: model, str(out), other, "here", 4, 3)(joined[0], said.append)
 
 
 # ---- processes
@@ -230,7 +230,7 @@ def test_workers_that_are_killed_that_never_come_and_that_fail(ray, tmp_path, mo
     assert sum(done) == 16 and engine.killed() == 3
     with pytest.raises(FileNotFoundError, match="^job 5: no such file$"):
         Engine("ray", 2).run(squared, [4, 5], done.append)
-    monkeypatch.setattr(engines, "_LOST", 2)
+    monkeypatch.setattr(workers, "_LOST", 2)
     with pytest.raises(OSError, match="2 workers were lost at shard 0; the last: "):
         Killing(workers=1, folder=str(tmp_path / "b"), kills=99).run(squared, [1], done.append)
     assert Engine("ray").run(squared, [], done.append) == []

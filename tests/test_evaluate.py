@@ -14,15 +14,16 @@ import pytest
 from PIL import Image
 from test_inference import no_compile_cache, tiny_parts  # noqa: F401
 
-from coca_jax import export_format, inference, prepare
-from coca_jax.data import vocabulary
+from coca_jax import inference
+from coca_jax.cli import prepare
+from coca_jax.data import evaluation_data, vocabulary
 from coca_jax.data.images import decode
-from coca_jax.evaluators import class_names, tasks
-from coca_jax.evaluators.declarations import Setting
-from coca_jax.evaluators.records import Records
-from coca_jax.evaluators.writing import Writing
-from coca_jax.importers import unprepared
-from coca_jax.importers.items import Options
+from coca_jax.data.sources.items import Options
+from coca_jax.evaluation import runner
+from coca_jax.evaluation.evaluators import inputs
+from coca_jax.evaluation.evaluators.base import Setting, Writing
+from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.interop import export_format
 
 ROOT = pathlib.Path(__file__).parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
@@ -78,7 +79,7 @@ def on_one(parts, folder, tmp_path_factory):
     """Scores on one device."""
     model = inference.CoCaModel(*parts, batch_size=8, devices=jax.devices()[:1])
     out = tmp_path_factory.mktemp("one")
-    return tasks.run_tasks(model, tasks_for(folder), str(out)), out, model
+    return runner.run_tasks(model, tasks_for(folder), str(out)), out, model
 
 
 def assert_same(got, want):
@@ -125,7 +126,7 @@ def test_eight_devices_score_as_one(on_one, parts, folder, tmp_path):
     """13 images in batches of 16 rows over 8 devices: none is lost and none counted twice."""
     model = inference.CoCaModel(*parts, batch_size=16, devices=jax.devices())
     assert model.checksum() == on_one[2].checksum()
-    assert_same(tasks.run_tasks(model, tasks_for(folder), str(tmp_path)), on_one[0])
+    assert_same(runner.run_tasks(model, tasks_for(folder), str(tmp_path)), on_one[0])
 
 
 class Stopping:
@@ -149,27 +150,27 @@ class Stopping:
 def test_a_killed_evaluation_goes_on(on_one, parts, folder, tmp_path):
     scores, _, model = on_one
     with pytest.raises(KeyboardInterrupt):  # 13 images are two calls of 8 and 5
-        tasks.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
+        runner.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
     partial = json.loads((tmp_path / "eval.json").read_text())
     assert "retrieval/c/mean_recall" in partial and "captioning/c/bleu4" not in partial
     again = Stopping(model)
-    assert tasks.run_tasks(again, tasks_for(folder), str(tmp_path)) == scores
+    assert runner.run_tasks(again, tasks_for(folder), str(tmp_path)) == scores
     assert set(again.calls) == {"caption", "caption_log_likelihood"}
     assert again.calls.count("caption") == 1
     # All is finished now: the same call begins anew.
     fresh = Stopping(model)
-    tasks.run_tasks(fresh, tasks_for(folder)[2:3], str(tmp_path))
+    runner.run_tasks(fresh, tasks_for(folder)[2:3], str(tmp_path))
     assert "encode_image" in fresh.calls
     # Other weights take over nothing.
     with pytest.raises(KeyboardInterrupt):
-        tasks.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
+        runner.run_tasks(Stopping(model, "caption"), tasks_for(folder), str(tmp_path))
     config, params, words = parts
     other = jax.tree.map(lambda x: x * 1.01, params)
     changed = inference.CoCaModel(config, other, words, devices=jax.devices()[:1])
     watched = Stopping(model)
     watched.checksum = changed.checksum
     assert watched.checksum() != model.checksum()
-    tasks.run_tasks(watched, tasks_for(folder), str(tmp_path))
+    runner.run_tasks(watched, tasks_for(folder), str(tmp_path))
     assert watched.calls.count("caption") == 2 and "score" in watched.calls
 
 
@@ -178,7 +179,7 @@ def test_several_calls_with_known_candidates(on_one, folder, tmp_path):
     model = on_one[2]
     few = dict(path=str(folder), split="test", limit=2)
     task = tasks_for(folder, candidates=few, known_only=True)[2]
-    scores = tasks.run_tasks(model, [task], str(tmp_path))
+    scores = runner.run_tasks(model, [task], str(tmp_path))
     # The first two are red and green, so all red and green ones share a text with them.
     assert scores["retrieval/c/num_examples"] == 9
 
@@ -194,7 +195,7 @@ def test_an_image_that_cannot_be_read_is_named(on_one, tmp_path):
     task = dict(tasks_for(tmp_path / "in")[0], class_names=["red", "green"])
     task["data"] = dict(task["data"], split="train")
     with pytest.raises(ValueError, match="^zero_shot/c: red/7.png: damaged image .*mend or remove"):
-        tasks.run_tasks(on_one[2], [task], str(tmp_path / "out"))
+        runner.run_tasks(on_one[2], [task], str(tmp_path / "out"))
 
 
 class Reads:
@@ -227,7 +228,7 @@ def test_one_damaged_image_of_a_large_batch_is_named(tmp_path, kind, split):
     damaged.write_bytes(damaged.read_bytes()[:45])
     task = dict(kind=kind, name="c", data=dict(path=str(tmp_path), split="test"))
     with pytest.raises(ValueError, match=f"^{kind}/c: green/3.png: damaged image .*mend or remove"):
-        tasks.run_task(Reads(), task, Setting(batch_size=64))
+        runner.run_task(Reads(), task, Setting(batch_size=64))
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear_probe"])
@@ -250,7 +251,7 @@ def test_probes_take_names_of_classes_and_leave_out_what_has_no_label(tmp_path, 
     task = dict(kind=kind, name="c", data=data, class_names=str(path))
     out = str(tmp_path / "out")
     setting = Setting(batch_size=64, main_process=True, write=Writing(True), workdir=out)
-    got = tasks.run_task(Reads(), task, setting)
+    got = runner.run_task(Reads(), task, setting)
     assert got[f"{kind}/c/top1"] == 1 and got[f"{kind}/c/num_train"] == 15
     assert got[f"{kind}/c/mean_per_class_low"] == pytest.approx(0.025 ** (1 / 18))  # 18 of 18
     classes = json.loads((tmp_path / "out" / "eval_classes.json").read_text())[f"{kind}/c"]
@@ -272,7 +273,7 @@ def test_folders_and_prepared_data_give_the_same_records(folder, tmp_path):
     for a, b in zip(plain, prepared, strict=True):
         assert (a["image"], a["text"], a["labels"]) == (b["image"], b["text"], b["labels"])
     entry = dict(path=str(folder), kind="label")
-    assert unprepared.class_names(entry, "test") == ["blue", "dark", "green", "red"]
+    assert evaluation_data.class_names(entry, "test") == ["blue", "dark", "green", "red"]
     assert len(Records(dict(path=str(folder), split="test"), limit=5)) == 5
     # The same through tensorflow-datasets, which names no classes here.
     tfds = list(Records(dict(tfds=str(tmp_path / "p"), split="test")))
@@ -287,7 +288,7 @@ def test_one_folder_a_class(tmp_path):
             Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "val" / name / f"{i}.jpg")
     entry = dict(path=str(tmp_path), split="val", kind="label")
     assert [r["labels"] for r in Records(entry)] == [["big cat"]] * 2 + [["dog"]] * 2
-    assert unprepared.class_names(entry, "test") == ["big cat", "dog"]
+    assert evaluation_data.class_names(entry, "test") == ["big cat", "dog"]
     (tmp_path / "val" / "metadata.jsonl").write_text('{"file_name": "none.png"}\nno json\n')
     with pytest.raises(ValueError, match="1 of 2 rows cannot be used, the first metadata.jsonl"):
         Records(entry)
@@ -310,7 +311,7 @@ def test_class_names_from_files(tmp_path):
 
     def read(text):
         path.write_text(text)
-        return class_names.read_class_names(str(path), declared)
+        return inputs.read_class_names(str(path), declared)
 
     assert read("n03\tcat\nn01\tdog\n") == (["cat", "dog"], ["n03", "n01"])
     assert read("n02\n\nn01\n") == (["n02", "n01"], ["n02", "n01"])
@@ -327,7 +328,7 @@ def test_class_names_from_files(tmp_path):
     path.write_text("n03\tcat\nn02\tdog\nn01\tcat\n")
     task = dict(kind="zero_shot", name="x", class_names=str(path))
     with pytest.raises(ValueError, match="3 names, 2 distinct; .*; 'cat' is there twice"):
-        class_names.check(task)
+        inputs.check(task)
 
 
 def test_how_class_names_are_taken_is_said(tmp_path, capsys):
@@ -335,7 +336,7 @@ def test_how_class_names_are_taken_is_said(tmp_path, capsys):
 
     def read(text, declared):
         path.write_text(text)
-        class_names.read_class_names(str(path), declared)
+        inputs.read_class_names(str(path), declared)
         return capsys.readouterr().err
 
     declared = ["objects", "people", "places", "signs", "travel"]
@@ -358,7 +359,7 @@ def command(process, count, port, *flags):
     several = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     several += [f"--process_id={process}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "coca_jax.evaluate", *flags, *(several if count > 1 else [])],
+        [sys.executable, "-m", "coca_jax.cli.evaluate", *flags, *(several if count > 1 else [])],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,

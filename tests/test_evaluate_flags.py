@@ -12,14 +12,17 @@ from in_place_cases import write_tar
 from test_own_data import by_class, captioned, recipe
 from test_version_0_1 import flags_of
 
-from coca_jax import evaluate, inference, prepare
+from coca_jax import inference
+from coca_jax.cli import evaluate, prepare
 from coca_jax.config import typed
-from coca_jax.data import formats, sources
+from coca_jax.data import evaluation_data, filters, leakage, source_index
+from coca_jax.data import prepare as splits
 from coca_jax.data.mixture import Mixture
-from coca_jax.evaluators import class_names, declarations
-from coca_jax.evaluators import tasks as evaluation
-from coca_jax.evaluators.records import Records
-from coca_jax.importers import indexes, own_data, seen, splits, unprepared
+from coca_jax.data.sources import formats
+from coca_jax.evaluation import runner as evaluation
+from coca_jax.evaluation.evaluators import base, inputs
+from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.training import data_flag
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +72,7 @@ def test_one_label_beside_captions_is_no_classification(ask, tmp_path, capsys):
     (task,) = evaluate.tasks_of_flags()
     says = "zero_shot of one_test: all labels are 'photo', and it tells two classes or more apart; "
     with pytest.raises(ValueError, match=says):
-        class_names.names_and_labels(task)
+        inputs.names_and_labels(task)
 
 
 def test_tasks_are_those_that_the_data_are_for(ask, tmp_path, capsys):
@@ -145,8 +148,8 @@ def test_the_field_that_tells_splits_tells_them_to_evaluations(kind, ask, tmp_pa
     assert data == dict(path=path, split="validation")
     assert f"{path} has no split 'test': 'validation' is used" in capsys.readouterr().err
     assert {record["text"][0] for record in Records(data)} == held
-    assert unprepared.splits(data) == ["train", "validation"]
-    assert unprepared.counts(data) == dict(caption=10, label=0)
+    assert evaluation_data.splits(data) == ["train", "validation"]
+    assert evaluation_data.counts(data) == dict(caption=10, label=0)
     for split, count in (("train", 30), ("val", 10), ("Dev", 10)):
         ask(data=path, split=split)
         assert len(Records(evaluate.data_of_flags())) == count
@@ -158,69 +161,69 @@ def test_the_field_that_tells_splits_tells_them_to_evaluations(kind, ask, tmp_pa
             Records(dict(path=path, split=split))
         task = dict(kind="retrieval", name="x", data=dict(path=path, split=split))
         with pytest.raises(ValueError, match=f"retrieval of x: .*no split '{split}'"):
-            declarations.check([task])
+            base.check([task])
     # Whoever names the values decides.
     ask(data=path, where="split=val", split="mine")
     assert len(Records(evaluate.data_of_flags())) == 10
     # The same of a run on these data, in a recipe and by a flag.
     own = typed(recipe(data=dict(sources=(dict(path=path),))))
     for config in (
-        indexes.of_sources(own, str(tmp_path / "of_recipe")),
-        own_data.apply(own, [path], str(tmp_path / "of_flag")),
+        source_index.of_sources(own, str(tmp_path / "of_recipe")),
+        data_flag.apply(own, [path], str(tmp_path / "of_flag")),
     ):
         assert Mixture(config).sizes == [30]
-        assert seen.trained_on(config, dict(path=path, split="train"))
-        assert not seen.trained_on(config, data)
-    assert seen.trained_on(own, dict(path=path, split="train"))
+        assert leakage.trained_on(config, dict(path=path, split="train"))
+        assert not leakage.trained_on(config, data)
+    assert leakage.trained_on(own, dict(path=path, split="train"))
 
 
 def test_a_run_goes_on_with_the_index_that_it_made_of_all_rows(tmp_path):
     path = str(with_field(tmp_path / "a", "csv"))
     config = typed(recipe(data=dict(sources=(dict(path=path),))))
     out = str(tmp_path / "run/data/list")
-    indexes._make(path, "train", out, indexes._options(config.data.sources[0]))
-    found = indexes.of_sources(config, str(tmp_path / "run"))
+    source_index._make(path, "train", out, source_index._options(config.data.sources[0]))
+    found = source_index.of_sources(config, str(tmp_path / "run"))
     assert Mixture(found).sizes == [40]
     for split in ("train", "validation"):  # the rows of both trained
-        assert seen.trained_on(found, dict(path=path, split=split))
+        assert leakage.trained_on(found, dict(path=path, split=split))
 
 
 def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_path):
     folder = str(captioned(tmp_path / "a", 60))
-    config = own_data.apply(typed(recipe()), [folder], str(tmp_path / "run"))
+    config = data_flag.apply(typed(recipe()), [folder], str(tmp_path / "run"))
     (source,) = config.data.sources
     ask(data=f"{folder}/../a/")
-    assert seen.trained_on(config, evaluate.data_of_flags()) == source
+    assert leakage.trained_on(config, evaluate.data_of_flags()) == source
     held = f"; what was held out of them is --data={tmp_path}/run/data/a --split=test"
-    assert seen.held_out(source) == held
-    assert not seen.trained_on(config, dict(path=source.path, split="test"))
-    assert not seen.trained_on(config, dict(path=str(captioned(tmp_path / "b", 3)), split=""))
+    assert leakage.held_out(source) == held
+    assert not leakage.trained_on(config, dict(path=source.path, split="test"))
+    assert not leakage.trained_on(config, dict(path=str(captioned(tmp_path / "b", 3)), split=""))
     gone = typed(recipe(data=dict(sources=(dict(path="nowhere://bucket/a"),))))
-    assert not seen.trained_on(gone, dict(path=folder, split="test"))
+    assert not leakage.trained_on(gone, dict(path=folder, split="test"))
     only = typed(recipe(data=dict(sources=(dict(path=folder, where={"site": ["x", "y"]}),))))
     asked = dict(path=folder, split="train", where={"site": "z"})
-    assert not seen.trained_on(only, asked)
-    assert seen.trained_on(only, dict(asked, where={"site": ["y", "z"]}))
+    assert not leakage.trained_on(only, asked)
+    assert leakage.trained_on(only, dict(asked, where={"site": ["y", "z"]}))
 
 
 def test_examples_that_trained_are_known_by_what_they_were_imported_from(tmp_path):
     folder = str(captioned(tmp_path / "a", 60))
-    config = own_data.apply(typed(recipe()), [folder], str(tmp_path / "run"))  # holds a tenth out
+    config = data_flag.apply(typed(recipe()), [folder], str(tmp_path / "run"))  # holds a tenth out
     (source,) = config.data.sources
-    trained = {record.texts for record in sources.open_source(source)}
+    trained = {record.texts for record in filters.open_source(source)}
     for share in (0.05, 0.4):
         out = str(tmp_path / f"p{share}")
         how = dict(progress=False, processes=1)
         splits.prepare_with_holdout("imagefolder", folder, out, share, **how)
-        held = {record.texts for record in sources.open_source(out, "test")}
+        held = {record.texts for record in filters.open_source(out, "test")}
         asked = dict(path=out, split="test")
-        assert bool(seen.trained_on(config, asked)) == bool(held & trained) == (share > 0.1)
-        assert seen.trained_on(config, dict(asked, split="train")) == source
-    assert seen.part(source, asked) == "some of these" and 0 < len(held & trained) < len(trained)
-    assert seen.part(source, dict(path=folder, split="test")) == "these very"
+        assert bool(leakage.trained_on(config, asked)) == bool(held & trained) == (share > 0.1)
+        assert leakage.trained_on(config, dict(asked, split="train")) == source
+    assert leakage.part(source, asked) == "some of these" and 0 < len(held & trained) < len(trained)
+    assert leakage.part(source, dict(path=folder, split="test")) == "these very"
     other = str(tmp_path / "other")
     prepare.prepare("imagefolder", str(captioned(tmp_path / "b", 9)), other, progress=False)
-    assert not seen.trained_on(config, dict(path=other, split="train"))
+    assert not leakage.trained_on(config, dict(path=other, split="train"))
 
 
 def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):
@@ -230,7 +233,7 @@ def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):
     for path in (str(tmp_path / "sets/vqa"), "sets/vqa", "sets/vqa/", "./sets/../sets/vqa"):
         sizes.append(len(Records(dict(path=path, split="test"))))
         config = typed(recipe(data=dict(sources=(dict(path=path),))))
-        sizes += Mixture(indexes.of_sources(config, str(tmp_path / "run"))).sizes
+        sizes += Mixture(source_index.of_sources(config, str(tmp_path / "run"))).sizes
     assert sizes == [6] * 8
     assert capsys.readouterr().err.count("making an index of it") == 2  # to evaluate, and to train
     told = r"data source sets/vqa \[test\]: no record has {'kind': .*; no field is called 'kind'"
@@ -243,8 +246,8 @@ def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
     entries = [dict(path=folder), dict(path=f"{folder}/", kind="label")]
     config = typed(recipe(data=dict(sources=entries)))
     for make in (
-        lambda out: indexes.of_sources(config, out),
-        lambda out: own_data.apply(config, [folder, f"{folder}/:label"], out),
+        lambda out: source_index.of_sources(config, out),
+        lambda out: data_flag.apply(config, [folder, f"{folder}/:label"], out),
     ):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         found = make(str(out))
@@ -262,7 +265,7 @@ def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
     other = dict(path=str(captioned(tmp_path / "b/a", 5)), weight=2.0)
     entries = [entries[0], other, entries[1]]
     other = typed(recipe(data=dict(sources=entries)))
-    found = indexes.of_sources(other, str(tmp_path / "other"))
+    found = source_index.of_sources(other, str(tmp_path / "other"))
     assert Mixture(found).sizes == [60, 5, 60]
     names = [pathlib.Path(source.path).name for source in found.data.sources]
     assert names == ["a", "a-2", "a"]

@@ -7,14 +7,15 @@ import pytest
 from conftest import tiny_config
 from test_inference import TEXTS, images, no_compile_cache, words  # noqa: F401
 
-from coca_jax import inference, partitioning
+from coca_jax import inference
 from coca_jax.models import attention_maps, coca
 from coca_jax.ops import reference
+from coca_jax.parallel import sharding
 
 
 def params_of(module: coca.CoCa) -> dict:
     """Random parameters, without a program that makes them."""
-    shapes = jax.eval_shape(lambda: partitioning.unbox(coca.init(module, jax.random.key(0))))
+    shapes = jax.eval_shape(lambda: sharding.unbox(coca.init(module, jax.random.key(0))))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes)
 

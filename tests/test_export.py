@@ -26,12 +26,14 @@ from test_inference import (  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, export_format, inference
-from coca_jax.config import typed
-from coca_jax.files import sealed_json
+from coca_jax import inference
+from coca_jax.cli import export
+from coca_jax.config import heads, typed
 from coca_jax.inference import export_folder, export_onnx, export_programs
-from coca_jax.inference.two_towers import TwoTowerModel
-from coca_jax.models import head_kinds, two_towers
+from coca_jax.inference.model import TwoTowerModel
+from coca_jax.interop import export_format
+from coca_jax.models import two_towers
+from coca_jax.runtime import json_files
 
 # What a user without this package runs: jax, NumPy and the files.
 WITHOUT_PACKAGE = """
@@ -197,7 +199,7 @@ def test_towers_have_a_card_of_their_own(words, tmp_path):  # noqa: F811
     export_folder.write(towers, str(tmp_path / "old"))
     config_file = tmp_path / "old" / "config.json"
     old = json.loads(config_file.read_text()) | dict(model_type="coca", architectures=["CoCa"])
-    old = {name: value for name, value in old.items() if name not in ("files", sealed_json.KEY)}
+    old = {name: value for name, value in old.items() if name not in ("files", json_files.SEAL_KEY)}
     config_file.write_text(json.dumps(old))
     assert isinstance(coca_jax.load(str(tmp_path / "old")), TwoTowerModel)
 
@@ -361,7 +363,7 @@ def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_pa
             call("no", *given)
     told = "the programs leave out the task head, whose weights are written too: coca_jax.load("
     assert told not in capsys.readouterr().err
-    loaded.head_kind = head_kinds.Classification()
+    loaded.head_kind = heads.Classification()
     for kind, says in (("folder", True), ("onnx", True), ("hub", False)):
         call(kind, f"--format={kind}")
         assert (f"{told}'{tmp_path / kind}') has" in capsys.readouterr().err) == says

@@ -14,16 +14,16 @@ from test_inference import random_params, tiny_model, tiny_parts, words  # noqa:
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
-from coca_jax import blend, export_format, report, run_config
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import config_file, manager
+from coca_jax.cli import blend, report
 from coca_jax.config import Optimizer
 from coca_jax.data import vocabulary
-from coca_jax.evaluators import history, tasks
+from coca_jax.evaluation import history, report_charts, runner
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
-from coca_jax.models import coca, roles
-from coca_jax.report import charts
-from coca_jax.training import guard, lora, setup, warm_start
+from coca_jax.interop import export_format
+from coca_jax.models import coca, lora, param_groups
+from coca_jax.training import guard, setup, warm_start
 from coca_jax.training.optimizer import pull_to_start
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -156,11 +156,11 @@ def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(ada
         export_format.flatten(jax.tree.map(np.asarray, params))
         for params in (
             warm_start.read(str(folder / "first"))[0],
-            checkpointing.load_params(str(folder / "tuned"))[0],
+            manager.load_params(str(folder / "tuned"))[0],
         )
     )
     moved = {name for name in first if not np.array_equal(first[name], tuned[name])}
-    kernels = export_format.flatten(roles.adapted(export_format.unflatten(tuned), "all"))
+    kernels = export_format.flatten(param_groups.adapted(export_format.unflatten(tuned), "all"))
     assert moved == kernels.keys() and len(moved) == 30  # 6 + 6 + 10 in stacks, 8 of the poolers
     assert [row["step"] for row in history.read(folder / "tuned")] == [0, 3]
     factors = lora.extract(export_format.unflatten(tuned), export_format.unflatten(first), 2)
@@ -172,7 +172,7 @@ def test_lora_moves_kernels_alone_and_the_guard_scores_before_the_first_step(ada
 @pytest.mark.long
 def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch, capfd):
     """The scores of a tiny model say little: the probe's are given here, the run is a real one."""
-    from coca_jax.evaluators import tasks
+    from coca_jax.evaluation import runner
 
     given = {0: 0.8, 2: 0.3}
 
@@ -186,7 +186,7 @@ def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch, capfd):
         config.loss.captioning_weight = 0.0  # half as much to compile
         return config
 
-    monkeypatch.setattr(tasks, "run_tasks", scored)
+    monkeypatch.setattr(runner, "run_tasks", scored)
     with pytest.raises(
         guard.LostTooMuch,
         match="0.3000 and was 0.8000, 62% lost; the run in .* --config.eval.guard=warn goes on",
@@ -201,7 +201,7 @@ def test_guard_stops_a_run_that_ruins_its_probe(tmp_path, monkeypatch, capfd):
     for _ in range(2):
         with pytest.raises(guard.LostTooMuch, match="step 4 lost more .* 0.2000 and was 0.8000"):
             train_alone(config, tmp_path / "end")
-    assert checkpointing.find_step(str(tmp_path / "end"))[1] == 4
+    assert manager.find_step(str(tmp_path / "end"))[1] == 4
     assert (tmp_path / "end" / "report.html").exists()
     (tmp_path / history.FILE).unlink()  # of a run that began without a guard, say
     train_alone(plain(), tmp_path)
@@ -216,7 +216,7 @@ def test_guard_and_lora_say_what_they_need():
     config = guarded_run()
     config.optimizer.update(lora_rank=2, l2_to_start=0.1)
     with pytest.raises(ValueError, match="optimizer.lora_rank=2 needs"):
-        run_config.check(run_config_of(config))
+        config_file.check(run_config_of(config))
     config.optimizer.l2_to_start = 0.0
     with pytest.raises(ValueError, match="lora_rank=2 adapts kernels that weights have and needs"):
         setup.check_config(run_config_of(config))
@@ -240,12 +240,12 @@ def test_mixing_goes_from_one_to_the_other_and_has_a_chart():
     rows = [
         dict(share=share, scores={"retrieval/x/mean_recall": 0.5 + share / 4}) for share in (0, 1)
     ]
-    (figure,) = charts.blended(rows)
+    (figure,) = report_charts.blended(rows)
     assert "share of the way" in figure and "Retrieval between both models" in figure
-    assert charts.blended([dict(share=1)]) == charts.blended("rubbish") == []
+    assert report_charts.blended([dict(share=1)]) == report_charts.blended("rubbish") == []
     rows += [dict(share=0.5, scores={"retrieval/x/mean_recall": None}), dict(share=None, scores={})]
     rows += [dict(share=None, scores={"retrieval/x/mean_recall": 0.5})]
-    (figure,) = charts.blended(rows)  # without what is no number
+    (figure,) = report_charts.blended(rows)  # without what is no number
     assert 'data-points="[[[0.0,50.0],[1.0,75.0]]]"' in figure
 
 
@@ -294,7 +294,7 @@ def test_the_command_mixes_scores_and_writes(words, tmp_path, monkeypatch, capsy
         score = float(np.abs(kernel_now() - kernel).mean() / np.abs(change).mean())
         return {"retrieval/x/image_to_text_r1": score, "retrieval/x/odd": 1.0}
 
-    monkeypatch.setattr(tasks, "run_tasks", run_tasks)
+    monkeypatch.setattr(runner, "run_tasks", run_tasks)
     monkeypatch.setattr(blend.evaluate, "tasks_of_flags", lambda: ["a task"])
     (tmp_path / "curve").mkdir()
     (tmp_path / "curve/metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')

@@ -17,16 +17,19 @@ from PIL import Image, ImageDraw
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export_format, fit, recipes
+from coca_jax.apps import fit as measure
+from coca_jax.apps import fit as recipe
+from coca_jax.apps import fit as run
+from coca_jax.apps import fit_choice
+from coca_jax.apps.fit import Kept, Request
+from coca_jax.cli import fit
 from coca_jax.config import typed
-from coca_jax.data import sources
-from coca_jax.files import out_folder
-from coca_jax.fitting import look, measure, recipe, run
-from coca_jax.fitting.kept import Kept, Request
-from coca_jax.importers import asked, indexes, splits
-from coca_jax.importers.items import Item
+from coca_jax.data import filters, prepare, source_index
+from coca_jax.data.sources.items import Item
 from coca_jax.inference import export_programs
-from coca_jax.training import gradients, lease, step, stopping, warm_start
+from coca_jax.interop import export_format
+from coca_jax.runtime import lease, out_folder, signals
+from coca_jax.training import recipes, train_step, warm_start
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200)}
 SHAPES = ("circle", "square")
@@ -84,18 +87,18 @@ def fitted(folder, tmp_path_factory):
     """A fit that was stopped after three steps and went on: its workdir, summary and lines, and how
     often a step was traced."""
     workdir, said, traced = str(tmp_path_factory.mktemp("run") / "fit"), [], []
-    plain = gradients.value_and_gradients
+    plain = train_step.value_and_gradients
     request = Request(folder=str(folder), minutes=0.2)
     one = jax.devices()[:1]  # as a user's machine has; programs for eight take longer to compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: one)
         patch.setattr(jax, "local_devices", lambda *_: one)
-        patch.setattr(step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of))
+        patch.setattr(train_step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of))
         time, timed = measure.measure, []
         patch.setattr(measure, "measure", lambda *of, **how: timed.append(how) or time(*of, **how))
         with patch.context() as stopped:
-            stopped.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
-            with pytest.raises(stopping.Preempted, match="step 3 is saved"):
+            stopped.setattr(signals.Stop, "reached", lambda self, step: step == 3)
+            with pytest.raises(signals.Preempted, match="step 3 is saved"):
                 run.fit(request, workdir, change=few_steps, say=said.append)
         first = pathlib.Path(workdir, "recipe.py").read_text()
         said.append("again")
@@ -192,7 +195,7 @@ def test_what_is_said(done, folder):
 def test_held_out_pictures_are_apart(done):
     place = f"{done[0]}/data/shapes"
     train, test = (
-        {record.image for record in sources.open_source(dict(path=place, split=split))}
+        {record.image for record in filters.open_source(dict(path=place, split=split))}
         for split in ("train", "test")
     )
     assert len(train) + len(test) == 60 and not train & test
@@ -302,15 +305,15 @@ def test_data_that_another_command_brought_in_otherwise_name_the_workdir(tmp_pat
     folder = drawn_folder(tmp_path / "pics", 40)
     workdir = str(tmp_path / "run")
     config = typed(recipes.load("tiny")).change({"data.sources": (dict(path=str(folder)),)})
-    indexes.of_sources(config, workdir)  # all of it, as a source of a recipe
+    source_index.of_sources(config, workdir)  # all of it, as a source of a recipe
     line = f"--workdir={workdir}: {workdir}/data/pics already holds a split 'train' made with other"
     with pytest.raises(ValueError, match=f"^{line} options; give another --workdir, or remove "):
         run.fit(Request(folder=str(folder)), workdir, dry_run=True, say=str)
     with pytest.raises(
         ValueError, match="^--workdir=w: d is an .* other options.*--workdir, or re"
     ):
-        with asked.within("--workdir", "w"):
-            raise asked.Otherwise("d", "d is an unfinished import with other options", "give -")
+        with prepare.within("--workdir", "w"):
+            raise prepare.Otherwise("d", "d is an unfinished import with other options", "give -")
 
 
 def test_pictures_in_the_workdir_stay(tmp_path, monkeypatch):
@@ -357,7 +360,7 @@ def test_images_outside_the_folder_are_read_where_that_is_allowed(tmp_path):
     request = Request(folder=str(lists), allow_paths=(str(pictures),))
     facts, place, names, _ = run.bring_in(request, workdir, Kept(workdir, request), str)
     assert (facts.train, facts.test) == (16, 8)
-    record = next(iter(sources.open_source(dict(path=place, split="train"))))
+    record = next(iter(filters.open_source(dict(path=place, split="train"))))
     assert record.image in [drawing(i)[0] for i in range(24)]
 
 
@@ -401,7 +404,7 @@ def test_weights_that_cannot_be_tuned_are_refused_before_the_data_are_read(
 def test_prepared_data_are_split_again(tmp_path):
     """Data that `prepare` wrote as one split are copied with a held-out one; with two, used."""
     drawn_folder(tmp_path / "raw", 40)
-    splits.prepare("imagefolder", str(tmp_path / "raw"), str(tmp_path / "p"), progress=False)
+    prepare.prepare("imagefolder", str(tmp_path / "raw"), str(tmp_path / "p"), progress=False)
     request = Request(folder=str(tmp_path / "p"))
     workdir = str(tmp_path / "run")
     facts, place, names, _ = run.bring_in(request, workdir, Kept(workdir, request), str)
@@ -421,7 +424,7 @@ def test_pictures_without_a_text_that_trains_are_told_and_not_counted(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     request, workdir = Request(folder=str(folder)), str(tmp_path / "run")
     facts, place, *_ = run.bring_in(request, workdir, Kept(workdir, request), said.append)
-    train = list(sources.open_source(dict(path=place, split="train")))
+    train = list(filters.open_source(dict(path=place, split="train")))
     labelled = sum(bool(record.labels) for record in train)
     captioned = len(train) - labelled
     assert facts.train == labelled and captioned > 0 and len(train) == 32
@@ -436,7 +439,7 @@ def test_looking_counts_what_is_there():
     items = [Item(str(i), drawing(i)[0], [f"number {i}"], ["a", "b"]) for i in range(10)]
     items += [Item("twin", drawing(0)[0], ["Привет мир"]), Item("html", b"<html>", ["x"])]
     items += [Item("none", problem="missing_image"), Item("bare", drawing(99)[0])]
-    scan = look.Scan(items)
+    scan = fit_choice.Scan(items)
     facts = scan.facts
     assert (facts.train, facts.captions, facts.labels, facts.repeated) == (11, 11, 10, 1)
     assert dict(facts.left_out) == {
@@ -450,14 +453,14 @@ def test_looking_counts_what_is_there():
     rng = np.random.default_rng(0)
     noise = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(noise, "PNG")
-    assert not look.drawn([noise.getvalue()] * 3)
+    assert not fit_choice.drawn([noise.getvalue()] * 3)
     # A photograph of an object on a white ground is none; a flat drawing on the same ground is.
     for front, drawn in ((rng.integers(60, 200, (40, 40, 3)), False), (90, True)):
         pixels = np.full((64, 64, 3), 255, np.uint8)
         pixels[10:50, 10:50] = front
         on_white = io.BytesIO()
         Image.fromarray(pixels).save(on_white, "PNG")
-        assert look.drawn([on_white.getvalue()] * 3) == drawn
+        assert fit_choice.drawn([on_white.getvalue()] * 3) == drawn
 
 
 def test_the_command_says_mistakes_in_a_line(commands, tmp_path):

@@ -3,9 +3,9 @@
 import pytest
 
 from coca_jax.config import Config, ImageModel, Model
-from coca_jax.configs import coca_2b, coca_base, coca_large
 from coca_jax.estimate import flops
-from coca_jax.training import objectives
+from coca_jax.recipes import coca_2b, coca_base, coca_large
+from coca_jax.training import losses
 
 
 @pytest.mark.parametrize("recipe,gflop", [(coca_base, 86.5), (coca_large, 229.7), (coca_2b, 708.9)])
@@ -112,7 +112,7 @@ def test_a_step_of_a_head_alone_counts_what_the_head_needs(kind):
 
 
 def test_every_field_that_a_loss_reads_has_its_parts():
-    read = {field for objective in objectives.OBJECTIVES for field in objective.outputs}
+    read = {field for objective in losses.OBJECTIVES for field in objective.outputs}
     parts = set(flops.forward_flops(Config().model)) | {"head", "hidden", "teacher"}
     assert all(flops.reads(Config(), field) <= parts for field in read)
 

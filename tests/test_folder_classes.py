@@ -10,10 +10,10 @@ import pytest
 from prepare_cases import encode, import_data, reasons_of
 from test_picture_folders import beside, brought, in_folders
 
-from coca_jax.data import prepared, sources
-from coca_jax.evaluators import probes, zero_shot
-from coca_jax.evaluators.declarations import Setting
-from coca_jax.importers import imagefolder, items, unprepared
+from coca_jax.data import evaluation_data, filters
+from coca_jax.data.sources import array_record, image_folder, items
+from coca_jax.evaluation.evaluators import probes, zero_shot
+from coca_jax.evaluation.evaluators.base import Setting
 
 
 def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
@@ -28,7 +28,7 @@ def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
 def test_two_folders_of_one_split_are_no_classes(tmp_path):
     """All of them were classes once: the pictures of the test set were trained on."""
     in_folders(tmp_path / "a", ["train/c", "training/c", "Testing/c"])
-    assert imagefolder.splits(str(tmp_path / "a")) == ["test", "train"]
+    assert image_folder.splits(str(tmp_path / "a")) == ["test", "train"]
     says = "the split '{}' is both train and training, which are its folders; give the folder to r"
     for split in ("train", "training"):
         with pytest.raises(ValueError, match=says.format(split)):
@@ -41,7 +41,7 @@ def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_
     def labels(folder, class_names):
         out = tmp_path / f"p{len(list(tmp_path.iterdir()))}"
         found = brought("imagefolder", folder, out, class_names=class_names)
-        listed = prepared.read_manifest(str(out))["class_names"]
+        listed = array_record.read_manifest(str(out))["class_names"]
         return sorted({labels[0] for _, labels in found.values()}), listed, reasons_of(out)
 
     numbered = in_folders(tmp_path / "numbered", "012", count=1)
@@ -51,8 +51,8 @@ def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_
     (tmp_path / "0").mkdir()
     import_data("imagefolder", numbered, tmp_path / "0/raw")
     import_data("prepared", tmp_path / "0/raw", tmp_path / "0/named", class_names=names)
-    assert prepared.read_manifest(str(tmp_path / "0/named"))["class_names"] == list(names)
-    renamed = sources.open_source(str(tmp_path / "0/named"))
+    assert array_record.read_manifest(str(tmp_path / "0/named"))["class_names"] == list(names)
+    renamed = filters.open_source(str(tmp_path / "0/named"))
     assert [record.labels for record in renamed] == [(name,) for name in names]
     (tmp_path / "0/list.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n\n")
     lines = items.read_class_names(str(tmp_path / "0/list.txt"))
@@ -102,24 +102,24 @@ def test_a_class_whose_name_is_no_text_is_named(tmp_path):
 def test_a_folder_is_looked_through_once_for_all_that_a_command_asks(tmp_path, monkeypatch):
     """Each question went through all files: a million took minutes before the first was read."""
     data = dict(path=str(in_folders(tmp_path / "a", ["cat", "dog"])))
-    planned, plan = [], imagefolder.plan
-    monkeypatch.setattr(imagefolder, "plan", lambda *of: planned.append(of) or plan(*of))
+    planned, plan = [], image_folder.plan
+    monkeypatch.setattr(image_folder, "plan", lambda *of: planned.append(of) or plan(*of))
 
     def asked():
-        split = unprepared.choose_split(data)
-        source = unprepared.open_source(data, split)
-        names = unprepared.class_names(data, split)
-        return split, names, unprepared.counts(data)["label"], [one.labels for one in source]
+        split = evaluation_data.choose_split(data)
+        source = evaluation_data.open_source(data, split)
+        names = evaluation_data.class_names(data, split)
+        return split, names, evaluation_data.counts(data)["label"], [one.labels for one in source]
 
     apart = asked()
     every = len(planned)
     planned.clear()
-    with unprepared.looked_through_once():
+    with evaluation_data.looked_through_once():
         assert asked() == apart
         assert len(planned) == 3 < every / 2  # what it is, whether it has splits, its rows
         in_folders(tmp_path / "a", ["fox"])
-        assert unprepared.class_names(data, "test") == ["cat", "dog"]
-    assert unprepared.class_names(data, "test") == ["cat", "dog", "fox"]
+        assert evaluation_data.class_names(data, "test") == ["cat", "dog"]
+    assert evaluation_data.class_names(data, "test") == ["cat", "dog", "fox"]
 
 
 @pytest.mark.parametrize("maker", [probes.LinearProbe, probes.NearestNeighbours])

@@ -8,12 +8,12 @@ from conftest import random_batch, tiny_config, train_step_of
 from quick_start import first_state
 from test_checkpointing import RUN, restore, state_of
 
-from coca_jax import partitioning
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import manager
 from coca_jax.config import checks, typed
 from coca_jax.models import coca
-from coca_jax.ops import contrastive
-from coca_jax.ops.global_contrastive import UNSEEN, Estimates, global_contrastive_loss
+from coca_jax.ops import contrastive_loss
+from coca_jax.ops.contrastive_loss import UNSEEN, Estimates, global_contrastive_loss
+from coca_jax.parallel import sharding
 
 COUNT, WIDTH = 12, 5
 compiled = jax.jit(global_contrastive_loss, static_argnames=("num_examples", "rate"))
@@ -33,7 +33,7 @@ def test_a_batch_of_all_examples_has_the_loss_and_gradient_of_softmax(scale, red
     image, text = embeddings()
 
     def whole(image, text, scale):
-        found = contrastive.contrastive_loss(image, text, scale, reduction=reduction)
+        found = contrastive_loss.contrastive_loss(image, text, scale, reduction=reduction)
         return found[0]
 
     def ours(image, text, scale):
@@ -100,7 +100,9 @@ def test_small_batches_come_near_the_gradient_of_all_examples():
     whole with kept means than that of each batch alone."""
     count, batch = 64, 4
     image, text = embeddings(1, count)
-    whole = jax.grad(lambda i: contrastive.contrastive_loss(i, text, jnp.float32(8.0))[0])(image)
+    whole = jax.grad(lambda i: contrastive_loss.contrastive_loss(i, text, jnp.float32(8.0))[0])(
+        image
+    )
     kept = dict(image=np.full(count, UNSEEN, np.float32), text=np.full(count, UNSEEN, np.float32))
     sums = {"kept": np.zeros_like(image), "alone": np.zeros_like(image)}
 
@@ -114,7 +116,9 @@ def test_small_batches_come_near_the_gradient_of_all_examples():
 
         return jax.grad(loss, has_aux=True)(i)
 
-    alone = jax.jit(jax.grad(lambda i, t: contrastive.contrastive_loss(i, t, jnp.float32(8.0))[0]))
+    alone = jax.jit(
+        jax.grad(lambda i, t: contrastive_loss.contrastive_loss(i, t, jnp.float32(8.0))[0])
+    )
     rng = np.random.default_rng(0)
     for epoch in range(80):
         for rows in rng.permutation(count).reshape(-1, batch):
@@ -142,7 +146,7 @@ def test_a_step_keeps_the_means_of_its_examples(one_device_mesh):
     state = first_state(model, config, one_device_mesh)
     batch = random_batch(config) | dict(example=np.arange(2, 34, 2, dtype=np.int32))
     step = train_step_of(model, config, 5)
-    after, metrics = step(state, partitioning.place_batch(one_device_mesh, batch))
+    after, metrics = step(state, sharding.place_batch(one_device_mesh, batch))
     for table in after.estimates.values():
         seen = np.flatnonzero(np.asarray(table) > UNSEEN / 2)
         np.testing.assert_array_equal(seen, batch["example"])
@@ -171,7 +175,7 @@ def test_what_does_not_go_with_it_is_named(changes, message):
 def test_checkpoints_keep_the_means(tmp_path):
     kept = {side: jnp.asarray([0.5, UNSEEN, -3.0], jnp.float32) for side in ("image", "text")}
     state = state_of(3).replace(estimates=kept)
-    checkpoints = checkpointing.Checkpoints(str(tmp_path), run=RUN)
+    checkpoints = manager.Checkpoints(str(tmp_path), run=RUN)
     checkpoints.save(3, state)
     checkpoints.wait_for(3)
     checkpoints.close()

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from coca_jax.metrics import TimeBuckets
-from coca_jax.training import goodput
-from coca_jax.training.goodput import Goodput, between, fold
+from coca_jax.runtime import goodput
+from coca_jax.runtime.goodput import Goodput, between, fold
+from coca_jax.runtime.metric_log import TimeBuckets
 
 
 def former(first, last, step=100.0, earlier=0.0, **more):

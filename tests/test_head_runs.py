@@ -15,17 +15,18 @@ from test_inference import random_params, tiny_parts
 from test_train import tiny_run
 
 import coca_jax
-from coca_jax import export_format
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import manager
+from coca_jax.config import heads
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_folder
 from coca_jax.inference.model import CoCaModel
-from coca_jax.metrics import read_metrics
-from coca_jax.models import coca, head_kinds
-from coca_jax.models.pixels import normalise_pixels
-from coca_jax.training import stopping
-from coca_jax.training.run import train
-from coca_jax.training.stopping import Preempted
+from coca_jax.interop import export_format
+from coca_jax.models import coca
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.runtime import signals
+from coca_jax.runtime.metric_log import read_metrics
+from coca_jax.runtime.signals import Preempted
+from coca_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -97,7 +98,7 @@ def test_a_loaded_run_classifies(tuned, tmp_path):
     found = model.classify(images)
     assert found.shape == (5, len(model.class_names)) and found.dtype == np.float32
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
-    params, _ = checkpointing.load_params(workdir)
+    params, _ = manager.load_params(workdir)
     pixels = normalise_pixels(jnp.asarray(images), config.model)
     module = coca.build(config.model, head=config.head, num_classes=len(model.class_names))
     classify = jax.jit(lambda p, x: module.apply({"params": p}, x, method="classify"))
@@ -112,23 +113,23 @@ def test_a_loaded_run_classifies(tuned, tmp_path):
         coca_jax.load(tmp_path / "export", **alone).classify(images), found, atol=1e-6
     )
     # The average of what was trained, the weights of what was not.
-    _, step = checkpointing.find_step(workdir)
+    _, step = manager.find_step(workdir)
     assert os.path.isdir(f"{workdir}/checkpoints/{step}/ema") and "text_decoder" in params
 
 
 @pytest.mark.long
 def test_a_resumed_head_run_equals_an_uninterrupted_one(tuned, tmp_path, monkeypatch):
     workdir, config, _ = tuned
-    reached = stopping.Stop.reached
-    monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
+    reached = signals.Stop.reached
+    monkeypatch.setattr(signals.Stop, "reached", lambda self, step: step == 3)
     with pytest.raises(Preempted, match="step 3 is saved"):
         train_alone(config, tmp_path)
-    monkeypatch.setattr(stopping.Stop, "reached", reached)
+    monkeypatch.setattr(signals.Stop, "reached", reached)
     train_alone(config, tmp_path)
     for a, b in zip(read_metrics(workdir), read_metrics(tmp_path), strict=True):
         for name in ("loss", "head_loss", "head_accuracy", "gradient_norm"):
             assert a[name] == b[name]
-    got, want = (checkpointing.load_params(str(place))[0] for place in (tmp_path, workdir))
+    got, want = (manager.load_params(str(place))[0] for place in (tmp_path, workdir))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -161,11 +162,11 @@ def test_a_head_goes_on_only_with_its_own_classes(tuned, tmp_path):
     config.optimizer.learning_rate = 1e-9
     config.eval.tasks = ()
     train_alone(config, tmp_path / "same")
-    heads = [checkpointing.load_params(p)[0]["head"] for p in (workdir, str(tmp_path / "same"))]
+    heads = [manager.load_params(p)[0]["head"] for p in (workdir, str(tmp_path / "same"))]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *heads)
     config.head.classes = ""
     train_alone(config, tmp_path / "other")
-    fresh = checkpointing.load_params(str(tmp_path / "other"))[0]["head"]
+    fresh = manager.load_params(str(tmp_path / "other"))[0]["head"]
     assert np.abs(fresh["classifier"]["kernel"]).max() < 1e-6
 
 
@@ -221,11 +222,11 @@ def test_a_card_says_how_to_ask_the_task_head(tmp_path):
     model, card, line = card_of("answer", tmp_path)
     shown = ", ".join([r"a cat\|dog", *model.class_names[1:20]])
     assert f"\n| task head | of kind 'answer', 23 classes: {shown} and 3 more |\n" in card
-    assert line == head_kinds.Answer.example and "?" in line
+    assert line == heads.Answer.example and "?" in line
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", head_kinds.KINDS)
+@pytest.mark.parametrize("kind", heads.HEADS)
 def test_a_cards_line_for_the_task_head_runs(kind, tmp_path, monkeypatch):
     model, _, line = card_of(kind, tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -17,14 +17,15 @@ from conftest import (
 from jax.interpreters import partial_eval
 from ops_cases import drawn
 
-from coca_jax import partitioning
-from coca_jax.config import Loss
-from coca_jax.models import coca, pooler_kinds, roles
-from coca_jax.models.pixels import normalise_pixels
-from coca_jax.training import objectives, optimizer
-from coca_jax.training.gradients import value_and_gradients
-from coca_jax.training.objectives import head_loss
+from coca_jax.config import Loss, heads
+from coca_jax.models import coca, param_groups
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.parallel import sharding
+from coca_jax.training import losses as objectives
+from coca_jax.training import optimizer
+from coca_jax.training.losses import head_loss
 from coca_jax.training.state import state_shardings, trainable
+from coca_jax.training.train_step import value_and_gradients
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -47,7 +48,7 @@ def build(config):
 
 @functools.cache
 def _shapes(model):
-    return jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+    return jax.eval_shape(lambda: sharding.unbox(coca.init(model, jax.random.key(0))))
 
 
 def abstract_params(model):
@@ -76,7 +77,7 @@ def run_steps(config, mesh, steps=2):
     step = train_step_of(model, config, 100)
     state = start
     for i in range(steps):
-        state, metrics = step(state, partitioning.place_batch(mesh, head_batch(config, i)))
+        state, metrics = step(state, sharding.place_batch(mesh, head_batch(config, i)))
     return jax.device_get(start), jax.device_get(state), metrics
 
 
@@ -187,7 +188,7 @@ def test_a_loss_serves_the_parts_that_it_depends_on(pooler, kind):
         return [loss.value(inputs, loss.totals(inputs))[0] for loss in losses]
 
     program = jax.make_jaxpr(values)(params).jaxpr
-    paths = [path for path in roles.PARTS if leaves(params, path)]
+    paths = [path for path in param_groups.PARTS if leaves(params, path)]
     # Numbers of the similarity do not decay, nor do what stands for [CLS], which is cut off again,
     # and for hidden patches.
     aside = {("log_scale",), ("logit_bias",), ("text_decoder", "cls")}
@@ -196,7 +197,7 @@ def test_a_loss_serves_the_parts_that_it_depends_on(pooler, kind):
         read = partial_eval.dce_jaxpr(program, [i == number for i in range(len(losses))])[1]
         read = jax.tree.unflatten(jax.tree.structure(params), read)
         depends = {path for path in paths if any(leaves(read, path))}
-        found = roles.served(params, loss.serves, pooler_kinds.of(pooler))
+        found = param_groups.served(params, loss.serves, heads.pooler_kind(pooler))
         served = {path for path in paths if leaves(found, path)}
         assert len(served) > 5 and depends - aside == served - aside, loss.name
 
@@ -269,7 +270,7 @@ def test_a_head_may_be_wider_than_the_model():
 
 def test_a_head_and_its_optimizer_state_split_over_the_mesh():
     config = head_config(encoder_learning_rate=0.0, ema=0.9)
-    mesh = partitioning.make_mesh(1, 8, 1)
+    mesh = sharding.make_mesh(1, 8, 1)
     abstract, shardings = state_shardings(build(config), config, mesh)
     kernels = [shardings.params, shardings.ema, shardings.opt_state[0].mu]
     specs = {tuple(tree["head"]["classifier"]["kernel"].spec) for tree in kernels}

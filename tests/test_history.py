@@ -13,12 +13,14 @@ from quick_start import drawn_by_numpy  # noqa: F401
 from test_train import tiny_run
 
 import coca_jax
-from coca_jax import report
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import manager
+from coca_jax.cli import report
 from coca_jax.config import typed
-from coca_jax.evaluators import history, results, tasks
-from coca_jax.metrics import TimeBuckets
-from coca_jax.training import hooks, stopping
+from coca_jax.evaluation import history, runner
+from coca_jax.evaluation.evaluators import results
+from coca_jax.runtime import signals
+from coca_jax.runtime.metric_log import TimeBuckets
+from coca_jax.training import callbacks
 
 
 def scored_run(captioning=True):
@@ -49,7 +51,7 @@ def whole(tmp_path_factory):
             compiled[-1] += 1
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    plain = tasks.run_tasks
+    plain = runner.run_tasks
 
     def counted(*args, **how):
         compiled.append(0)
@@ -60,7 +62,7 @@ def whole(tmp_path_factory):
             inside.pop()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "run_tasks", counted)
+        patch.setattr(runner, "run_tasks", counted)
         summary = train_alone(scored_run(), workdir)
     return workdir, summary, compiled
 
@@ -94,7 +96,7 @@ def test_scores_of_an_earlier_step_say_so_in_the_report(whole, tmp_path):
     assert (model.step, coca_jax.load(out).step) == (2, 4)
     label = dict(builtin="scenes", split="test", kind="label")
     task = dict(kind="zero_shot", name="early", data=label, limit=4)
-    found = tasks.run_tasks(model, [task], str(out), of_step=model.step)
+    found = runner.run_tasks(model, [task], str(out), of_step=model.step)
     assert json.loads((out / results.STEPS).read_text()) == steps | {"zero_shot/early": 2}
     assert report.write_report(out).read_text().count("after step 2") == 1
     assert json.loads((out / "eval.json").read_text()).items() >= found.items()
@@ -114,8 +116,8 @@ def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_pat
         raise Killed
 
     place, number = {
-        "before the first task": ((hooks.Evaluation, "_model_of"), 1),
-        "between tasks": ((tasks, "run_task"), 2),
+        "before the first task": ((callbacks.Evaluation, "_model_of"), 1),
+        "between tasks": ((runner, "run_task"), 2),
         "before the history": ((history, "add"), 1),
     }[kill]
     plain, calls = getattr(*place), []
@@ -139,14 +141,14 @@ def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_pat
 @pytest.mark.parametrize(("step", "told"), [(0, "no step is lost"), (2, "could not save step 2")])
 def test_a_stop_in_an_evaluation_says_what_is_lost(tmp_path, monkeypatch, step, told):
     """Before the first step, where eval.guard scores too, nothing is."""
-    stop, left = stopping.Stop(), []
-    monkeypatch.setattr(stopping, "leave", lambda *line: left.append(line))
+    stop, left = signals.Stop(), []
+    monkeypatch.setattr(signals, "leave", lambda *line: left.append(line))
     monkeypatch.setattr(
-        hooks.Evaluation,
+        callbacks.Evaluation,
         "_model_of",
         lambda *of: types.SimpleNamespace(set_params=lambda params: None),
     )
-    monkeypatch.setattr(tasks, "run_tasks", lambda *of, **how: stop._leave("stopped") or {})
+    monkeypatch.setattr(runner, "run_tasks", lambda *of, **how: stop._leave("stopped") or {})
     config = typed(scored_run(captioning=False))
     run = types.SimpleNamespace(
         config=config,
@@ -156,11 +158,11 @@ def test_a_stop_in_an_evaluation_says_what_is_lost(tmp_path, monkeypatch, step, 
         say=lambda line: None,
         buckets=TimeBuckets(),
     )
-    checkpoints = checkpointing.Checkpoints(str(tmp_path))
-    hooks.Evaluation(run, checkpoints)(step, None)
+    checkpoints = manager.Checkpoints(str(tmp_path))
+    callbacks.Evaluation(run, checkpoints)(step, None)
     checkpoints.close()
-    line = f"stopped while evaluating: {told}; {stopping.AGAIN}"
-    assert left == [(line, stopping.EXIT_AGAIN)]
+    line = f"stopped while evaluating: {told}; {signals.AGAIN}"
+    assert left == [(line, signals.EXIT_AGAIN)]
 
 
 def test_a_step_occurs_once_and_damage_is_left_out(tmp_path):

@@ -10,9 +10,9 @@ from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
 import coca_jax
-from coca_jax import cli
-from coca_jax.files import local_files
+from coca_jax.cli import main
 from coca_jax.inference import export_folder
+from coca_jax.runtime import storage
 
 
 @pytest.fixture
@@ -35,21 +35,21 @@ def test_a_flag_s_folder_is_in_the_home_folder(home, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["coca-jax"])
     monkeypatch.setattr(gc, "set_threshold", lambda *_: None)
-    monkeypatch.setattr(cli.quiet, "environment", lambda: None)
+    monkeypatch.setattr(main.quiet, "environment", lambda: None)
     monkeypatch.setattr(
-        cli.importlib, "import_module", lambda name: SimpleNamespace(define_flags=stop)
+        main.importlib, "import_module", lambda name: SimpleNamespace(define_flags=stop)
     )
     given = ["--out=~/a", "--config.init_from=~/b", "--text=~", "--about=x~/y", "~/c", "--flag"]
     with pytest.raises(SystemExit):
-        cli.command("compile", given)
+        main.command("compile", given)
     assert seen == [f"--out={home}/a", f"--config.init_from={home}/b", *given[2:]]
 
 
 def test_a_folder_of_that_very_name_stays(home, tmp_path):
     (tmp_path / "here/~/run").mkdir(parents=True)
-    assert local_files.from_home("~/run") == "~/run"  # a run of before goes on
-    assert local_files.from_home("~/other") == f"{home}/other"
-    assert local_files.from_home("~other/a") == "~other/a"
+    assert storage.from_home("~/run") == "~/run"  # a run of before goes on
+    assert storage.from_home("~/other") == f"{home}/other"
+    assert storage.from_home("~other/a") == "~other/a"
 
 
 def test_models_and_pictures_are_found_in_the_home_folder(home, model, images):  # noqa: F811

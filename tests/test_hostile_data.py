@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from coca_jax.data import files, images, records, sources
-from coca_jax.importers import lines, splits, tar_members, tfds_name, unprepared
-from coca_jax.importers.items import Options
+from coca_jax.data import evaluation_data, filters, images, prepare
+from coca_jax.data.sources import files, records, tars, tfds
+from coca_jax.data.sources import rows as lines
+from coca_jax.data.sources.items import Options
 
 
 def _image(seed=1):
@@ -29,7 +30,7 @@ def _image(seed=1):
 
 def _prepare(format, input, out, **options):
     """(result, [(reason, detail)]) of an import."""
-    result = splits.prepare(
+    result = prepare.prepare(
         format, str(input), str(out), options=Options(**options), processes=1, progress=False
     )
     text = (pathlib.Path(out) / "train-quarantine.jsonl").read_text()
@@ -145,7 +146,7 @@ def test_rows_of_csv(folder, tmp_path):
     reasons = [reason for reason, _ in found]
     assert reasons[-5:] == ["bad_record"] * 2 + ["missing_text", "bad_utf8", "bad_record"]
     assert reasons.count("outside_input") == sum(r == "outside_input" for _, r in ROWS)
-    texts = [record.texts[0] for record in sources.open_source(str(tmp_path / "out"))]
+    texts = [record.texts[0] for record in filters.open_source(str(tmp_path / "out"))]
     assert texts[-1:] == ["two lines"] and result["read"] == result["written"] + len(found)
     (folder / "list.csv").write_bytes("filepath,label\na.png,café\na.png,cafè\n".encode("cp1252"))
     with pytest.raises(
@@ -195,7 +196,7 @@ def test_members_of_tars(tmp_path):
         for _ in range(8):
             file.write(bytes(1 << 20))
     big = tarfile.TarInfo("x.png")
-    big.size = tar_members.MAX_SKIPPED + (1 << 20)
+    big.size = tars.MAX_SKIPPED + (1 << 20)
     with gzip.open(tmp_path / "i.tar.gz", "wb", compresslevel=1) as file:
         file.write(whole[:2048])
         file.write(big.tobuf(tarfile.GNU_FORMAT))
@@ -324,7 +325,7 @@ def test_bytes_beside_the_image_are_no_fields(tmp_path):
         ("parquet", {"mask": {"path": "m.png"}, "all": [{"path": "m.png"}]}),
     ):
         _prepare(format, tmp_path / format[0], tmp_path / f"out-{format}")
-        (found,) = sources.open_source(str(tmp_path / f"out-{format}"))
+        (found,) = filters.open_source(str(tmp_path / f"out-{format}"))
         assert (found.image, found.texts) == (_image(), ("good",))
         assert json.loads(found.extra) == {"note": "ü"} | more
 
@@ -335,10 +336,10 @@ def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path, monkeypatch
     inner = {"featuresDict": {"features": {"image": features}}}
     (tmp_path / "features.json").write_text(json.dumps({"pythonClassName": "", **inner}))
     with pytest.raises(ValueError, match=r"features.json: a feature of class 'evil.Feature'"):
-        tfds_name._check_features(str(tmp_path))
+        tfds._check_features(str(tmp_path))
     monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(ValueError, match=r"features.json: a feature of class 'evil.Feature'"):
-        tfds_name.splits(tmp_path.name)  # a folder, though its name is one of a data set, too
+        tfds.splits(tmp_path.name)  # a folder, though its name is one of a data set, too
 
 
 def test_classes_by_folder_follow_no_link_out(folder, tmp_path):
@@ -349,7 +350,7 @@ def test_classes_by_folder_follow_no_link_out(folder, tmp_path):
         (folder / name).unlink()
     result, found = _prepare("imagefolder", folder, tmp_path / "out")
     assert result["written"] == 2 and [reason for reason, _ in found] == ["outside_input"]
-    keys = {record.key for record in sources.open_source(str(tmp_path / "out"))}
+    keys = {record.key for record in filters.open_source(str(tmp_path / "out"))}
     assert keys == {"sub/b.png", "sub/caf\\udce9.png"}
 
 
@@ -392,13 +393,15 @@ def test_pairs_by_the_names_of_two_files(format, folder, tmp_path):
         "missing_image", "missing_image", "missing_image", "outside_input", "outside_input",
         "missing_image",
     ]  # fmt: skip
-    pairs = list(sources.open_source(str(tmp_path / "out")))
+    pairs = list(filters.open_source(str(tmp_path / "out")))
     assert [(pair.image, pair.second) for pair in pairs] == [(_image(), _image(3))] * 2
     assert [pair.texts for pair in pairs] == [("first",), ("second",)]
     assert len({pair.key for pair in pairs}) == 2
     if format == "imagefolder":  # evaluated on as it lies there, where all rows are good
         rows = [dict(left="a.png", right="sub/b.png", text="an  a", label=[" true ", "true"])]
         (folder / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n")
-        plain = unprepared.open_source(dict(path=str(folder), image_field="left,right"), "test")
+        plain = evaluation_data.open_source(
+            dict(path=str(folder), image_field="left,right"), "test"
+        )
         assert [(pair.image, pair.second) for pair in plain] == [(_image(), _image(3))]
         assert [(pair.texts, pair.labels) for pair in plain] == [(("an a",), ("true",))]

@@ -18,14 +18,14 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import convert, export, export_format
+from coca_jax.cli import convert, export
 from coca_jax.config import Model, read
 from coca_jax.data import vocabulary
 from coca_jax.inference import export_folder
-from coca_jax.interop import hub, open_clip_config, safetensors_file
-from coca_jax.interop.open_clip_layout import Layout
+from coca_jax.interop import export_format, hub, open_clip_config, safetensors
+from coca_jax.interop.open_clip_weights import Layout
 from coca_jax.interop.pretrained import GELU, QUICK_GELU
-from coca_jax.interop.safetensors_file import Blocks
+from coca_jax.interop.safetensors import Blocks
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra 'hf'")
 file_download = pytest.importorskip("huggingface_hub.file_download")
@@ -62,7 +62,7 @@ def open_clip_weights(folder: pathlib.Path) -> None:
         key: Blocks(shape, lambda key=key, shape=shape: [cases.redraw(key, shape)])
         for key, shape in layout.tensors().items()
     }
-    safetensors_file.write(folder / "open_clip_model.safetensors", tensors)
+    safetensors.write(folder / "open_clip_model.safetensors", tensors)
     config = dict(model_cfg=cases.SMALL, preprocess_cfg={})
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text('{"model_type": "clip"}')  # of another library
@@ -152,7 +152,7 @@ def test_a_folder_as_apples_captioners_have_it_loads(tmp_path):
     here.mkdir()
     (here / "config.json").write_text(json.dumps(cases.SMALL))
     (here / "tokenizer.json").write_bytes((tmp_path / "usual" / "tokenizer.json").read_bytes())
-    arrays = safetensors_file.read(str(tmp_path / "usual" / "open_clip_model.safetensors"))
+    arrays = safetensors.read(str(tmp_path / "usual" / "open_clip_model.safetensors"))
     torch.save({k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}, here / APPLES_FILE)
     usual, found = (coca_jax.load(str(place)) for place in (tmp_path / "usual", here))
     texts = ["a cat", "two dogs"]

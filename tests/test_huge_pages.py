@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from coca_jax.machine import huge_pages
+from coca_jax.runtime import huge_pages
 
 # Whether the system has huge pages left is its matter, so what is told is whether it was asked:
 # "hg" among the flags of the memory where a result of 64 MiB lies (man 5 proc_pid_smaps).
 STEPS = """
 import sys
-from coca_jax.machine import huge_pages
+from coca_jax.runtime import huge_pages
 huge_pages.begin_again()
 import json, pathlib
 import jax, jax.numpy as jnp

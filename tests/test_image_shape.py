@@ -16,23 +16,24 @@ from PIL import Image
 from quick_start import drawn_by_numpy  # noqa: F401
 
 import coca_jax
-from coca_jax import image_shape, partitioning, run_config
-from coca_jax.config import Config, Model, checks, read, typed
-from coca_jax.configs import base
-from coca_jax.data import augment, images, order, render, resizing
+from coca_jax.checkpoints import config_file
+from coca_jax.config import Config, Model, checks, read, shapes, typed
+from coca_jax.data import augment, images, order
+from coca_jax.data.prepare import prepare
 from coca_jax.estimate.flops import model_flops
-from coca_jax.files import sealed_json
-from coca_jax.importers.splits import prepare
-from coca_jax.models import coca, image_encoder, layers, rotary
-from coca_jax.models.pixels import shrink
+from coca_jax.models import coca, image_encoder, layers
+from coca_jax.models.image_encoder import shrink
+from coca_jax.parallel import sharding
+from coca_jax.recipes import base
+from coca_jax.runtime import json_files
 from coca_jax.training import warm_start
-from coca_jax.training.run import restore_or_begin
+from coca_jax.training.trainer import restore_or_begin
 
 
 def test_a_size_is_a_number_or_height_and_width():
-    assert image_shape.pair(64) == (64, 64) and image_shape.pair((48, 96)) == (48, 96)
-    assert image_shape.words(64) == "64" and image_shape.words([48, 96]) == "48 x 96"
-    assert image_shape.grid((48, 96), 16) == (3, 6) and image_shape.grid(48, (8, 16)) == (6, 3)
+    assert shapes.pair(64) == (64, 64) and shapes.pair((48, 96)) == (48, 96)
+    assert shapes.words(64) == "64" and shapes.words([48, 96]) == "48 x 96"
+    assert shapes.grid((48, 96), 16) == (3, 6) and shapes.grid(48, (8, 16)) == (6, 3)
     model = read(Model, dict(image_size=[48, 96], patch_size=[np.int64(16), 16]))
     assert model.image_size == (48, 96) and model.patch_size == 16  # one number where they agree
     assert model.grid == (3, 6) and model.num_patches == 18
@@ -95,9 +96,9 @@ def test_patches_and_their_places_by_a_definition():
         for column in range(3):
             part = pixels[1, 4 * row : 4 * row + 4, 8 * column : 8 * column + 8]
             np.testing.assert_array_equal(found[1, 3 * row + column], part.ravel())
-    places = rotary.grid((2, 3), (2, 3))
+    places = layers.grid((2, 3), (2, 3))
     assert places.tolist() == [[r, c] for r in range(2) for c in range(3)]
-    smaller = rotary.grid((1, 3), (2, 6))  # half as many patches down and across
+    smaller = layers.grid((1, 3), (2, 6))  # half as many patches down and across
     np.testing.assert_allclose(smaller, [[0.5, 0.5], [0.5, 2.5], [0.5, 4.5]])
     table = layers.grid_waves(1, (2, 3))(None, (7, 8))
     for row in range(2):
@@ -175,13 +176,13 @@ def test_pixels_keep_height_and_width_apart(size):
             plan = augment.plan(mode, how, *sides, order.key(1, 2), size, resize=resize)
             one = {name: values[0] for name, values in plan.items()} | {"how": how[0]}
             for fast in (False, True):
-                assert render.render(data, one, mode, size, fast).shape == (*size, 3)
+                assert augment.render(data, one, mode, size, fast).shape == (*size, 3)
             if mode == "none":
-                found = render.render(data, one, mode, size)
+                found = augment.render(data, one, mode, size)
                 assert (found[: size[0] // 2 - 1] == 200).all() and (
                     found[size[0] // 2 + 1 :] == 0
                 ).all()
-                wanted = resizing.preprocess_eval(pixels, size, resize)
+                wanted = images.preprocess_eval(pixels, size, resize)
                 assert np.abs(found.astype(int) - wanted).mean() < 3
     # What is cut has the proportions of the result.
     tall = augment.plan("none", how, *sides, order.key(1, 2), size, resize="crop")["box"][0]
@@ -263,10 +264,10 @@ def data(tmp_path_factory):
 @pytest.mark.long
 def test_a_run_trains_captions_and_explains(data):
     config, workdir, folder = data
-    stored = sealed_json.read(workdir / "config.json")
+    stored = json_files.read_sealed(workdir / "config.json")
     assert stored["model"]["image_size"] == [8, 32] and stored["model"]["patch_size"] == [4, 8]
     assert stored["image_sizes"] == [[0.5, [4, 16]]]
-    run_config.check_resumable(typed(config), stored, str(workdir))
+    config_file.check_resumable(typed(config), stored, str(workdir))
     assert "8 x 32 px, patch 4 x 8" in (workdir / "report.html").read_text()
     model = coca_jax.load(str(workdir), devices=jax.devices()[:1])
     paths = [str(folder / f"{number}.png") for number in range(5)]
@@ -298,7 +299,7 @@ def test_a_run_starts_from_weights_of_another_shape(data, one_device_mesh):
     assert old[2] == (2, 4)
     table = np.asarray(old[0]["image_encoder"]["positions"]["value"])
     wanted = warm_start.resize_positions(table, 8, (2, 4), (4, 2))
-    params = partitioning.unbox(state.params)
+    params = sharding.unbox(state.params)
     found = np.asarray(params["image_encoder"]["positions"]["value"])
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert np.abs(table - found).max() > 5e-3

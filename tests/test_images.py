@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from coca_jax.console import quiet
-from coca_jax.data import image_files, images, sources, videos
+from coca_jax.data import filters, image_files, images, videos
+from coca_jax.runtime import quiet
 
 
 def _scene(mode="RGB", size=(24, 16)):
@@ -337,7 +337,7 @@ def test_a_large_picture_is_shrunk_by_the_flags_that_its_error_names(tmp_path):
     (tmp_path / "in/metadata.jsonl").write_text('{"file_name": "a.png", "text": "gray"}')
     prepare = [sys.executable, "-m", "coca_jax", "prepare", f"--input={tmp_path / 'in'}"]
     subprocess.run([*prepare, f"--out={tmp_path / 'out'}", *flags[1].split()], check=True)
-    (record,) = sources.open_source(str(tmp_path / "out"))
+    (record,) = filters.open_source(str(tmp_path / "out"))
     assert Image.open(io.BytesIO(record.image)).size == (2048, 2048)
     alone = [*prepare, f"--out={tmp_path / 'no'}", flags[1].split()[0]]
     refused = subprocess.run(alone, capture_output=True, text=True)

@@ -11,17 +11,18 @@ import pytest
 from data_cases import data_config, equal, take
 from in_place_cases import make, picture, write_tar
 
-from coca_jax import run_config
+from coca_jax.apps.search import embed
+from coca_jax.checkpoints import config_file
 from coca_jax.config import typed
-from coca_jax.data import files, prepared, range_cache, run_vocabulary, sources
-from coca_jax.data.loaders import open_stream
+from coca_jax.data import evaluation_data, filters, source_index
+from coca_jax.data import prepare as shards
+from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
-from coca_jax.data.references import Reference
-from coca_jax.importers import indexes, own_data, shards, unprepared
-from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare, prepare_with_holdout
-from coca_jax.searching import pictures
-from coca_jax.training import run, setup
+from coca_jax.data.prepare import prepare, prepare_with_holdout
+from coca_jax.data.sources import array_record, files, range_cache
+from coca_jax.data.sources.items import Options
+from coca_jax.data.sources.references import Reference
+from coca_jax.training import data_flag, run_vocabulary, setup, trainer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def made(tars, tmp_path_factory):
 
 def test_an_index_has_the_records_of_a_copy(made):
     for split in ("train", "test"):
-        copy, index = (sources.open_source(str(made / name), split) for name in ("copy", "index"))
+        copy, index = (filters.open_source(str(made / name), split) for name in ("copy", "index"))
         assert len(copy) > 4 and list(copy) == list(index)
         wanted = [3, 0, 3]
         assert index.read(wanted) == copy.read(wanted)
@@ -78,7 +79,7 @@ def test_a_step_s_examples_are_listed_without_their_pictures(tmp_path):
 
 
 def test_drawn_texts_have_the_keys_of_their_pictures():
-    source = sources.open_source(dict(builtin="scenes"))
+    source = filters.open_source(dict(builtin="scenes"))
     wanted = [one.key for one in source.read([5, 0])]
     assert all(wanted) and [one.key for one in source.read_texts([5, 0])] == wanted
 
@@ -91,8 +92,8 @@ def test_relative_names_and_links(tars, tmp_path, monkeypatch):
         out = str(tmp_path / str(number))
         make("webdataset", path, out, in_place=True)
         monkeypatch.chdir(tmp_path)
-        assert sources.open_source(out).read([5])[0].image == picture(5)
-        records = prepared.open_split(out, "train")
+        assert filters.open_source(out).read([5])[0].image == picture(5)
+        records = array_record.open_split(out, "train")
         assert records.read([0])[0].image == picture(0)
         monkeypatch.chdir(tars)
 
@@ -100,12 +101,10 @@ def test_relative_names_and_links(tars, tmp_path, monkeypatch):
 def test_search_indexes_the_pictures_of_all_splits(made, tars):
     found = [
         one
-        for group in pictures.groups(str(made / "index"), lambda name: "new")
+        for group in embed.groups(str(made / "index"), lambda name: "new")
         for one in group.read()
     ]
-    there = [
-        one for group in pictures.groups(str(tars), lambda name: "new") for one in group.read()
-    ]
+    there = [one for group in embed.groups(str(tars), lambda name: "new") for one in group.read()]
     assert len(found) == 42 and {one.image for one in found} == {one.image for one in there}
     assert len({one.name for one in found}) == 42
 
@@ -135,21 +134,21 @@ def test_what_was_changed_since_is_named_and_another_stands_in(tars, tmp_path):
     make("webdataset", data, data / "index", in_place=True)
     shutil.move(data, tmp_path / "moved")  # an index in the folder of its data moves with them
     data = tmp_path / "moved"
-    source = sources.open_source(str(data / "index"))
+    source = filters.open_source(str(data / "index"))
     record = source.read([0])[0]
     assert record.image == picture(0)
     tar = data / "000.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole.replace(record.image[-40:-20], bytes(20)))
     with pytest.raises(ValueError, match="000.tar: the bytes from 512 on are not those that were"):
-        sources.open_source(str(data / "index")).read([0])
+        filters.open_source(str(data / "index")).read([0])
     config = typed(data_config(dict(path=str(data / "index")), max_bad_fraction=0.5, batch=42))
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path))
     batch = next(open_stream(config, vocabulary))
     assert 0 not in batch["index"] and len(set(batch["index"])) == 41
     tar.write_bytes(whole + bytes(512))
     with pytest.raises(ValueError, match="index the data again"):
-        sources.open_source(str(data / "index")).read([1])
+        filters.open_source(str(data / "index")).read([1])
 
 
 RUNS = {"model.patch_size": 8, "steps": 2, "epochs": 0, "optimizer.warmup_steps": 0}
@@ -158,19 +157,19 @@ RUNS = {"model.patch_size": 8, "steps": 2, "epochs": 0, "optimizer.warmup_steps"
 def test_nothing_is_indexed_into_a_run_of_other_data_or_another_config(tars, tmp_path):
     workdir, words = str(tmp_path / "run"), types.SimpleNamespace(checksum="")
     config = typed(data_config(dict(path=f"{tars}/000.tar"))).change(RUNS)
-    begun = own_data.apply(config, [f"{tars}/000.tar"], workdir)
-    run_config.write(run_config.contents(begun, workdir, words), workdir)
+    begun = data_flag.apply(config, [f"{tars}/000.tar"], workdir)
+    config_file.write(config_file.contents(begun, workdir, words), workdir)
     write_tar(tmp_path / "mine.tar", 0, 4)
     other = f"{tmp_path}/mine.tar"
     for named in ([other], [f"{tars}/000.tar", other], ["scenes"]):
         with pytest.raises(ValueError, match="run holds a run of another config .data.sources"):
-            own_data.apply(config, named, workdir)
+            data_flag.apply(config, named, workdir)
     with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
-        own_data.apply(config.change({"seed": 1}), [f"{tars}/000.tar"], workdir)
+        data_flag.apply(config.change({"seed": 1}), [f"{tars}/000.tar"], workdir)
     with pytest.raises(ValueError, match="run holds a run of another config .data.sources"):
-        run.train(config.change({"data.sources": (dict(path=other),)}), workdir)
+        trainer.train(config.change({"data.sources": (dict(path=other),)}), workdir)
     assert os.listdir(tmp_path / "run/data") == ["000"]
-    assert own_data.apply(config, [f"{tars}/000.tar"], workdir) == begun
+    assert data_flag.apply(config, [f"{tars}/000.tar"], workdir) == begun
     setup.check(config, workdir)  # as the key says it, before it is an index
 
 
@@ -185,22 +184,22 @@ def test_what_needs_no_data_is_refused_before_they_are_indexed(changes, message,
     sources = [dict(path=f"{tars}/000.tar", weight=weight) for weight in (3.0, 2.0)]
     config = typed(data_config(*sources, batch=40)).change(RUNS | changes)
     with pytest.raises(ValueError, match=message):
-        run.train(config, f"file://{tmp_path}/run")
+        trainer.train(config, f"file://{tmp_path}/run")
     assert not (tmp_path / "run").exists()
 
 
 def test_data_that_a_flag_names_are_read_in_place(tmp_path, capsys):
     write_tar(tmp_path / "data/mine.tar", 0, 40)
     named, workdir = [str(tmp_path / "data/mine.tar")], str(tmp_path / "run")
-    config = own_data.apply(typed(data_config(dict(path="x"))), named, workdir)
+    config = data_flag.apply(typed(data_config(dict(path="x"))), named, workdir)
     path = config.data.sources[0].path
-    told = prepared.read_manifest(path)["splits"]
+    told = array_record.read_manifest(path)["splits"]
     assert told["train"]["count"] + told["test"]["count"] == 40 and told["test"]["count"] > 0
     assert told["train"]["root"] == told["test"]["root"] == str(tmp_path / "data")
     assert f"read in place, as webdataset: making an index of it in {path}" in (
         capsys.readouterr().err
     )
-    assert own_data.apply(config, named, workdir).data.sources == config.data.sources
+    assert data_flag.apply(config, named, workdir).data.sources == config.data.sources
     assert "index" not in capsys.readouterr().err  # which is there
 
 
@@ -212,11 +211,11 @@ def test_shards_by_braces(tars, tmp_path):
     with pytest.raises(ValueError, match="more than a million"):
         files.find(f"{tars}/{{0..9999999}}.tar", ())
     pattern = f"{tars}/{{000..001}}.tar"
-    assert indexes.folder_names([pattern, f"{tars}/t-{{0,1}}.tar"]) == ["data", "t-"]
-    alike = indexes.folder_names(["a/x", "b/x", "c/x", "d/x-2", "e/x"])
+    assert source_index.folder_names([pattern, f"{tars}/t-{{0,1}}.tar"]) == ["data", "t-"]
+    alike = source_index.folder_names(["a/x", "b/x", "c/x", "d/x-2", "e/x"])
     assert alike == ["x", "x-2", "x-3", "x-2-2", "x-4"]
     assert make("webdataset", pattern, tmp_path, in_place=True)["written"] == 28
-    assert prepared.read_manifest(str(tmp_path))["splits"]["train"]["root"] == str(tars)
+    assert array_record.read_manifest(str(tmp_path))["splits"]["train"]["root"] == str(tars)
 
 
 def test_braces_name_globs_too(tars):
@@ -246,7 +245,7 @@ def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
     result = prepare_with_holdout(
         *("webdataset", url, out, 0.2), options=Options(in_place=True), processes=1, progress=False
     )
-    copy, index = sources.open_source(str(made / "copy")), sources.open_source(out)
+    copy, index = filters.open_source(str(made / "copy")), filters.open_source(out)
     assert result[0]["written"] == len(copy)
     asked: list[int] = []
     system = files.filesystem(url)[0]
@@ -263,7 +262,7 @@ def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
     everything = list(range(len(copy)))
     assert index.read(everything) == copy.read(everything)
     assert asked == [3, 3, 3]  # a request a tar, after two tries that failed
-    assert sources.open_source(out).read(everything) == copy.read(everything)
+    assert filters.open_source(out).read(everything) == copy.read(everything)
     assert len(asked) == 3  # all was kept
     monkeypatch.setenv("COCA_JAX_SHARD_CACHE_GIB", str(1 / 1024))
     kept = list((tmp_path / "cache/coca_jax/shards").iterdir())
@@ -273,7 +272,7 @@ def test_a_bucket(kind, tars, made, tmp_path, monkeypatch, request):
     for file in kept:
         file.unlink()
     with pytest.raises(OSError, match="in_place/000.tar cannot be read: FileNotFoundError"):
-        sources.open_source(out).read([0])
+        filters.open_source(out).read([0])
 
 
 def test_one_read_of_several_kinds_of_stores(tmp_path):
@@ -294,24 +293,24 @@ def test_data_that_are_not_prepared_are_sources_and_evaluated_on(tars, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tar(tmp_path / "data/0.tar", 0, 6)
     entry = dict(path=str(tmp_path / "data"), kind="caption")
-    assert unprepared.choose_split(entry) == "test" and unprepared.splits(entry) == []
-    assert unprepared.counts(entry) == dict(caption=6, label=0)
-    source = unprepared.open_source(entry, "test")
+    assert evaluation_data.choose_split(entry) == "test" and evaluation_data.splits(entry) == []
+    assert evaluation_data.counts(entry) == dict(caption=6, label=0)
+    source = evaluation_data.open_source(entry, "test")
     assert [record.image for record in source] == [picture(n) for n in range(6)]
     write_tar(tmp_path / "data/0.tar", 6, 7)  # other files, another index
-    assert len(unprepared.open_source(entry, "test")) == 7
+    assert len(evaluation_data.open_source(entry, "test")) == 7
     config = typed(data_config(entry, dict(path=f"{tars}/000.tar", split="train")))
-    found = indexes.of_sources(config, str(tmp_path / "run"))
+    found = source_index.of_sources(config, str(tmp_path / "run"))
     assert Mixture(found).sizes == [7, 14]
     assert [entry.path for entry in found.data.sources] == [
         str(tmp_path / "run/data/data"),
         str(tmp_path / "run/data/000"),
     ]
-    assert indexes.of_sources(found, str(tmp_path / "run")) is found
-    assert indexes.of_sources(config, str(tmp_path / "run")) == found
+    assert source_index.of_sources(found, str(tmp_path / "run")) is found
+    assert source_index.of_sources(config, str(tmp_path / "run")) == found
     (tmp_path / "data/1.tar.gz").touch()
     with pytest.raises(ValueError, match="1.tar.gz is compressed .* `coca-jax prepare` without"):
-        unprepared.open_source(entry, "test")
+        evaluation_data.open_source(entry, "test")
 
 
 def test_fields_of_lists_that_are_not_prepared_are_their_texts(tmp_path, monkeypatch):
@@ -324,17 +323,17 @@ def test_fields_of_lists_that_are_not_prepared_are_their_texts(tmp_path, monkeyp
     entry = dict(path=str(tmp_path / "list.csv"), kind="caption")
 
     def texts(**given):
-        return [record.texts[0] for record in unprepared.open_source(entry | given, "test")]
+        return [record.texts[0] for record in evaluation_data.open_source(entry | given, "test")]
 
     assert texts() == ["title 0", "title 2", "title 3"]
     assert texts(text_field="title") == texts()
     assert texts(text_field="description") == [f"no. {n}" for n in range(4)]
     by_kind = dict(text_field="description", where=dict(kind="1"), label_field="kind")
-    found = list(unprepared.open_source(entry | by_kind, "test"))
+    found = list(evaluation_data.open_source(entry | by_kind, "test"))
     assert [(r.texts, r.labels) for r in found] == [((f"no. {n}",), ("1",)) for n in (1, 3)]
     config = typed(data_config(entry, entry | dict(text_field="description")))
     for _ in range(2):
-        found = indexes.of_sources(config, str(tmp_path / "run"))
+        found = source_index.of_sources(config, str(tmp_path / "run"))
         assert Mixture(found).sizes == [3, 4]
         assert len({one.path for one in found.data.sources}) == 2
 
@@ -370,18 +369,18 @@ def test_a_view_of_an_index_reads_no_image(tars, tmp_path):
     make("webdataset", data, tmp_path / "index", in_place=True)
     (data / "000.tar").unlink()
     entry = dict(path=str(tmp_path / "index"), where={"url": ["http://x/3", "http://x/20"]})
-    source = sources.open_source(entry | dict(text_field="width"))
+    source = filters.open_source(entry | dict(text_field="width"))
     assert [record.texts for record in source.read_texts(range(len(source)))] == [("20",)] * 2
     with pytest.raises(FileNotFoundError, match="000.tar"):
         source.read([0])
     shutil.move(data, tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="an index of what lies in .*/data, which is not"):
-        sources.open_source(entry)
+        filters.open_source(entry)
     manifest = tmp_path / "index/manifest.json"
     manifest.write_text(manifest.read_text().replace(str(data), "http://169.254.169.254/latest"))
     with pytest.raises(ValueError, match="neither here nor in a bucket"):
-        sources.open_source(entry)
+        filters.open_source(entry)
     # A run in a bucket goes on on any machine, and so has a copy.
     write_tar(tmp_path / "few/0.tar", 0, 40)
-    out = own_data.prepared(str(tmp_path / "few"), "memory://run/data/few")
-    assert "root" not in prepared.read_manifest(out)["splits"]["train"]
+    out = data_flag.prepared(str(tmp_path / "few"), "memory://run/data/few")
+    assert "root" not in array_record.read_manifest(out)["splits"]["train"]

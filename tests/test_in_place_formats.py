@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from in_place_cases import both, make, picture, write_tar
 
-from coca_jax.data import formats, prepared, references, sources
-from coca_jax.importers import imagefolder, indexes, metadata, own_data, parquet, unprepared
-from coca_jax.importers.items import Options, Unit, resuming_reads
+from coca_jax.data import evaluation_data, filters, source_index
+from coca_jax.data.sources import array_record, formats, image_folder, manifest, parquet, references
+from coca_jax.data.sources.items import Options, Unit, resuming_reads
+from coca_jax.training import data_flag
 
 
 def test_image_files_that_lists_name(tmp_path):
@@ -114,7 +115,7 @@ def test_damaged_tars_are_handled_as_a_copy_handles_them(tmp_path):
         write_tar(folder / "good.tar", 50, 2)
         copy, index = both("webdataset", folder, folder / "out")
         assert len(copy) >= 2 and list(copy) == list(index), number
-        told = prepared.read_manifest(str(folder / "out/index"))["splits"]["train"]
+        told = array_record.read_manifest(str(folder / "out/index"))["splits"]["train"]
         reasons |= set(told["quarantined"])
     assert {"damaged_archive", "missing_text"} <= reasons
 
@@ -155,9 +156,9 @@ def test_compressed_archives_say_so_and_are_copied(tmp_path, capsys):
         make("webdataset", tmp_path / "data", tmp_path / "out", in_place=True)
     with pytest.raises(ValueError, match="--max_side=9 encodes"):
         make("webdataset", tmp_path / "data", tmp_path / "out", in_place=True, max_side=9)
-    path = own_data.prepared(str(tmp_path / "data"), str(tmp_path / "run"))
+    path = data_flag.prepared(str(tmp_path / "data"), str(tmp_path / "run"))
     assert "importing it into" in capsys.readouterr().err
-    assert "root" not in prepared.read_manifest(path)["splits"]["train"]
+    assert "root" not in array_record.read_manifest(path)["splits"]["train"]
 
 
 def test_texts_in_files_beside_images_are_those_of_a_tar(tmp_path):
@@ -220,7 +221,7 @@ def test_lists_of_json_lines_packed_or_not(tmp_path):
         copy, index = both(format, folder, tmp_path / name)
         assert list(copy) == list(index)
         found[name] = [(record.key, record.texts) for record in copy]
-        told = prepared.read_manifest(str(tmp_path / name / "copy"))["splits"]["train"]
+        told = array_record.read_manifest(str(tmp_path / name / "copy"))["splits"]["train"]
         assert set(told["quarantined"]) - {"bad_json"} == (
             {"damaged_archive"} if name.startswith("cut") else set()
         )
@@ -238,7 +239,7 @@ def test_an_index_in_a_bucket_within_its_data_opens(data, input, tmp_path):
     url = f"memory://{data}_index"
     fsspec.filesystem("memory").pipe_file(f"/{data}_index/0.tar", (tmp_path / "0.tar").read_bytes())
     make("webdataset", url + input, f"{url}/of/it", in_place=True)
-    found = sources.open_source(f"{url}/of/it")
+    found = filters.open_source(f"{url}/of/it")
     assert [record.image for record in found] == [picture(n) for n in range(3)]
 
 
@@ -265,13 +266,13 @@ TABLE = (
 
 
 def test_each_unit_of_a_table_starts_where_its_rows_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(imagefolder, "ROWS_PER_UNIT", 3)
+    monkeypatch.setattr(image_folder, "ROWS_PER_UNIT", 3)
     path = tmp_path / "metadata.csv"
     path.write_text(TABLE, newline="")
-    units = imagefolder.csv_units(str(path), "")
+    units = image_folder.csv_units(str(path), "")
 
     def items(unit):
-        found = [one.item for one in imagefolder.located(unit, Options())]
+        found = [one.item for one in image_folder.located(unit, Options())]
         return [(one.key, tuple(one.texts), one.problem) for one in found]
 
     whole = items(dataclasses.replace(units[0], stop=99))
@@ -288,13 +289,13 @@ def test_each_unit_of_a_table_starts_where_its_rows_do(tmp_path, monkeypatch):
 
 
 def test_a_packed_list_is_gone_through_few_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(imagefolder, "ROWS_PER_UNIT", 1)
-    monkeypatch.setattr(imagefolder, "_MOST_PASSES", 3)
+    monkeypatch.setattr(image_folder, "ROWS_PER_UNIT", 1)
+    monkeypatch.setattr(image_folder, "_MOST_PASSES", 3)
     rows = [json.dumps(dict(file_name=f"{n}.jpg", text="a")) for n in range(10)]
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    units = imagefolder.line_units(str(tmp_path / "a.jsonl.gz"), "")
+    units = image_folder.line_units(str(tmp_path / "a.jsonl.gz"), "")
     assert [unit.rows for unit in units] == [4, 4, 2]
-    found = [one.item.key for unit in units for one in imagefolder.located(unit, Options())]
+    found = [one.item.key for unit in units for one in image_folder.located(unit, Options())]
     assert found == [f"{n}.jpg" for n in range(10)]
 
 
@@ -314,10 +315,10 @@ def test_an_image_that_was_corrected_beside_a_list_is_a_change(name, tmp_path, m
     format, out = formats.guess(path), str(tmp_path / "out")
 
     def now():
-        return indexes.state_of_input(format, path, out, Options())
+        return source_index.state_of_input(format, path, out, Options())
 
     def seen():
-        return [record.image for record in unprepared.open_source(entry, "test")]
+        return [record.image for record in evaluation_data.open_source(entry, "test")]
 
     entry = dict(path=path, kind="caption")
     if name != "metadata.csv":  # a folder is not indexed, and refuses a row whose image is gone
@@ -326,18 +327,18 @@ def test_an_image_that_was_corrected_beside_a_list_is_a_change(name, tmp_path, m
     make(format, path, out, in_place=True)
     about = (folder / "1.jpg").stat()
     os.utime(folder / "1.jpg", (1, 1))
-    assert metadata.have_changed(first, now(), times=True)
-    assert not metadata.have_changed(first, now())
+    assert manifest.have_changed(first, now(), times=True)
+    assert not manifest.have_changed(first, now())
     other = picture(7).ljust(about.st_size + 10, b"\0")
     (folder / "1.jpg").write_bytes(other)
-    assert metadata.have_changed(first, now())
-    assert not metadata.have_changed(first[:65], now(), times=True)  # as it was kept once
+    assert manifest.have_changed(first, now())
+    assert not manifest.have_changed(first[:65], now(), times=True)  # as it was kept once
     if name != "metadata.csv":
         assert seen() == [picture(0), other, picture(2)]
     (folder / "1.jpg").write_bytes(picture(1))
-    assert not metadata.have_changed(first, now())
+    assert not manifest.have_changed(first, now())
     (folder / "gone.jpg").write_bytes(picture(4))
-    assert metadata.have_changed(first, now())
+    assert manifest.have_changed(first, now())
 
 
 def test_each_image_of_a_long_list_is_asked_whether_it_changed(tmp_path):
@@ -349,7 +350,7 @@ def test_each_image_of_a_long_list_is_asked_whether_it_changed(tmp_path):
     path.write_text("".join(json.dumps(dict(file_name=one, text="x")) + "\n" for one in names))
 
     def now():
-        return indexes.state_of_input("jsonl", str(path), str(tmp_path / "out"), Options())
+        return source_index.state_of_input("jsonl", str(path), str(tmp_path / "out"), Options())
 
     first, own = now(), now().split("-")[:2]
     size = (tmp_path / names[0]).stat().st_size
@@ -368,11 +369,11 @@ def test_of_pictures_with_texts_beside_them_no_plan_of_classes_is_made(tmp_path,
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(picture(number))
         (tmp_path / f"{number}.txt").write_text(f"no. {number}")
-    monkeypatch.setattr(imagefolder, "plan", lambda *_: pytest.fail("made a plan"))
+    monkeypatch.setattr(image_folder, "plan", lambda *_: pytest.fail("made a plan"))
     entry = dict(path=str(tmp_path), kind="caption")
-    assert unprepared.splits(entry) == [] and unprepared.choose_split(entry) == "test"
-    assert unprepared.counts(entry) == dict(caption=3, label=0)
-    assert len(unprepared.open_source(entry, "test")) == 3
+    assert evaluation_data.splits(entry) == [] and evaluation_data.choose_split(entry) == "test"
+    assert evaluation_data.counts(entry) == dict(caption=3, label=0)
+    assert len(evaluation_data.open_source(entry, "test")) == 3
 
 
 def test_parquet_is_gone_on_with_where_the_unit_before_ended(tmp_path, monkeypatch):

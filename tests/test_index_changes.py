@@ -11,12 +11,10 @@ from test_search import embed, encoded, tree
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import search
-from coca_jax.console import bars
-from coca_jax.files import local_files, sealed_json
+from coca_jax.apps.search import index, nearest, parts
+from coca_jax.cli import search
 from coca_jax.inference import loading
-from coca_jax.searching import index, nearest, parts, staged
-from coca_jax.training import lease
+from coca_jax.runtime import json_files, lease, progress, storage
 
 
 @pytest.fixture
@@ -181,7 +179,7 @@ def test_captions_are_found_however_the_folder_is_spelled(model, folder, spellin
         spelling = spelling.format(folder.parent.name)
     elif spelling == "link":
         os.symlink("s", "link")
-    spelling = local_files.plain(spelling.format(folder.parent))  # as the command takes it
+    spelling = storage.plain_path(spelling.format(folder.parent))  # as the command takes it
     texts = {f"{number}.png": f"picture {number}" for number in range(6)}
     write_metadata(folder, {f"./{name}": text for name, text in texts.items()})
     embed(model, spelling, "i")
@@ -241,7 +239,7 @@ def test_what_was_staged_in_part_is_counted_and_found_once(model, folder):  # no
     there = parts.Parts("i")
     (group,) = index.groups(["s"], there)
     with pytest.raises(Killed):
-        staged.Work(lambda: model, "i", {}, "here", 4, 3)(group, killed)
+        index.Work(lambda: model, "i", {}, "here", 4, 3)(group, killed)
     assert again(model, "s", part=8) == (6, 0, 0, 1, 6)
     assert sorted(rows(model)) == [f"s/{number}.png" for number in range(6)]
 
@@ -251,7 +249,7 @@ def test_parts_that_drop_what_is_no_row_are_damaged(model, folder):  # noqa: F81
     path = pathlib.Path("i/metadata/metadata_0.jsonl")
     header, *lines = path.read_text().splitlines()
     for row in ("a", 0, -1, True):  # of the first part there is none before
-        told = sealed_json.seal(sealed_json.unseal(json.loads(header), "") | dict(dropped=[row]))
+        told = json_files.seal(json_files.unseal(json.loads(header), "") | dict(dropped=[row]))
         path.write_text("\n".join([json.dumps(told), *lines, ""]))
         with pytest.raises(ValueError, match="metadata_0.jsonl is damaged"):
             parts.Parts("i")
@@ -285,7 +283,7 @@ def test_two_runs_into_one_index_are_not_at_once(call, folder):
 
 
 def test_a_log_file_of_a_long_index_says_how_far_it_is(call, folder, capsys, monkeypatch):
-    monkeypatch.setattr(bars, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     call("index", "s", checkpoint="here", out="i", batch_size=4)
     said = capsys.readouterr().err
     assert "7 of 7 pictures in 00:" in said and "\r" not in said

@@ -14,10 +14,10 @@ from test_index_changes import again, call, captions, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import tree
 
-from coca_jax.data import files, formats
-from coca_jax.engines import Engine
-from coca_jax.files import storage
-from coca_jax.searching import index, nearest, parts, staged
+from coca_jax.apps.search import index, nearest, parts
+from coca_jax.data.sources import files, formats
+from coca_jax.runtime import storage
+from coca_jax.runtime.workers import Engine
 
 
 def test_an_index_in_the_indexed_folder_is_no_part_of_it(model, folder):  # noqa: F811
@@ -26,7 +26,7 @@ def test_an_index_in_the_indexed_folder_is_no_part_of_it(model, folder):  # noqa
     assert again(model, "s", "s/i") == (0, 0, 0, 1, 6)
     how = dict(checkpoint="here", batch_size=4, part=4)
     there = parts.Parts("s/j")
-    staged.stage(lambda: model, index.groups(["s"], there), there, Engine(share="0/1"), **how)
+    index.stage(lambda: model, index.groups(["s"], there), there, Engine(share="0/1"), **how)
     assert formats.guess("s") == "imagefolder"  # a job's share, which is not joined yet
     pq.write_table(pa.table(dict(image=[b""], text=["x"])), "s/data.parquet")
     assert files.find("s", ("*.parquet",)) == [str(folder / "data.parquet")]
@@ -38,7 +38,7 @@ def test_an_index_asks_once_what_others_have_staged(model, folder, monkeypatch):
     there = parts.Parts("i")
     found = index.groups(["s"], there, 2)
     assert len(found) == 4  # of 7 files
-    staged.stage(lambda: model, found, there, Engine(share="1/4"), **how)
+    index.stage(lambda: model, found, there, Engine(share="1/4"), **how)
     asked, exists = [], files.exists
 
     def counted(path):
@@ -50,7 +50,7 @@ def test_an_index_asks_once_what_others_have_staged(model, folder, monkeypatch):
     monkeypatch.setattr(storage, "remove", lambda path: asked.append(True) or kept(path))
     done = index.add(model, found, there, **how)
     assert done["pictures"] == 6 and sum(asked) == 2  # of the one that is, and to remove it
-    assert staged.names("i") == set() and staged.names("none") == set()
+    assert index.staged_names("i") == set() and index.staged_names("none") == set()
 
 
 def test_an_opened_index_holds_its_texts_once(tmp_path):

@@ -9,11 +9,10 @@ from test_index_changes import again, call, captions, folder, rows  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import embed, encoded, tree
 
-from coca_jax.data import files
-from coca_jax.engines import Engine
-from coca_jax.importers import imagefolder
-from coca_jax.importers.items import Options, Unit
-from coca_jax.searching import index, parts, staged
+from coca_jax.apps.search import index, parts
+from coca_jax.data.sources import files, image_folder
+from coca_jax.data.sources.items import Options, Unit
+from coca_jax.runtime.workers import Engine
 
 
 def write_list(place, texts):
@@ -62,7 +61,7 @@ def test_a_list_is_embedded_by_shares_and_joined(model, folder):  # noqa: F811
     for share, left in (("0/2", 1), ("1/2", 0)):
         there = parts.Parts("i")
         groups = index.groups(["s/list.csv"], there, 3)
-        assert staged.stage(lambda: model, groups, there, Engine(share=share), **how) == left
+        assert index.stage(lambda: model, groups, there, Engine(share=share), **how) == left
     assert index.add(None, groups, there, say=lambda text: None, **how)["skipped"] == 2
     index.finish(there)
     assert embed(model, "s/list.csv", "whole", part=3)["new"] == 6 and tree("i") == tree("whole")
@@ -111,7 +110,7 @@ def test_a_row_of_a_list_that_names_no_picture_is_said_and_counted(model, folder
     ],
 )
 def test_a_row_without_a_picture_says_whether_its_column_is_there(fields, named, detail):
-    found = imagefolder.row(Unit("list.csv"), 3, fields, Options(image_field=named)).item
+    found = image_folder.row(Unit("list.csv"), 3, fields, Options(image_field=named)).item
     assert (found.key, found.problem) == ("list.csv row 4", "missing_image")
     assert found.detail.startswith(detail)
 

@@ -14,12 +14,13 @@ from kept_models import no_compile_cache  # noqa: F401
 from one_device import models_on_one  # noqa: F401
 from PIL import Image
 
-from coca_jax import inference, ops, partitioning
+from coca_jax import inference, ops
 from coca_jax.data import prompts, vocabulary
-from coca_jax.inference import export_folder, loading, texts
-from coca_jax.inference.generation.settings import own_seeds
-from coca_jax.models import coca, decoding
-from coca_jax.models.pixels import normalise_pixels
+from coca_jax.inference import export_folder, loading, tokenization
+from coca_jax.inference.generation.config import own_seeds
+from coca_jax.models import coca, text_decoder
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.parallel import sharding
 
 TEXTS = ["a red circle", "a blue square", "green", "two stars on white", "a", "red and blue"]
 
@@ -47,7 +48,7 @@ def tiny_parts():
 def random_params(module, of=coca) -> dict:
     """float32 parameters of a module that `of` builds, none as at the start; NumPy draws them in
     no time, where the module's own draw compiles for seconds."""
-    shapes = jax.eval_shape(lambda: partitioning.unbox(of.init(module, jax.random.key(0))))
+    shapes = jax.eval_shape(lambda: sharding.unbox(of.init(module, jax.random.key(0))))
     rng = np.random.default_rng(1)
 
     def drawn(path, leaf):
@@ -211,13 +212,13 @@ def test_images_are_encoded_while_decoding_waits_for_its_kernels(
 ):
     """Kernels for a processor take seconds to compile, as the encoder's program does."""
     waiting, encoded = tiny_model(words), threading.Event()
-    fastest, encode = decoding.fastest, waiting._programs.encode_image
+    fastest, encode = text_decoder.fastest, waiting._programs.encode_image
 
     def late(*of):
         assert encoded.wait(60)
         return fastest(*of)
 
-    monkeypatch.setattr(decoding, "fastest", late)
+    monkeypatch.setattr(text_decoder, "fastest", late)
     monkeypatch.setattr(
         waiting._programs, "encode_image", lambda *of: (encode(*of), encoded.set())[0]
     )
@@ -294,7 +295,7 @@ def test_names_prompts_seeds_and_choices_may_come_one_by_one(model, images):
     for too_few in ((), ("frog",)):  # one class has probability 1, whatever the image
         with pytest.raises(ValueError, match="class_names=.*at least two"):
             model.zero_shot(images[:2], iter(too_few))
-    assert texts.one_each(iter(["a", "the"]), 2) == ["a", "the"]
+    assert tokenization.one_each(iter(["a", "the"]), 2) == ["a", "the"]
     assert own_seeds(iter([5, 6]), 2).tolist() == [5, 6]
     chosen = [np.array([0, 1]), np.array([1])]
     for one, same in zip(
@@ -403,9 +404,9 @@ def test_import_is_cheap_and_without_tensorflow():
 
 
 def test_a_run_without_its_vocabulary_says_what_is_missing(tmp_path, monkeypatch):
-    from coca_jax.checkpoints import checkpointing
+    from coca_jax.checkpoints import manager
 
-    monkeypatch.setattr(checkpointing, "find_step", lambda path: (tmp_path / "checkpoints", 1))
-    monkeypatch.setattr(checkpointing, "load_step", lambda path: ({}, None, 1))
+    monkeypatch.setattr(manager, "find_step", lambda path: (tmp_path / "checkpoints", 1))
+    monkeypatch.setattr(manager, "load_step", lambda path: ({}, None, 1))
     with pytest.raises(FileNotFoundError, match="vocabulary.model is missing, the run's own"):
         loading._read_run(str(tmp_path))

@@ -21,7 +21,7 @@ import pytest
 from conftest import COMPILE_FAST
 from launch_stand_ins import LAUNCH, launch, program
 
-from coca_jax.metrics import read_metrics
+from coca_jax.runtime.metric_log import read_metrics
 
 ROOT = LAUNCH.parent
 PACKAGES = sysconfig.get_path("purelib")

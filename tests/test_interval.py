@@ -11,11 +11,11 @@ from one_device import smallest_run, train_alone
 from test_train import tiny_run
 from test_version_0_1 import flags_of
 
-from coca_jax import compile, run_config
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import config_file, manager
+from coca_jax.cli import compile
 from coca_jax.config import typed
-from coca_jax.estimate import goodput
-from coca_jax.training import saving
+from coca_jax.runtime import goodput
+from coca_jax.training import callbacks
 
 CASES = [(10.0, 300.0, 3_600.0), (60.0, 600.0, 3_600.0), (2.0, 30.0, 50_000.0), (30.0, 0.0, 600.0)]
 
@@ -54,7 +54,7 @@ def test_more_hosts_have_less_left():
 
 @pytest.mark.long
 def test_a_run_chooses_its_interval_and_the_first_save_measures(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(saving, "FIRST", 3)
+    monkeypatch.setattr(callbacks, "FIRST", 3)
     config = smallest_run()
     config.steps, config.data.vocabulary = 7, scenes_words()
     config.loss.captioning_weight = 0.0  # half as much to compile
@@ -63,7 +63,7 @@ def test_a_run_chooses_its_interval_and_the_first_save_measures(tmp_path, monkey
     config.checkpoint.mean_hours_between_failures = 1e-9  # every few microseconds: save always
     config.checkpoint.keep = 20
     train_alone(config, tmp_path)
-    _, steps = checkpointing.find_steps(str(tmp_path))
+    _, steps = manager.find_steps(str(tmp_path))
     assert steps[-1] == 3 and steps[0] == 7 and len(steps) > 3
     assert "a checkpoint every " in capfd.readouterr().err
 
@@ -72,7 +72,7 @@ def test_what_cannot_be_is_refused():
     config = tiny_run()
     config.checkpoint.every = "never"
     with pytest.raises(ValueError, match="checkpoint.every='never'"):
-        run_config.check(typed(config))
+        config_file.check(typed(config))
 
 
 def test_pages_count_the_hosts_that_a_slice_has():

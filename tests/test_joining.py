@@ -11,9 +11,8 @@ import sys
 import jax
 import pytest
 
-from coca_jax.console import activity
-from coca_jax.importers import indexes
-from coca_jax.machine import processes
+from coca_jax.data import source_index
+from coca_jax.runtime import activity, multihost
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEP = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="a", SLURM_LOCALID="0", SLURM_PROCID="0")
@@ -58,12 +57,12 @@ def environment(monkeypatch):
 )
 def test_a_process_joins_others_where_its_environment_has_several(env, joins, environment):
     joined = environment(env)
-    processes.start()
+    multihost.start()
     assert joined == ([()] if joins else [])
     for some in (("host:1",), ("", 2), ("host:1", 2), ("", 0, 0)):
         with pytest.raises(ValueError, match="go together"):
-            processes.start(*some)
-    processes.start("host:1", 2, 0)
+            multihost.start(*some)
+    multihost.start("host:1", 2, 0)
     assert joined[-1] == ("host:1", 2, 0)
 
 
@@ -76,7 +75,7 @@ def test_an_mpi_that_says_no_place_to_meet_is_answered_with_the_flags(monkeypatc
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     with pytest.raises(ValueError, match=r"not all that .* give --coordinator=HOST:PORT, "):
-        processes.start()
+        multihost.start()
 
 
 TWO_NODES = dict(SLURM_STEP_NUM_NODES="2", **STEP)
@@ -102,8 +101,8 @@ def test_a_process_alone_on_its_node_takes_all_gpus_there(
     environment(env)
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **told: joined.append(told))
-    processes.start("host:1", 2, 0)
-    processes.start()
+    multihost.start("host:1", 2, 0)
+    multihost.start()
     for told in joined:
         assert told.get("local_device_ids") == (() if all_of_them else None)
     assert len(joined) == 1 + ("KUBERNETES_SERVICE_HOST" not in env)
@@ -125,7 +124,7 @@ def test_a_process_alone_on_its_node_takes_all_gpus_there(
 def test_an_environment_that_names_no_process_is_refused_by_its_variable(env, said, environment):
     joined = environment(env)
     with pytest.raises(ValueError, match=said):
-        processes.start()
+        multihost.start()
     assert not joined
 
 
@@ -142,13 +141,13 @@ def test_what_another_process_writes_is_waited_for_with_a_word_and_a_bound(monke
     assert activity.until("process 0", lambda: next(looks), hours=24) == 7
     assert activity.parts() == parts + 2 and capsys.readouterr().err == "waiting for process 0\n"
     with pytest.raises(ValueError, match="waited 24 h for process 0 to write the split 'train' of"):
-        indexes.wait_for("memory://nobody", "train")
+        source_index.wait_for("memory://nobody", "train")
     assert next(clock) == 280_000  # after three looks, the last of which was after a day
 
 
 ALONE = """
 import sys
-from coca_jax.machine import processes
+from coca_jax.runtime import multihost as processes
 processes.TOLD_AFTER = processes.TOLD_EVERY = 0.3
 processes.start(f"localhost:{sys.argv[1]}", 2, 0)
 """
@@ -179,13 +178,13 @@ def test_a_process_says_which_others_it_waits_for():
 
 AGREE = """
 import json, os, sys, time, types
-from coca_jax.training import stopping
+from coca_jax.runtime import signals as stopping
 stopping.install()
 import jax
 from coca_jax import config
-from coca_jax.machine import processes
-from coca_jax.evaluators import tasks
-from coca_jax.training import agreement, lease
+from coca_jax.runtime import multihost as processes
+from coca_jax.evaluation import runner as tasks
+from coca_jax.training import multihost_checks as agreement; from coca_jax.runtime import lease
 number, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 processes.start(f"localhost:{port}", 2, number)
 stopping.current().joined(jax.process_count())

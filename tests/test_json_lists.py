@@ -5,9 +5,10 @@ import json
 import pytest
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.data import formats, sources
-from coca_jax.importers import json_list, own_data
-from coca_jax.importers.items import Options
+from coca_jax.data import filters
+from coca_jax.data.sources import formats, json_list
+from coca_jax.data.sources.items import Options
+from coca_jax.training import data_flag
 
 
 def coco(folder, count=4):
@@ -45,7 +46,7 @@ def karpathy(folder, splits=("restval", "train", "val", "test")):
 
 
 def records_of(out, split="train"):
-    return list(sources.open_source(str(out), split))
+    return list(filters.open_source(str(out), split))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -87,7 +88,7 @@ def test_a_list_in_or_next_to_a_folder_of_pictures_is_read(tmp_path, capsys, giv
     beside(tmp_path / pictures, tmp_path / file)
     other = dict(images=[dict(file_name="x.jpg")], annotations=[dict(caption="of another folder")])
     (tmp_path / "other.json").write_text(json.dumps(other))
-    out = own_data.prepared(str(tmp_path / given), str(tmp_path / "out"))
+    out = data_flag.prepared(str(tmp_path / given), str(tmp_path / "out"))
     said = capsys.readouterr().err
     assert f"as json: making an index of it in {out}, captions from {tmp_path / file}\n" in said
     found = [*records_of(out), *records_of(out, "test")]
@@ -96,7 +97,7 @@ def test_a_list_in_or_next_to_a_folder_of_pictures_is_read(tmp_path, capsys, giv
 
 def test_the_folder_of_coco_has_its_splits(tmp_path):
     coco(tmp_path / "coco")
-    out = own_data.prepared(str(tmp_path / "coco"), str(tmp_path / "out"))
+    out = data_flag.prepared(str(tmp_path / "coco"), str(tmp_path / "out"))
     assert [one.texts for one in records_of(out)] == [(f"a {i}", f"the {i}") for i in range(4)]
     assert [one.texts[0] for one in records_of(out, "test")] == ["a 4", "a 5"]
     import_data("json", tmp_path / "coco/val2017", tmp_path / "one", split="validation")
@@ -105,7 +106,7 @@ def test_the_folder_of_coco_has_its_splits(tmp_path):
 
 
 def test_a_list_in_parts_and_its_damaged_entries(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_list.imagefolder, "ROWS_PER_UNIT", 2)
+    monkeypatch.setattr(json_list.image_folder, "ROWS_PER_UNIT", 2)
     path = coco(tmp_path / "coco")
     told = json.loads(path.read_text())
     told["images"] += ["x", dict(id=99, file_name="none.jpg"), dict(id=98, file_name="../a.jpg")]
@@ -130,7 +131,7 @@ def test_a_list_in_parts_and_its_damaged_entries(tmp_path, monkeypatch):
 
 def test_the_lists_of_karpathy_tell_their_splits(tmp_path):
     path = karpathy(tmp_path / "coco")
-    out = own_data.prepared(str(path), str(tmp_path / "out"))
+    out = data_flag.prepared(str(path), str(tmp_path / "out"))
     wanted = [("a 0", "the 0"), ("a 1", "the 1")]
     assert [one.texts for one in records_of(out)] == wanted
     assert [(one.key, *one.texts) for one in records_of(out, "test")] == [

@@ -10,12 +10,12 @@ import jax
 import pytest
 from conftest import tiny
 
-from coca_jax import partitioning
 from coca_jax.config import Config, Section
-from coca_jax.config.section import inner
-from coca_jax.estimate.step import abstract_batch
-from coca_jax.training import gradients, memory, state, step
+from coca_jax.config.fields import inner
+from coca_jax.parallel import sharding
+from coca_jax.training import memory, state, train_step
 from coca_jax.training.optimizer import make_schedule
+from coca_jax.training.programs import abstract_batch
 
 STEPS, LENGTHS = 100, (4, 8)
 MODEL = {"model.image.depth": 1, "model.text.unimodal_depth": 1, "model.text.multimodal_depth": 1}
@@ -104,7 +104,7 @@ def otherwise(config: Config, key: str) -> Config:
 
 def built(name: str):
     config = tiny(**MODEL, **CASES[name])
-    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     return config, mesh, state.build_model(config, mesh, 3 if config.head.kind else 0)
 
 
@@ -150,22 +150,22 @@ def test_a_state_is_told_apart_by_every_key_that_it_reads(name):
 @pytest.mark.long
 def test_a_step_is_told_apart_by_every_key_that_it_reads(name):
     config, mesh, model = built(name)
-    alike = step.of_step(config)
+    alike = train_step.of_step(config)
     abstract = traced_state(name)[0]
     with jax.set_mesh(mesh):
         batch, schedule = abstract_batch(config, mesh), make_schedule(config.optimizer, STEPS)
         with reads() as found:
-            function = step.make_train_step(model, alike.config, None, LENGTHS)
+            function = train_step.make_train_step(model, alike.config, None, LENGTHS)
             program = str(jax.make_jaxpr(function)(abstract, batch, schedule))
-    assert gradients.draws(config) == (name in DRAWING) == ("random_bits" in program)
-    if not gradients.draws(config):
+    assert train_step.draws(config) == (name in DRAWING) == ("random_bits" in program)
+    if not train_step.draws(config):
         found.remove("seed")  # of a key that no number is drawn by
     if config.optimizer.encoder_learning_rate == 0:
         found.remove("optimizer.learning_rate")  # no part of any
     always = {"accumulate_steps", "text_parts", "model.image_size"}
     always |= {"optimizer.schedule", "optimizer.clip_norm", "loss.captioning_weight"}
     assert always <= found
-    assert not missing(step.of_step, config, found)
+    assert not missing(train_step.of_step, config, found)
     assert not missing(bounds_key(mesh), config, found - RATES)
 
 
@@ -175,7 +175,7 @@ def test_a_module_that_draws_unknown_to_the_step_is_refused():
     model = state.build_model(config.change({"model.image.patch_dropout": 0.5}), mesh, 3)
     with jax.set_mesh(mesh):
         abstract, _ = state.state_shardings(model, config, mesh)
-        function = step.make_train_step(model, config, None, LENGTHS)
+        function = train_step.make_train_step(model, config, None, LENGTHS)
         arguments = abstract_batch(config, mesh), make_schedule(config.optimizer, STEPS)
         with pytest.raises(flax.errors.InvalidRngError, match="patch_dropout"):
             jax.eval_shape(function, abstract, *arguments)
@@ -185,10 +185,10 @@ def test_what_neither_reads_does_not_tell_them_apart():
     """So that runs of a process that differ in these share what is traced and compiled."""
     config = tiny()
     for key in ("steps", "batch_size", "init_from", "data.num_threads", "log.every_steps"):
-        assert step.of_step(otherwise(config, key)) == step.of_step(config), key
+        assert train_step.of_step(otherwise(config, key)) == train_step.of_step(config), key
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
     for key in ("seed", *(f"optimizer.{key}" for key in SCHEDULED)):
-        assert step.of_step(otherwise(config, key)) == step.of_step(config), key
+        assert train_step.of_step(otherwise(config, key)) == train_step.of_step(config), key
     for key in ("seed", "optimizer.learning_rate", "optimizer.schedule", "text_parts"):
         assert state.of_state(otherwise(config, key)) == state.of_state(config), key
 
@@ -202,8 +202,8 @@ def test_bounds_are_kept_by_the_module_the_batch_and_the_mesh_too(tmp_path):
     kept = bounds_key(mesh)
     others = [two, three, *(otherwise(config, k) for k in ("remat", "batch_size"))]
     keys = [kept(config), *map(kept, others)]
-    keys.append(memory._key(config, partitioning.make_mesh(1, 2, 1, devices=jax.devices()[:2])))
-    keys.append(memory._key(config, partitioning.make_mesh(2, 1, 1, devices=jax.devices()[:2])))
+    keys.append(memory._key(config, sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2])))
+    keys.append(memory._key(config, sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])))
     assert len(set(keys)) == 7
     every = ("log.every_steps", "checkpoint.every_steps", "eval.every_steps")
     for key in (*every, "steps", "init_from", "data.num_threads", *RATES):

@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 from conftest import needs_compiler, scenes_words, tiny_config
 
-from coca_jax import partitioning
 from coca_jax.config import typed
-from coca_jax.metrics import TimeBuckets
-from coca_jax.ops.cpu import Cpu, build
-from coca_jax.training import setup, stopping
+from coca_jax.ops.cpu import Cpu
+from coca_jax.ops.cpu_kernels import build
+from coca_jax.parallel import sharding
+from coca_jax.runtime import signals
+from coca_jax.runtime.metric_log import TimeBuckets
+from coca_jax.training import setup
 
 
 @pytest.mark.long
 def test_without_a_compiler_a_warning_says_what_to_do(tmp_path):
     code = """
-from coca_jax.ops.cpu import conv_kernels, decode_kernels
+from coca_jax.ops.cpu_kernels import conv as conv_kernels, decode as decode_kernels
 print(decode_kernels.available(), conv_kernels.available())
 """
     env = dict(os.environ, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
@@ -178,8 +180,8 @@ exit 1
     code = """
 import os
 import jax
-from coca_jax import ops, partitioning
-from coca_jax.ops.cpu import attention_kernels, build, conv_kernels, muon_kernels, turn_kernels
+from coca_jax import ops; from coca_jax.parallel import sharding as partitioning
+from coca_jax.ops import cpu_attention as attention_kernels; from coca_jax.ops.cpu_kernels import build, conv as conv_kernels, muon as muon_kernels, turn as turn_kernels
 
 def told():
     some = ("xla", "bfloat16", True, True), ("auto", "bfloat16", True, True)
@@ -237,8 +239,8 @@ def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             Cpu, "begin_kernels", lambda _, *of, **how: asked.append((of, how)) or [compiled]
         )
-        mesh = partitioning.make_mesh(8, 1, 1)
-        setup.prepare(mesh, config, workdir, TimeBuckets(), stopping.current())
+        mesh = sharding.make_mesh(8, 1, 1)
+        setup.prepare(mesh, config, workdir, TimeBuckets(), signals.current())
         assert compiled.done()
         return capsys.readouterr().err.splitlines()
 

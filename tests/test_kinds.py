@@ -8,20 +8,19 @@ import pathlib
 
 import pytest
 
-from coca_jax.config import Entry, typed
-from coca_jax.configs import base
-from coca_jax.data import kinds
+from coca_jax.config import Entry, heads, typed
+from coca_jax.data import supervision
 from coca_jax.data.mixture import Mixture
-from coca_jax.evaluators import declarations
-from coca_jax.importers import own_data
-from coca_jax.models import head_kinds, pooler_kinds
+from coca_jax.evaluation.evaluators import base as declarations
+from coca_jax.recipes import base
+from coca_jax.training import data_flag
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "coca_jax"
 PARSED_IN = {
-    "head": (head_kinds.KINDS, "models/head_kinds.py"),
-    "pooler": (pooler_kinds.KINDS, "models/pooler_kinds.py"),
-    "source": (kinds.KINDS, "data/kinds.py"),
-    "evaluator": (declarations.kinds(), "evaluators/declarations.py"),
+    "head": (heads.HEADS, "config/heads.py"),
+    "pooler": (heads.POOLERS, "config/heads.py"),
+    "source": (supervision.KINDS, "data/supervision.py"),
+    "evaluator": (declarations.kinds(), "evaluation/evaluators/base.py"),
 }
 
 
@@ -75,7 +74,7 @@ def test_no_kind_is_compared_by_its_name(what):
 
 def test_no_source_is_asked_for_its_class():
     """Whoever asks `isinstance(kind, kinds.Label)` must be edited for a kind that is alike."""
-    classes = {f"kinds.{one.__name__}" for one in kinds.KINDS.values()}
+    classes = {f"kinds.{one.__name__}" for one in supervision.KINDS.values()}
     for file, node in asking():
         asked: list[ast.expr] = []
         if isinstance(node, ast.Compare):
@@ -87,7 +86,7 @@ def test_no_source_is_asked_for_its_class():
         assert not names & classes, f"{file}:{node.lineno}"
 
 
-class Amount(kinds.Kind):
+class Amount(supervision.Kind):
     """How many objects a drawn scene has: a kind that the package does not know."""
 
     name, wanted, has_classes, drawn = "amount", "scene", False, "captions"
@@ -109,7 +108,7 @@ class Amount(kinds.Kind):
 
 def test_a_new_kind_is_one_class(monkeypatch):
     """What trains, learns a vocabulary, is inspected and set up for scores asks the class alone."""
-    monkeypatch.setitem(kinds.KINDS, "amount", Amount)
+    monkeypatch.setitem(supervision.KINDS, "amount", Amount)
     scenes = dict(builtin="scenes")
     data = typed(base.get_config()).change({"batch_size": 4, "data.sources": (scenes,)})
     found = Mixture(data)
@@ -119,15 +118,15 @@ def test_a_new_kind_is_one_class(monkeypatch):
     shown = [row["text"] for row in found.step_examples(0)]
     assert all(text in {f"{n} objects" for n in (1, 2, 3, 4)} for text in shown)
     assert set(found.sample_texts(50)) == {f"{n} objects" for n in (1, 2, 3, 4)}
-    task = own_data.evaluations(data, dict(builtin="scenes", kind="amount"), "held")
+    task = data_flag.evaluations(data, dict(builtin="scenes", kind="amount"), "held")
     assert [one["kind"] for one in task] == ["captioning"]
 
 
 def test_what_kinds_name_is_there():
     config = typed(base.get_config())
-    for name in kinds.KINDS:
+    for name in supervision.KINDS:
         assert Entry(kind=name) == Entry.of(dict(kind=name))  # config/data.py names them too
-    for kind in kinds.KINDS.values():
+    for kind in supervision.KINDS.values():
         for task in kind.tasks(config):
             evaluator = declarations.of(task["kind"])
             assert set(task) - {"kind"} <= set(evaluator.options), kind.name
@@ -138,5 +137,5 @@ def test_every_evaluator_declares_what_the_others_read():
     assert list(found)[:4] == ["zero_shot", "generative", "retrieval", "captioning"]
     for kind, evaluator in found.items():
         assert evaluator.title and evaluator.programs, kind
-        assert evaluator.needs in ("", *kinds.KINDS), kind
+        assert evaluator.needs in ("", *supervision.KINDS), kind
         assert set(evaluator.headlines) <= set(evaluator.metrics), kind

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax import partitioning
 from coca_jax.config import Model
-from coca_jax.models import layers, rotary, stem
+from coca_jax.models import image_encoder, layers
 from coca_jax.ops.reference import ACTIVATIONS, Reference
+from coca_jax.parallel import sharding
 
 
 def waved(params):
@@ -26,7 +26,7 @@ def test_queries_and_keys_are_normed_in_each_head():
     options = layers.BlockOptions(qk_norm=True)
     attention = layers.Attention(8, 2, options=options)
     x = np.asarray(jax.random.normal(jax.random.key(0), (2, 5, 8)))
-    params = waved(partitioning.unbox(jax.jit(attention.init)(jax.random.key(1), x)["params"]))
+    params = waved(sharding.unbox(jax.jit(attention.init)(jax.random.key(1), x)["params"]))
     attend = jax.jit(lambda params, x: attention.apply({"params": params}, x))
 
     def project(name):
@@ -52,26 +52,26 @@ def test_queries_and_keys_are_normed_in_each_head():
 def test_rotary_positions_turn_pairs_by_their_place():
     """Against complex numbers; and a score depends on the distance alone."""
     places = jnp.array([[0, 3, 7, 11]])
-    rotation, rotate = rotary.of_places(places[..., None], 8, 100.0), Reference().rotate
+    rotation, rotate = layers.of_places(places[..., None], 8, 100.0), Reference().rotate
     x = jax.random.normal(jax.random.key(0), (1, 4, 16))
     got = np.asarray(rotate(x, rotation, 2)).reshape(4, 2, 8)
     heads = np.asarray(x).reshape(4, 2, 8)
     angle = np.asarray(places)[0][:, None] * 100.0 ** (-np.arange(4) / 4)
     turned = (heads[..., :4] + 1j * heads[..., 4:]) * np.exp(1j * angle)[:, None]
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
-    later = rotate(x, rotary.of_places(places[..., None] + 5, 8, 100.0), 2)
+    later = rotate(x, layers.of_places(places[..., None] + 5, 8, 100.0), 2)
     scores = [np.einsum("bnd,bmd->nm", y, y) for y in (rotate(x, rotation, 2), later)]
     np.testing.assert_allclose(*scores, atol=1e-4)
 
 
 def test_rotary_positions_of_patches_go_by_row_and_column():
-    rotation = rotary.of_places(rotary.grid((3, 3), (3, 3)), 8, 100.0).reshape(3, 3, 2, 2, 2)
+    rotation = layers.of_places(layers.grid((3, 3), (3, 3)), 8, 100.0).reshape(3, 3, 2, 2, 2)
     rows, columns = rotation[:, :, :, 0], rotation[:, :, :, 1]  # [row, column, cos or sin, wave]
     np.testing.assert_array_equal(rows[:, 0], rows[:, 2])
     np.testing.assert_array_equal(columns[0], columns[2])
     np.testing.assert_allclose(rows[2, 0, 1], np.sin([2, 0.2]), rtol=1e-6)
     np.testing.assert_array_equal(rows[:, 0], columns[0])
-    halved = rotary.grid((6, 6), (3, 3)).reshape(
+    halved = layers.grid((6, 6), (3, 3)).reshape(
         6, 6, 2
     )  # twice as many patches of the same picture
     np.testing.assert_allclose(halved[:2, 0, 0].mean(), 0.0, atol=1e-6)
@@ -81,7 +81,7 @@ def test_rotary_positions_of_patches_go_by_row_and_column():
 def test_heads_that_share_keys_are_heads_with_equal_keys():
     grouped, whole = layers.Attention(12, 4, kv_heads=2), layers.Attention(12, 4)
     x = jax.random.normal(jax.random.key(0), (2, 5, 12))
-    params = waved(partitioning.unbox(jax.jit(grouped.init)(jax.random.key(1), x)["params"]))
+    params = waved(sharding.unbox(jax.jit(grouped.init)(jax.random.key(1), x)["params"]))
     assert params["key"]["kernel"].shape == (12, 2, 3)
     repeated = {
         name: jax.tree.map(lambda p: np.repeat(p, 2, axis=p.ndim - 2), params[name])
@@ -96,7 +96,7 @@ def test_gated_mlps_and_norms_are_their_formulas():
     options = layers.BlockOptions(gated_mlp=True, activation="silu", bias=False, norm="rms")
     x = 3 * jax.random.normal(jax.random.key(0), (2, 5, 8)) + 1
     mlp = layers.Mlp(12, options=options)
-    params = partitioning.unbox(mlp.init(jax.random.key(1), x)["params"])
+    params = sharding.unbox(mlp.init(jax.random.key(1), x)["params"])
     gate, up, out = (np.asarray(params[name]["kernel"]) for name in ("gate", "in", "out"))
     gated = x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)
     np.testing.assert_allclose(mlp.apply({"params": params}, x), gated @ out, atol=1e-5)
@@ -113,9 +113,9 @@ def test_gated_mlps_and_norms_are_their_formulas():
 @pytest.mark.parametrize("channels,stride", [(3, 2), (8, 1)])
 def test_convolution_standardises_its_kernel(channels, stride):
     """Also of images, whose few channels take another way through unfolded pixels."""
-    layer = stem.Convolution(16, stride=stride)
+    layer = image_encoder.Convolution(16, stride=stride)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, channels))
-    params = partitioning.unbox(layer.init(jax.random.key(1), x)["params"])
+    params = sharding.unbox(layer.init(jax.random.key(1), x)["params"])
     kernel = params["kernel"] * 5 + 0.3  # neither scale nor mean of a kernel matters
     params = params | {"gain": jnp.linspace(0.5, 2, 16), "bias": jnp.linspace(-1, 1, 16)}
     centred = kernel - kernel.mean((0, 1, 2))
@@ -131,7 +131,7 @@ def test_convolution_standardises_its_kernel(channels, stride):
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_convolutional_stem_keeps_the_variance_of_its_features(activation):
-    module = stem.ConvStem((64, 64), (1, 2), activation, jnp.float32)
+    module = image_encoder.ConvStem((64, 64), (1, 2), activation, jnp.float32)
     pixels = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
     draw = jax.jit(lambda x: module.apply(module.init(jax.random.key(1), x), x))
     features = np.asarray(draw(pixels))
@@ -143,7 +143,7 @@ def test_a_parameter_of_another_shape_is_named():
     """By its path and both shapes; the model's own ones are taken as they are."""
     projection = layers.Projection((6,), axes=("embed", "mlp"), name="out")
     x = jnp.ones((2, 4))
-    params = partitioning.unbox(projection.init(jax.random.key(0), x)["params"])
+    params = sharding.unbox(projection.init(jax.random.key(0), x)["params"])
     assert projection.apply({"params": params}, x).shape == (2, 6)
     params["kernel"] = jnp.zeros((4, 5))
     with pytest.raises(ValueError, match=r"kernel is \[4, 5\], and the model's \[4, 6\]"):

@@ -12,11 +12,10 @@ import time
 import pytest
 from prepare_cases import write_tar
 
-from coca_jax.files import storage
-from coca_jax.training import lease
+from coca_jax.runtime import lease, storage
 
 ROOT = pathlib.Path(__file__).parent.parent
-HOLD = "from coca_jax.training.lease import Lease; import sys, time\n"
+HOLD = "from coca_jax.runtime.lease import Lease; import sys, time\n"
 HOLD += "Lease(sys.argv[1], beat=0.2).acquire(); print('held', flush=True); time.sleep(60)"
 
 

@@ -8,7 +8,7 @@ from test_index_changes import call, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
-from coca_jax import recaption
+from coca_jax.cli import recaption
 
 SAID = "s: folders that are links are not read: link; put the folders in their place"
 

@@ -17,21 +17,23 @@ from quick_start import drawn_by_numpy, first_state  # noqa: F401
 from test_inference import random_params
 from test_train import tiny_run
 
-from coca_jax import export_format, partitioning, run_config
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import config_file, manager
 from coca_jax.config import Config, Model, Optimizer, read, typed
-from coca_jax.console import activity
-from coca_jax.data import features, images, random_access, vocabulary
+from coca_jax.data import feature_cache, images, vocabulary
 from coca_jax.data.batches import Batches, trained
-from coca_jax.data.records import Record
+from coca_jax.data.sources import source as random_access
+from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
-from coca_jax.metrics import TimeBuckets
+from coca_jax.interop import export_format
 from coca_jax.models import coca, two_towers
-from coca_jax.models.pixels import normalise_pixels
-from coca_jax.training import locked, optimizer, setup, stopping, warm_start
-from coca_jax.training import run as training_run
-from coca_jax.training.gradients import loss_and_metrics
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.parallel import sharding
+from coca_jax.runtime import activity, signals
+from coca_jax.runtime.metric_log import TimeBuckets
+from coca_jax.training import feature_extraction, optimizer, setup, warm_start
+from coca_jax.training import trainer as training_run
 from coca_jax.training.state import trainable
+from coca_jax.training.train_step import loss_and_metrics
 
 ROWS = 80  # 40 images, 2 augmentations
 
@@ -95,27 +97,27 @@ def flat(tree):
 
 def of_place(config, workdir):
     """(the run, its state before the first step, the kept tokens)."""
-    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        run = setup.prepare(mesh, typed(config), str(workdir), TimeBuckets(), stopping.current())
+        run = setup.prepare(mesh, typed(config), str(workdir), TimeBuckets(), signals.current())
         state = first_state(run.model, run.config, mesh)
         state = warm_start.apply(state, run.config.init_from, parts="image")
-        return run, state, locked.keep(run, state)
+        return run, state, feature_extraction.keep(run, state)
 
 
 def places(folder):
     (found,) = folder.iterdir()
-    return found, np.fromfile(found / "rows.bin", features.ROW)
+    return found, np.fromfile(found / "rows.bin", feature_cache.ROW)
 
 
 def test_the_encoder_is_taken_and_stays_and_the_rest_learns(start, kept):
     before = flat(warm_start.read(str(start))[0])
-    after = flat(checkpointing.load_params(str(kept[0]))[0])
+    after = flat(manager.load_params(str(kept[0]))[0])
     assert before.keys() == after.keys()
     same = {n for n in after if np.array_equal(before[n], after[n])}
     locked_names = {n for n in after if n.startswith("image_encoder")}
     assert same == locked_names
-    small = trainable(after_tree := checkpointing.load_params(str(kept[0]))[0], typed(kept[1]))
+    small = trainable(after_tree := manager.load_params(str(kept[0]))[0], typed(kept[1]))
     assert "image_encoder" not in small and len(small) == len(after_tree) - 1
 
 
@@ -123,7 +125,7 @@ def test_kept_tokens_give_the_losses_of_encoding_each_time(start, words, kept, t
     """Also where images do not decode and others stand in for them."""
     run, state, tokens = of_place(kept[1], tmp_path / "run")
     rows = places(kept[0] / "features")[1]
-    assert len(rows) == ROWS and 0 < (rows["state"] == features.BAD).sum() < ROWS // 2
+    assert len(rows) == ROWS and 0 < (rows["state"] == feature_cache.BAD).sum() < ROWS // 2
     plain = run.config.change({"data.features": ""})
     made = {}
     for name, config, more in (("kept", run.config, tokens), ("plain", plain, ())):
@@ -145,14 +147,14 @@ def test_kept_tokens_give_the_losses_of_encoding_each_time(start, words, kept, t
 
 
 def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(locked, "SAY_SECONDS", -1.0)
+    monkeypatch.setattr(feature_extraction, "SAY_SECONDS", -1.0)
     found, rows = places(kept[0] / "features")
     whole = (found / "tokens.bin").read_bytes()
     folder = tmp_path / "features"
     shutil.copytree(kept[0] / "features", folder)
     place = folder / found.name
     cut = rows.copy()
-    cut["state"][10:] = features.MISSING
+    cut["state"][10:] = feature_cache.MISSING
     cut.tofile(place / "rows.bin")
     (place / "tokens.bin").write_bytes(whole[: 10 * 256].ljust(len(whole), b"\0"))
     config = kept[1].copy_and_resolve_references()
@@ -164,7 +166,7 @@ def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path, capsy
     assert f"features: 64 of {ROWS - 10} images, 1 min left" in said
     assert f"this run reads {2 * config.batch_size} of these at most" in said
     assert (place / "tokens.bin").read_bytes() == whole
-    np.testing.assert_array_equal(np.fromfile(place / "rows.bin", features.ROW), rows)
+    np.testing.assert_array_equal(np.fromfile(place / "rows.bin", feature_cache.ROW), rows)
     (place / "tokens.bin").write_bytes(bytes(len(whole)))
     batches = Batches(run.config, run.vocabulary, features=tokens)
     with pytest.raises(ValueError, match="tokens.bin is damaged; delete"):
@@ -175,18 +177,18 @@ def test_tokens_go_on_where_they_were_and_damage_is_a_line(kept, tmp_path, capsy
     with pytest.raises(ValueError, match="another image than the one whose tokens were kept"):
         batches.batch(0)
     batches.close()
-    other = features.about(run.config, run.mixture.sources[0], 0, {"kernel": 1})
-    assert features.Features(str(folder), other, ROWS, run.config).path != place
+    other = feature_cache.about(run.config, run.mixture.sources[0], 0, {"kernel": 1})
+    assert feature_cache.Features(str(folder), other, ROWS, run.config).path != place
     small = run.config.change({"data.features_gib": 1e-6})
     with pytest.raises(ValueError, match="more than data.features_gib=1e-06; raise it"):
-        features.Features(str(tmp_path / "none"), other, ROWS, small)
+        feature_cache.Features(str(tmp_path / "none"), other, ROWS, small)
     assert not (tmp_path / "none").exists()
 
 
 def test_a_full_disk_ends_the_work_and_damages_no_kept_row(tmp_path):
     """The system takes a part of what does not fit, and says so in the number it returns alone."""
     config = read(Config, locked_run("x").to_dict())
-    one = features.Features(str(tmp_path), {"x": 1}, 8, config)
+    one = feature_cache.Features(str(tmp_path), {"x": 1}, 8, config)
     size = int(np.prod(one.shape)) * one.dtype.itemsize
     records = [Record(b"image %d" % n, (), (), str(n)) for n in range(8)]
     tokens = np.ones((4, *one.shape), one.dtype)
@@ -201,7 +203,7 @@ def test_a_full_disk_ends_the_work_and_damages_no_kept_row(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, was)
         signal.signal(signal.SIGXFSZ, before)
     one.close()
-    again = features.Features(str(tmp_path), {"x": 1}, 8, config)
+    again = feature_cache.Features(str(tmp_path), {"x": 1}, 8, config)
     assert again.missing().tolist() == [4, 5, 6, 7]
     np.testing.assert_array_equal(again.read(3, records[3]), tokens[3])
     again.write(np.arange(4, 8), records[4:], tokens)
@@ -211,14 +213,14 @@ def test_a_full_disk_ends_the_work_and_damages_no_kept_row(tmp_path):
 
 def test_the_room_is_that_of_all_sources(tmp_path, monkeypatch):
     config = read(Config, locked_run("x").to_dict())
-    size = int(np.prod(features.shape(config))) * 4
+    size = int(np.prod(feature_cache.shape(config))) * 4
     room = types.SimpleNamespace(free=10 * size)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda place: room)
-    one = features.Features(str(tmp_path), {"x": 1}, 6, config)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda place: room)
+    one = feature_cache.Features(str(tmp_path), {"x": 1}, 6, config)
     assert one.to_come == 6 * size
     with pytest.raises(ValueError, match="GiB are needed and .* free; give a folder on a larger"):
-        features.Features(str(tmp_path), {"x": 2}, 6, config, one.to_come)
-    features.Features(str(tmp_path), {"x": 3}, 4, config, one.to_come).close()
+        feature_cache.Features(str(tmp_path), {"x": 2}, 6, config, one.to_come)
+    feature_cache.Features(str(tmp_path), {"x": 3}, 4, config, one.to_come).close()
     one.close()
 
 
@@ -228,7 +230,7 @@ def test_two_parts_of_data_without_a_fingerprint_keep_their_tokens_apart():
     entries = (dict(of, where={"language": "de"}), dict(of, where={"language": "en"}), of)
     config = typed(locked_run("")).change({"data.sources": entries, "data.augmentations": 0})
     source = random_access.Source("seqio pictures", 3, lambda indices: [])
-    found = [features.about(config, source, number, {}) for number in range(3)]
+    found = [feature_cache.about(config, source, number, {}) for number in range(3)]
     assert len({json.dumps(one) for one in found}) == 3
     assert found[2]["records"] == "seqio pictures, 3 records"  # as ever
 
@@ -243,11 +245,11 @@ def test_augmentations_that_are_all_the_same_are_kept_once():
         ({"data.augmentations": 1, "data.augment": "crop"}, 1),
     ):
         config = plain.change(changes)
-        assert features.augmentations(config) == rows
-        found, wanted = (features.about(one, source, 0, {}) for one in (config, plain))
+        assert feature_cache.augmentations(config) == rows
+        found, wanted = (feature_cache.about(one, source, 0, {}) for one in (config, plain))
         assert (found == wanted) == ("seed" in changes)
     draw = Draw(0, 0, np.arange(5))
-    read = features.Tokens(plain.change({"data.augmentations": 8}), ()).plan(
+    read = feature_cache.Tokens(plain.change({"data.augmentations": 8}), ()).plan(
         [], draw, draw.positions
     )
     assert read["row"].tolist() == [0, 1, 2, 3, 4]
@@ -266,7 +268,7 @@ def test_warnings_are_told_before_hours_go_into_tokens(monkeypatch):
         buckets=lambda name: contextlib.nullcontext(),
         say=said.append,
     )
-    monkeypatch.setattr(locked, "keep", mock.Mock(side_effect=Begun))
+    monkeypatch.setattr(feature_extraction, "keep", mock.Mock(side_effect=Begun))
     with pytest.raises(Begun):
         training_run.steps_from(run, *[None] * 6, types.SimpleNamespace(left_out=()))
     assert [line[:43] for line in said] == ["warning: data.augmentations=8 has no effect", "uneven"]
@@ -314,7 +316,7 @@ def test_the_tokens_are_those_of_towers_of_another_family(family, words, tmp_pat
 def test_what_does_not_go_together_is_a_line(changes, message):
     config = read(Config, locked_run("runs/x", features="f").to_dict())
     with pytest.raises(ValueError, match=message):
-        run_config.check(config.change(changes))
+        config_file.check(config.change(changes))
 
 
 def test_kept_tokens_in_what_is_no_folder_are_refused_before_anything_is_made(start, tmp_path):
@@ -334,7 +336,7 @@ def test_a_slowly_tuned_encoder_has_its_own_rate():
     config = typed(locked_run("x")).optimizer
     config = dict(config.to_dict(), learning_rate=1e-3, image_learning_rate=1e-5, layer_decay=0.5)
     model = coca.build(typed(tiny_run()).model)
-    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(model, rng(0))))
+    params = jax.eval_shape(lambda: sharding.unbox(coca.init(model, rng(0))))
     rates = optimizer.rate_factors(params, read(Optimizer, config), False)
     found = flat(rates)
     assert found["image_encoder/final_norm/scale"] == pytest.approx(0.01)
@@ -356,7 +358,7 @@ def test_embeddings_are_kept_bit_for_bit_while_captions_learn(start, words, tmp_
     config.data.vocabulary = str(words)
     train_alone(config, str(tmp_path / "run"))
     before = flat(warm_start.read(str(start))[0])
-    after = flat(checkpointing.load_params(str(tmp_path / "run"))[0])
+    after = flat(manager.load_params(str(tmp_path / "run"))[0])
     moved = {name for name in after if not np.array_equal(before[name], after[name])}
     assert {name.split("/")[1] for name in moved} == {"multimodal", "multimodal_norm", "head"}
     names = {name for name in after if name.startswith("text_decoder/multimodal/")}
@@ -395,4 +397,4 @@ def test_an_encoder_without_weights_is_not_locked(tmp_path):
     with pytest.raises(ValueError, match="keep_embeddings keeps what weights have"):
         setup.check(typed(keeping("")), str(tmp_path))
     with pytest.raises(ValueError, match="contrastive_weight=1.0 does not go with .*keep_embed"):
-        run_config.check(typed(keeping("x")).change({"loss.contrastive_weight": 1.0}))
+        config_file.check(typed(keeping("x")).change({"loss.contrastive_weight": 1.0}))

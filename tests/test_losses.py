@@ -9,12 +9,12 @@ import loss_definitions
 import numpy as np
 import pytest
 
-from coca_jax import partitioning
 from coca_jax.ops import cpu
-from coca_jax.ops.captioning import captioning_loss, weighted_captioning_loss
-from coca_jax.ops.contrastive import contrastive_loss
+from coca_jax.ops.captioning_loss import captioning_loss, weighted_captioning_loss
+from coca_jax.ops.contrastive_loss import contrastive_loss
 from coca_jax.ops.gpu import Gpu
 from coca_jax.ops.reference import Reference
+from coca_jax.parallel import sharding
 
 B, E = 24, 16
 
@@ -131,7 +131,7 @@ def on_mesh(sizes, function, *arguments):
     """The function compiled for a mesh, with its arguments as host arrays."""
     if sizes is None:
         return jax.device_get(jax.jit(function)(*arguments))
-    with jax.set_mesh(partitioning.make_mesh(*sizes)):
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
         return jax.device_get(jax.jit(function)(*arguments))
 
 

@@ -24,8 +24,8 @@ import pictures_recipe  # noqa: E402
 import released_recipe  # noqa: E402
 import text_lengths  # noqa: E402
 
-from coca_jax import run_config  # noqa: E402
-from coca_jax.ablating import table  # noqa: E402
+from coca_jax.apps.ablating import table  # noqa: E402
+from coca_jax.checkpoints import config_file  # noqa: E402
 from coca_jax.config import checks, typed  # noqa: E402
 
 
@@ -382,7 +382,7 @@ def test_every_variant_of_the_tables_is_a_run_that_can_be(path, monkeypatch):
     refused = {}
     for variant in table.read(str(path), {}).variants:
         try:
-            run_config.check(variant.config())
+            config_file.check(variant.config())
         except ValueError as error:
             refused[variant.name] = str(error)
     assert refused == {}

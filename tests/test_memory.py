@@ -7,10 +7,9 @@ import pytest
 from one_device import train_alone
 from test_train import tiny_run
 
-from coca_jax import partitioning
 from coca_jax.config import typed
-from coca_jax.files import cache_folder
-from coca_jax.machine import cgroups
+from coca_jax.parallel import sharding
+from coca_jax.runtime import cache_folder, machine
 from coca_jax.training import memory
 
 
@@ -23,7 +22,7 @@ def small_run(**changes):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +114,8 @@ def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
 def test_what_was_read_from_files_is_free_in_a_container(tmp_path, monkeypatch):
     devices = jax.local_device_count()
     free = memory.available()
-    monkeypatch.setattr(cgroups, "GROUPS", tmp_path)
-    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+    monkeypatch.setattr(machine, "GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN", tmp_path / "own")
     for name, text in dict(max="8000\n", current="7200\n", stat="anon 900\nfile 7000\n").items():
         (tmp_path / f"memory.{name}").write_text(text)
     assert memory.available() == 800 // devices
@@ -136,7 +135,7 @@ def test_what_was_read_from_files_is_free_in_a_container(tmp_path, monkeypatch):
 def test_a_system_that_does_not_say_what_is_free_gives_all_of_its_memory(tmp_path, monkeypatch):
     """As macOS, which has no /proc."""
     monkeypatch.setattr(memory, "MACHINE", tmp_path / "meminfo")
-    monkeypatch.setattr(cgroups, "GROUPS", tmp_path)
-    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+    monkeypatch.setattr(machine, "GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN", tmp_path / "own")
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert memory.available() == whole // jax.local_device_count()

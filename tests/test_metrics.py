@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from coca_jax import metrics
 from coca_jax.config import typed
-from coca_jax.training import hooks
+from coca_jax.runtime import metric_log
+from coca_jax.training import callbacks
 
 
 def test_lines_are_json_objects_and_resume_drops_later_steps(tmp_path):
-    writer = metrics.MetricWriter(tmp_path)
+    writer = metric_log.MetricWriter(tmp_path)
     for step in (10, 20, 30):
         writer.write(step, {"loss": step / 10})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # killed while writing
-    writer = metrics.MetricWriter(tmp_path, start_step=20)
+    writer = metric_log.MetricWriter(tmp_path, start_step=20)
     writer.write(30, {"loss": 7.5})
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -30,13 +30,13 @@ def test_lines_are_json_objects_and_resume_drops_later_steps(tmp_path):
         {"step": 20, "loss": 2.0},
         {"step": 30, "loss": 7.5},
     ]
-    assert metrics.read_metrics(tmp_path) == rows
-    metrics.MetricWriter(tmp_path, start_step=0).close()
-    assert metrics.read_metrics(tmp_path) == []
+    assert metric_log.read_metrics(tmp_path) == rows
+    metric_log.MetricWriter(tmp_path, start_step=0).close()
+    assert metric_log.read_metrics(tmp_path) == []
 
 
 def test_non_finite_values_become_null(tmp_path):
-    writer = metrics.MetricWriter(tmp_path / "new")
+    writer = metric_log.MetricWriter(tmp_path / "new")
     writer.write(1, {"loss": float("nan"), "gradient_norm": float("inf"), "skipped": 1})
     writer.close()
     text = (tmp_path / "new" / "metrics.jsonl").read_text()
@@ -48,8 +48,8 @@ def test_non_finite_values_become_null(tmp_path):
 def test_buckets_exclude_each_other_and_are_taken_once(monkeypatch):
     now = [100.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
-    monkeypatch.setattr(metrics, "time", clock)
-    buckets = metrics.TimeBuckets()
+    monkeypatch.setattr(metric_log, "time", clock)
+    buckets = metric_log.TimeBuckets()
     with buckets("step"):
         now[0] += 2.0
         with buckets("data_wait"):
@@ -57,7 +57,7 @@ def test_buckets_exclude_each_other_and_are_taken_once(monkeypatch):
         now[0] += 1.0
     now[0] += 64.0  # in none
     taken = buckets.take()
-    assert set(taken) == {f"{name}_seconds" for name in metrics.BUCKETS}
+    assert set(taken) == {f"{name}_seconds" for name in metric_log.BUCKETS}
     assert taken["data_wait_seconds"] == 5.0 and taken["step_seconds"] == 3.0
     assert sum(taken.values()) == 8.0
     assert sum(buckets.take().values()) == 0
@@ -70,9 +70,9 @@ def test_buckets_exclude_each_other_and_are_taken_once(monkeypatch):
 def test_a_row_that_follows_at_once_has_no_rate_of_its_own(monkeypatch):
     """Before a save two rows come together: the first with the time of the second's step."""
     clock = iter((0.0, 2.0, 4.0, 4.0001, 14.0, 18.0))
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: next(clock))
     file = io.StringIO()
-    progress = metrics.Progress(100, pairs=lambda step: 8 * step, file=file)
+    progress = metric_log.Progress(100, pairs=lambda step: 8 * step, file=file)
     assert progress.update(1, {}, 0.0) == progress.update(2, {}, 0.0) == 4
     assert progress.update(3, {}, 1.0, at_once=True) == pytest.approx(4)
     assert "waiting for data 50%" in file.getvalue()
@@ -83,8 +83,8 @@ def test_a_row_that_follows_at_once_has_no_rate_of_its_own(monkeypatch):
 def test_time_that_trains_nothing_is_none_of_the_rate_s(monkeypatch):
     """Three steps, a save of 100 s between two rows, two steps more."""
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    progress = metrics.Progress(100, pairs=lambda step: 8 * step, file=io.StringIO())
+    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: now[0])
+    progress = metric_log.Progress(100, pairs=lambda step: 8 * step, file=io.StringIO())
     now[0] = 6.0
     with progress.paused():
         now[0] += 100.0
@@ -95,8 +95,8 @@ def test_time_that_trains_nothing_is_none_of_the_rate_s(monkeypatch):
 def test_compilation_is_none_of_the_rate_s_and_of_the_time_left(monkeypatch):
     """The first step is compiled in 60 s, another size at step 11 in 40; each other takes 2 s."""
     now, file = [0.0], io.StringIO()
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    progress = metrics.Progress(110, pairs=lambda step: 8 * step, file=file)
+    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: now[0])
+    progress = metric_log.Progress(110, pairs=lambda step: 8 * step, file=file)
     rates = []
     for step in range(1, 22):
         compiling = {1: 60.0, 11: 40.0}.get(step, 0.0)
@@ -108,7 +108,7 @@ def test_compilation_is_none_of_the_rate_s_and_of_the_time_left(monkeypatch):
     assert rates == pytest.approx([4, 4])
     lines = file.getvalue().splitlines()
     assert lines[0].endswith("03:20 left") and lines[1].endswith("03:00 left")
-    alone = metrics.Progress(9, pairs=lambda step: 8 * step, file=file)
+    alone = metric_log.Progress(9, pairs=lambda step: 8 * step, file=file)
     now[0] += 16.0
     alone.compiled(1, 15.0)
     assert alone.update(1, {}, 0.0) == pytest.approx(0.5)  # no other step tells a rate
@@ -120,9 +120,9 @@ def test_a_run_s_rows_leave_out_the_steps_that_were_compiled(monkeypatch, tmp_pa
     clock = types.SimpleNamespace(
         perf_counter=lambda: now[0], process_time=lambda: 0.0, monotonic=lambda: 0.0
     )
-    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(metric_log, "time", clock)
     config = typed(tiny_config()).change({"log.every_steps": 5})
-    buckets = metrics.TimeBuckets()
+    buckets = metric_log.TimeBuckets()
     run = types.SimpleNamespace(
         config=config,
         workdir=str(tmp_path),
@@ -137,19 +137,19 @@ def test_a_run_s_rows_leave_out_the_steps_that_were_compiled(monkeypatch, tmp_pa
         progress=lambda step: {}, shares=dict, first_step=lambda: None, note=lambda *a: None
     )
     beside.close = lambda: None
-    log = hooks.Log(run, 0, feed, beside, beside)
+    log = callbacks.Log(run, 0, feed, beside, beside)
     for step in range(1, 11):
         with buckets("compile" if step in (1, 8) else "step"):
             now[0] += {1: 50.0, 6: 0.0, 7: 4.0, 8: 50.0}.get(step, 2.0)  # 6 is done in 7
         log(step, {"loss": np.float32(1)})
     log.close()
-    rates = [row["pairs_per_second"] for row in metrics.read_metrics(tmp_path)]
+    rates = [row["pairs_per_second"] for row in metric_log.read_metrics(tmp_path)]
     assert rates == pytest.approx([4, 4])
 
 
 def test_progress_prints_rate_losses_and_waiting_share():
     file = io.StringIO()
-    progress = metrics.Progress(100, start_step=50, pairs=lambda step: 8 * step, file=file)
+    progress = metric_log.Progress(100, start_step=50, pairs=lambda step: 8 * step, file=file)
     time.sleep(0.05)
     rate = progress.update(60, {"loss": 1.25, "learning_rate": 1e-5}, data_wait_seconds=0.0)
     assert 10 * 8 / 0.5 < rate <= 10 * 8 / 0.05
@@ -159,7 +159,7 @@ def test_progress_prints_rate_losses_and_waiting_share():
     )
     assert "waiting for data 0%" in line and "left" in line
     quiet = io.StringIO()
-    silent = metrics.Progress(100, pairs=lambda step: 8 * step, enabled=False, file=quiet)
+    silent = metric_log.Progress(100, pairs=lambda step: 8 * step, enabled=False, file=quiet)
     assert silent.update(1, {}, 0.0) > 0
     silent.write("x")
     assert quiet.getvalue() == ""
@@ -168,15 +168,15 @@ def test_progress_prints_rate_losses_and_waiting_share():
 def test_a_run_that_goes_on_traces_the_steps_that_are_to_come(tmp_path, monkeypatch):
     """It traced nothing, without a word, where it went on behind the first of them."""
     at, traced = [0], []
-    monkeypatch.setattr(hooks.jax.profiler, "start_trace", lambda _: traced.append(at[0]))
-    monkeypatch.setattr(hooks.jax.profiler, "stop_trace", lambda: traced.append(at[0]))
+    monkeypatch.setattr(callbacks.jax.profiler, "start_trace", lambda _: traced.append(at[0]))
+    monkeypatch.setattr(callbacks.jax.profiler, "stop_trace", lambda: traced.append(at[0]))
     config = typed(tiny_config()).change({"log.profile_steps": (20, 22)})
     said: list[str] = []
     run = types.SimpleNamespace(
         config=config, workdir=tmp_path, main_process=True, steps=40, say=said.append
     )
     for start, steps in ((40, []), (30, []), (0, [20, 23]), (20, [21, 23]), (21, [22, 23])):
-        trace = hooks.Trace(run, start)
+        trace = callbacks.Trace(run, start)
         for at[0] in range(start + 1, 41):
             trace(at[0])
         trace.close()
@@ -186,5 +186,5 @@ def test_a_run_that_goes_on_traces_the_steps_that_are_to_come(tmp_path, monkeypa
         "warning: log.profile_steps=(20, 22) is behind step 30, from which the run goes on, and "
         "traces nothing; name steps to come"
     ]
-    hooks.Trace(run, 30)  # the same command again, once they are traced
+    callbacks.Trace(run, 30)  # the same command again, once they are traced
     assert len(said) == 1

@@ -8,15 +8,15 @@ import pytest
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import embed, encoded
 
+from coca_jax.apps.recaption import job
+from coca_jax.apps.recaption.request import Request
+from coca_jax.apps.search import index, parts
 from coca_jax.config import typed
-from coca_jax.evaluators import unfinished
-from coca_jax.evaluators.writing import Writing
-from coca_jax.inference import model_checksum
+from coca_jax.evaluation import runner
+from coca_jax.evaluation.evaluators.base import Writing
+from coca_jax.inference import fingerprint
 from coca_jax.inference.model import CoCaModel
-from coca_jax.models import roles
-from coca_jax.recaptioning import whole
-from coca_jax.recaptioning.request import Request
-from coca_jax.searching import index, parts
+from coca_jax.models import param_groups
 
 
 def changed(model, **values):  # noqa: F811
@@ -52,7 +52,7 @@ def test_what_changes_embeddings_changes_the_checksum_and_the_rest_does_not(mode
 def test_host_and_devices_sum_the_same_bits(model, monkeypatch):  # noqa: F811
     """In host memory NumPy does, elsewhere a program: of float32 and of what is narrowed."""
     for each in (model, changed(model, model__dtype="bfloat16")):
-        params = roles.narrow(each.params) if each is not model else each.params
+        params = param_groups.narrow(each.params) if each is not model else each.params
         here = each._programs.bit_sums(params)
         with monkeypatch.context() as patch:
             patch.setattr(each._programs._devices, "platform", "gpu")
@@ -89,7 +89,7 @@ def test_an_index_of_another_dtype_is_told_so(model, tmp_path):  # noqa: F811
     (tmp_path / "a.png").write_bytes(encoded(1))
     embed(model, tmp_path / "a.png", tmp_path / "i")
     config = typed(model.config).change({"model.dtype": "bfloat16"})
-    rounded = CoCaModel(config, roles.narrow(model.params), model.vocabulary)
+    rounded = CoCaModel(config, param_groups.narrow(model.params), model.vocabulary)
     found = index.Index(str(tmp_path / "i"))
     says = "was made with --dtype=float32, and the model is in bfloat16: .* give --dtype=float32"
     with pytest.raises(ValueError, match=f"this index {says}"):
@@ -105,22 +105,20 @@ def test_recaption_and_evaluate_go_on_from_the_older_checksum(model, tmp_path): 
     own = model.checksum()
     old, other = own[:16], changed(model, model__activation="relu").checksum()
     request = Request("in", "imagefolder", str(tmp_path / "r"))
-    whole.begin(request, [old])
-    whole.begin(request, [own])
-    whole.begin(Request("in", "imagefolder", str(tmp_path / "s")), [own])
+    job.begin(request, [old])
+    job.begin(request, [own])
+    job.begin(Request("in", "imagefolder", str(tmp_path / "s")), [own])
     with pytest.raises(ValueError, match="other weights or preprocessing"):
-        whole.begin(Request("in", "imagefolder", str(tmp_path / "s")), [other])
+        job.begin(Request("in", "imagefolder", str(tmp_path / "s")), [other])
     asked = dict(step=3, num_frames=0)
-    begun = unfinished.Unfinished(str(tmp_path), asked | dict(weights=old), Writing(True))
+    begun = runner.Unfinished(str(tmp_path), asked | dict(weights=old), Writing(True))
     begun.add("task", {"a": 0.5})
-    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=own), Writing(True))
+    again = runner.Unfinished(str(tmp_path), asked | dict(weights=own), Writing(True))
     assert again.scores("task") == {"a": 0.5} and again.request["weights"] == old
     path = tmp_path / "eval_progress.json"
     path.write_text(
         json.dumps(json.loads(path.read_text()) | dict(request=asked | dict(weights=own)))
     )
-    again = unfinished.Unfinished(str(tmp_path), asked | dict(weights=other), Writing(True))
+    again = runner.Unfinished(str(tmp_path), asked | dict(weights=other), Writing(True))
     assert again.scores("task") is None
-    assert not model_checksum.same_request(
-        dict(asked, weights=own, step=4), dict(asked, weights=own)
-    )
+    assert not fingerprint.same_request(dict(asked, weights=own, step=4), dict(asked, weights=own))

@@ -23,8 +23,8 @@ from test_search import encoded
 
 import coca_jax
 from coca_jax.config import typed
-from coca_jax.inference import export_folder, read_images
-from coca_jax.inference import texts as text_arrays
+from coca_jax.inference import export_folder, preprocess
+from coca_jax.inference import tokenization as text_arrays
 from coca_jax.inference.devices import Devices
 from coca_jax.inference.model import CoCaModel
 from coca_jax.interop import weights_files
@@ -219,8 +219,8 @@ def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path
     for path, image in zip(paths, images):
         Image.fromarray(image).save(path)
     for column in (np.array(paths), np.array(paths, object), dict(enumerate(paths)).values()):
-        assert read_images.as_list(column) == paths
-    assert read_images.as_list(dict.fromkeys(paths).keys()) == paths
+        assert preprocess.as_list(column) == paths
+    assert preprocess.as_list(dict.fromkeys(paths).keys()) == paths
     np.testing.assert_array_equal(
         model.encode_image(np.array(paths)), model.encode_image(images[:2])
     )
@@ -229,12 +229,12 @@ def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path
         (dict(a=paths[0]), "images of type dict"),
     ):
         with pytest.raises(ValueError, match=says):
-            read_images.as_list(wrong)
+            preprocess.as_list(wrong)
 
 
 @pytest.fixture
 def reader():
-    return read_images.ImageReader(16, "squash", 0, 4, Devices(None, "cpu"))
+    return preprocess.ImageReader(16, "squash", 0, 4, Devices(None, "cpu"))
 
 
 class Watched(Image.Image):

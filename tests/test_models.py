@@ -7,9 +7,9 @@ import pytest
 from conftest import random_batch, tiny_config
 from ops_cases import drawn
 
-from coca_jax import partitioning
-from coca_jax.configs import coca_2b, coca_224, coca_base, coca_large
-from coca_jax.models import coca, decoding, roles
+from coca_jax.models import coca, param_groups, text_decoder
+from coca_jax.parallel import sharding
+from coca_jax.recipes import coca_2b, coca_224, coca_base, coca_large
 
 
 def some_params(model):
@@ -43,7 +43,7 @@ def count_parameters(params):
 def count(config):
     model = coca.build(config.model)
     boxed = jax.eval_shape(lambda: coca.init(model, jax.random.key(0)))
-    return count_parameters(partitioning.unbox(boxed))
+    return count_parameters(sharding.unbox(boxed))
 
 
 # coca_paper.md, from Table 1: encoder, decoder, poolers, untied and tied.
@@ -228,9 +228,9 @@ def test_a_model_without_biases_has_none_and_every_parameter_has_a_role():
     model = coca.build(config.model)
     boxed = jax.eval_shape(lambda: coca.init(model, jax.random.key(0)))
     kinds = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(partitioning.unbox(boxed)):
-        names = roles.names_of(path)
-        kinds.setdefault(roles.role_of(names).kind, set()).add("/".join(names[-2:]))
+    for path, _ in jax.tree_util.tree_leaves_with_path(sharding.unbox(boxed)):
+        names = param_groups.names_of(path)
+        kinds.setdefault(param_groups.role_of(names).kind, set()).add("/".join(names[-2:]))
     assert set(kinds) == {"kernel", "norm", "table"}
     assert {"attention_scale/gain", "mlp_scale/gain", "query_norm/scale"} <= kinds["norm"]
     assert "gate/kernel" in kinds["kernel"] and "registers/value" in kinds["table"]
@@ -244,7 +244,7 @@ def test_conv_stem_gives_the_same_number_of_tokens():
     pixels = jnp.ones((2, 16, 16, 3))
     tokens = jax.eval_shape(
         lambda key: model.apply(
-            {"params": partitioning.unbox(coca.init(model, key))},
+            {"params": sharding.unbox(coca.init(model, key))},
             pixels,
             method=lambda m, x: m.image_encoder(x),
         ),
@@ -260,7 +260,7 @@ def test_patch_dropout_drops_in_training_only():
     config = tiny_config()
     config.model.image.patch_dropout = 0.5
     model = coca.build(config.model)
-    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+    params = jax.eval_shape(lambda: sharding.unbox(coca.init(model, jax.random.key(0))))
     pixels = jnp.ones((2, 16, 16, 3))
 
     def encode(m, x, deterministic):
@@ -312,14 +312,14 @@ def test_float64_is_refused_where_it_would_not_be_float64(config):
         with pytest.raises(ValueError, match="for checks on the CPU"):
             coca.build(config.model, platform="tpu")
         with pytest.raises(ValueError, match="decoding needs 'float32' or 'bfloat16'"):
-            decoding.decoder(config.model, num_ids=64, eos_id=1)
+            text_decoder.decoder(config.model, num_ids=64, eos_id=1)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_products_in_float32_of_a_model_in_bfloat16_are_that(platform):
     """Those to the joint space, whose operands accelerators round unless told."""
     model = coca.build(tiny_config(dtype="bfloat16").model, platform=platform)
-    params = jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+    params = jax.eval_shape(lambda: sharding.unbox(coca.init(model, jax.random.key(0))))
     batch = random_batch(tiny_config())
 
     def embeddings(params, image, tokens):

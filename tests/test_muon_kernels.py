@@ -8,9 +8,11 @@ from conftest import needs_bfloat16, tiny
 from kernel_forms import forms
 from optimizer_cases import draw, gradients_of, nested
 
-from coca_jax import ops, partitioning
-from coca_jax.ops.cpu import Cpu, muon_kernels
+from coca_jax import ops
+from coca_jax.ops.cpu import Cpu
+from coca_jax.ops.cpu_kernels import muon
 from coca_jax.ops.reference import Reference
+from coca_jax.parallel import sharding
 from coca_jax.training.optimizer import MUON_ITERATIONS, make_optimizer
 
 ABC = jnp.float32([3.4445, -4.7750, 2.0315])
@@ -18,7 +20,7 @@ ABC = jnp.float32([3.4445, -4.7750, 2.0315])
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if not muon_kernels.available():
+    if not muon.available():
         pytest.skip("no C++ compiler")
 
 
@@ -62,7 +64,7 @@ def test_bfloat16_rounds_the_operands_of_products_alone(shape):
         factors = ABC[1] * square + ABC[2] * product(square, square)
         results.append(np.asarray(ABC[0] * last + product(factors, last)))
     exact = np.asarray(iterated(Reference(), x))
-    for form in forms(muon_kernels):
+    for form in forms(muon):
         with form:
             first = np.asarray(iterated(Cpu(), x, jnp.bfloat16, 1))
             got = np.asarray(iterated(Cpu(), x, jnp.bfloat16))
@@ -81,7 +83,7 @@ def test_what_the_kernel_is_called_for():
     assert calls(Cpu(), small) and not calls(Cpu(), large)
     assert not calls(Cpu(), small.astype(jnp.float64 if jax.config.x64_enabled else jnp.bfloat16))
     assert not calls(ops.choose("cpu", "xla"), small) and not calls(Reference(), small)
-    with jax.set_mesh(partitioning.make_mesh(2, 1, 1, jax.devices()[:2])):
+    with jax.set_mesh(sharding.make_mesh(2, 1, 1, jax.devices()[:2])):
         assert not calls(Cpu(), small)  # XLA cannot split the call of a kernel
 
 

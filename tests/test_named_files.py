@@ -5,7 +5,7 @@ import unicodedata
 from prepare_cases import import_data, reasons_of
 from test_tables import pictures, texts_of
 
-from coca_jax.data import named_files
+from coca_jax.data.sources import formats
 
 
 def test_names_in_folders_below_and_with_the_other_form_of_accents(tmp_path):
@@ -30,7 +30,7 @@ def test_above_too_many_files_it_is_said_that_folders_below_are_not_looked_throu
     pictures(tmp_path / "a", 1, "here.jpg")
     pictures(tmp_path / "a/x", 1, "below.jpg")
     (tmp_path / "a/list.csv").write_text("file_name,text\nhere.jpg,one\nbelow.jpg,two\n")
-    monkeypatch.setattr(named_files, "_MOST_BELOW", 2)
+    monkeypatch.setattr(formats, "_MOST_BELOW", 2)
     import_data("csv", tmp_path / "a", tmp_path / "out")
     assert texts_of(tmp_path / "out") == [["one"]]
     assert reasons_of(tmp_path / "out") == {"below.jpg": "missing_image"}

@@ -7,9 +7,9 @@ import fsspec
 import pytest
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.data import files, sources
-from coca_jax.importers import sidecars
-from coca_jax.importers.items import Options
+from coca_jax.data import filters
+from coca_jax.data.sources import files, sidecars
+from coca_jax.data.sources.items import Options
 from coca_jax.inference import caption_files
 
 HIDDEN = (".ipynb_checkpoints/0", "__MACOSX/0", ".hid", "._0")
@@ -29,7 +29,7 @@ def folder(tmp_path):
 def texts(format, input, out, **options):
     """{key: texts} of what is imported."""
     import_data(format, input, out, **options)
-    return {record.key: record.texts for record in sources.open_source(str(out))}
+    return {record.key: record.texts for record in filters.open_source(str(out))}
 
 
 def test_what_caption_wrote_names_pictures_from_the_folder_in_which_it_ran(
@@ -120,7 +120,7 @@ def test_an_empty_text_hides_no_caption_of_its_name(tmp_path):
 def test_pictures_below_a_list_are_looked_for_anew_and_hidden_ones_do_not_count(tmp_path):
     def found(out):
         import_data("csv", tmp_path / "a" / "list.csv", tmp_path / out)
-        return [record.texts for record in sources.open_source(str(tmp_path / out))]
+        return [record.texts for record in filters.open_source(str(tmp_path / out))]
 
     for number, name in enumerate(("b/0.jpg", "b/.ipynb_checkpoints/0.jpg")):
         (tmp_path / "a" / name).parent.mkdir(parents=True)

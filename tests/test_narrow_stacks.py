@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax import partitioning
 from coca_jax.models import block, layers
 from coca_jax.ops import cpu
+from coca_jax.parallel import sharding
 
 DEPTH, WIDTH, HIDDEN = 3, 32, 48
 
@@ -18,7 +18,7 @@ def narrow():
     options = layers.BlockOptions(dtype=jnp.dtype("bfloat16"), ops=cpu.Cpu())
     stack = block.Stack(depth=DEPTH, num_heads=2, mlp_dim=HIDDEN, remat="named", options=options)
     x = jax.random.normal(jax.random.key(0), (2, 5, WIDTH))
-    params = partitioning.unbox(jax.jit(stack.init)(jax.random.key(1), x))["params"]
+    params = sharding.unbox(jax.jit(stack.init)(jax.random.key(1), x))["params"]
     kinds = {"kernel": jnp.bfloat16}
 
     def one(path, leaf):

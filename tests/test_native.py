@@ -14,13 +14,14 @@ from ops_cases import drawn
 from PIL import Image
 
 import coca_jax
-from coca_jax import run_config
+from coca_jax.checkpoints import config_file
 from coca_jax.config import checks, typed
-from coca_jax.data import native, run_vocabulary
+from coca_jax.data import navit
 from coca_jax.data.batches import Batches
-from coca_jax.importers.splits import prepare
+from coca_jax.data.prepare import prepare
 from coca_jax.models import coca, image_encoder
-from coca_jax.models.pixels import normalise_pixels
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.training import run_vocabulary
 
 SHAPES = [(20, 20), (12, 40), (48, 10), (16, 24), (9, 90), (33, 21), (64, 64), (5, 7)]
 
@@ -28,25 +29,25 @@ SHAPES = [(20, 20), (12, 40), (48, 10), (16, 24), (9, 90), (33, 21), (64, 64), (
 @pytest.mark.parametrize("most", [1, 4, 7, 16, 196, 256])
 def test_a_grid_is_the_largest_that_fits_and_keeps_the_aspect(most):
     for height, width in [*SHAPES, (1, 10_000), (10_000, 1), (375, 500), (1080, 1920)]:
-        rows, columns = native.grid(height, width, most)
+        rows, columns = navit.grid(height, width, most)
         assert rows >= 1 <= columns and rows * columns <= most
         assert max(rows, columns) <= 255
         # One side is exact at the scale, the other less than a patch away from it.
         by_rows, by_columns = width * rows / height, height * columns / width
         assert 0 <= columns - by_rows < 1 or 0 <= rows - by_columns < 1 or 1 in (rows, columns)
     side = int(most**0.5)
-    assert native.grid(77, 77, most) == (side, side)
+    assert navit.grid(77, 77, most) == (side, side)
 
 
 def test_a_square_image_is_packed_as_the_model_cuts_it():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    packed = native.fitted(image, 4, 16)
+    packed = navit.fitted(image, 4, 16)
     assert packed.shape == (16, 4 * 4 * 3 + 4) and packed.dtype == np.uint8
     assert (packed[:, :-4] == image_encoder.patchify(image[None], 4)[0]).all()
     assert packed[6, -4:].tolist() == [1, 2, 4, 4]
-    wide = native.fitted(np.zeros((10, 40, 3), np.uint8), 4, 16)
+    wide = navit.fitted(np.zeros((10, 40, 3), np.uint8), 4, 16)
     assert wide[:, -4:].max(0).tolist() == [1, 7, 2, 8] and (wide[:, -2] == 2).all()
-    padded = native.fitted(np.full((10, 40, 3), 9, np.uint8), 4, 20)
+    padded = navit.fitted(np.full((10, 40, 3), 9, np.uint8), 4, 20)
     assert (padded[16:] == 0).all() and (padded[:16, :-4] == 9).all()
 
 
@@ -79,7 +80,7 @@ def picture(height, width, seed=0):
 
 def test_a_square_image_with_all_patches_is_embedded_as_ever(model):
     image = picture(16, 16)
-    packed = native.fitted(image, 4, 16)
+    packed = navit.fitted(image, 4, 16)
     square, packed = embed(model, image[None]), embed(model, np.stack([packed, packed]))
     for one, other in zip(square, packed):
         np.testing.assert_allclose(np.concatenate([one, one]), other, atol=2e-6)
@@ -87,10 +88,10 @@ def test_a_square_image_with_all_patches_is_embedded_as_ever(model):
 
 def test_padding_changes_no_embedding_whatever_it_holds(model):
     image = picture(8, 12)
-    alone = embed(model, native.pack(image, 4, 6)[None])
-    padded = native.pack(image, 4, 16)
+    alone = embed(model, navit.pack(image, 4, 6)[None])
+    padded = navit.pack(image, 4, 16)
     padded[6:, :-4] = picture(10, 16).reshape(10, -1)  # without a place
-    other = native.pack(picture(12, 4, 2), 4, 16)
+    other = navit.pack(picture(12, 4, 2), 4, 16)
     together = embed(model, np.stack([padded, other]))
     for one, two in zip(alone, together):
         np.testing.assert_allclose(one[0], two[0], atol=2e-6)
@@ -102,7 +103,7 @@ def test_an_image_and_its_turned_one_differ(model):
     tall = np.ascontiguousarray(wide.reshape(2, 4, 8, 4, 3).transpose(2, 1, 0, 3, 4)).reshape(
         32, 8, 3
     )
-    first, second = (native.pack(one, 4, 16) for one in (wide, tall))
+    first, second = (navit.pack(one, 4, 16) for one in (wide, tall))
     assert sorted(map(bytes, first[:, :-4])) == sorted(map(bytes, second[:, :-4]))
     found = embed(model, np.stack([first, second]))[0]
     assert np.abs(found[0] - found[1]).max() > 1e-3
@@ -111,7 +112,7 @@ def test_an_image_and_its_turned_one_differ(model):
 @pytest.mark.long
 def test_every_form_of_the_operations_gives_the_same():
     config = typed(tiny_config(image_size=16, patch_size=4, positions="both")).model
-    images = np.stack([native.pack(picture(*shape, 3), 4, 16) for shape in ((8, 12), (4, 64))])
+    images = np.stack([navit.pack(picture(*shape, 3), 4, 16) for shape in ((8, 12), (4, 64))])
     pixels = normalise_pixels(jnp.asarray(images), config)
     reference = coca.build(dataclasses.replace(config, implementation="reference"))
     params = drawn(jax.eval_shape(lambda: coca.init(reference, jax.random.key(0))), 0.2)
@@ -219,7 +220,7 @@ def test_plain_training_pixels_are_those_of_evaluation(data, trained):
 def test_what_does_not_go_with_it_is_a_line(data, key, value):
     config = typed(data[0]).change({key: value})
     with pytest.raises(ValueError, match=f"{key}=.*data.resize='"):
-        run_config.check(config)
+        config_file.check(config)
 
 
 def test_conv_stems_refuse_it(data):

@@ -7,9 +7,9 @@ import pytest
 from conftest import tiny
 
 from coca_jax.config import Loss, typed
-from coca_jax.configs import base
-from coca_jax.models import roles
-from coca_jax.training import objectives
+from coca_jax.models import param_groups
+from coca_jax.recipes import base
+from coca_jax.training import losses as objectives
 
 ROWS, LENGTH, WIDTH, VOCAB = 8, 6, 4, 11
 
@@ -219,4 +219,4 @@ def test_losses_and_parts_of_the_model_speak_of_the_same():
     question = config.change({"head.kind": "answer", "loss.hidden_weight": 0.0})
     losses = [objective.of(question, objectives.REFERENCE) for objective in objectives.OBJECTIVES]
     words = frozenset().union(*(loss.serves for loss in losses))
-    assert words == {part.serves for part in roles.PARTS.values()}
+    assert words == {part.serves for part in param_groups.PARTS.values()}

@@ -11,7 +11,7 @@ import coca_jax
 from coca_jax import inference
 from coca_jax.config import typed
 from coca_jax.inference import export_onnx
-from coca_jax.models import roles
+from coca_jax.models import param_groups
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def exports_again(model, out, monkeypatch):  # noqa: F811
 
 def test_what_is_traced_for_onnx_is_in_float32(in_bfloat16):
     rounded = inference.CoCaModel(
-        in_bfloat16.config, roles.narrow(in_bfloat16.params), in_bfloat16.vocabulary
+        in_bfloat16.config, param_groups.narrow(in_bfloat16.params), in_bfloat16.vocabulary
     )
     assert "bfloat16" in {x.dtype.name for x in jax.tree.leaves(rounded.params)}
     found = export_onnx.in_float32(rounded)

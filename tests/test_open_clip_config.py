@@ -10,10 +10,10 @@ from conftest import tiny_config
 from conversion_cases import SMALL, shapes_of, with_keys
 from ml_collections import ConfigDict
 
-from coca_jax import convert
+from coca_jax.cli import convert
 from coca_jax.config import Model, read, typed
-from coca_jax.interop import open_clip_config, open_clip_preprocess, pe_core
-from coca_jax.interop.open_clip_layout import Layout, count
+from coca_jax.interop import open_clip_config, pe_core
+from coca_jax.interop.open_clip_weights import Layout, count
 
 
 @pytest.mark.parametrize(
@@ -145,21 +145,21 @@ def test_other_preprocessing_is_refused(key):
     for given in ("other", ["squash"], {"a": 1}):
         says = re.escape(f"preprocess_cfg.{key}={given!r}")
         with pytest.raises(ValueError, match=says):
-            open_clip_preprocess.read({key: given})
+            open_clip_config.read({key: given})
     with pytest.raises(
         ValueError, match="interpolation='bilinear'; of .*'shortest' only 'bicubic'"
     ):
-        open_clip_preprocess.read(dict(interpolation="bilinear"))
+        open_clip_config.read(dict(interpolation="bilinear"))
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 def test_how_images_are_resized_survives_open_clip_s_file(resize):
     config = tiny_config(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
     model = typed(config).model
-    found = open_clip_preprocess.read(open_clip_preprocess.write(model, resize))
+    found = open_clip_config.read(open_clip_config.write(model, resize))
     assert found == dict(resize=resize, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
     with pytest.raises(ValueError, match="data.resize='native', for which open_clip has no words"):
-        open_clip_preprocess.write(model, "native")
+        open_clip_config.write(model, "native")
 
 
 ODD = [  # keys of open_clip_config.json, what is said of them

@@ -11,11 +11,10 @@ import pytest
 from conftest import tiny_config
 from conversion_cases import as_tensors, each_loss, forward, relative, with_keys
 
-from coca_jax import export_format
 from coca_jax.config import Model, read, typed
-from coca_jax.data import images, resizing
-from coca_jax.interop import open_clip_config, open_clip_preprocess
-from coca_jax.interop.open_clip_layout import Layout
+from coca_jax.data import images
+from coca_jax.interop import export_format, open_clip_config
+from coca_jax.interop.open_clip_weights import Layout
 from coca_jax.models import coca
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
@@ -171,12 +170,12 @@ def test_preprocessing_of_100_odd_images(resize, odd):
     from PIL import Image
 
     config = tiny_config(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
-    said = open_clip_preprocess.write(typed(config).model, resize)
+    said = open_clip_config.write(typed(config).model, resize)
     transform = image_transform_v2(PreprocessCfg(size=224, **said), is_train=False)
     mean, std = (np.asarray(said[name], np.float32) for name in ("mean", "std"))
     for image in odd:
         rgb = images.decode(image)
-        got = resizing.preprocess_eval(rgb, 224, resize).astype(np.float32) / 255
+        got = images.preprocess_eval(rgb, 224, resize).astype(np.float32) / 255
         # To RGB first, as open_clip's own loader does.
         wanted = transform(Image.fromarray(rgb)).numpy().transpose(1, 2, 0) * std + mean
         assert np.abs(got - wanted).max() <= 2 / 255, (image.mode, image.size)
@@ -192,6 +191,6 @@ def test_preprocessing_of_odd_images_to_sizes_that_are_not_square(size, odd):
     transform = image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     for image in odd[:30]:
         rgb = images.decode(image)
-        got = resizing.preprocess_eval(rgb, size, "crop").astype(np.float32) / 255
+        got = images.preprocess_eval(rgb, size, "crop").astype(np.float32) / 255
         wanted = transform(Image.fromarray(rgb)).numpy().transpose(1, 2, 0)
         assert got.shape == (*size, 3) and np.abs(got - wanted).max() <= 2 / 255, image.size

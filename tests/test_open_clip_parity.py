@@ -23,14 +23,14 @@ from conversion_cases import (
 )
 
 import coca_jax
-from coca_jax import convert, export_format
+from coca_jax.cli import convert
 from coca_jax.config import Model, read
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe
-from coca_jax.inference.generation import loop
-from coca_jax.inference.generation.settings import Settings
-from coca_jax.interop import open_clip_config, safetensors_file
-from coca_jax.interop.open_clip_layout import Layout
-from coca_jax.models import coca, decoding
+from coca_jax.inference.generation import generate
+from coca_jax.inference.generation.config import Settings
+from coca_jax.interop import export_format, open_clip_config, safetensors
+from coca_jax.interop.open_clip_weights import Layout
+from coca_jax.models import coca, text_decoder
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip: pip install -e '.[parity]'")
@@ -169,15 +169,15 @@ def test_greedy_captions(pair):
 def cached(pair, params, pixels, length, prompt):
     """Greedy captions by the cached decoder: int [B, length], prompt included, zeros at the end."""
     text, count = pair.model_config.text, len(pixels)
-    spec = decoding.decoder(
+    spec = text_decoder.decoder(
         pair.model_config,
         num_ids=text.vocab_size,
         eos_id=text.vocab_size - 1,
         hidden_id=ClipBpe.hidden_id,
     )
-    captions = loop.generate(
+    captions = generate.generate(
         spec,
-        decoding.pack(spec, params),
+        text_decoder.pack(spec, params),
         pair.embed(params, pixels)[1],
         np.tile(np.int32(prompt), (count, 1)),
         np.full(count, len(prompt), np.int32),
@@ -243,9 +243,9 @@ def test_a_tuned_run_goes_back(pair, tmp_path):
     and computes what the run does."""
     if pair.model_config.text.vocab_size != 530:
         pytest.skip("the small model shows it")
-    from coca_jax import prepare, train
-    from coca_jax.configs import finetune_open_clip
-    from coca_jax.importers.items import Options
+    from coca_jax.cli import prepare, train
+    from coca_jax.data.sources.items import Options
+    from coca_jax.recipes import finetune_open_clip
 
     folder = tmp_path / "images"
     folder.mkdir()
@@ -304,7 +304,7 @@ def test_a_half_precision_file(tmp_path):
     (folder / "vocabulary.bpe.gz").write_bytes(cases.small_merges())
     convert.from_open_clip(str(folder), str(tmp_path / "out"))
     convert.to_open_clip(str(tmp_path / "out"), str(tmp_path / "back"))
-    back = safetensors_file.read(tmp_path / "back" / convert.WEIGHTS_NAME)
+    back = safetensors.read(tmp_path / "back" / convert.WEIGHTS_NAME)
     for key, tensor in state.items():
         np.testing.assert_array_equal(back[key], tensor.float().numpy())
     assert ClipBpe((tmp_path / "out/vocabulary.bpe.gz").read_bytes()).size == 530

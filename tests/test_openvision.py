@@ -9,7 +9,7 @@ from quick_conversion import conversions_are_forks  # noqa: F401
 from test_towers import PHOTOS, TEXTS, pixels_of, randomise, unit
 
 import coca_jax
-from coca_jax import convert
+from coca_jax.cli import convert
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")

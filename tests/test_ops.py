@@ -10,10 +10,11 @@ import optax
 import pytest
 from ops_cases import arrays, assert_close, assert_close_with_gradients, drawn, with_gradients
 
-from coca_jax import ops, partitioning
-from coca_jax.configs import base
-from coca_jax.models import block, coca, layers, rotary
+from coca_jax import ops
+from coca_jax.models import block, coca, layers
 from coca_jax.ops import gpu, reference
+from coca_jax.parallel import sharding
+from coca_jax.recipes import base
 
 FORMS = [ops.Cpu(), ops.Gpu(cudnn=False), ops.Tpu(), ops.Tpu(kernels=False)]
 
@@ -195,7 +196,7 @@ def test_a_stack_padded_once_for_cudnn_equals_the_plain_one(causal, masked, turn
     """An odd length: the encoder's without a mask, the unimodal half's with valid tokens."""
     x = arrays(2, 9, 16, dtype=jnp.bfloat16)[0]
     mask = (jnp.arange(9) < jnp.asarray([[9], [6]]))[:, None, None] if masked else None
-    turns = rotary.of_places(jnp.arange(9)[None, :, None], 8, 100.0) if turned else None
+    turns = layers.of_places(jnp.arange(9)[None, :, None], 8, 100.0) if turned else None
 
     def stack(form):
         options = layers.BlockOptions(dtype=jnp.bfloat16, ops=form)
@@ -226,8 +227,8 @@ def test_a_stack_padded_once_for_cudnn_equals_the_plain_one(causal, masked, turn
 
 def test_the_residual_stream_of_several_gpus_stays_where_it_is():
     """Each device adds its rows; a layout that is asked for gathers nothing."""
-    mesh = partitioning.make_mesh(2, 2, 1, jax.devices()[:4])
-    rows = jax.sharding.NamedSharding(mesh, partitioning.spec("batch"))
+    mesh = sharding.make_mesh(2, 2, 1, jax.devices()[:4])
+    rows = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
     x, y = (jax.device_put(a, rows) for a in arrays(8, 3, 4, count=2))
     with jax.set_mesh(mesh):
         run = jax.jit(jax.value_and_grad(lambda x, y: (ops.Gpu().add_update(x, y) ** 2).sum()))

@@ -30,10 +30,10 @@ from optimizer_cases import (
     ours,
 )
 
-from coca_jax import partitioning
 from coca_jax.models import coca
+from coca_jax.parallel import sharding
 from coca_jax.training import optimizer
-from coca_jax.training import step as train_steps
+from coca_jax.training import train_step as train_steps
 from coca_jax.training.state import TrainState
 
 
@@ -156,7 +156,7 @@ def test_the_projections_of_a_model_are_the_two_into_the_joint_space():
     names = {"image_to_joint/kernel", "text_to_joint/kernel"}
     config = make_config(projection_rate=0.5)
     params = jax.eval_shape(lambda: coca.init(coca.build(config.model), jax.random.key(0)))
-    rates = flat(optimizer.rate_factors(partitioning.unbox(params), config.optimizer, False))
+    rates = flat(optimizer.rate_factors(sharding.unbox(params), config.optimizer, False))
     assert {name for name, rate in rates.items() if rate != 1} == names
 
 

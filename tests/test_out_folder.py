@@ -9,10 +9,12 @@ from test_inference import model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import export, export_format, inference, report
-from coca_jax.evaluators import results
-from coca_jax.files import out_folder
+from coca_jax import inference
+from coca_jax.cli import export, report
+from coca_jax.evaluation.evaluators import results
 from coca_jax.inference import export_folder
+from coca_jax.interop import export_format
+from coca_jax.runtime import out_folder
 
 
 def test_a_folder_that_was_missing_is_missing_afterwards(tmp_path):

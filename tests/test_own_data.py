@@ -12,14 +12,18 @@ from absl import flags
 from PIL import Image
 from test_version_0_1 import flags_of
 
-from coca_jax import prepare
+from coca_jax.cli import prepare
 from coca_jax.config import typed
-from coca_jax.configs import base
-from coca_jax.data import files, formats, kinds, sources
+from coca_jax.data import evaluation_data, filters, leakage, supervision
+from coca_jax.data import prepare as shards
+from coca_jax.data import prepare as splits
 from coca_jax.data.mixture import Mixture
-from coca_jax.evaluators import declarations, records
-from coca_jax.importers import own_data, seen, shards, splits, unprepared
-from coca_jax.importers.items import Options
+from coca_jax.data.sources import files, formats
+from coca_jax.data.sources.items import Options
+from coca_jax.evaluation.evaluators import base as declarations
+from coca_jax.evaluation.evaluators import inputs
+from coca_jax.recipes import base
+from coca_jax.training import data_flag
 
 
 def picture(seed):
@@ -63,7 +67,7 @@ def tar(path, count):
 def test_the_flag_s_help_names_every_kind(monkeypatch):
     flags_of("train", monkeypatch)
     named = flags.FLAGS["data"].help.split("being ")[1].split(".")[0]
-    assert named.replace(" or ", ", ").split(", ") == list(kinds.KINDS)
+    assert named.replace(" or ", ", ").split(", ") == list(supervision.KINDS)
 
 
 def test_data_that_cannot_be_reached_or_hold_no_pictures_say_so(tmp_path):
@@ -75,7 +79,7 @@ def test_data_that_cannot_be_reached_or_hold_no_pictures_say_so(tmp_path):
         splits.prepare("parquet", str(tmp_path), str(tmp_path / "p"), processes=1, progress=False)
     line = r"--out=\S+/absent` \(a recipe's first lines show how\), or name data of your own"
     with pytest.raises(FileNotFoundError, match=line):
-        sources.open_source(str(tmp_path / "absent"))
+        filters.open_source(str(tmp_path / "absent"))
 
 
 def test_a_folder_tells_its_format_and_splits(tmp_path):
@@ -152,7 +156,7 @@ def test_a_list_of_urls_is_told_how_to_download_them(tmp_path, kind):
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="are URLs") as told:
-        own_data.prepared(str(tmp_path / "d"), str(tmp_path / "out"))
+        data_flag.prepared(str(tmp_path / "d"), str(tmp_path / "out"))
     command = f"img2dataset --url_list={file} --input_format={kind} --url_col=url"
     assert f"pip install img2dataset; {command} --caption_col=alt_text --output" in str(told.value)
     assert not (tmp_path / "out").exists()
@@ -178,7 +182,7 @@ def test_folders_as_windows_and_spreadsheets_leave_them(tmp_path):
     ):
         assert formats.guess(str(folder)) == format
         splits.prepare(format, str(folder), str(tmp_path / format), processes=1, progress=False)
-        read = sources.open_source(str(tmp_path / format))
+        read = filters.open_source(str(tmp_path / format))
         assert {record.texts[0] for record in read} == texts
     with pytest.raises(ValueError, match="--out=.* is --input; give a folder of its own"):
         splits.prepare("csv", str(listed), f"{listed}/.")
@@ -218,7 +222,7 @@ def test_one_folder_of_pictures_is_no_class(tmp_path, capsys):
     by_class(tmp_path / "a", 12, ("train2017",))
     (tmp_path / "a/annotations").mkdir()
     (tmp_path / "a/annotations/captions.json").write_text("{}")
-    own_data.bring_in(own_data.layout(str(tmp_path / "a")), str(tmp_path / "p"), holdout=0.3)
+    data_flag.bring_in(data_flag.layout(str(tmp_path / "a")), str(tmp_path / "p"), holdout=0.3)
     said = capsys.readouterr().err
     assert said.count("all pictures") == 1
     assert "a: all pictures have the one class 'train2017', the name of their folder" in said
@@ -255,13 +259,13 @@ def test_a_holdout_is_a_function_of_the_pictures(tmp_path):
     assert rest["quarantined"] == {"missing_image": 1} and held["quarantined"] == {}
     assert rest["read"] == held["read"] == 121
     texts = {
-        split: [r.texts[0] for r in sources.open_source(out, split)] for split in ("train", "test")
+        split: [r.texts[0] for r in filters.open_source(out, split)] for split in ("train", "test")
     }
     assert not set(texts["train"]) & set(texts["test"])
     tar(tmp_path / "w/a.tar", 80)
     other = str(tmp_path / "other")
     splits.prepare_with_holdout("webdataset", str(tmp_path / "w"), other, 0.25, **keywords)
-    assert {r.texts[0] for r in sources.open_source(other, "test")} == set(texts["test"])
+    assert {r.texts[0] for r in filters.open_source(other, "test")} == set(texts["test"])
     # The same command again finds it done; another share is another request.
     assert splits.prepare_with_holdout("imagefolder", str(folder), out, 0.25, **keywords)[1] == held
     with pytest.raises(ValueError, match="made with other options"):
@@ -286,7 +290,7 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     by_class(tmp_path / "classes", 30)
     workdir = str(tmp_path / "run")
     flags = [str(tmp_path / "mine"), f"{tmp_path / 'classes'}:label:0.5"]
-    config = own_data.apply(typed(recipe()), flags, workdir)
+    config = data_flag.apply(typed(recipe()), flags, workdir)
     mine, classes = f"{workdir}/data/mine", f"{workdir}/data/classes"
     assert [s.to_dict() for s in config.data.sources] == [
         dict(path=mine, split="train", kind="caption", weight=11.0),
@@ -302,29 +306,29 @@ def test_named_folders_replace_those_of_the_recipe(tmp_path, capsys):
     assert f"{tmp_path / 'mine'} is read in place, as imagefolder: making an index" in said
     assert f"--data={tmp_path / 'mine'}:label trains on its labels" in said
     # Again, as a run that goes on does: nothing is imported and all is the same.
-    again = own_data.apply(typed(recipe()), flags, workdir)
+    again = data_flag.apply(typed(recipe()), flags, workdir)
     assert again.data.sources == config.data.sources and again.eval.tasks == config.eval.tasks
     assert "in place" not in capsys.readouterr().err
-    kept = own_data.apply(typed(recipe()), flags, workdir, keep_tasks=True)
+    kept = data_flag.apply(typed(recipe()), flags, workdir, keep_tasks=True)
     assert kept.data.sources == config.data.sources
     assert kept.eval.tasks == typed(recipe()).eval.tasks
     # The probe of a guard stays, which tells what the model could do before.
     probe = dict(kind="retrieval", name="past", data=dict(path=str(tmp_path / "classes")))
     guarded = recipe()
     guarded.eval.tasks += (probe, dict(probe, kind="captioning"))
-    assert own_data.apply(typed(guarded), flags, workdir).eval.tasks == config.eval.tasks
+    assert data_flag.apply(typed(guarded), flags, workdir).eval.tasks == config.eval.tasks
     guarded.eval.guard = "stop"
-    tasks = own_data.apply(typed(guarded), flags, workdir).eval.tasks
+    tasks = data_flag.apply(typed(guarded), flags, workdir).eval.tasks
     assert tasks == (probe, *config.eval.tasks)
     probe["data"]["path"] = "data/past"
     guarded.eval.tasks = (*recipe().eval.tasks, probe)
-    assert own_data.apply(typed(guarded), flags, workdir).eval.tasks == config.eval.tasks
+    assert data_flag.apply(typed(guarded), flags, workdir).eval.tasks == config.eval.tasks
     line = "eval.guard: the recipe's probe retrieval/past is left out, as data/past is not there"
     assert line in capsys.readouterr().err
     # Another folder of the same name does not pass for the first one.
     captioned(tmp_path / "other" / "mine", 60)
     with pytest.raises(ValueError, match="use another --workdir, or give data of another name"):
-        own_data.apply(typed(recipe()), [str(tmp_path / "other" / "mine")], workdir)
+        data_flag.apply(typed(recipe()), [str(tmp_path / "other" / "mine")], workdir)
 
 
 def test_evaluations_suit_the_losses_and_the_head(tmp_path):
@@ -332,7 +336,7 @@ def test_evaluations_suit_the_losses_and_the_head(tmp_path):
 
     def kinds(kind, **changes):
         config = recipe(**changes)
-        return [t["kind"] for t in own_data.evaluations(config, dict(place, kind=kind), "x")]
+        return [t["kind"] for t in data_flag.evaluations(config, dict(place, kind=kind), "x")]
 
     only = dict(loss=dict(contrastive_weight=0.0))
     assert kinds("caption") == ["retrieval", "captioning"]
@@ -345,22 +349,22 @@ def test_evaluations_suit_the_losses_and_the_head(tmp_path):
 def test_splits_that_are_there_are_used(tmp_path, capsys):
     captioned(tmp_path / "a" / "train", 4)
     captioned(tmp_path / "a" / "validation", 2, 50)
-    path = own_data.prepared(str(tmp_path / "a"), str(tmp_path / "out" / "a"))
-    assert own_data.choose_splits(path) == ("train", "test")
-    assert [r.texts[0] for r in sources.open_source(path, "test")] == ["picture 50", "picture 51"]
+    path = data_flag.prepared(str(tmp_path / "a"), str(tmp_path / "out" / "a"))
+    assert data_flag.choose_splits(path) == ("train", "test")
+    assert [r.texts[0] for r in filters.open_source(path, "test")] == ["picture 50", "picture 51"]
     captioned(tmp_path / "b", 6, split=lambda i: "test" if i < 2 else "train")
-    path = own_data.prepared(str(tmp_path / "b"), str(tmp_path / "out" / "b"))
-    assert [len(sources.open_source(path, split)) for split in ("train", "test")] == [4, 2]
+    path = data_flag.prepared(str(tmp_path / "b"), str(tmp_path / "out" / "b"))
+    assert [len(filters.open_source(path, split)) for split in ("train", "test")] == [4, 2]
     # A prepared folder stays as it is; where nothing is held out, that is said.
     captioned(tmp_path / "c", 5)
     prepare.prepare("imagefolder", str(tmp_path / "c"), str(tmp_path / "p"), progress=False)
-    config = own_data.apply(typed(recipe()), [str(tmp_path / "p")], str(tmp_path / "run"))
+    config = data_flag.apply(typed(recipe()), [str(tmp_path / "p")], str(tmp_path / "run"))
     assert config.eval.tasks == () and config.data.sources[0].split == "train"
     assert "nothing of it is held out for the scores" in capsys.readouterr().err
     # Evaluations that the recipe has on these very data stay.
     task = dict(kind="knn", name="mine", data=dict(path=str(tmp_path / "out" / "a"), split="test"))
     config = typed(recipe(eval=dict(tasks=(task,))))
-    config = own_data.apply(config, [str(tmp_path / "out" / "a")], str(tmp_path / "run"))
+    config = data_flag.apply(config, [str(tmp_path / "out" / "a")], str(tmp_path / "run"))
     assert [t["kind"] for t in config.eval.tasks] == ["knn"]
 
 
@@ -368,18 +372,18 @@ def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
     captioned(tmp_path / "raw", 6)
     out = str(tmp_path / "p")
     prepare.prepare("imagefolder", str(tmp_path / "raw"), out, progress=False)
-    assert unprepared.choose_split(dict(path=out)) == "train"
-    assert unprepared.choose_split(dict(path=str(tmp_path / "raw"))) == "test"
+    assert evaluation_data.choose_split(dict(path=out)) == "train"
+    assert evaluation_data.choose_split(dict(path=str(tmp_path / "raw"))) == "test"
     prepare.prepare("imagefolder", str(tmp_path / "raw"), out, split="web", progress=False)
     with pytest.raises(ValueError, match="give --split, one of train, web"):
-        unprepared.choose_split(dict(path=out))
+        evaluation_data.choose_split(dict(path=out))
     prepare.prepare("imagefolder", str(tmp_path / "raw"), out, split="val", progress=False)
-    assert unprepared.choose_split(dict(path=out)) == "val"
+    assert evaluation_data.choose_split(dict(path=out)) == "val"
     with pytest.raises(ValueError, match="have no split 'test'; they have train, val, web"):
         declarations.check([dict(kind="retrieval", name="x", data=dict(path=out))])
     config = recipe(data=dict(sources=(dict(path=out, split="train"),)))
-    assert seen.trained_on(typed(config), dict(path=f"{out}/../p", split="train"))
-    assert not seen.trained_on(typed(config), dict(path=out, split="val"))
+    assert leakage.trained_on(typed(config), dict(path=f"{out}/../p", split="train"))
+    assert not leakage.trained_on(typed(config), dict(path=out, split="val"))
 
 
 def test_tasks_need_captions_or_labels(tmp_path):
@@ -392,9 +396,9 @@ def test_tasks_need_captions_or_labels(tmp_path):
     with pytest.raises(
         ValueError, match=r"texts \[test\]: no example has a label, .* --label_field"
     ):
-        records.Records(texts, need="label")
+        inputs.Records(texts, need="label")
     with pytest.raises(ValueError, match="no example has a caption, .* --tasks=zero_shot"):
-        records.Records(labels, need="caption")
+        inputs.Records(labels, need="caption")
     # A run says so before it trains.
     task = dict(kind="zero_shot", name="x", data=texts)
     with pytest.raises(
@@ -407,6 +411,6 @@ def test_tasks_need_captions_or_labels(tmp_path):
     prepare.prepare("imagefolder", str(mixed), str(tmp_path / "p"), progress=False)
     for path in (str(mixed), str(tmp_path / "p")):
         entry = dict(path=path, split="train")
-        found = records.Records(entry, need="label")
+        found = inputs.Records(entry, need="label")
         assert (len(found), found.left_out) == (2, 2)
-        assert len(records.Records(entry, need="caption")) == 4
+        assert len(inputs.Records(entry, need="caption")) == 4

@@ -15,7 +15,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 OWN = """
-from coca_jax.configs import tiny
+from coca_jax.recipes import tiny
 
 
 def get_config(size="16"):
@@ -27,7 +27,7 @@ def get_config(size="16"):
 ASK = """
 import json, sys
 import coca_jax
-from coca_jax import recipes
+from coca_jax.training import recipes
 values = {value: recipes.load(value).batch_size for value in sys.argv[1:]}
 print(json.dumps(dict(file=coca_jax.__file__, names=list(recipes.names()), values=values)))
 """
@@ -104,7 +104,7 @@ def test_the_wheel_holds_the_package_its_data_and_the_recipes(wheel):
     found = files_of(wheel)
     package = {f"coca_jax/{name}" for name in files_of(ROOT / "coca_jax")}
     assert package - found == set()
-    assert {f"coca_jax/configs/{name}" for name in files_of(ROOT / "configs")} <= found
+    assert {f"coca_jax/recipes/{name}" for name in files_of(ROOT / "configs")} <= found
     assert {"coca_jax/py.typed", "coca_jax/ops/cpu/decode_kernels.cc"} <= found
     assert {"coca_jax/ops/cpu/conv_kernels.cc", "coca_jax/ops/cpu/team.h"} <= found
     assert {name.split("/")[0] for name in found if ".dist-info" not in name} == {"coca_jax"}

@@ -10,19 +10,19 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import batch_readers, partitioning
 from coca_jax.models import coca
+from coca_jax.parallel import sharding
 from coca_jax.training.state import state_shardings
 
 
 def mesh_of(*sizes):
-    return partitioning.make_mesh(*sizes)
+    return sharding.make_mesh(*sizes)
 
 
 def test_one_size_of_a_mesh_is_what_is_left():
     assert dict(mesh_of(-1, 2, 1).shape) == dict(data=4, fsdp=2, tensor=1)
     assert dict(mesh_of(1, 1, -1).shape) == dict(data=1, fsdp=1, tensor=8)
-    one = partitioning.make_mesh(-1, 1, 1, devices=jax.devices()[:1])
+    one = sharding.make_mesh(-1, 1, 1, devices=jax.devices()[:1])
     assert dict(one.shape) == dict(data=1, fsdp=1, tensor=1)
 
 
@@ -59,7 +59,7 @@ class Chip:
 def test_slices_of_tpus_stay_whole_in_a_mesh_and_data_goes_over_them_first(slices, sizes, blocks):
     places = [(x, y, 0) for y in range(2) for x in range(2)]
     devices = [Chip(number, place) for number in range(slices) for place in places]
-    mesh = partitioning.make_mesh(*sizes, devices=devices)
+    mesh = sharding.make_mesh(*sizes, devices=devices)
     found = np.vectorize(lambda device: device.slice_index)(mesh.devices)[..., 0]
     assert {device for device in mesh.devices.flat} == set(devices)
     rows, columns = (have // want for have, want in zip(found.shape, np.shape(blocks)))
@@ -82,7 +82,7 @@ def test_slices_of_tpus_stay_whole_in_a_mesh_and_data_goes_over_them_first(slice
     ],
 )
 def test_fsdp_splits_the_outermost_axis_that_it_divides(names, shape, axis):
-    spec = partitioning.param_spec(names, shape, mesh_of(2, 4, 1))
+    spec = sharding.param_spec(names, shape, mesh_of(2, 4, 1))
     split = [i for i, x in enumerate(spec) if x is not None and "fsdp" in (x, *x)]
     assert split == ([] if axis is None else [axis])
 
@@ -90,7 +90,7 @@ def test_fsdp_splits_the_outermost_axis_that_it_divides(names, shape, axis):
 def test_tensor_splits_heads_mlps_and_vocabularies_and_fsdp_beside_it():
     def found(*names_and_sizes):
         names, shape = zip(*names_and_sizes)
-        return partitioning.param_spec(names, shape, mesh_of(1, 2, 4))
+        return sharding.param_spec(names, shape, mesh_of(1, 2, 4))
 
     assert found(("embed", 64), ("heads", 8), ("head_width", 16)) == P("fsdp", "tensor", None)
     assert found(("heads", 8), ("embed", 64)) == P(("tensor", "fsdp"), None)
@@ -99,22 +99,22 @@ def test_tensor_splits_heads_mlps_and_vocabularies_and_fsdp_beside_it():
     assert found(("vocab", 1000), ("embed", 64)) == P(("tensor", "fsdp"), None)
     assert found(("vocab", 1004), ("embed", 64)) == P("tensor", "fsdp")
     with pytest.raises(ValueError, match="no sharding rule for the axis 'head'; add it to RULES"):
-        partitioning.spec("embed", None, "head")
+        sharding.spec("embed", None, "head")
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_little_of_the_state_is_replicated(name):
-    from coca_jax.configs import coca_large
+    from coca_jax.recipes import coca_large
 
     config = coca_large.get_config()
     config.optimizer.name = name
     mesh = mesh_of(1, 8, 1)
     abstract, shardings = state_shardings(coca.build(config.model), config, mesh)
     whole = replicated = 0
-    for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings)):
+    for leaf, placed in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings)):
         size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
         whole += size
-        if sharding.is_fully_replicated:
+        if placed.is_fully_replicated:
             replicated += size
     assert replicated / whole < 0.005
     if name == "adafactor":
@@ -130,7 +130,7 @@ def test_statistics_live_where_the_axes_do_that_they_keep():
     specs = dict.fromkeys(shapes, P("fsdp", "tensor")) | dict(bias=P("tensor"))
     rule = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.ema(0.9))
     state = jax.eval_shape(rule.init, params)
-    found = partitioning.optimizer_specs(state, params, specs)
+    found = sharding.optimizer_specs(state, params, specs)
     factored, mean = found[0], found[1].ema
     assert state[0].v_row["wide"].shape == (64,) and state[0].v_col["wide"].shape == (128,)
     assert factored.v_row == dict(wide=P("fsdp"), square=P("fsdp"), small=P(), bias=P())
@@ -142,7 +142,7 @@ def test_statistics_live_where_the_axes_do_that_they_keep():
 def test_what_cannot_be_split_evenly_is_named():
     def check(size, axes):
         abstract = {"a": {"kernel": jax.ShapeDtypeStruct((size, 3), jnp.float32)}}
-        partitioning.check_divisible(mesh_of(1, 4, 2), abstract, {"a": {"kernel": P(axes, None)}})
+        sharding.check_divisible(mesh_of(1, 4, 2), abstract, {"a": {"kernel": P(axes, None)}})
 
     check(8, "fsdp")
     check(16, ("tensor", "fsdp"))
@@ -158,9 +158,9 @@ def test_what_cannot_be_split_evenly_is_named():
 def test_batches_are_split_over_data_and_fsdp():
     for sizes, parts in (((2, 4, 1), 8), ((2, 2, 2), 4), ((1, 4, 2), 4), ((1, 1, 8), 1)):
         mesh = mesh_of(*sizes)
-        assert partitioning.batch_parts(mesh) == parts
+        assert sharding.batch_parts(mesh) == parts
         rows = np.arange(32).reshape(16, 2)
-        placed = partitioning.place_batch(mesh, {"rows": rows})["rows"]
+        placed = sharding.place_batch(mesh, {"rows": rows})["rows"]
         np.testing.assert_array_equal(placed, rows)
         assert {shard.data.shape for shard in placed.addressable_shards} == {(16 // parts, 2)}
 
@@ -187,15 +187,15 @@ def processes_of(*sizes, devices):
     ],
 )
 def test_processes_that_hold_the_same_batch_shards_are_one_reader(sizes, devices, numbers):
-    found = batch_readers.numbers(processes_of(*sizes, devices=devices))
+    found = sharding.numbers(processes_of(*sizes, devices=devices))
     assert [found[process] for process in range(len(found))] == numbers
 
 
 def test_readers_stand_in_the_order_of_their_shards_which_may_lie_apart():
     held = {0: {4, 5}, 1: {0, 2}, 2: {1, 3}, 3: {0, 2}}  # as chips in squares are on a torus
-    assert batch_readers.numbers(held) == {0: 2, 1: 0, 2: 1, 3: 0}
+    assert sharding.numbers(held) == {0: 2, 1: 0, 2: 1, 3: 0}
     mesh = mesh_of(2, 2, 2)
-    assert partitioning.readers(mesh) == (0, 1)
+    assert sharding.readers(mesh) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -211,20 +211,20 @@ def test_readers_stand_in_the_order_of_their_shards_which_may_lie_apart():
 )
 def test_processes_that_share_a_part_of_their_shards_are_refused(held, message):
     with pytest.raises(ValueError, match=message):
-        batch_readers.numbers(held)
+        sharding.numbers(held)
 
 
 def test_nothing_is_pinned_without_a_mesh_and_where_devices_hold_their_own_part():
     mesh, inside = mesh_of(2, 2, 2), []
 
     def look(x):
-        inside.append(partitioning.active_mesh())
-        return partitioning.constrain(x, "batch", None)
+        inside.append(sharding.active_mesh())
+        return sharding.constrain(x, "batch", None)
 
-    assert partitioning.active_mesh() is None
+    assert sharding.active_mesh() is None
     with jax.set_mesh(mesh):
-        assert dict(partitioning.active_mesh().shape) == dict(mesh.shape)
-        rows = P(partitioning.BATCH_AXES)
+        assert dict(sharding.active_mesh().shape) == dict(mesh.shape)
+        rows = P(sharding.BATCH_AXES)
         split = jax.shard_map(look, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
         jax.eval_shape(split, jax.ShapeDtypeStruct((16, 2), jnp.float32))
     assert inside == [None]

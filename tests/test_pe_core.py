@@ -7,7 +7,7 @@ import pytest
 from test_towers import PHOTOS, TEXTS, pixels_of, randomise, unit
 
 import coca_jax
-from coca_jax import convert
+from coca_jax.cli import convert
 from coca_jax.interop import pe_core
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")

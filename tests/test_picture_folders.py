@@ -12,19 +12,18 @@ import pytest
 from PIL import Image
 from prepare_cases import encode, import_data, write_tar
 
-from coca_jax.data import files, formats, image_files, images, sources
-from coca_jax.importers import (
-    checks,
-    imagefolder,
-    own_data,
-    remarks,
-    sidecars,
-    split_field,
-    splits,
-    tfrecord,
-    unprepared,
+from coca_jax.data import (
+    evaluation_data,
+    filters,
+    holdout,
+    image_files,
+    images,
+    prepare,
+    quarantine,
 )
-from coca_jax.importers.items import Options
+from coca_jax.data.sources import files, formats, image_folder, sidecars, tfrecord
+from coca_jax.data.sources.items import Options
+from coca_jax.training import data_flag
 
 
 def beside(folder, texts, suffix=".txt", first=0):
@@ -49,7 +48,7 @@ def in_folders(root, folders, count=3):
 def brought(format, input, out, split="train", **options):
     """{key: (texts, labels)} of what is imported, its images being those of the input."""
     import_data(format, input, out, split=split, **options)
-    found = list(sources.open_source(str(out), split))
+    found = list(filters.open_source(str(out), split))
     return {record.key: (record.texts, record.labels) for record in found}
 
 
@@ -59,7 +58,7 @@ def test_a_split_by_names_has_its_own_pictures(tmp_path):
     for split, own in (("train", names[4:]), ("test", names[:4])):
         found = brought("sidecars", folder, tmp_path / "p", split)
         assert found == {name: ((f"text of {name}",), ()) for name in own}
-    record = next(iter(sources.open_source(str(tmp_path / "p"), "train")))
+    record = next(iter(filters.open_source(str(tmp_path / "p"), "train")))
     assert record.image == encode(4)
     # A pattern, too, stands for the pictures that it fits.
     found = brought("sidecars", f"{folder}/*_1?.jpg", tmp_path / "q")
@@ -69,7 +68,7 @@ def test_a_split_by_names_has_its_own_pictures(tmp_path):
 def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys):
     names = ("dog", "cat", "steam train", "test tube")
     folder = beside(tmp_path / "a", {name: f"a {name}" for name in names})
-    assert splits.splits_of("sidecars", str(folder)) == []
+    assert prepare.splits_of("sidecars", str(folder)) == []
     found = brought("sidecars", folder, tmp_path / "p")
     assert {texts[0] for texts, _ in found.values()} == {f"a {name}" for name in names}
     # Of tars some may tell a split; the others are named.
@@ -88,25 +87,25 @@ def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, 
     rows = {f"{n}": json.dumps(dict(text=f"no. {n}", split=s)) for n, s in enumerate(8 * ["train"])}
     rows |= {"8": json.dumps(dict(text="no. 8", split="test"))}
     folder = beside(tmp_path / "a", rows, ".json")
-    told = split_field.told("sidecars", str(folder), Options())
+    told = holdout.told("sidecars", str(folder), Options())
     assert told.rows == dict(train=8, test=1) and told.values["test"] == ("test",)
 
 
 def test_a_folder_is_listed_once_however_many_units_it_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(imagefolder, "ROWS_PER_UNIT", 2)
+    monkeypatch.setattr(image_folder, "ROWS_PER_UNIT", 2)
     folder, asked = in_folders(tmp_path / "a", ("cat", "dog")), []
     walk = type(files.filesystem(str(folder))[0]).find
     system = files.filesystem(str(folder))[0]
     monkeypatch.setattr(system, "find", lambda *a, **k: asked.append(a) or walk(system, *a, **k))
-    units = imagefolder.plan(str(folder), "", Options())
+    units = image_folder.plan(str(folder), "", Options())
     listed = len(asked)
-    found = [item for unit in units for item in imagefolder.read(unit, Options())]
+    found = [item for unit in units for item in image_folder.read(unit, Options())]
     names = [f"{name}/{n}.jpg" for name in ("cat", "dog") for n in range(3)]
     assert [item.key for item in found] == names and [unit.rows for unit in units] == [2, 2, 2]
     assert [item.image for item in found] == [(folder / name).read_bytes() for name in names]
     assert len(asked) == listed == 2  # for metadata of any name, and for pictures
     with pytest.raises(ValueError, match="import is an earlier version's; remove it"):
-        next(imagefolder.read(dataclasses.replace(units[0], names=()), Options()))
+        next(image_folder.read(dataclasses.replace(units[0], names=()), Options()))
 
 
 def test_links_to_folders_are_named(tmp_path, capsys):
@@ -143,7 +142,7 @@ def test_texts_that_were_edited_are_evaluated_on(tmp_path, monkeypatch):
     entry = dict(path=str(tmp_path / "a"), kind="caption")
 
     def read():
-        found = unprepared.open_source(entry, "test")
+        found = evaluation_data.open_source(entry, "test")
         return [text for record in found for text in record.texts]
 
     beside(tmp_path / "a/below", {"1": "one", "2": "two"})
@@ -180,7 +179,7 @@ def test_folders_are_splits_in_any_case_and_in_a_single_folder(root, folders, fo
         (data / junk).parent.mkdir(parents=True)
         (data / junk).write_bytes(b"no picture")
     assert formats.guess(str(data)) == "imagefolder"
-    assert splits.splits_of("imagefolder", str(data)) == found
+    assert prepare.splits_of("imagefolder", str(data)) == found
     read = {}
     for split in found or ["train"]:
         read[split] = brought("imagefolder", data, tmp_path / "p", split)
@@ -209,12 +208,12 @@ def test_a_split_that_folders_do_not_tell_is_refused(tmp_path):
         with pytest.raises(ValueError, match=line):
             brought("imagefolder", tmp_path / "a", tmp_path / "p", split)
         with pytest.raises(ValueError, match=line):
-            unprepared.open_source(dict(path=str(tmp_path / "a")), split)
+            evaluation_data.open_source(dict(path=str(tmp_path / "a")), split)
     assert not (tmp_path / "p").exists()
     counts = {"train": 6, "val": 3, "dev": 3, "Training": 6}
     for split, count in counts.items():
         assert len(brought("imagefolder", tmp_path / "a", tmp_path / split, split)) == count
-    assert len(unprepared.open_source(dict(path=str(tmp_path / "a/train")), "test")) == 6
+    assert len(evaluation_data.open_source(dict(path=str(tmp_path / "a/train")), "test")) == 6
 
 
 def test_a_folder_tells_a_split_before_the_names_of_its_files(tmp_path):
@@ -302,18 +301,20 @@ def test_captions_of_numbers_alone_are_named(tmp_path, capsys):
     brought("sidecars", beside(tmp_path / "b", {"1": boxes, "2": "7 up"}), tmp_path / "q")
     assert "numbers" not in capsys.readouterr().err
     many = "1" * 9000 + "x"  # is told at once
-    assert remarks.are_numbers(["1,5", "-2"]) and not remarks.are_numbers([many])
+    assert quarantine.are_numbers(["1,5", "-2"]) and not quarantine.are_numbers([many])
 
 
 def test_a_run_on_few_pictures_says_what_to_do_and_leaves_nothing(tmp_path):
     folder, out = tmp_path / "few", tmp_path / "run/data/few"
-    numbers = [n for n in range(40) if not checks.is_held_out(encode(n), own_data.HOLDOUT)][:12]
+    numbers = [n for n in range(40) if not quarantine.is_held_out(encode(n), data_flag.HOLDOUT)][
+        :12
+    ]
     for number in numbers:
         beside(folder, {f"{number}": f"text {number}"}, first=number)
     (tmp_path / "run").mkdir()
     line = r"few: a share of 0.1 of the pictures, .* leaves none of 12 for the split 'test'; give"
     with pytest.raises(ValueError, match=line) as raised:
-        own_data.prepared(str(folder), str(out))
+        data_flag.prepared(str(folder), str(out))
     assert f"`coca-jax prepare --holdout=0.3 --out=DIR --input={folder}`" in str(raised.value)
     assert "--input=" not in str(raised.value).partition("`")[0]
     assert not list((tmp_path / "run").iterdir())
@@ -371,7 +372,7 @@ def test_lists_of_few_pictures_are_told_and_captions_of_ours_are_none(tmp_path):
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
     assert formats.guess(str(folder)) == "jsonl"
     line = f"{folder}: read as --format=jsonl"
-    assert remarks.of_format(str(folder), "jsonl") == line
+    assert quarantine.of_format(str(folder), "jsonl") == line
     (folder / "captions.jsonl.how.json").write_text("{}")
     assert formats.guess(str(folder)) == "imagefolder"
     assert formats.guess(str(folder / "captions.jsonl")) == "jsonl"  # which somebody asked for
@@ -379,14 +380,14 @@ def test_lists_of_few_pictures_are_told_and_captions_of_ours_are_none(tmp_path):
     (folder / "captions.jsonl").write_text("\n".join(rows[:2]) + "\n")
     (folder / "captions.jsonl").rename(folder / "notes.jsonl")
     assert formats.guess(str(folder)) == "jsonl"
-    assert remarks.of_format(str(folder), "jsonl").startswith(line + said)
+    assert quarantine.of_format(str(folder), "jsonl").startswith(line + said)
     (folder / "notes.jsonl").unlink()
     for name, mark in (("notes.tsv", "\t"), ("notes.txt", "\t"), ("notes.csv", ",")):
         (folder / name).write_text(f"file_name{mark}text\na.jpg{mark}x\nb.jpg{mark}y\n")
         assert formats.guess(str(folder)) == "csv"
-        assert said in remarks.of_format(str(folder), "csv")
+        assert said in quarantine.of_format(str(folder), "csv")
         (folder / name).unlink()
-    assert len(imagefolder.plan(str(folder), "", Options())[0].names) == 5  # as the line says
+    assert len(image_folder.plan(str(folder), "", Options())[0].names) == 5  # as the line says
     for name in "abcde":  # the pictures lie elsewhere: there is nothing but the captions
         (folder / f"{name}.jpg").unlink()
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")

@@ -24,10 +24,10 @@ from PIL import Image
 from prepare_cases import add_member, digests_of, encode, import_data, reasons_of, write_tar
 from test_version_0_1 import flags_of
 
-from coca_jax import prepare as command
-from coca_jax.data import records, sources, tfds_source
-from coca_jax.importers import prepared, tfds_name
-from coca_jax.importers.items import Options
+from coca_jax.cli import prepare as command
+from coca_jax.data import filters
+from coca_jax.data.sources import array_record, records, tfds
+from coca_jax.data.sources.items import Options
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -88,7 +88,7 @@ def test_the_same_pairs_from_every_format(tmp_path):
         out = tmp_path / "out" / pathlib.Path(input).name
         result = import_data(format, input, out)
         assert (result["read"], result["written"], result["quarantined"]) == (count, count, {})
-        found = list(sources.open_source(str(out)))
+        found = list(filters.open_source(str(out)))
         assert [r.image for r in found] == images  # bytes are copied
         assert [r.texts for r in found] == [(c,) for c in captions]
         if input == tmp_path / "p.parquet":
@@ -102,7 +102,7 @@ def test_the_same_pairs_from_every_format(tmp_path):
         (tmp_path / "classes" / name).mkdir(parents=True)
         (tmp_path / "classes" / name / "a.jpg").write_bytes(images[0])
     import_data("imagefolder", tmp_path / "classes", tmp_path / "out" / "classes")
-    found = list(sources.open_source(str(tmp_path / "out" / "classes")))
+    found = list(filters.open_source(str(tmp_path / "out" / "classes")))
     assert sorted(r.labels for r in found) == [("big dog",), ("cat",)]
 
 
@@ -122,16 +122,16 @@ def test_prepared_data_give_their_other_fields_and_their_only_split(tmp_path):
     result = import_data("prepared", first, again, **fields)
     assert (result["written"], result["quarantined"]) == (2, {"bad_label": 1})
     assert list(reasons_of(again).values()) == ["bad_label"]
-    found = sources.open_source(str(again)).read(range(2))
+    found = filters.open_source(str(again)).read(range(2))
     assert [(r.texts, r.labels, r.image) for r in found] == [
         ((f"no. {n}",), (name,), encode(n)) for n, name in enumerate(("cat", "dog"))
     ]
     assert all(json.loads(r.extra)["site"] == "x" for r in found)
-    (unit,) = prepared.plan(first, "", Options())  # where nobody names a split
+    (unit,) = array_record.plan(first, "", Options())  # where nobody names a split
     assert (unit.path, unit.stop) == (f"{first}@train", 3)
     import_data("imagefolder", tmp_path / "raw", first, split="val")
     with pytest.raises(ValueError, match=r"no split ''; it has \['train', 'val'\]"):
-        prepared.plan(first, "", Options())
+        array_record.plan(first, "", Options())
 
 
 def test_where_sample_and_shrinking(tmp_path):
@@ -143,7 +143,7 @@ def test_where_sample_and_shrinking(tmp_path):
     result = import_data("webdataset", tmp_path / "a.tar", tmp_path / "s", sample=0.5)
     assert 18 <= result["written"] <= 42
     import_data("webdataset", tmp_path / "a.tar", tmp_path / "m", max_side=20)
-    sizes = {Image.open(io.BytesIO(r.image)).size for r in sources.open_source(str(tmp_path / "m"))}
+    sizes = {Image.open(io.BytesIO(r.image)).size for r in filters.open_source(str(tmp_path / "m"))}
     assert sizes == {(20, 15)}
 
 
@@ -163,7 +163,7 @@ def test_results_do_not_depend_on_processes(tmp_path):
     with pytest.raises(ValueError, match="--overwrite"):
         import_data("webdataset", tmp_path / "*.tar", tmp_path / "one")
     import_data("webdataset", tmp_path / "0.tar", tmp_path / "one", split="test")
-    assert len(list(sources.open_source(str(tmp_path / "one"), "test"))) == 20
+    assert len(list(filters.open_source(str(tmp_path / "one"), "test"))) == 20
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_killed_and_rerun_gives_the_same_bytes(tmp_path):
     for i in range(6):
         write_tar(tmp_path / f"{i}.tar", 150, i * 150)
     command = [
-        *(sys.executable, "-m", "coca_jax.prepare", "--format=webdataset", "--processes=2"),
+        *(sys.executable, "-m", "coca_jax.cli.prepare", "--format=webdataset", "--processes=2"),
         f"--input={tmp_path}/*.tar",
     ]
 
@@ -226,9 +226,9 @@ def test_in_memory_file_system_in_and_out(tmp_path, monkeypatch):
         assert result["read"] == count
         if format == "imagefolder":
             assert result["quarantined"] == {"missing_image": 1, "bad_label": 1}
-        found = list(sources.open_source(out))
+        found = list(filters.open_source(out))
         assert found[0].image == encode(0)
-        again = list(sources.open_source(out))
+        again = list(filters.open_source(out))
         assert [r.key for r in again] == [r.key for r in found]
 
 
@@ -248,7 +248,7 @@ def test_tensorflow_datasets_reads_the_result_and_its_tensorflow_sees_no_gpu(tmp
     result = import_data("tfds", tmp_path / "out", tmp_path / "again")
     assert result["written"] == 5
     assert ([], "GPU") in hidden
-    found = list(sources.open_source(str(tmp_path / "again")))
+    found = list(filters.open_source(str(tmp_path / "again")))
     assert [r.texts for r in found] == [(f"caption {i}",) for i in range(5)]
     assert found[2].image == encode(2)
 
@@ -258,16 +258,16 @@ def test_a_data_set_of_tfds_trains_by_its_name(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", 5)
     import_data("webdataset", tmp_path / "a.tar", tmp_path / "tfds" / "mine" / "1.0.0")
     entry = dict(tfds="mine", data_dir=str(tmp_path / "tfds"), text_field="text")
-    source = sources.open_source(entry)
+    source = filters.open_source(entry)
     assert (source.name, len(source)) == ("tfds mine [train]", 5)
     for index, record in zip((3, 0), source.read([3, 0]), strict=True):
         assert record.texts == (f"caption {index}",) and record.image == encode(index)
         assert record.key == str(index)
     with pytest.raises(ValueError, match="no field 'title'; it has .*'text'"):
-        sources.open_source(entry | dict(text_field="title"))
+        filters.open_source(entry | dict(text_field="title"))
     for wrong in (dict(tfds="absent"), dict(split="test")):
         with pytest.raises(ValueError, match="; use `coca-jax prepare") as error:
-            sources.open_source(entry | wrong)
+            filters.open_source(entry | wrong)
         assert len(str(error.value)) < 400 and "\n" not in str(error.value)
     for name in ("absent", "tfds:absent"):
         with pytest.raises(ValueError, match="^tfds:absent: .* data: Dataset absent not found$"):
@@ -280,17 +280,15 @@ def test_a_data_set_of_tfds_trains_by_its_name(tmp_path, monkeypatch):
 def test_records_of_tfds_without_a_label_have_none():
     example = dict(image=b"i", text=np.array([b"a", b" ", b""]), label=np.array([1, -1]))
     names = ["cat", "dog"]
-    record = tfds_source._record(example, 3, "image", "text", "label", names)
+    record = tfds._record(example, 3, "image", "text", "label", names)
     assert record == records.Record(b"i", ("a",), ("dog",), "3")
-    unlabelled = tfds_source._record(
-        dict(image=b"i", label=np.int64(-1)), 0, "image", "", "label", names
-    )
+    unlabelled = tfds._record(dict(image=b"i", label=np.int64(-1)), 0, "image", "", "label", names)
     assert unlabelled.labels == () and unlabelled.texts == ()
 
 
 def test_the_other_images_of_tfds_are_no_fields():
     example = dict(image=b"i", mask=np.zeros((4, 4, 1), np.uint8), box=np.ones((1, 2)))
-    item = tfds_name._item("0", example, ("image", "", ""), ())
+    item = tfds._item("0", example, ("image", "", ""), ())
     assert (item.image, item.extra) == (b"i", {"box": [[1.0, 1.0]]})
 
 
@@ -383,7 +381,7 @@ def test_commands(commands, tmp_path):
     )
     assert code == 0 and json.loads(lines[-1])["sentences"] == 12
     (tmp_path / "recipe.py").write_text(
-        "from coca_jax.configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
+        "from coca_jax.recipes import base\n\n\ndef get_config():\n    config = base.get_config()\n"
         f"    config.batch_size = 4\n    config.data.sources = (dict(path='{tmp_path}/out'),)\n"
         "    return config\n"
     )

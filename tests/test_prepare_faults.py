@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from prepare_cases import add_member, draw, encode, import_data, reasons_of, write_tar
 
-from coca_jax.configs import base
-from coca_jax.data import run_vocabulary, sources
-from coca_jax.data.loaders import open_stream
-from coca_jax.importers import dedup, remarks, shards, split_field, splits, tar_members
-from coca_jax.importers.items import Options
+from coca_jax.data import dedup, filters, holdout, prepare, quarantine
+from coca_jax.data.batches import open_stream
+from coca_jax.data.sources import tars
+from coca_jax.data.sources.items import Options
+from coca_jax.recipes import base
+from coca_jax.training import run_vocabulary
 
 
 def test_faults_end_in_quarantine_with_reasons(tmp_path):
@@ -80,7 +81,7 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
     assert (result["read"], result["written"]) == (22, 8)
     assert sum(result["quarantined"].values()) == 14
     left = {"a good one", *(f"a fine one {i}" for i in range(7))}
-    assert {r.texts[0] for r in sources.open_source(str(tmp_path / "out"))} == left
+    assert {r.texts[0] for r in filters.open_source(str(tmp_path / "out"))} == left
     config = base.get_config()  # and training on what is left works
     config.batch_size, config.model.image_size = 8, 16
     config.model.text.update(vocab_size=400, max_len=24)
@@ -184,7 +185,7 @@ def test_what_cannot_be_used_is_listed_with_its_own_split(tmp_path):
         (tmp_path / f"a/{n}.jpg").write_bytes(encode(n))
     lines = [json.dumps(row) for row in rows] + ["{"]
     (tmp_path / "a/metadata.jsonl").write_text("\n".join(lines))
-    told = split_field.told("imagefolder", str(tmp_path / "a"), Options())
+    told = holdout.told("imagefolder", str(tmp_path / "a"), Options())
     listed = {}
     for split in told.values:
         options = dataclasses.asdict(told.options(split, Options()))
@@ -268,7 +269,7 @@ def test_headers_of_tars_are_read_as_tarfile_reads_them():
 
     same, lenient = 0, 0
     for buffer in [b"", b"\0" * 512, b"x" * 100, *buffers]:
-        found, wanted = read(tar_members._Header, buffer), read(tarfile.TarInfo, buffer)
+        found, wanted = read(tars._Header, buffer), read(tarfile.TarInfo, buffer)
         same += found == wanted
         # A plain file's owner and dates are not looked at.
         lenient += found != wanted and wanted is tarfile.InvalidHeaderError and found[2] == b"0"
@@ -293,12 +294,12 @@ def test_a_selection_that_leaves_nothing_names_what_there_is(tmp_path):
     )
     says += "'widht': width, "
     with pytest.raises(ValueError, match=f"none of 12 .*{says}"):
-        splits.prepare(*where, options=given, processes=1, progress=False)
+        prepare.prepare(*where, options=given, processes=1, progress=False)
     with pytest.raises(ValueError, match=says):  # and not the share is what is wrong
-        splits.prepare_with_holdout(*where, 0.3, options=given, processes=1, progress=False)
+        prepare.prepare_with_holdout(*where, 0.3, options=given, processes=1, progress=False)
     given = Options(where=(("width", ("30",)),))
     with pytest.raises(ValueError, match="no record has .*; 'width' is 0, 3, "):
-        splits.prepare(*where, options=given, processes=1, progress=False)
+        prepare.prepare(*where, options=given, processes=1, progress=False)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -310,7 +311,7 @@ def test_an_unfinished_import_is_replaced_where_that_is_asked_for(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write", cut_short)
+        patch.setattr(prepare, "write", cut_short)
         with pytest.raises(KeyboardInterrupt):
             import_data("webdataset", tmp_path / "a.tar", out)
     line = "out/.unfinished-train is an unfinished import with other options; give --overwrite, or"
@@ -327,7 +328,7 @@ def test_an_unfinished_import_is_replaced_where_that_is_asked_for(tmp_path, monk
 
 
 def opened(out):
-    return [Image.open(io.BytesIO(record.image)) for record in sources.open_source(str(out))]
+    return [Image.open(io.BytesIO(record.image)) for record in filters.open_source(str(out))]
 
 
 def test_a_place_that_takes_nothing_is_one_line(tmp_path, monkeypatch):
@@ -336,12 +337,12 @@ def test_a_place_that_takes_nothing_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="file/out/.unfinished-train/plan.json cannot be written"):
         import_data("webdataset", tmp_path / "a.tar", tmp_path / "file/out")
 
-    class Full(shards.array_record_module.ArrayRecordWriter):
+    class Full(prepare.array_record_module.ArrayRecordWriter):
         def close(self):
             super().close()
             raise RuntimeError("write() failed: No space left on device; at byte 671744")
 
-    monkeypatch.setattr(shards.array_record_module, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(prepare.array_record_module, "ArrayRecordWriter", Full)
     with pytest.raises(OSError, match="part-00000.array_record cannot be written: .*No space left"):
         import_data("webdataset", tmp_path / "a.tar", tmp_path / "out", processes=1)
     monkeypatch.undo()
@@ -361,13 +362,13 @@ def test_class_folders_beside_their_own_archive_are_named(tmp_path):
         "--format=imagefolder or sidecars reads"
     )
     line = f"{root}: read as --format=webdataset"
-    assert remarks.of_format(str(root), "webdataset") == line + said
+    assert quarantine.of_format(str(root), "webdataset") == line + said
     with pytest.raises(ValueError) as told:
         import_data("webdataset", root, tmp_path / "out")
     assert "none of 2 examples can be used: " in str(told.value) and said in str(told.value)
     shutil.rmtree(root / "cat")
     shutil.rmtree(root / "dog")
-    assert remarks.of_format(str(root), "webdataset") == line
+    assert quarantine.of_format(str(root), "webdataset") == line
     with pytest.raises(ValueError) as told:
         import_data("webdataset", root, tmp_path / "out")
     assert "not read: 2" not in str(told.value)

@@ -12,10 +12,11 @@ from prepare_cases import encode, import_data, write_tar
 from test_tables import split_table, texts_of
 from test_version_0_1 import flags_of
 
-from coca_jax import prepare as command
-from coca_jax.data import formats, prepared, sources, vocabulary
-from coca_jax.importers import own_data, parquet, remarks, shards
-from coca_jax.importers.items import Options
+from coca_jax.cli import prepare as command
+from coca_jax.data import filters, prepare, quarantine, vocabulary
+from coca_jax.data.sources import array_record, formats, parquet
+from coca_jax.data.sources.items import Options
+from coca_jax.training import data_flag
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_split_of_the_field_that_is_in_an_evaluation_set_is_left_out_with_a_li
         said = capsys.readouterr()
         assert f"{folder}: nothing is left of [test]: 1 in_evaluation\n" in said.err
         assert "6 examples, by the field 'split': 5 -> [train]; " in said.out
-    assert [one.texts for one in sources.open_source(str(tmp_path / "out"))] == [
+    assert [one.texts for one in filters.open_source(str(tmp_path / "out"))] == [
         (f"train {n}",) for n in range(5)
     ]
     for more, says in (
@@ -114,7 +115,7 @@ def test_a_split_of_the_field_that_is_in_an_evaluation_set_is_left_out_with_a_li
     says = r"nothing is left of \[test\]: 1 missing_image; the first: .*5.jpg"
     with pytest.raises(ValueError, match=says):
         call(**given | dict(out=tmp_path / "broken"))
-    assert list(prepared.read_manifest(str(tmp_path / "broken"))["splits"]) == ["train"]
+    assert list(array_record.read_manifest(str(tmp_path / "broken"))["splits"]) == ["train"]
 
 
 def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_path):
@@ -124,7 +125,7 @@ def test_counts_of_classes_are_those_of_the_split_and_the_same_again(call, tmp_p
             (tmp_path / f"in/{name}/{number}.png").write_bytes(encode(ord(name) * 10 + number))
     given = dict(input=tmp_path / "in", out=tmp_path / "out", holdout=0.3, processes=1)
     first = call(**given)
-    told = prepared.read_manifest(str(tmp_path / "out"))
+    told = array_record.read_manifest(str(tmp_path / "out"))
     of_splits = [len(told["splits"][split]["classes"]) for split in ("train", "test")]
     assert of_splits == [2, 3] and len(told["class_names"]) == 3
     assert [first["classes"], first["held_out"]["classes"]] == of_splits
@@ -205,7 +206,7 @@ def test_many_shards_are_asked_for_at_a_time():
         together.wait()
         return number
 
-    assert shards.of_each(ask, range(32)) == list(range(32))
+    assert prepare.of_each(ask, range(32)) == list(range(32))
 
 
 def test_many_shards_get_their_names_at_a_time(tmp_path, monkeypatch):
@@ -222,7 +223,7 @@ def test_many_shards_get_their_names_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "mv", mv)
     told = import_data("webdataset", tmp_path, out := "memory://renamed/out")
     assert told["shards"] == told["written"] == 8
-    texts = [record.texts for record in sources.open_source({"path": out, "split": "train"})]
+    texts = [record.texts for record in filters.open_source({"path": out, "split": "train"})]
     assert texts == [(f"caption {number}",) for number in range(8)]
 
 
@@ -235,13 +236,13 @@ def test_tables_and_other_archives_beside_tars_are_named(tmp_path):
     for name in ("README.md", "A.idx", "A.parquet", "A_stats.json", "A.txt", "empty"):
         (root / name).write_bytes(b"PAR1 or anything" * 40 if name != "empty" else b"")
     line = f"{root}: read as --format=webdataset"
-    assert remarks.of_format(str(root), "webdataset") == line
+    assert quarantine.of_format(str(root), "webdataset") == line
     (root / "more/classes.CSV").write_text("file,class\n")
     tables = (
         "; not read: tables beside its archives (more/classes.CSV), as texts and labels are the "
         "members' .txt, .cls and .json"
     )
-    assert remarks.of_format(str(root), "webdataset") == line + tables
+    assert quarantine.of_format(str(root), "webdataset") == line + tables
     shutil.copy(root / "A.TAR", root / "B.bin")
     (root / "C.tar.xz").write_bytes(b"any")
     (root / "D.zip").write_bytes(b"any")
@@ -249,8 +250,8 @@ def test_tables_and_other_archives_beside_tars_are_named(tmp_path):
         "; not read: other archives (B.bin, C.tar.xz, D.zip), as tars have names that end in .tar, "
         ".tar.gz or .tgz"
     )
-    assert remarks.of_format(str(root), "webdataset") == line + tables + archives
-    assert remarks.of_format(str(root / "A.TAR"), "webdataset") == (
+    assert quarantine.of_format(str(root), "webdataset") == line + tables + archives
+    assert quarantine.of_format(str(root / "A.TAR"), "webdataset") == (
         f"{root}/A.TAR: read as --format=webdataset"
     )
 
@@ -270,10 +271,10 @@ def test_pictures_of_kinds_that_are_not_opened_are_counted(tmp_path):
     )
     for format in ("imagefolder", "sidecars"):
         line = f"{root}: read as --format={format}"
-        assert remarks.of_format(str(root), format) == line + said
-    assert remarks.other_kinds(str(root), "webdataset") == ""
+        assert quarantine.of_format(str(root), format) == line + said
+    assert quarantine.other_kinds(str(root), "webdataset") == ""
     (root / "metadata.jsonl").write_text('{"file_name": "IMG_1.DNG", "text": "a dog"}\n')
-    assert remarks.other_kinds(str(root), "imagefolder") == ""
+    assert quarantine.other_kinds(str(root), "imagefolder") == ""
 
 
 def test_a_large_row_group_is_not_read_once_for_each_unit(tmp_path, monkeypatch):
@@ -295,7 +296,7 @@ def test_a_large_row_group_is_not_read_once_for_each_unit(tmp_path, monkeypatch)
     assert texts_of(str(out), "train") == [[f"train {i}"] for i in range(40)]
     assert sum(read) == 32 + 40  # batches of 16: 20 rows, and all of them; it was 10 x 40
     read.clear()
-    found = own_data.layout(str(tmp_path / "a/a.parquet")).items(Options())
+    found = data_flag.layout(str(tmp_path / "a/a.parquet")).items(Options())
     assert len(list(found)) == sum(read) == 40  # as `fit` looks at it
     gap = [parquet.Unit("a", 0, 4, 4), parquet.Unit("a", 8, 12, 4), parquet.Unit("b", 12, 16, 4)]
     assert parquet.joined(gap) == gap

@@ -10,9 +10,10 @@ import pytest
 from in_place_cases import make, write_tar
 from prepare_cases import encode, import_data, reasons_of
 
-from coca_jax.data import files, range_cache, sources, unreachable
-from coca_jax.importers import prepared, shards, sidecars
-from coca_jax.importers.items import Options
+from coca_jax.data import filters, prepare
+from coca_jax.data.sources import array_record, files, range_cache, sidecars
+from coca_jax.data.sources.items import Options
+from coca_jax.runtime import unreachable
 
 COUNT = 12
 
@@ -26,7 +27,7 @@ def write_pictures(folder, count=COUNT):
 
 
 def keys(out):
-    return [record.key for record in sources.open_source(str(out))]
+    return [record.key for record in filters.open_source(str(out))]
 
 
 def test_pictures_behind_an_index_that_are_gone_or_changed_are_those_records_alone(tmp_path):
@@ -61,11 +62,11 @@ def test_a_damaged_record_is_one_entry(tmp_path):
 def test_prepared_data_that_are_removed_meanwhile_end_the_import(tmp_path):
     data = write_pictures(tmp_path / "data")
     import_data("sidecars", data, tmp_path / "one")
-    units = shards.importer("prepared").plan(str(tmp_path / "one"), "train", Options())
+    units = prepare.importer("prepared").plan(str(tmp_path / "one"), "train", Options())
     (tmp_path / "one").rename(tmp_path / "two")
-    job = shards.Job(0, tuple(units), "prepared", Options(), str(tmp_path))
+    job = prepare.Job(0, tuple(units), "prepared", Options(), str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        list(shards.read_items(job))
+        list(prepare.read_items(job))
 
 
 @contextlib.contextmanager
@@ -129,10 +130,10 @@ def test_the_shards_of_data_in_a_bucket_are_asked_for_at_once_and_once(tmp_path,
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "size", ask)
-        patched.setattr(prepared, "ROWS_PER_UNIT", 5)
-        units = prepared.plan(out, "train", Options())
+        patched.setattr(array_record, "ROWS_PER_UNIT", 5)
+        units = array_record.plan(out, "train", Options())
         asked.clear()
-        found = [item.key for unit in units for item in prepared.read(unit, Options())]
+        found = [item.key for unit in units for item in array_record.read(unit, Options())]
     assert len(units) == 3 and found == [f"{n:03d}" for n in range(COUNT)]
     names = [path.rpartition("/")[2] for path in asked]
     assert sorted(names) == [f"train-{n:05d}-of-00004.array_record" for n in range(4)]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import COMPILE_FAST
 
-from coca_jax.checkpoints import checkpointing, checksums
-from coca_jax.metrics import read_metrics
+from coca_jax.checkpoints import manager, verify
+from coca_jax.runtime.metric_log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = "vocabulary.model"
@@ -39,7 +39,7 @@ def launch(commands, workdir, processes, devices, *flags):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["steps"] == 5  # process 0's result and nothing else
-    return [row["loss"] for row in read_metrics(workdir)], checkpointing.load_params(workdir)[0]
+    return [row["loss"] for row in read_metrics(workdir)], manager.load_params(workdir)[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def one_device(commands, tmp_path_factory):
 
 def forget_the_end(workdir):
     shutil.rmtree(f"{workdir}/checkpoints/5")
-    assert checkpointing.find_step(workdir)[1] == 3
+    assert manager.find_step(workdir)[1] == 3
 
 
 def assert_same(got, want):
@@ -95,14 +95,14 @@ def test_two_processes_go_on_in_a_bucket(one_device, commands, s3):
 SHARES = """
 import contextlib, json, resource, sys
 import jax, numpy as np
-from coca_jax import evaluators, partitioning
-from coca_jax.checkpoints import checkpointing, checksums
-from coca_jax.machine import processes
-from coca_jax.console import quiet
-from coca_jax.evaluators.unfinished import Unfinished
-from coca_jax.evaluators.writing import NotWritten, Writing
+from coca_jax.evaluation import evaluators; from coca_jax.parallel import sharding as partitioning
+from coca_jax.checkpoints import manager as checkpointing, verify as checksums
+from coca_jax.runtime import multihost as processes
+from coca_jax.runtime import quiet
+from coca_jax.evaluation.runner import Unfinished
+from coca_jax.evaluation.evaluators.base import NotWritten, Writing
 from coca_jax.config import typed
-from coca_jax.configs import tiny
+from coca_jax.recipes import tiny
 from coca_jax.inference import devices
 from coca_jax.training import setup
 from coca_jax.training.state import TrainState
@@ -193,7 +193,7 @@ def test_checksums_of_two_processes_are_those_of_one(shares):
     arrays = dict(
         split=np.arange(1024, dtype=np.float32), here=np.arange(5.0), everywhere=np.int32(1)
     )
-    want = checksums.of_tree({name: np.asarray(x) for name, x in arrays.items()})
+    want = verify.of_tree({name: np.asarray(x) for name, x in arrays.items()})
     assert [one["sums"] for one in shares] == [want, want]
 
 

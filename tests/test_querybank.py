@@ -5,7 +5,8 @@ import pytest
 from evaluator_cases import Fake, picture, unit
 from PIL import Image
 
-from coca_jax.evaluators import declarations, querybank, retrieval, zero_shot
+from coca_jax.evaluation.evaluators import base, retrieval, zero_shot
+from coca_jax.evaluation.metrics import querybank
 
 SCENES = dict(builtin="scenes")
 
@@ -85,8 +86,8 @@ def task_of(**change):
 )
 def test_what_can_be_no_querybank_is_refused(bank, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        declarations.check([task_of(querybank=bank)])
-    declarations.check([task_of(querybank=SCENES)])  # its split is 'train'
+        base.check([task_of(querybank=bank)])
+    base.check([task_of(querybank=SCENES)])  # its split is 'train'
 
 
 def test_a_folder_without_splits_is_no_querybank_of_itself(tmp_path):
@@ -94,9 +95,7 @@ def test_a_folder_without_splits_is_no_querybank_of_itself(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
     with pytest.raises(ValueError, match="would be the querybank and scored"):
-        declarations.check(
-            [task_of(data=dict(path=str(tmp_path)), querybank=dict(path=str(tmp_path)))]
-        )
+        base.check([task_of(data=dict(path=str(tmp_path)), querybank=dict(path=str(tmp_path)))])
 
 
 def test_what_holds_all_that_is_scored_is_no_querybank():
@@ -104,6 +103,6 @@ def test_what_holds_all_that_is_scored_is_no_querybank():
     data = dict(tfds="x", split="train", where={"site": "a"})
     for bank in (dict(tfds="x", split="train"), data):
         with pytest.raises(ValueError, match="x would be the querybank and scored"):
-            declarations.check_apart(task_of(data=data), bank, "the querybank")
+            base.check_apart(task_of(data=data), bank, "the querybank")
     for other in (dict(data, where={"site": "b"}), dict(tfds="x", split="validation")):
-        declarations.check_apart(task_of(data=data), other, "the querybank")
+        base.check_apart(task_of(data=data), other, "the querybank")

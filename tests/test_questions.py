@@ -13,16 +13,17 @@ from one_device import train_alone as train
 from PIL import Image
 
 import coca_jax
+from coca_jax.cli.prepare import prepare
 from coca_jax.config import typed
-from coca_jax.data import kinds, mixture, questions, run_vocabulary, sources, vocabulary
-from coca_jax.data.loaders import open_stream
-from coca_jax.data.records import Record
+from coca_jax.data import filters, mixture, supervision, vocabulary
+from coca_jax.data.batches import open_stream
+from coca_jax.data.sources import questions
+from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import base
-from coca_jax.evaluators.records import Records
-from coca_jax.files import sealed_json
-from coca_jax.importers import own_data
-from coca_jax.prepare import prepare
+from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.runtime import json_files
+from coca_jax.training import data_flag, run_vocabulary
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "black": (9, 9, 9)}
 
@@ -68,7 +69,7 @@ def test_questions_without_an_answer_are_left_out():
         dict(question="many?", answer=0),
     ]
     record = Record(b"", (), (), "k", json.dumps(dict(qa=given)))
-    assert questions.of(record, "qa") == [("many?", ("2", "two")), ("many?", ("0",))]
+    assert questions.questions_of(record, "qa") == [("many?", ("2", "two")), ("many?", ("0",))]
 
 
 def question_config(path):
@@ -90,7 +91,7 @@ def question_config(path):
 
 
 def test_each_question_is_an_example(asked):
-    source = sources.open_source(dict(path=asked, kind="question", questions="qa"))
+    source = filters.open_source(dict(path=asked, kind="question", questions="qa"))
     assert len(source) == 12
     records = source.read([0, 4, 11])
     assert [r.texts[0] for r in records] == ["what color is it?", "is it red?", "is it not red?"]
@@ -100,24 +101,24 @@ def test_each_question_is_an_example(asked):
     entry = dict(path=asked, kind="question", questions="qa")
     assert mixture.class_names(entry, "train") == sorted([*COLOURS, "yes", "no"])
     with pytest.raises(ValueError, match="no record has a question and an answer"):
-        sources.open_source(dict(path=asked, kind="question", questions="other"))
+        filters.open_source(dict(path=asked, kind="question", questions="other"))
 
 
 def test_questions_are_chosen_by_their_answers(asked):
     entry = dict(path=asked, kind="question", questions="qa")
-    source = sources.open_source(dict(entry, answers=("yes", "no")))
+    source = filters.open_source(dict(entry, answers=("yes", "no")))
     assert len(source) == 8 and {r.labels[0] for r in source} == {"yes", "no"}
     assert [r.texts[0] for r in source.read([0, 1])] == ["is it red?", "is it not red?"]
-    colours = sources.open_source(dict(entry, answers=tuple(COLOURS)))
+    colours = filters.open_source(dict(entry, answers=tuple(COLOURS)))
     assert [r.labels for r in colours] == [(name,) for name in COLOURS]
     with pytest.raises(ValueError, match="no record has .* one of .'pink'."):
-        sources.open_source(dict(entry, answers=("pink",)))
+        filters.open_source(dict(entry, answers=("pink",)))
 
 
 def test_a_question_that_holds_the_border_of_questions_and_answers_stays_whole(tmp_path):
     words = vocabulary.train(["what is it? yes"] * 9, 300, str(tmp_path / "v"))
     record, draw = Record(b"", ("what\x1fis it?",), ("yes\x1fno",), "k"), Draw(0, 0, np.arange(1))
-    kind = kinds.Question()
+    kind = supervision.Question()
     tokens, _, prompt = kind.encode(words, kind.choose([record], {}, draw)[0], 40, False)
     assert words.decode(tokens[0, : prompt[0]]) == "what is it?"
 
@@ -134,7 +135,7 @@ def test_own_data_are_asked_as_the_recipe_asks(asked, tmp_path, capsys):
     for split in ("train", "test"):
         shutil.copy(asked.removesuffix("out") + "train.tar", images / f"{split}.tar")
     flag = [f"{images}:question"]
-    found = own_data.apply(of_two, flag, workdir)
+    found = data_flag.apply(of_two, flag, workdir)
     place = dict(path=f"{workdir}/data/mine", kind="question", questions="qa")
     assert [s.to_dict() for s in found.data.sources] == [
         dict(place, split="train", answers=some, weight=rows)
@@ -146,13 +147,15 @@ def test_own_data_are_asked_as_the_recipe_asks(asked, tmp_path, capsys):
         in capsys.readouterr().err
     )
     # A run that goes on finds its sources, before its data are looked at.
-    sealed_json.write(tmp_path / "run" / "config.json", json.loads(json.dumps(found.to_dict())))
-    assert own_data.apply(of_two, flag, workdir) == found
+    json_files.write_sealed(
+        tmp_path / "run" / "config.json", json.loads(json.dumps(found.to_dict()))
+    )
+    assert data_flag.apply(of_two, flag, workdir) == found
     # A recipe that says nothing of the field would ask nothing, or something else.
     for source in (dict(entry, questions=""), dict(path="x")):
         other = recipe.change({"data.sources": (source,)})
         with pytest.raises(ValueError, match="in the field 'qa', which the recipe does not name; "):
-            own_data.apply(other, [f"{asked}:question"], str(tmp_path / "other"))
+            data_flag.apply(other, [f"{asked}:question"], str(tmp_path / "other"))
 
 
 def test_question_and_answer_share_a_row(asked, tmp_path, monkeypatch):
@@ -236,7 +239,7 @@ def pairs(tmp_path_factory):
 
 
 def prepare_options(image_field):
-    from coca_jax.importers.items import Options
+    from coca_jax.data.sources.items import Options
 
     return Options(image_field=image_field)
 

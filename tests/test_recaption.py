@@ -15,19 +15,20 @@ from conftest import tiny_config
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
+from coca_jax.apps.recaption import job, selection, shard, writers
+from coca_jax.apps.recaption.captioner import Captioner, Picture
+from coca_jax.apps.recaption.request import Request
 from coca_jax.config import Entry, checks, typed
-from coca_jax.configs import tiny
-from coca_jax.data import batches, kinds, sources
-from coca_jax.data.records import Record
+from coca_jax.data import batches, filters, supervision
+from coca_jax.data.sources.items import Item, Options
+from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw, choose_scored
-from coca_jax.engines import Engine
-from coca_jax.evaluators import caption_metrics, collapse
-from coca_jax.importers.items import Item, Options
+from coca_jax.evaluation.evaluators import collapse
+from coca_jax.evaluation.metrics import captions
 from coca_jax.inference import export_folder
-from coca_jax.recaptioning import choose, flags, running, shard, whole, writers
-from coca_jax.recaptioning.captioner import Captioner, Picture
-from coca_jax.recaptioning.request import Request
-from coca_jax.training import objectives
+from coca_jax.recipes import tiny
+from coca_jax.runtime.workers import Engine
+from coca_jax.training import losses as objectives
 
 
 def encoded(seed: int) -> bytes:
@@ -58,7 +59,7 @@ def loaded_once(checkpoint):
         return first[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "Captioner", loaded)
+        patch.setattr(job, "Captioner", loaded)
         yield loaded(asked(checkpoint, checkpoint, "", format="parquet")).models[0]
 
 
@@ -88,7 +89,7 @@ def asked(checkpoint, input, out, **how) -> Request:
 
 def do(request: Request, share: str = "") -> dict:
     engine = Engine(share=share)
-    return running.run(request, whole.plan(request), engine, say=lambda text: None, progress=False)
+    return job.run(request, job.plan(request), engine, say=lambda text: None, progress=False)
 
 
 def tree(root) -> dict[str, bytes]:
@@ -130,7 +131,7 @@ def test_tars_keep_their_keys_and_get_captions_scores_and_embeddings(loaded_once
     arrays = np.load(io.BytesIO(found["13.npz"]))
     assert arrays["image_emb"].dtype == np.float16 and arrays["text_emb"].shape == (3, 16)
     np.testing.assert_allclose(arrays["image_emb"] @ arrays["text_emb"].T, similar, atol=5e-3)
-    sound = [one for one in about["captions"] if not flags.UNSOUND & set(one["flags"])]
+    sound = [one for one in about["captions"] if not selection.UNSOUND & set(one["flags"])]
     best = max(sound, key=lambda one: one["score"], default=dict(score=-1.0))
     (original,) = about["originals"]
     wins = best["score"] > original["score"] + Request.margin
@@ -181,11 +182,11 @@ def test_shards_done_apart_are_those_done_at_once(checkpoint, tars, calm, tmp_pa
     with pytest.raises(ValueError, match=r"--shard=2/2: give i/n"):
         Engine(share="2/2")
     with pytest.raises(ValueError, match="was begun with ways="):
-        whole.plan(asked(checkpoint, tars, tmp_path / "out", embeddings=True, ways=("greedy",)))
+        job.plan(asked(checkpoint, tars, tmp_path / "out", embeddings=True, ways=("greedy",)))
     with pytest.raises(ValueError, match="holds something else"):
-        whole.plan(asked(checkpoint, tars, tars))
+        job.plan(asked(checkpoint, tars, tars))
     with pytest.raises(ValueError, match="begun with other weights"):
-        whole.begin(request, ["0123"])
+        job.begin(request, ["0123"])
 
 
 def test_parquet_and_array_record_hold_the_same_and_are_read(checkpoint, tars, tmp_path):
@@ -193,7 +194,7 @@ def test_parquet_and_array_record_hold_the_same_and_are_read(checkpoint, tars, t
     do(asked(checkpoint, tars, tmp_path / "p", to="parquet", **how))
     do(asked(checkpoint, f"{tars}/*.tar", tmp_path / "a", to="array_record", **how))
     rows = pq.read_table(tmp_path / "p/00000.parquet").to_pylist()
-    source = sources.open_source(dict(path=str(tmp_path / "a")))
+    source = filters.open_source(dict(path=str(tmp_path / "a")))
     assert len(source) == 20 and len(rows) == 7
     for row, record in zip(rows, source.read(range(7))):
         assert (row["image"], tuple(row["text"])) == (record.image, record.texts)
@@ -205,12 +206,14 @@ def test_parquet_and_array_record_hold_the_same_and_are_read(checkpoint, tars, t
 
 
 def test_flags_tell_captions_that_are_no_use():
-    assert flags.repeats("a dog dog dog") and flags.repeats("on the mat on the mat on the mat")
-    assert not flags.repeats("a dog and a dog on the mat on the mat")
+    assert selection.repeats("a dog dog dog") and selection.repeats(
+        "on the mat on the mat on the mat"
+    )
+    assert not selection.repeats("a dog and a dog on the mat on the mat")
     same = [["a photo"]] * 4 + [["a red bird", "A red bird!"]]
     eye = np.eye(5, dtype=np.float32)
     captions = np.concatenate([np.full((4, 5), 0.4, np.float32), eye[4:], eye[4:]])
-    found = flags.of_part(
+    found = selection.of_part(
         same, [["a photo."], [], [], [], []], [[True]] * 4 + [[True, False]], eye, captions
     )
     assert found[0] == [["duplicate", "collapsed", "generic"]]
@@ -227,19 +230,19 @@ def result(originals, captions):
 
 def test_the_better_text_is_kept_by_score():
     one = result([("alt", 0.2)], [("good", 0.3), ("cut off", 0.9, "cut")])
-    assert choose.texts(one, "better") == [("good", 0.3)]
-    assert choose.texts(one, "synthetic") == [("good", 0.3)]
-    assert choose.texts(one, "original") == [("alt", 0.2)]
-    assert choose.texts(one, "all") == [("alt", 0.2), ("good", 0.3)]
+    assert selection.texts(one, "better") == [("good", 0.3)]
+    assert selection.texts(one, "synthetic") == [("good", 0.3)]
+    assert selection.texts(one, "original") == [("alt", 0.2)]
+    assert selection.texts(one, "all") == [("alt", 0.2), ("good", 0.3)]
     bad = result([("alt", 0.2)], [("x x x", 0.9, "repeats")])
-    assert choose.texts(bad, "better") == [("alt", 0.2)]
-    assert choose.texts(result([], [("x x x", 0.9, "repeats")]), "better") == [("x x x", 0.9)]
-    assert choose.texts(one, "better", margin=0.05) == [("good", 0.3)]
-    assert choose.texts(one, "better", margin=0.15) == [("alt", 0.2)]
-    assert choose.texts(one, "better", keep=True) == [("alt", 0.2)]
-    assert choose.texts(result([], [("good", 0.3)]), "better", keep=True) == [("good", 0.3)]
-    assert choose.quantile(choose.scores([one, bad], "all"), 0.5) == 0.2
-    assert choose.quantile(choose.scores([], "all"), 0.5) == float("-inf")
+    assert selection.texts(bad, "better") == [("alt", 0.2)]
+    assert selection.texts(result([], [("x x x", 0.9, "repeats")]), "better") == [("x x x", 0.9)]
+    assert selection.texts(one, "better", margin=0.05) == [("good", 0.3)]
+    assert selection.texts(one, "better", margin=0.15) == [("alt", 0.2)]
+    assert selection.texts(one, "better", keep=True) == [("alt", 0.2)]
+    assert selection.texts(result([], [("good", 0.3)]), "better", keep=True) == [("good", 0.3)]
+    assert selection.quantile(selection.scores([one, bad], "all"), 0.5) == 0.2
+    assert selection.quantile(selection.scores([], "all"), 0.5) == float("-inf")
 
 
 def test_the_least_score_is_that_of_both_flags(monkeypatch):
@@ -251,16 +254,16 @@ def test_the_least_score_is_that_of_both_flags(monkeypatch):
         return shard.threshold(["a job"], asked("c", "in", "out", text="all", **how))
 
     assert least() == float("-inf") and least(min_score=0.1) == 0.1
-    scores = choose.scores([one], "all")
-    assert least(quantile=0.9, min_score=0.1) == choose.quantile(scores, 0.9) > 0.1
+    scores = selection.scores([one], "all")
+    assert least(quantile=0.9, min_score=0.1) == selection.quantile(scores, 0.9) > 0.1
     assert least(quantile=0.9, min_score=0.7) == 0.7
 
 
 def test_self_bleu_is_bleu_against_all_others():
     texts = ["a red cat on a mat", "a red cat on a chair", "two dogs", "a a a b", "a red cat"]
-    said = [caption_metrics.tokenize(text) for text in texts]
+    said = [captions.tokenize(text) for text in texts]
     rest = [said[:i] + said[i + 1 :] for i in range(len(said))]
-    wanted = caption_metrics.bleu(caption_metrics.bleu_stats(said, rest))[:, 3].mean()
+    wanted = captions.bleu(captions.bleu_stats(said, rest))[:, 3].mean()
     assert collapse.self_bleu(texts).mean() == pytest.approx(wanted, rel=1e-6)
     assert collapse.self_bleu(["a photo of a dog"] * 9).mean() == pytest.approx(1, abs=1e-6)
     short = collapse.self_bleu(["", "", "a dog", "A dog!", "a cat", "the red car"])
@@ -283,7 +286,7 @@ def test_the_alarm_names_what_is_wrong_and_its_threshold():
 
 
 def test_the_alarm_looks_at_image_tokens_that_are_there(loaded_once, checkpoint):
-    captioner = running.Captioner(asked(checkpoint, "", ""))
+    captioner = job.Captioner(asked(checkpoint, "", ""))
     pixels = np.random.default_rng(5).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     pictures = [Picture(i, str(i), ["a red circle"], (one,)) for i, one in enumerate(pixels)]
     found, told = captioner.part(pictures, look=True)  # in batches of 2
@@ -312,7 +315,7 @@ def test_the_command_tells_a_wrong_way_before_it_loads_anything(tars, commands, 
 
 
 def test_training_draws_captions_by_their_score():
-    kind = kinds.of(Entry(captions="scored", synthetic=0.25))
+    kind = supervision.of(Entry(captions="scored", synthetic=0.25))
     draw = Draw(0, 0, np.arange(4000))
     extra = json.dumps(dict(recaption=dict(originals=[dict(text="a")], scores=[0.3, 0.1])))
     record = Record(b"", ("a", "b"), (), "key", extra)
@@ -340,7 +343,7 @@ def test_a_teacher_s_embeddings_reach_the_batch_and_its_losses_are_their_definit
     config.model.text.update(vocab_size=320, max_len=24)
     made = batches.Batches(typed(config), teacher.vocabulary).batch(0)
     image, text = made["teacher_image"], made["teacher_text"]
-    source = sources.open_source(dict(path=str(tmp_path / "a")))
+    source = filters.open_source(dict(path=str(tmp_path / "a")))
     pictures = [record.image for record in source.read(made["index"])]
     np.testing.assert_allclose(image, teacher.encode_image(pictures), atol=2e-3)
     said = [teacher.vocabulary.decode(row[v][1:-1].tolist())

@@ -16,14 +16,15 @@ import pytest
 from test_recaption_inputs import asked, encoded, tars  # noqa: F401
 from test_version_0_1 import flags_of
 
-from coca_jax import recaption
-from coca_jax.data import prepared
-from coca_jax.engines import Engine
-from coca_jax.files import sealed_json
-from coca_jax.importers import metadata, parquet, splits
-from coca_jax.importers.items import Item, Options
-from coca_jax.recaptioning import choose, running, shard, whole, writers
-from coca_jax.training import lease
+from coca_jax.apps.recaption import job as running
+from coca_jax.apps.recaption import job as whole
+from coca_jax.apps.recaption import selection, shard, writers
+from coca_jax.cli import recaption
+from coca_jax.data import prepare
+from coca_jax.data.sources import array_record, manifest, parquet
+from coca_jax.data.sources.items import Item, Options
+from coca_jax.runtime import json_files, lease
+from coca_jax.runtime.workers import Engine
 
 
 class Captioner:
@@ -88,7 +89,7 @@ def test_a_work_of_which_all_is_filtered_says_so(tars):  # noqa: F811
         bad = [dict(key="bad", reason="unreadable_image", detail="no picture")]
         part = dict(results=made, quarantined=bad, read=3, last=True, figures={})
         part["digests"] = [str(n) for n in range(len(made))]
-        sealed_json.write(f"{job.part}/part-00000.json", part)
+        json_files.write_sealed(f"{job.part}/part-00000.json", part)
     with pytest.raises(ValueError) as told:
         running.run(request, jobs, Engine(), say=print, progress=False)
     assert str(told.value) == (
@@ -136,7 +137,7 @@ def sources_of(to: str, path: str, count: int) -> list[str]:
         with tarfile.open(path) as tar:
             told = [tar.extractfile(one).read() for one in tar if one.name.endswith("json")]
     else:
-        found = prepared.ArrayRecordFiles([path], [count])(range(count))
+        found = array_record.ArrayRecordFiles([path], [count])(range(count))
         told = [one.extra for one in found]
     return [json.loads(one)["recaption"]["key"] for one in told]
 
@@ -229,7 +230,7 @@ def test_a_work_goes_on_with_its_paths_in_another_spelling(tars, format):  # noq
         (tars.parent / "0.png").write_bytes(encoded(0))
         pathlib.Path("list.csv").write_text("image,text\n0.png,red\n")
     if format == "prepared":
-        splits.prepare("csv", "list.csv", "p", processes=1, progress=False)
+        prepare.prepare("csv", "list.csv", "p", processes=1, progress=False)
 
     def spelled(input, *checkpoints):
         request = asked(input, format=format, to="parquet", checkpoints=checkpoints)
@@ -277,7 +278,7 @@ def test_a_class_folder_whose_name_is_no_utf8_is_a_label(tmp_path, monkeypatch, 
     made = [dict(said, number=n, key=item.key) for n, item in shard.selected(job)]
     part = dict(results=made, quarantined=[], read=2, last=True, figures={})
     part["digests"] = [str(n) for n in range(len(made))]
-    sealed_json.write(f"{job.part}/part-00000.json", part)
+    json_files.write_sealed(f"{job.part}/part-00000.json", part)
     shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
     whole.finish(request, jobs, float("-inf"))
     wanted = [[r"caf\udce9"], ["dog"]]
@@ -288,9 +289,9 @@ def test_a_class_folder_whose_name_is_no_utf8_is_a_label(tmp_path, monkeypatch, 
             found = [json.load(tar.extractfile(f"0000000000{n}.json"))["labels"] for n in range(2)]
         assert found == wanted
     else:
-        records = prepared.open_split("out", "train").read([0, 1])
+        records = array_record.open_split("out", "train").read([0, 1])
         assert [list(record.labels) for record in records] == wanted
-        assert metadata.read_manifest("out")["class_names"] == [r"caf\udce9", "dog"]
+        assert manifest.read_manifest("out")["class_names"] == [r"caf\udce9", "dog"]
 
 
 def test_an_image_of_a_parquet_that_keeps_no_text_has_none_when_it_is_read(tmp_path):
@@ -389,10 +390,13 @@ def test_a_model_that_would_make_texts_worse_is_stopped_or_keeps_them(
 
 def test_a_model_that_matches_texts_to_images_is_trusted():
     eye = np.eye(4, dtype=np.float32)
-    assert choose.match(eye, eye, list("abcd")) == (4.0, 4)
-    assert choose.match(eye, eye[[1, 0, 2, 3]], list("abcd")) == (pytest.approx(7 / 3 + 1 / 3), 4)
-    assert choose.match(eye, eye, ["same"] * 4) == (0.0, 0)
-    assert choose.warning_of_match(0.5, 31) == choose.warning_of_match(0.75, 100) == ""
+    assert selection.match(eye, eye, list("abcd")) == (4.0, 4)
+    assert selection.match(eye, eye[[1, 0, 2, 3]], list("abcd")) == (
+        pytest.approx(7 / 3 + 1 / 3),
+        4,
+    )
+    assert selection.match(eye, eye, ["same"] * 4) == (0.0, 0)
+    assert selection.warning_of_match(0.5, 31) == selection.warning_of_match(0.75, 100) == ""
 
 
 def test_shards_are_tidied_many_at_a_time(tars, monkeypatch):  # noqa: F811

@@ -12,15 +12,18 @@ import pytest
 from test_search import encoded
 from test_version_0_1 import flags_of
 
-from coca_jax import recaption
-from coca_jax.data import prepared, teachers
-from coca_jax.data.records import Record
-from coca_jax.engines import Engine
-from coca_jax.files import sealed_json
-from coca_jax.importers import metadata, splits, webdataset
-from coca_jax.importers.items import Drawn, Item, Options, Unit
-from coca_jax.recaptioning import choose, flags, running, shard, whole, writers
-from coca_jax.recaptioning.request import Request
+from coca_jax.apps.recaption import job, selection, shard, writers
+from coca_jax.apps.recaption import job as whole
+from coca_jax.apps.recaption.request import Request
+from coca_jax.cli import recaption
+from coca_jax.data import prepare, teachers
+from coca_jax.data.sources import array_record
+from coca_jax.data.sources import manifest as metadata
+from coca_jax.data.sources import tars as webdataset
+from coca_jax.data.sources.items import Drawn, Item, Options, Unit
+from coca_jax.data.sources.records import Record
+from coca_jax.runtime import json_files
+from coca_jax.runtime.workers import Engine
 
 
 def write_tar(path, count: int) -> None:
@@ -85,9 +88,9 @@ def test_files_that_come_go_or_change_are_told_before_any_work(tars):
         whole.plan(asked())
     assert begun("t", "other") == ["t/00002.tar"]
     os.remove("out/recaption/input.json")  # as older versions began
-    told = sealed_json.read("out/recaption/request.json")
+    told = json_files.read_sealed("out/recaption/request.json")
     del told["options"]["yields_to"]
-    sealed_json.write("out/recaption/request.json", told)
+    json_files.write_sealed("out/recaption/request.json", told)
     assert begun() == there
 
 
@@ -147,10 +150,10 @@ def test_a_folder_whose_files_are_others_or_of_another_size_is_told(tmp_path, mo
             whole.plan(asked(*given))
         (tmp_path / name).write_bytes(before)
     assert begun(*given) == ["p"]
-    told = sealed_json.read("out/recaption/input.json")
+    told = json_files.read_sealed("out/recaption/input.json")
     for one in told["files"].values():  # as older versions wrote it
         one["read"] = [entry[:3] for entry in one["read"]]
-    sealed_json.write("out/recaption/input.json", told)
+    json_files.write_sealed("out/recaption/input.json", told)
     os.rename("p/1.png", "p/2.png")
     assert begun(*given) == ["p"]
 
@@ -184,7 +187,7 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     made = dict(originals=[], captions=[dict(text="new", flags=["cut"], score=0.5)], key="")
-    kept = choose.texts(dict(made, originals=[dict(text="x", score=0.9)]), "synthetic")
+    kept = selection.texts(dict(made, originals=[dict(text="x", score=0.9)]), "synthetic")
     assert kept == [("new", 0.5)]  # unsound, and beside an original
     items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(verify=False)))
     assert [item.texts for item in items] == [["in json"], ["in txt"]]
@@ -202,12 +205,12 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
 
 
 def test_flags_know_letters_with_marks_and_texts_of_symbols():
-    assert not flags.repeats("यह एक बिल्ली है, यह एक कुत्ता है")
-    assert flags.repeats("की की की") and flags.repeats("\N{CAT} \N{CAT} \N{CAT}")
+    assert not selection.repeats("यह एक बिल्ली है, यह एक कुत्ता है")
+    assert selection.repeats("की की की") and selection.repeats("\N{CAT} \N{CAT} \N{CAT}")
     texts = [["की"], ["के"], ["\N{CAT}"], ["\N{DOG}"], ["\N{RABBIT}"], ["cafe\u0301"], ["का"]]
     eye = np.eye(7, dtype=np.float32)
     originals = [[], ["का"], [], [], [], ["Café!"], []]
-    found = flags.of_part(texts, originals, [[True]] * 7, eye, eye)
+    found = selection.of_part(texts, originals, [[True]] * 7, eye, eye)
     assert found == [[[]]] * 5 + [[["duplicate"]], [[]]]
 
 
@@ -215,12 +218,14 @@ def test_a_blank_caption_is_never_kept():
     blank, good = (dict(text=text, score=0.21, flags=[]) for text in (" ", "a bus"))
     original = dict(text="a red bus in a street", score=0.2)
     for rule in ("better", "synthetic", "all"):
-        assert choose.texts(dict(originals=[], captions=[blank]), rule) == []
-        told = choose.texts(dict(originals=[], captions=[blank, good]), rule)
+        assert selection.texts(dict(originals=[], captions=[blank]), rule) == []
+        told = selection.texts(dict(originals=[], captions=[blank, good]), rule)
         assert told == [("a bus", 0.21)]
     one = dict(originals=[original], captions=[blank])
-    assert choose.texts(one, "better") == choose.texts(one, "all") == [(original["text"], 0.2)]
-    assert choose.texts(one, "synthetic") == []
+    assert (
+        selection.texts(one, "better") == selection.texts(one, "all") == [(original["text"], 0.2)]
+    )
+    assert selection.texts(one, "synthetic") == []
 
 
 @pytest.mark.parametrize("score", ["nan", "inf", "-inf", "2.0", "-1.5"])
@@ -248,7 +253,7 @@ def test_one_split_is_read_of_an_input_that_tells_several(tmp_path, monkeypatch)
     rows = [f"{name},{name.split('/')[1]}\n" for name in names]
     (tmp_path / "list.csv").write_text("image,split\n" + "".join(rows))
     for split in ("train", "test"):
-        splits.prepare("imagefolder", "f", "p", split=split, processes=1, progress=False)
+        prepare.prepare("imagefolder", "f", "p", split=split, processes=1, progress=False)
     keys = [("cat/cat.png", ["cat"]), ("dog/dog.png", ["dog"])]
     for format, input in (("imagefolder", "f"), ("csv", "list.csv"), ("prepared", "p")):
         with pytest.raises(
@@ -287,7 +292,7 @@ def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, mon
     for number, name in enumerate(("f/cat/0.png", "f/dog/1.png")):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(encoded(number))
-    splits.prepare("imagefolder", "f", "p", processes=1, progress=False)
+    prepare.prepare("imagefolder", "f", "p", processes=1, progress=False)
     told = metadata.read_manifest("p")
     told["splits"]["train"]["drawn"] = dict(holdouts=2, seeds=[3])
     metadata.write("p", told | dict(class_names=["dog", "cat"]))
@@ -304,14 +309,14 @@ def test_the_output_tells_its_labels_and_its_input_s_order_of_them(tmp_path, mon
         ]
         part = dict(results=made, quarantined=[], read=2, last=True, figures={})
         part["digests"] = [str(n) for n in range(len(made))]
-        sealed_json.write(f"{job.part}/part-00000.json", part)
+        json_files.write_sealed(f"{job.part}/part-00000.json", part)
         shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
         whole.finish(request, jobs, float("-inf"))
         manifest = metadata.read_manifest(request.out)
         assert manifest["class_names"] == names
         assert manifest["splits"]["train"]["with_label"] == 2
         assert metadata.drawn(manifest["splits"]["train"]) == drawn
-        records = prepared.open_split(request.out, "train").read([0, 1])
+        records = array_record.open_split(request.out, "train").read([0, 1])
         assert [record.labels for record in records] == [("cat",), ("dog",)]
 
 
@@ -328,7 +333,7 @@ def test_embeddings_and_texts_of_an_earlier_work_are_not_those_of_the_new_one(tm
     elif to == "parquet":
         found = json.loads(pq.read_table(tmp_path / "out")["extra"][0].as_py())
     else:
-        (record,) = prepared.ArrayRecordFiles([str(tmp_path / "out")], [1])([0])
+        (record,) = array_record.ArrayRecordFiles([str(tmp_path / "out")], [1])([0])
         found = json.loads(record.extra)
     assert found.keys() - {"recaption"} == {"title"}
     own = Item("a", encoded(1), extra=dict(texts=["of the data"], recaption="by hand"))
@@ -355,13 +360,13 @@ def test_a_tar_lists_the_texts_of_an_image_that_keeps_one_too(tars, rule):
     ]
     part = dict(results=made, quarantined=[], read=2, last=True, figures={})
     part["digests"] = [str(n) for n in range(len(made))]
-    sealed_json.write(f"{job.part}/part-00000.json", part)
+    json_files.write_sealed(f"{job.part}/part-00000.json", part)
     shard.write(job, request, float("-inf"), whole.name(request, jobs, job))
     with tarfile.open("out/00000.tar") as tar:
         told = [json.load(tar.extractfile(f"{n}.json")).get("texts") for n in range(2)]
     assert told == ([None] * 2 if rule == "better" else [["a cat"], ["a cat", "a tabby cat"]])
     options = Options(text_field="" if rule == "better" else "texts")
-    found = splits.prepare(
+    found = prepare.prepare(
         "webdataset", "out/00000.tar", "p", options=options, processes=1, progress=False
     )
     assert found["with_text"] == found["written"] == 2
@@ -378,7 +383,7 @@ def test_a_work_that_can_write_nothing_says_why_and_may_begin_anew(tmp_path, mon
     strict = asked("l/list.csv", format="csv", to="parquet")  # refused pictures need no model
     for _ in range(2):
         with pytest.raises(ValueError) as told:
-            running.run(strict, whole.plan(strict), Engine(), say=print, progress=False)
+            job.run(strict, whole.plan(strict), Engine(), say=print, progress=False)
         assert str(told.value).startswith(
             "l/list.csv: none of 2 examples can be used: quarantined {'outside_input': 2}, filtered"
             " {}; the first: images/0.png: 'images/0.png' leads to "

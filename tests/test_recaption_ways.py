@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from test_version_0_1 import unpacked
 
-from coca_jax.files import local_files
-from coca_jax.importers import shards
-from coca_jax.importers.items import Options
-from coca_jax.inference.generation.settings import Settings
-from coca_jax.inference.texts import without_halves
-from coca_jax.recaptioning import flags, inputs, shard
-from coca_jax.recaptioning.captioner import Captioner, Picture
-from coca_jax.recaptioning.request import Request, way
+from coca_jax.apps.recaption import job, selection, shard
+from coca_jax.apps.recaption.captioner import Captioner, Picture
+from coca_jax.apps.recaption.request import Request, way
+from coca_jax.data import prepare
+from coca_jax.data.sources.items import Options
+from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.tokenization import without_halves
+from coca_jax.runtime import storage
 
 
 def test_ways_are_read_and_wrong_ones_are_told():
@@ -61,8 +61,8 @@ def test_an_image_that_a_list_names_several_times_is_one():
     owners, texts = np.arange(20) // 4 * 4, [[f"image {n // 4}"] for n in range(20)]
     images = np.eye(5, dtype=np.float32)[owners // 4]
     how: dict = dict(originals=[[]] * 20, finished=[[True]] * 20, images=images, captions=images)
-    assert flags.of_part(texts, owners=owners, **how) == [[[]]] * 20
-    told = flags.of_part([["image"]] * 12 + texts[12:], owners=owners, **how)
+    assert selection.of_part(texts, owners=owners, **how) == [[[]]] * 20
+    told = selection.of_part([["image"]] * 12 + texts[12:], owners=owners, **how)
     assert told == [[["collapsed"]]] * 12 + [[[]]] * 8  # the same of three images
 
 
@@ -84,9 +84,9 @@ def test_the_files_of_a_folder_are_asked_for_at_once(tmp_path, monkeypatch):
     for number in range(40):
         (tmp_path / f"{number:02}.jpg").write_bytes(b"x" * number)
         (tmp_path / f"{number:02}.txt").write_text("a caption")
-    (unit,) = shards.importer("sidecars").plan(str(tmp_path), "", Options())
-    told = inputs._digest("sidecars", unit)
-    stamp, changed, asked = local_files.stamp, threading.Condition(), set()
+    (unit,) = prepare.importer("sidecars").plan(str(tmp_path), "", Options())
+    told = job._digest("sidecars", unit)
+    stamp, changed, asked = storage.stamp, threading.Condition(), set()
 
     def answered_late(name):
         if name.endswith((".jpg", ".txt")):
@@ -96,12 +96,12 @@ def test_the_files_of_a_folder_are_asked_for_at_once(tmp_path, monkeypatch):
                 assert changed.wait_for(lambda: len(asked) >= 8, 20)
         return stamp(name)
 
-    monkeypatch.setattr(local_files, "stamp", answered_late)
-    assert inputs._digest("sidecars", unit) == told  # in the order of the names
+    monkeypatch.setattr(storage, "stamp", answered_late)
+    assert job._digest("sidecars", unit) == told  # in the order of the names
     with monkeypatch.context() as patched:
-        patched.setattr(local_files, "stamp", stamp)
+        patched.setattr(storage, "stamp", stamp)
         (tmp_path / "07.txt").write_text("another caption")
-        assert inputs._digest("sidecars", unit) != told
+        assert job._digest("sidecars", unit) != told
 
 
 def test_the_scores_of_many_shards_are_asked_for_at_once(monkeypatch):

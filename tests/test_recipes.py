@@ -11,12 +11,14 @@ from absl import flags
 from conftest import scenes_words, tiny
 from ml_collections import ConfigDict
 
-from coca_jax import cli, export_format, recipes, run_config
+from coca_jax.checkpoints import config_file
+from coca_jax.cli import main
 from coca_jax.config import typed
-from coca_jax.data import mixture, run_vocabulary
-from coca_jax.training import setup
+from coca_jax.data import mixture
+from coca_jax.interop import export_format
+from coca_jax.training import recipes, run_vocabulary, setup
 
-OWN = "from coca_jax.configs import tiny\n\n\ndef get_config():\n    config = tiny.get_config()\n"
+OWN = "from coca_jax.recipes import tiny\n\n\ndef get_config():\n    config = tiny.get_config()\n"
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def parse(monkeypatch):
         clear()
         monkeypatch.setattr(sys, "argv", ["coca-jax train", *arguments])
         recipes.define_flag()
-        cli.parse_flags(sys.argv, recipes)
+        main.parse_flags(sys.argv, recipes)
         return flags.FLAGS.config
 
     def clear() -> None:
@@ -98,7 +100,7 @@ def test_every_recipe_of_the_package_loads_from_any_folder(name, elsewhere):
         ("own.py", "own.py, line 3: expected ':'"),
         ("needs.py", r"needs an argument: --config=needs.py:ARGUMENT"),
         ("tiny:weights", "takes no argument: leave out :weights"),
-        ("old.py", "old.py, line 1: ModuleNotFoundError: .*`from coca_jax.configs import base`"),
+        ("old.py", "old.py, line 1: ModuleNotFoundError: .*`from coca_jax.recipes import base`"),
         ("fails.py", "fails.py, line 2: ZeroDivisionError: division by zero"),
         ("empty.py", r"it has no function get_config\(\)"),
         ("none.py", "gives NoneType, not a ConfigDict"),
@@ -238,8 +240,8 @@ def test_a_file_of_classes_that_is_not_there_names_its_key():
 
 def test_a_batch_larger_than_the_data_is_remarked_on():
     config = recipes.load("tiny")  # a batch of 16
-    assert not run_config.remark_batch(config, 16)
-    assert "config.batch_size=16 is more than all 15 examples" in run_config.remark_batch(
+    assert not config_file.remark_batch(config, 16)
+    assert "config.batch_size=16 is more than all 15 examples" in config_file.remark_batch(
         config, 15
     )
 
@@ -247,16 +249,16 @@ def test_a_batch_larger_than_the_data_is_remarked_on():
 def test_augmentations_of_what_stays_as_it_is_are_remarked_on():
     config = recipes.load("tiny")
     config.data.update(augment="none", flip=False, augmentations=3)
-    (line,) = run_config.remarks(typed(config), 10_000)
+    (line,) = config_file.remarks(typed(config), 10_000)
     assert line.startswith("warning: data.augmentations=3 has no effect, as data.augment='none'")
     for change in ({"augmentations": 0}, {"flip": True}, {"augment": "crop"}):
         changes = {f"data.{key}": value for key, value in change.items()}
-        assert run_config.remarks(typed(config).change(changes), 10_000) == []
+        assert config_file.remarks(typed(config).change(changes), 10_000) == []
 
 
 STARTED = """
-from coca_jax import inherit
-from coca_jax.configs import tiny
+from coca_jax.training import inherit
+from coca_jax.recipes import tiny
 
 
 def get_config(weights):
@@ -278,7 +280,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_from(parse, elsewhere, 
     assert before.data.vocabulary == "weights/vocabulary.model"
     assert before.model.to_dict() == sizes
     kept = run_vocabulary.load_or_train(before, "run")
-    run_config.write(run_config.contents(before, "run", kept), "run")
+    config_file.write(config_file.contents(before, "run", kept), "run")
     pathlib.Path("weights").rename("gone")
     with pytest.raises(ValueError, match="no checkpoint under weights"):  # it has no step
         recipes.load("mine.py:weights", "run")

@@ -13,13 +13,15 @@ from quick_start import drawn_by_numpy  # noqa: F401
 
 import coca_jax
 from coca_jax.config import Entry, typed
-from coca_jax.data import kinds, regions, run_vocabulary, scenes, sources, texts
-from coca_jax.data.loaders import open_stream
+from coca_jax.data import filters, scenes, supervision, texts
+from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
-from coca_jax.data.records import Record
+from coca_jax.data.prepare import prepare
 from coca_jax.data.scenes import drawing
-from coca_jax.evaluators import grounding
-from coca_jax.importers.splits import prepare
+from coca_jax.data.sources import regions
+from coca_jax.data.sources.records import Record
+from coca_jax.evaluation.evaluators import grounding
+from coca_jax.training import run_vocabulary
 
 
 def test_a_box_is_written_and_read():
@@ -76,10 +78,10 @@ def test_overlap_is_intersection_over_union():
 )
 def test_what_is_no_region_is_a_line(bad):
     with pytest.raises(ValueError, match="regions: .* is none; give {'text'.*from 0 to 1"):
-        regions.of(json.dumps({"regions": bad}))
+        regions.regions_of(json.dumps({"regions": bad}))
     with pytest.raises(ValueError, match="record 'a7', regions: "):
-        kinds.Region().trains(Record(b"", (), (), "a7", json.dumps({"regions": bad})))
-    assert regions.of("{}") == [] and regions.of('{"regions": null}') == []
+        supervision.Region().trains(Record(b"", (), (), "a7", json.dumps({"regions": bad})))
+    assert regions.regions_of("{}") == [] and regions.regions_of('{"regions": null}') == []
 
 
 def test_scenes_know_where_their_objects_are():
@@ -90,7 +92,7 @@ def test_scenes_know_where_their_objects_are():
     ]
     sizes = {"small": [], "large": []}
     for index, record in enumerate(records):
-        found = regions.of(json.dumps(record["extra"]))
+        found = regions.regions_of(json.dumps(record["extra"]))
         assert len({one.text for one in found}) == len(found) == len(record["scene"]["objects"])
         for o, one in zip(record["scene"]["objects"], found):
             assert o["colour"] in one.text and o["shape"] in one.text
@@ -111,10 +113,12 @@ def test_scenes_know_where_their_objects_are():
 
 
 def test_each_visit_trains_on_a_region_in_one_of_two_forms():
-    source = sources.open_source(dict(builtin="scenes", kind="region"), training=True)
-    assert isinstance(source.kind, kinds.Region) and len(source) == 200_000  # none is looked at
+    source = filters.open_source(dict(builtin="scenes", kind="region"), training=True)
+    assert (
+        isinstance(source.kind, supervision.Region) and len(source) == 200_000
+    )  # none is looked at
     (record,) = source.read([1])
-    found = regions.of(record.extra)
+    found = regions.regions_of(record.extra)
     draw = texts.Draw(0, 0, np.arange(400))
     chosen, same = source.kind.choose([record] * 400, {}, draw)
     assert chosen == same and set(chosen) == {text for one in found for text in regions.forms(one)}
@@ -246,7 +250,7 @@ def photos(tmp_path_factory):
 
 def test_own_data_bring_their_regions(photos):
     entry = dict(path=str(photos / "data"), kind="region", split="train")
-    source = sources.open_source(Entry.of(entry), training=True)
+    source = filters.open_source(Entry.of(entry), training=True)
     assert len(source) == 6  # those that have one
     found = source.kind.choose(source.read(range(6)), {}, texts.Draw(0, 0, np.arange(6)))[0]
     assert all("10 20 30 40" in text and "thing" in text for text in found)
@@ -260,8 +264,8 @@ def test_records_of_regions_alone_are_kept(tmp_path):
     made = prepare("imagefolder", str(tmp_path), str(tmp_path / "out"), progress=False)
     assert (made["written"], made["quarantined"]) == (2, {"missing_text": 1})
     entry = Entry.of(dict(path=str(tmp_path / "out"), kind="region", split="train"))
-    found = sources.open_source(entry, training=True).read(range(2))
-    assert [regions.of(one.extra)[0].text for one in found] == ["a dog", "all"]
+    found = filters.open_source(entry, training=True).read(range(2))
+    assert [regions.regions_of(one.extra)[0].text for one in found] == ["a dog", "all"]
 
 
 @pytest.mark.long

@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from coca_jax import prepare
-from coca_jax.configs import base
-from coca_jax.data import files, prepared, run_vocabulary, sources
-from coca_jax.data.loaders import open_stream
+from coca_jax.cli import prepare
+from coca_jax.data import filters
+from coca_jax.data.batches import open_stream
+from coca_jax.data.sources import array_record, files
+from coca_jax.recipes import base
+from coca_jax.training import run_vocabulary
 
 
 def _image(index):
@@ -56,7 +58,7 @@ def test_prepare_and_train_by_url(bucket, tmp_path, monkeypatch):
     assert (result["read"], result["written"], result["shards"]) == (24, 24, 3)
     local = str(tmp_path / "local")
     _prepare("webdataset", str(tmp_path / "tars"), local)
-    here, there = (prepared.read_manifest(path)["splits"]["train"] for path in (local, out))
+    here, there = (array_record.read_manifest(path)["splits"]["train"] for path in (local, out))
     assert here["shards"] == there["shards"]  # names, counts and checksums
     assert not [name for name in system.find("bucket/prepared") if "unfinished" in name]
     before = system.checksum("bucket/prepared/tars/train-00000-of-00003.array_record")
@@ -102,7 +104,7 @@ def test_an_interrupted_import_goes_on_in_the_bucket(bucket, monkeypatch):
     )
     assert _prepare("webdataset", f"{bucket}/more", out)["written"] == 12
     assert written == [0, 1, 2]  # finished shards are not done again
-    assert len(list(sources.open_source(out))) == 12
+    assert len(list(filters.open_source(out))) == 12
 
 
 def test_lists_and_tables_in_a_bucket(bucket):
@@ -125,7 +127,7 @@ def test_lists_and_tables_in_a_bucket(bucket):
     for format, folder in (("csv", "list"), ("parquet", "table"), ("imagefolder", "list")):
         out = f"{bucket}/prepared/{format}"
         assert _prepare(format, f"{bucket}/{folder}", out)["written"] == 5
-        found = list(sources.open_source(out))
+        found = list(filters.open_source(out))
         assert [r.texts for r in found] == [(f"caption {i}",) for i in range(5)]
         assert [r.image for r in found] == [_image(i) for i in range(5)]
 

@@ -7,7 +7,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from coca_jax.data import augment, images, order, render, resizing
+from coca_jax.data import augment, images, order
 
 
 def _photo(width, height, seed=0):
@@ -33,7 +33,7 @@ def _render(data, mode, size, fast=False, keys=None, **options):
     keys = order.key(1, 2) if keys is None else keys
     plan = augment.plan(mode, how, height, width, keys, size, fast=fast, **options)
     one = {name: values[0] for name, values in plan.items()}
-    return render.render(data, one | {"how": how[0]}, mode, size, fast), one
+    return augment.render(data, one | {"how": how[0]}, mode, size, fast), one
 
 
 @pytest.mark.parametrize("side", [(64, 48), (500, 375), (224, 224), (100, 400)])
@@ -42,7 +42,7 @@ def test_unaugmented_pixels_are_those_of_evaluation(side):
         data = _encode(_photo(*side), format)
         found, plan = _render(data, "none", 64)
         assert plan["ratio"] == (2 if side == (500, 375) and format == "JPEG" else 1)
-        wanted = resizing.preprocess_eval(images.decode(data), 64)
+        wanted = images.preprocess_eval(images.decode(data), 64)
         if plan["ratio"] == 1:
             assert np.array_equal(found, wanted)
         else:
@@ -54,7 +54,7 @@ def test_a_turned_tiff_trains_whole():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = _encode(_photo(30, 90), "TIFF", exif=exif)
-    wanted = resizing.preprocess_eval(images.decode(data), 16)
+    wanted = images.preprocess_eval(images.decode(data), 16)
     assert np.array_equal(_render(data, "none", 16)[0], wanted)
 
 
@@ -62,7 +62,7 @@ def test_a_turned_tiff_trains_whole():
 def test_the_fast_resize_is_close_to_the_exact_one(height):
     """Also where an image grows, and where it shrinks much more in one direction."""
     pixels = _photo(375, height)
-    fast, exact = (render.resize(pixels, 224, fast=way).astype(int) for way in (True, False))
+    fast, exact = (augment.resize(pixels, 224, fast=way).astype(int) for way in (True, False))
     assert np.abs(fast - exact).mean() < 1.0
     assert np.percentile(np.abs(fast - exact), 99) <= 6
 
@@ -70,7 +70,7 @@ def test_the_fast_resize_is_close_to_the_exact_one(height):
 def test_the_fast_resize_does_not_alias():
     """Stripes too fine for the result turn gray; plain interpolation would keep some of them."""
     stripes = np.repeat(np.tile([0, 255], 224)[None, :, None], 448, 0).repeat(3, 2).astype(np.uint8)
-    assert np.ptp(render.resize(stripes, 224, fast=True)[4:-4, 4:-4]) <= 2
+    assert np.ptp(augment.resize(stripes, 224, fast=True)[4:-4, 4:-4]) <= 2
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -93,7 +93,7 @@ def test_jpegs_that_the_fast_decoder_refuses_are_read_by_the_careful_one():
     with pytest.raises(ValueError):
         simplejpeg.decode_jpeg(data)
     found, _ = _render(data, "none", 32)
-    assert np.array_equal(found, resizing.preprocess_eval(images.decode(data), 32))
+    assert np.array_equal(found, images.preprocess_eval(images.decode(data), 32))
     with pytest.raises(ValueError, match="damaged image"):
         _render(whole[: len(whole) // 2], "none", 32)
 
@@ -121,7 +121,7 @@ def test_some_drawings_become_line_drawings():
         found, plan = _render(data, "drawing", 64, keys=order.key(number))
         assert (plan["op"][0] == augment.OUTLINE) == (plan["strength"][0] > 0)
         unlined = plan | dict(how=images.sniff(data)[0], op=np.array([augment.KEEP]))
-        plain = render.render(data, unlined, "drawing", 64)
+        plain = augment.render(data, unlined, "drawing", 64)
         line = plain.astype(int).sum(2) - found.astype(int).sum(2)
         if plan["strength"][0] < 1:
             continue
@@ -139,7 +139,7 @@ def test_an_identity_warp_changes_nothing():
         warp=np.eye(2, 3, dtype=np.float32), colour=np.eye(3, 4, dtype=np.float32),
         background=np.full(3, 255.0), op=np.zeros(1, int), strength=np.zeros(1),
     )  # fmt: skip
-    assert np.array_equal(render.render(_encode(pixels, "PNG"), plan, "drawing", 32), pixels)
+    assert np.array_equal(augment.render(_encode(pixels, "PNG"), plan, "drawing", 32), pixels)
 
 
 def test_operations_are_those_of_pil():
@@ -152,10 +152,10 @@ def test_operations_are_those_of_pil():
         (augment.INVERT, 0, ImageOps.invert(image)),
         (augment.AUTOCONTRAST, 0, ImageOps.autocontrast(image)),
     ):
-        found = render.operate(pixels, op, strength)
+        found = augment.operate(pixels, op, strength)
         assert np.abs(found.astype(int) - np.asarray(wanted)).max() <= 1, op
-    sharper = render.operate(pixels, augment.SHARPEN, 1.9)
-    same = render.operate(pixels, augment.SHARPEN, 1.0)
+    sharper = augment.operate(pixels, augment.SHARPEN, 1.9)
+    same = augment.operate(pixels, augment.SHARPEN, 1.0)
     assert np.array_equal(same, pixels) and sharper.std() > pixels.std()
 
 

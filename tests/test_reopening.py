@@ -10,9 +10,9 @@ from test_inference import no_compile_cache, words  # noqa: F401
 from test_model_checksum import changed
 from test_serve import Client, model, png  # noqa: F401
 
-from coca_jax.files import sealed_json
-from coca_jax.searching import index, nearest, parts
-from coca_jax.serving import reopening
+from coca_jax.apps.search import index, nearest, parts
+from coca_jax.apps.serve import app
+from coca_jax.runtime import json_files
 
 
 def embed(model, pictures, out):  # noqa: F811
@@ -50,7 +50,7 @@ def test_an_index_that_has_changed_is_served_as_it_is_now(
         (pictures / "below/0.png").unlink()
         again()
         assert len(found()) == 4  # it looks some seconds later
-        monkeypatch.setattr(reopening, "SECONDS", 0)
+        monkeypatch.setattr(app, "SECONDS", 0)
         lease = pathlib.Path(out, "lease.json")
         lease.write_text("{}")
         assert sorted(found()) == ["0.png", "1.png", "2.png", "3.png"]
@@ -61,9 +61,9 @@ def test_an_index_that_has_changed_is_served_as_it_is_now(
         metrics = served.get("/metrics")[2].decode()
         assert counted % (200, 2) in metrics and counted % (404, 1) in metrics
         assert "row 0: the index has no such" in served.refused(400, "/api/search", ("like", 0))
-        about, told = pathlib.Path(out, "index.json"), sealed_json.read(f"{out}/index.json")
+        about, told = pathlib.Path(out, "index.json"), json_files.read_sealed(f"{out}/index.json")
         other = changed(model, model__activation="relu").checksum()
-        sealed_json.write(about, told | dict(model=other))
+        json_files.write_sealed(about, told | dict(model=other))
         assert len(found()) == 4 and "with other weights or preprocessing" in caplog.text
         shutil.rmtree(out)
         assert len(found()) == 4 and "No such file" in caplog.text
@@ -85,8 +85,8 @@ def test_an_index_that_could_not_be_read_once_is_read_at_the_next_look(
     pictures.mkdir()
     (pictures / "0.png").write_bytes(png(0))
     embed(model, pictures, out)
-    served = reopening.Reopened(index.Index(out), model)
-    monkeypatch.setattr(reopening, "SECONDS", 0)
+    served = app.Reopened(index.Index(out), model)
+    monkeypatch.setattr(app, "SECONDS", 0)
 
     def failing(folder):
         opened.append(folder)
@@ -97,14 +97,14 @@ def test_an_index_that_could_not_be_read_once_is_read_at_the_next_look(
     def found():
         return len(asyncio.run(served.now()).names)
 
-    monkeypatch.setattr(reopening, "Index", failing)
+    monkeypatch.setattr(app, "Index", failing)
     (pictures / "1.png").write_bytes(png(1))
     embed(model, pictures, out)
     assert [found() for _ in range(3)] == [1, 2, 2] and len(opened) == 2
     assert caplog.text.count("is served as it was before it changed: the network is away") == 1
-    told = sealed_json.read(f"{out}/index.json")
+    told = json_files.read_sealed(f"{out}/index.json")
     other = changed(model, model__activation="relu").checksum()
-    sealed_json.write(pathlib.Path(out, "index.json"), told | dict(model=other))
+    json_files.write_sealed(pathlib.Path(out, "index.json"), told | dict(model=other))
     assert [found(), found()] == [2, 2] and len(opened) == 3
 
 
@@ -125,8 +125,8 @@ def test_an_index_whose_bucket_is_away_is_served_as_it_was(
     def stamp(folder):
         raise Away("Could not connect to the endpoint URL")
 
-    monkeypatch.setattr(reopening, "SECONDS", 0)
-    monkeypatch.setattr(reopening, "stamp", stamp)
+    monkeypatch.setattr(app, "SECONDS", 0)
+    monkeypatch.setattr(app, "stamp", stamp)
     try:
         status, _, data = served.get("/api/info")
         assert status == 200 and json.loads(data)["index"] == dict(pictures=1)

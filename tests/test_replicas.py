@@ -11,16 +11,16 @@ from conftest import tiny_config
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import partitioning
-from coca_jax.metrics import TimeBuckets
-from coca_jax.recipes import typed
+from coca_jax.parallel import sharding
+from coca_jax.runtime.metric_log import TimeBuckets
 from coca_jax.training import programs, replicas
+from coca_jax.training.recipes import typed
 from coca_jax.training.replicas import Corrupted, Replicas, computed_twice
 
 
 @pytest.fixture
 def mesh():
-    found = partitioning.make_mesh(4, 2, 1, devices=jax.devices()[:8])
+    found = sharding.make_mesh(4, 2, 1, devices=jax.devices()[:8])
     with jax.set_mesh(found):
         yield found
 

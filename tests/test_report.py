@@ -13,18 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax import metrics, report
+from coca_jax.cli import report
 from coca_jax.data import scenes
-from coca_jax.evaluators import (
-    caption_match,
-    captioning,
-    history,
-    picture_map,
-    results,
-    retrieval,
-    zero_shot,
-)
-from coca_jax.report import charts, numbers
+from coca_jax.evaluation import history, report_charts, report_data
+from coca_jax.evaluation.evaluators import caption_match, captioning, results, retrieval, zero_shot
+from coca_jax.runtime import metric_log
 
 
 class Reader(html.parser.HTMLParser):
@@ -85,7 +78,7 @@ class Model:
 
 def make_run(folder):
     """Fills a workdir as training and evaluation do, without a model."""
-    writer = metrics.MetricWriter(folder)
+    writer = metric_log.MetricWriter(folder)
     for step in range(10, 4001, 10):
         c, g = 5 * math.exp(-step / 900) + 0.3, 4.6 * math.exp(-step / 600) + 0.5
         values = {"loss": 2 * g + c, "contrastive_loss": c, "captioning_loss": g}
@@ -176,13 +169,13 @@ def test_parts_without_a_file_are_left_out(tmp_path):
         report.write_report(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no metrics.jsonl or eval.json"):
         report.write_report(tmp_path)
-    writer = metrics.MetricWriter(tmp_path)
+    writer = metric_log.MetricWriter(tmp_path)
     writer.write(1, {"loss": float("nan")})
     writer.write(2, {"loss": 3.0})
     writer.close()
     page = report.write_report(tmp_path).read_text()
     assert "2 steps" in page and "<h2>Scores" not in page and "<polyline" not in page
-    writer = metrics.MetricWriter(tmp_path, start_step=2)
+    writer = metric_log.MetricWriter(tmp_path, start_step=2)
     writer.write(3, {"loss": 3.0})  # a flat curve
     writer.close()
     assert report.write_report(tmp_path).read_text().count("<polyline") == 1
@@ -238,7 +231,7 @@ def test_a_metric_of_one_s_own_that_is_no_share_is_drawn_as_it_is():
         {"mine/d/loss_per_token": a, "other/d/found": b} for a, b in ((2.5, 0.5), (0.9, 0.75))
     ]
     rows = [dict(step=step, scores=one) for step, one in enumerate(scores, 1)]
-    loss, found = charts.evaluations([types.SimpleNamespace(name="a", evaluations=rows)])
+    loss, found = report_charts.evaluations([types.SimpleNamespace(name="a", evaluations=rows)])
     assert 'data-points="[[[1.0,2.5],[2.0,0.9]]]"' in loss and "%" not in loss
     assert 'data-points="[[[1.0,50.0],[2.0,75.0]]]"' in found and "%" in found
 
@@ -251,8 +244,8 @@ def test_an_interval_has_the_scale_of_its_score():
         (1.5, 0.5, 2.5, "0.5\u2009\u2013\u20092.5"),
     ):
         scores = {"mine/d/gain": value, "mine/d/gain_low": low, "mine/d/gain_high": high}
-        shown = numbers.metric_of("mine", "gain", [value])
-        assert numbers.interval(shown, scores, "mine/d/gain") == says
+        shown = report_data.metric_of("mine", "gain", [value])
+        assert report_data.interval(shown, scores, "mine/d/gain") == says
 
 
 def test_pictures_stand_on_a_map_by_their_embeddings(run):
@@ -278,26 +271,26 @@ def test_a_map_shows_the_axes_of_most_variance():
     turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     plain = rng.normal(size=(50, 8)) * [8, 4, *[0.1] * 6]
     plain -= plain.mean(0)
-    places, share = picture_map.principal(plain @ turn)
+    places, share = results.principal(plain @ turn)
     variance = plain.var(0)
     np.testing.assert_allclose(share, variance[:2] / variance.sum(), atol=1e-2)
     for axis in (0, 1):
         assert abs(np.corrcoef(places[:, axis], plain[:, axis])[0, 1]) > 0.95
-    made = picture_map.PictureMap(count=20)
+    made = results.PictureMap(count=20)
     pictures = [np.full((9, 5, 3), 5 * i, np.uint8) for i in range(50)]
     made.add(pictures, plain @ turn, [str(i) for i in range(50)], [True] * 50)
     found = made.found()
     points = np.asarray(found["points"])
     assert len(points) == 20 and points[:, 0].min() == 0 and points[:, 0].max() == 1000
     kept = [int(text) for text in found["texts"]]
-    wide = np.ptp(picture_map.principal((plain @ turn)[kept])[0], axis=0)
+    wide = np.ptp(results.principal((plain @ turn)[kept])[0], axis=0)
     assert np.ptp(points[:, 1]) == pytest.approx(1000 * wide[1] / wide[0], abs=1)  # one scale
     sheet = Image.open(io.BytesIO(base64.b64decode(found["sheet"])))
     assert sheet.size == (16 * 40, 2 * 40)
     assert abs(sheet.getpixel((2 * 40 + 20, 20))[0] - 5 * kept[2]) <= 3
-    same = picture_map.PictureMap()
+    same = results.PictureMap()
     same.add(pictures, np.ones((50, 8)) / 8**0.5, ["x"] * 50, [False] * 50)
-    assert same.found() == {} == picture_map.PictureMap(0).found()
+    assert same.found() == {} == results.PictureMap(0).found()
 
 
 def test_a_damaged_map_is_said_in_a_line(tmp_path):
@@ -312,7 +305,7 @@ def test_a_damaged_map_is_said_in_a_line(tmp_path):
 
 
 def test_a_long_curve_is_zoomed_into_more_points_than_are_drawn(tmp_path):
-    writer = metrics.MetricWriter(tmp_path)
+    writer = metric_log.MetricWriter(tmp_path)
     for step in range(1, 1801):
         writer.write(step, {"loss": float(step)})
     writer.close()
@@ -335,14 +328,16 @@ def test_a_long_curve_is_zoomed_into_more_points_than_are_drawn(tmp_path):
     ],
 )
 def test_charts_show_the_highest_value_but_of_the_first_steps(values, top):
-    frame = charts.Frame.around([charts.Curve("", list(enumerate(map(float, values))), 0)])
+    frame = report_charts.Frame.around(
+        [report_charts.Curve("", list(enumerate(map(float, values))), 0)]
+    )
     assert top < frame.y1 < top + 0.1 * (max(abs(top), max(values) - min(values)))
     assert frame.y1 < 100
 
 
 @pytest.mark.parametrize("value, low, high", [(0, 0, 1), (4, 2, 6), (-4, -6, -2)])
 def test_a_value_that_stays_has_room_on_both_sides_and_none_a_share_below_0(value, low, high):
-    frame = charts.Frame.around([charts.Curve("", [(0.0, value), (9.0, value)], 0)])
+    frame = report_charts.Frame.around([report_charts.Curve("", [(0.0, value), (9.0, value)], 0)])
     assert frame.y0 == low and high < frame.y1 < high + 0.1 * (high - low)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_report import Reader
 
-from coca_jax import report
-from coca_jax.evaluators import classification, results, retrieval_examples
+from coca_jax.cli import report
+from coca_jax.evaluation.evaluators import classification, results
 
 
 def test_every_class_is_listed_and_what_was_skipped_is_said(tmp_path):
@@ -85,7 +85,7 @@ def test_the_right_one_of_a_query_is_shown_with_its_rank(tmp_path):
     embeddings = images[::-1].copy() - 0.01 * np.arange(12, dtype=np.float32)[:, None]
     matches = np.stack([np.arange(12)] * 2, 1)
     kept = [np.zeros((8, 8, 3), np.uint8)] * 12
-    found = retrieval_examples.examples(images, kept, texts, embeddings, matches, 2)
+    found = results.examples(images, kept, texts, embeddings, matches, 2)
     assert [hit["rank"] for hit in found["items"][1]["texts"]] == [1, 2, 3, 4, 5, 12]
     results.save_examples(tmp_path, "retrieval/x", found)
     scores = dict(image_to_text_r1=0.25, image_to_text_r1_chance=1 / 6)
@@ -117,7 +117,7 @@ def test_of_several_right_texts_the_best_one_follows():
     embeddings = np.arange(12, dtype=np.float32)[:, None]
     matches = np.asarray([[0, 2], [0, 5]])
     texts = [f"text {i}" for i in range(12)]
-    (item,) = retrieval_examples.examples(images, kept, texts, embeddings, matches, 1)["items"]
+    (item,) = results.examples(images, kept, texts, embeddings, matches, 1)["items"]
     assert [hit["text"] for hit in item["texts"]] == [f"text {i}" for i in (11, 10, 9, 8, 7, 5)]
     assert item["texts"][-1]["rank"] == 7 and item["truth"] == ["text 2", "text 5"]
 

@@ -7,26 +7,26 @@ import tracemalloc
 import pytest
 from conftest import tiny_config
 
-from coca_jax import metrics, report
-from coca_jax.files import out_folder, sealed_json
-from coca_jax.report import run_files
+from coca_jax.cli import report
+from coca_jax.evaluation import report_data
+from coca_jax.runtime import json_files, metric_log, out_folder
 
 
 def make_run(folder, steps):
-    writer = metrics.MetricWriter(folder)
+    writer = metric_log.MetricWriter(folder)
     writer.write(1, {"loss": 3.0})
     writer.close()
-    sealed_json.write(folder / "config.json", tiny_config().to_dict() | dict(steps=steps))
+    json_files.write_sealed(folder / "config.json", tiny_config().to_dict() | dict(steps=steps))
     return folder
 
 
 def test_the_checksum_of_a_config_is_no_key_of_the_run(tmp_path):
     first, second = (make_run(tmp_path / str(steps), steps) for steps in (7, 8))
-    assert sealed_json.KEY in (first / "config.json").read_text()
+    assert json_files.SEAL_KEY in (first / "config.json").read_text()
     both = report.write_comparison([first, second], tmp_path / "both.html").read_text()
-    assert "<td>steps</td>" in both and sealed_json.KEY not in both
+    assert "<td>steps</td>" in both and json_files.SEAL_KEY not in both
     alone = report.write_report(first).read_text()
-    assert html.unescape(alone).count('"steps": 7') == 1 and sealed_json.KEY not in alone
+    assert html.unescape(alone).count('"steps": 7') == 1 and json_files.SEAL_KEY not in alone
 
 
 def test_a_run_that_is_given_twice_is_refused(tmp_path):
@@ -39,7 +39,7 @@ def test_a_run_that_is_given_twice_is_refused(tmp_path):
 
 
 def test_the_folder_of_an_ablation_is_told_with_its_page_and_its_runs(tmp_path):
-    sealed_json.write(tmp_path / out_folder.PLAN, dict(minutes=0, variants={}))
+    json_files.write_sealed(tmp_path / out_folder.PLAN, dict(minutes=0, variants={}))
     line = f"is the folder of an ablation: its page is {tmp_path}/report.html; a run of it is "
     with pytest.raises(ValueError, match=f"{line}{tmp_path}/VARIANT/seedN$"):
         report.write_report(tmp_path)
@@ -55,7 +55,7 @@ def test_what_a_long_run_logged_is_kept_by_columns(tmp_path):
         lines.append(json.dumps(row | dict(eval_seconds=0.25) if step > 2 else row))
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:9], "{cut", *lines[9:], '{"st']))
     tracemalloc.start()
-    logged = run_files.read(tmp_path).logged
+    logged = report_data.read(tmp_path).logged
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 4000 * 36 * 8 * 2 + 1e6  # 8 bytes a number and some to grow by; as dicts 12 MB

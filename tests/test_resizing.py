@@ -14,12 +14,14 @@ from PIL import Image
 from quick_start import drawn_by_numpy  # noqa: F401
 
 import coca_jax
-from coca_jax import convert, export_format
+from coca_jax.cli import convert
 from coca_jax.config import checks, typed
-from coca_jax.data import augment, images, order, render, resizing, run_vocabulary
+from coca_jax.data import augment, images, order
 from coca_jax.data.batches import Batches
-from coca_jax.importers.splits import prepare
+from coca_jax.data.prepare import prepare
 from coca_jax.inference import export_folder
+from coca_jax.interop import export_format
+from coca_jax.training import run_vocabulary
 
 ROOT = pathlib.Path(__file__).parents[1]
 RED, WHITE, GREEN = (200, 30, 30), (255, 255, 255), (40, 160, 90)
@@ -55,13 +57,13 @@ def rendered(data: bytes, mode: str, size, key: int, *, trim: bool, fast: bool =
     resize = "trim" if trim else "squash"
     plan = augment.plan(mode, how, *sides, order.key(key), size, resize=resize, fast=fast)
     one = {name: values[0] for name, values in plan.items()} | {"how": how[0]}
-    return render.render(data, one, mode, size, fast, trim)
+    return augment.render(data, one, mode, size, fast, trim)
 
 
 @pytest.mark.parametrize("size", [48, (36, 60)])
 def test_room_around_a_thing_does_not_matter(size):
     seen = [
-        resizing.preprocess_eval(with_room(thing(64), *room), size, "trim")
+        images.preprocess_eval(with_room(thing(64), *room), size, "trim")
         for room in ((1, 0, 0, 0), (3, 3, 3, 3), (40, 2, 7, 90))
     ]
     assert all(np.array_equal(one, seen[0]) for one in seen)
@@ -74,7 +76,7 @@ def test_room_around_a_thing_does_not_matter(size):
     middle = inked.min(0) + (inked.max(0) - inked.min(0)) / 2
     assert np.abs(middle - (np.array([high, wide]) - 1) / 2).max() <= 1
     squashed = [
-        resizing.preprocess_eval(with_room(thing(64), *room), size)
+        images.preprocess_eval(with_room(thing(64), *room), size)
         for room in ((3, 3, 3, 3), (40, 2, 7, 90))
     ]
     assert np.abs(squashed[0].astype(int) - squashed[1]).mean() > 20
@@ -83,7 +85,7 @@ def test_room_around_a_thing_does_not_matter(size):
 def test_margins_of_a_jpeg_are_cut_in_spite_of_its_noise():
     noisy = images.decode(encoded(with_room(thing(64), 30, 31, 32, 33), "JPEG", quality=75))
     assert np.ptp(noisy[:30].astype(int)) > 2  # there is some
-    (left,), colour = resizing.cut([noisy])
+    (left,), colour = images.cut([noisy])
     assert np.abs(colour.astype(int) - 255).max() <= 2
     # Ripples stand beside the edges, in blocks of 16 pixels that these pass through.
     assert 64 <= left.shape[0] <= 64 + 16 and 48 <= left.shape[1] <= 48 + 16
@@ -91,14 +93,14 @@ def test_margins_of_a_jpeg_are_cut_in_spite_of_its_noise():
 
 def test_what_has_no_plain_margin_stays_whole():
     blank = np.full((20, 30, 3), 77, np.uint8)
-    assert resizing.cut([blank])[0][0].shape == blank.shape
-    assert (resizing.preprocess_eval(blank, 16, "trim") == 77).all()
+    assert images.cut([blank])[0][0].shape == blank.shape
+    assert (images.preprocess_eval(blank, 16, "trim") == 77).all()
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    assert np.array_equal(resizing.cut([photo])[0][0], photo)
+    assert np.array_equal(images.cut([photo])[0][0], photo)
     line = with_room(np.full((1, 500, 3), RED, np.uint8), 30, 30, 0, 30)
-    assert (resizing.preprocess_eval(line, 16, "trim") == RED).all(-1).sum() == 15
+    assert (images.preprocess_eval(line, 16, "trim") == RED).all(-1).sum() == 15
     dot = with_room(np.array([[RED]], np.uint8), 99, 0, 0, 99)
-    assert (resizing.preprocess_eval(dot, 16, "trim") == RED).all(-1).mean() > 0.8
+    assert (images.preprocess_eval(dot, 16, "trim") == RED).all(-1).mean() > 0.8
 
 
 def test_the_frames_of_a_clip_are_cut_alike():
@@ -106,9 +108,9 @@ def test_the_frames_of_a_clip_are_cut_alike():
     frames = np.full((3, 60, 60, 3), 255, np.uint8)
     for number, frame in enumerate(frames):
         frame[20:30, 10 + 15 * number : 20 + 15 * number] = RED
-    left, _ = resizing.cut(frames)
+    left, _ = images.cut(frames)
     assert [one.shape for one in left] == [(10, 40, 3)] * 3
-    places = [np.argwhere((one == RED).all(-1))[:, 1].mean() for one in resizing.trim(frames, 40)]
+    places = [np.argwhere((one == RED).all(-1))[:, 1].mean() for one in images.trim(frames, 40)]
     assert places[0] < 7 and 18 < places[1] < 22 and places[2] > 33
 
 
@@ -116,11 +118,11 @@ def test_drawn_pictures_and_still_clips_are_cut_as_others():
     """Their pixels do not lie in order in memory, or are the same for all frames."""
     pixels = with_room(thing(31), 5, 9, 3, 8)
     drawn = images.read_bmp(images.encode_bmp(pixels))
-    assert np.array_equal(resizing.cut([drawn])[0][0], thing(31))
-    wanted = resizing.preprocess_eval(pixels, 48, "trim")
-    assert np.array_equal(resizing.preprocess_eval(drawn, 48, "trim"), wanted)
+    assert np.array_equal(images.cut([drawn])[0][0], thing(31))
+    wanted = images.preprocess_eval(pixels, 48, "trim")
+    assert np.array_equal(images.preprocess_eval(drawn, 48, "trim"), wanted)
     still = np.broadcast_to(pixels, (3, *pixels.shape))
-    assert all(np.array_equal(one, wanted) for one in resizing.trim(still, 48))
+    assert all(np.array_equal(one, wanted) for one in images.trim(still, 48))
     found = rendered(images.encode_bmp(pixels), "none", 48, 0, trim=True)
     assert np.array_equal(found, wanted)
 
@@ -130,7 +132,7 @@ def test_drawn_pictures_and_still_clips_are_cut_as_others():
 def test_what_trains_unaugmented_is_what_is_evaluated(side, fast):
     data = encoded(with_room(thing(side), 10, 20, 30, 40))
     found = rendered(data, "none", 48, 0, trim=True, fast=fast)
-    wanted = resizing.preprocess_eval(images.decode(data), 48, "trim")
+    wanted = images.preprocess_eval(images.decode(data), 48, "trim")
     if fast:
         assert np.abs(found.astype(int) - wanted).mean() < 2
     else:
@@ -142,7 +144,7 @@ def test_what_trains_unaugmented_is_what_is_evaluated(side, fast):
 def test_augmentations_are_those_of_a_picture_that_had_no_margin(mode, side):
     """By the same draws the same pixels: the map is scaled to what is left of the picture."""
     left, colour = thing(side), np.array(WHITE, np.uint8)
-    bare = resizing.framed(left, colour, 48)
+    bare = images.framed(left, colour, 48)
     for key in range(8):
         found = rendered(encoded(with_room(left, 40, 2, 7, 90)), mode, 48, key, trim=True)
         again = rendered(encoded(with_room(left, 9, 9, 9, 9)), mode, 48, key, trim=True)
@@ -239,5 +241,5 @@ def test_programs_are_given_what_the_model_makes_of_a_picture():
     pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
     told = dict(Image=Image, size=(64, 64), opened=[Image.fromarray(pixels)])
     exec(line, told)
-    wanted = resizing.preprocess_eval(pixels, 64)
+    wanted = images.preprocess_eval(pixels, 64)
     np.testing.assert_array_equal(np.asarray(told["pictures"][0]), wanted)

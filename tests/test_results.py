@@ -9,9 +9,10 @@ import threading
 import numpy as np
 import pytest
 
-from coca_jax.evaluators import intervals, results, unfinished
-from coca_jax.evaluators.writing import Writing
-from coca_jax.report import terminal
+from coca_jax.evaluation import report_terminal, runner
+from coca_jax.evaluation.evaluators import results
+from coca_jax.evaluation.evaluators.base import Writing
+from coca_jax.evaluation.metrics import intervals
 
 
 def test_intervals_of_other_figures_agree_with_theory():
@@ -213,15 +214,17 @@ def test_the_table_of_a_terminal_has_headlines_with_intervals_and_baselines_on_a
     scores = {key: 0.348, f"{key}_low": 0.3, f"{key}_high": 0.4, f"{key}_count": 1200.0}
     scores |= {"zero_shot/pets_test/mean_per_class": 0.2, "steps": 100, "report": "a/report.html"}
     scores |= {f"{key}_chance": 0.045, f"{key}_majority": 0.33}
-    header, task, row, *_ = terminal.score_table(scores)
+    header, task, row, *_ = report_terminal.score_table(scores)
     assert header.split() == ["score", "95%", "interval", "chance", "majority", "examples"]
     assert task == "Zero-shot, pets_test" or "pets_test" in task
     assert row.split()[-7:] == ["34.8%", "30.0", "to", "40.0%", "4.5%", "33.0%", "1,200"]
-    assert "chance" not in terminal.score_table({key: 0.348})[0]
+    assert "chance" not in report_terminal.score_table({key: 0.348})[0]
     many = {f"zero_shot/set_{n}/{m}": 0.5 for n in range(30) for m in ("top1", "top5")}
-    lines = terminal.score_table(many)
-    assert len(lines) == terminal.MOST_ROWS + 2 and lines[-1] == "and 12 more rows in eval.json"
-    assert max(map(len, lines)) <= 80 and terminal.score_table({"steps": 3}) == []
+    lines = report_terminal.score_table(many)
+    assert (
+        len(lines) == report_terminal.MOST_ROWS + 2 and lines[-1] == "and 12 more rows in eval.json"
+    )
+    assert max(map(len, lines)) <= 80 and report_terminal.score_table({"steps": 3}) == []
 
 
 @pytest.mark.parametrize(
@@ -230,15 +233,15 @@ def test_the_table_of_a_terminal_has_headlines_with_intervals_and_baselines_on_a
 def test_a_damaged_account_of_what_is_finished_is_begun_anew(text, tmp_path, caplog):
     path = tmp_path / "eval_progress.json"
     asked = dict(weights="w")
-    begun = unfinished.Unfinished(str(tmp_path), asked, Writing(True))
+    begun = runner.Unfinished(str(tmp_path), asked, Writing(True))
     begun.add("task", {"a": 0.5})
     path.write_bytes(text.encode("latin-1"))
     begun.add("other", {"b": 0.5})  # it is not this evaluation's any more
     assert path.read_bytes() == text.encode("latin-1")
-    again = unfinished.Unfinished(str(tmp_path), asked, Writing(True))
+    again = runner.Unfinished(str(tmp_path), asked, Writing(True))
     assert again.scores("task") is None and str(path) in caplog.text
     again.add("task", {"a": 0.25})
-    found = unfinished.Unfinished(str(tmp_path), asked, Writing(True))
+    found = runner.Unfinished(str(tmp_path), asked, Writing(True))
     assert found.scores("task") == {"a": 0.25}
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from evaluator_cases import Fake, picture, unit
 
-from coca_jax.evaluators import declarations, rerank, retrieval, zero_shot
-from coca_jax.evaluators.ranks import TIE, retrieval_ranks
+from coca_jax.evaluation.evaluators import base, retrieval, zero_shot
+from coca_jax.evaluation.metrics.ranking import TIE, retrieval_ranks
 
 
 def plain_ranks(images, texts, pairs):
@@ -294,12 +294,12 @@ def test_a_model_without_a_captioner_cannot_rerank():
         retrieval.Retrieval.check_model(towers, dict(kind="retrieval", rerank=16))
     for kind in ("captioning", "generative"):  # not by the names of the methods that are missing
         with pytest.raises(ValueError, match=f"^task {kind!r}: this model has no decoder$"):
-            declarations.of(kind).check_model(towers, dict(kind=kind))
+            base.of(kind).check_model(towers, dict(kind=kind))
 
 
 def test_a_reranked_tie_counts_against_the_model():
     """Sums of log probabilities near -20 differ by some 1e-6 for no reason."""
     lists = np.array([[0, 1], [0, 1], [1, 2]])
     scores = np.array([[-20.0, -20.00005], [-20.0, -20.001], [0.0, -1.0]], np.float32)
-    found = rerank.reranked(np.array([0, 0, 7]), lists, scores, [{0}, {0}, {5}])
+    found = retrieval.reranked(np.array([0, 0, 7]), lists, scores, [{0}, {0}, {5}])
     np.testing.assert_array_equal(found, [1, 0, 7])

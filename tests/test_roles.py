@@ -9,11 +9,11 @@ from conftest import tiny_config
 from optimizer_cases import KEY
 
 import coca_jax
-from coca_jax import partitioning, recipes
 from coca_jax.config import typed
-from coca_jax.models import coca, roles
-from coca_jax.models.part import Part
-from coca_jax.training import optimizer
+from coca_jax.models import coca, param_groups
+from coca_jax.models.layers import Part
+from coca_jax.parallel import sharding
+from coca_jax.training import optimizer, recipes
 
 SIZE = r"\b(\w+_)?(width|depth|dim|heads|len|size|queries)=[1-9]\d*\b"
 
@@ -25,7 +25,7 @@ def model_params():
     config.model.image.update(conv_widths=(8, 8), conv_depths=(1, 1))
     config.head.kind = "answer"
     model = coca.build(config.model, sigmoid=True, head=config.head, num_classes=3)
-    return jax.eval_shape(lambda: partitioning.unbox(coca.init(model, jax.random.key(0))))
+    return jax.eval_shape(lambda: sharding.unbox(coca.init(model, jax.random.key(0))))
 
 
 def test_weight_decay_by_names_of_a_real_model(model_params):
@@ -84,8 +84,8 @@ def test_every_parameter_of_every_recipe_has_a_role():
     assert 5 < len(kinds) < len(models)
     for model in kinds.values():
         module = coca.build(model, sigmoid=True)
-        params = jax.eval_shape(lambda m=module: partitioning.unbox(coca.init(m, KEY)))
-        found = jax.tree.leaves(roles.map_with_roles(lambda role, _: role.kind, params))
+        params = jax.eval_shape(lambda m=module: sharding.unbox(coca.init(m, KEY)))
+        found = jax.tree.leaves(param_groups.map_with_roles(lambda role, _: role.kind, params))
         assert set(found) - {"bias"} == {"kernel", "norm", "table"}
         assert ("bias" in found) == model.bias
     for names, remedy in {
@@ -93,7 +93,7 @@ def test_every_parameter_of_every_recipe_has_a_role():
         ("text_decoder", "unimodal", "layers", "mlp", "gate"): "add 'gate' to LEAVES",
     }.items():
         with pytest.raises(ValueError, match=f"{'/'.join(names)}.*{remedy}"):
-            roles.role_of(names)
+            param_groups.role_of(names)
 
 
 def test_no_parameter_is_named_outside_the_models():
@@ -106,9 +106,11 @@ def test_no_parameter_is_named_outside_the_models():
 
 def test_layers_that_training_alone_reads_are_told_by_their_part(monkeypatch):
     """Weights for other programs leave them out, be they of a loss that was added."""
-    monkeypatch.setitem(roles.PARTS, ("length_head",), Part("length", optional=True, aid=True))
+    monkeypatch.setitem(
+        param_groups.PARTS, ("length_head",), Part("length", optional=True, aid=True)
+    )
     layer = dict(kernel=0, bias=0)
     kept = dict(log_scale=dict(value=0), image_encoder=dict(final_norm=dict(scale=0)))
     encoder = dict(kept["image_encoder"], mask_token=dict(value=0))
     aids = dict(length_head=layer, bag_head=dict(value=0), token_predictor=layer)
-    assert roles.without_training_aids(kept | aids | dict(image_encoder=encoder)) == kept
+    assert param_groups.without_training_aids(kept | aids | dict(image_encoder=encoder)) == kept

@@ -5,9 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from coca_jax.console import bars
-from coca_jax.interop import safetensors_file
-from coca_jax.interop.safetensors_file import Blocks
+from coca_jax.interop import safetensors
+from coca_jax.interop.safetensors import Blocks
+from coca_jax.runtime import progress
 
 
 def raw(path, header, data=b""):
@@ -28,8 +28,8 @@ def test_round_trip_of_blocks(tmp_path):
         "transposed": Blocks((5, 4), lambda: [a[0].T]),
         "empty": Blocks((0, 3), lambda: []),
     }
-    safetensors_file.write(tmp_path / "x", tensors)
-    read = safetensors_file.read(tmp_path / "x")
+    safetensors.write(tmp_path / "x", tensors)
+    read = safetensors.read(tmp_path / "x")
     np.testing.assert_array_equal(read["a/b"], a)
     np.testing.assert_array_equal(read["transposed"], a[0].T)
     assert read["scalar"] == 2.5 and read["scalar"].shape == () and read["empty"].shape == (0, 3)
@@ -38,7 +38,7 @@ def test_round_trip_of_blocks(tmp_path):
 
 def test_blocks_that_do_not_add_up(tmp_path):
     with pytest.raises(ValueError, match=r"a: its blocks do not add up to its shape \(3,\)"):
-        safetensors_file.write(tmp_path / "x", {"a": Blocks((3,), lambda: [np.zeros(2)])})
+        safetensors.write(tmp_path / "x", {"a": Blocks((3,), lambda: [np.zeros(2)])})
     assert not list(tmp_path.iterdir())
 
 
@@ -48,7 +48,7 @@ def test_dtypes(tmp_path):
         data = values.astype(dtype).tobytes()
         entry = dict(dtype=name, shape=[3], data_offsets=[0, len(data)])
         path = raw(tmp_path / name, {"__metadata__": {"format": "pt"}, "a": entry}, data)
-        read = safetensors_file.read(path)
+        read = safetensors.read(path)
         assert read["a"].dtype == dtype
         np.testing.assert_array_equal(read["a"].astype(np.float64), values)
 
@@ -74,7 +74,7 @@ def test_dtypes(tmp_path):
 )
 def test_damaged_files_are_refused(tmp_path, header, message):
     with pytest.raises(ValueError, match=message):
-        safetensors_file.read(raw(tmp_path / "x", header, b"12345678"))
+        safetensors.read(raw(tmp_path / "x", header, b"12345678"))
 
 
 def test_files_that_are_cut_short(tmp_path):
@@ -83,15 +83,15 @@ def test_files_that_are_cut_short(tmp_path):
     (tmp_path / "z").write_bytes(b"")
     for name in "xyz":
         with pytest.raises(ValueError, match=f"{name}: not a safetensors file"):
-            safetensors_file.read(tmp_path / name)
+            safetensors.read(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="none"):
-        safetensors_file.read(tmp_path / "none")
+        safetensors.read(tmp_path / "none")
 
 
 def test_a_bar_counts_the_bytes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bars, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     blocks = Blocks((4, 250), lambda: [np.ones(250, np.float32)] * 4)
-    safetensors_file.write(tmp_path / "x", {"a": blocks}, progress=True)
+    safetensors.write(tmp_path / "x", {"a": blocks}, progress=True)
     assert "4.00k of 4.00k bytes" in capsys.readouterr().err
-    safetensors_file.write(tmp_path / "x", {"a": blocks})
+    safetensors.write(tmp_path / "x", {"a": blocks})
     assert not capsys.readouterr().err

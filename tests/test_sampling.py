@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax.inference.generation import choice, loop
-from coca_jax.inference.generation.state import Plan
-from coca_jax.ops import packed
+from coca_jax.inference.generation import generate, sampling
+from coca_jax.inference.generation.base import Plan
+from coca_jax.ops import decode_layouts
 
 
 @functools.cache
 def sampler(plan):
     """Compiled once for all numbers; arguments all: of constants XLA would compute the draws while
     it compiles, a minute long."""
-    return jax.jit(lambda *args: choice._sample(plan, *args))
+    return jax.jit(lambda *args: sampling._sample(plan, *args))
 
 
 def draws_of(logs, count, steps=1, width=1, seed=0, **how):
@@ -89,7 +89,7 @@ def test_images_captions_steps_and_seeds_draw_apart():
 @pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-45, 1e-60])
 def test_a_temperature_towards_zero_takes_the_most_probable(temperature):
     logs = np.log(np.random.default_rng(0).dirichlet(np.ones(600)))
-    cold = np.maximum(np.float32(temperature), loop._COLDEST)  # as `loop.planned` gives it
+    cold = np.maximum(np.float32(temperature), generate._COLDEST)  # as `loop.planned` gives it
     (found,) = draws_of(logs, 50, temperature=cold)
     assert logs.argmax() > 0 and (found == logs.argmax()).all()
 
@@ -101,10 +101,13 @@ def test_captions_are_the_same_with_64_bits():
     numbers["min_p"] = np.float32(0.02)
     allowed = np.random.default_rng(0).standard_normal((2, 8, 300)).astype(np.float32)
     step = np.zeros(2, np.int32)
-    draw = jax.jit(lambda *of: choice._sample(plan, *of))
+    draw = jax.jit(lambda *of: sampling._sample(plan, *of))
     wanted = draw(numbers, allowed, step)
-    cache, new = packed.Cache(*np.zeros((2, 1, 1, 4, 2), np.float32)), np.ones((1, 1, 1, 2), "f")
+    cache, new = (
+        decode_layouts.Cache(*np.zeros((2, 1, 1, 4, 2), np.float32)),
+        np.ones((1, 1, 1, 2), "f"),
+    )
     with jax.enable_x64(True):
         np.testing.assert_array_equal(draw(numbers, allowed, step), wanted)
-        written = jax.jit(packed.write)(cache, new, new, np.int32(2))
+        written = jax.jit(decode_layouts.write)(cache, new, new, np.int32(2))
     assert written.key[0, 0, :, 0].tolist() == [0, 0, 1, 0]

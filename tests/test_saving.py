@@ -12,14 +12,14 @@ from conftest import tiny
 from test_checkpointing import assert_equal, restore, state_of
 from test_version_0_1 import flags_of
 
-from coca_jax import ablate, fit, recipes
-from coca_jax.ablating import running
-from coca_jax.checkpoints import checkpointing
+from coca_jax.apps import fit as fitting
+from coca_jax.apps.ablating import running
+from coca_jax.checkpoints import manager
+from coca_jax.cli import ablate, fit
 from coca_jax.data.mixture import Mixture
-from coca_jax.files import sealed_json
-from coca_jax.fitting import run as fitting
-from coca_jax.metrics import TimeBuckets
-from coca_jax.training import replicas, saving, skipping, spikes, stopping
+from coca_jax.runtime import json_files, signals
+from coca_jax.runtime.metric_log import TimeBuckets
+from coca_jax.training import bad_steps, callbacks, recipes, replicas
 
 
 @contextlib.contextmanager
@@ -40,8 +40,8 @@ def full_disk():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run of 100 steps that saves every 10, alone, and tries again at once."""
-    monkeypatch.setattr(saving, "RETRY", (0.0,))
-    monkeypatch.setattr(saving, "LAST_RETRY", (0.0, 0.0))
+    monkeypatch.setattr(callbacks, "RETRY", (0.0,))
+    monkeypatch.setattr(callbacks, "LAST_RETRY", (0.0, 0.0))
     said: list[str] = []
     config = tiny(**{"checkpoint.every_steps": 10, "steps": 100})
     return types.SimpleNamespace(
@@ -51,7 +51,7 @@ def run(tmp_path, monkeypatch):
         stop=types.SimpleNamespace(alone=True),
         said=said,
         say=said.append,
-        checkpoints=checkpointing.Checkpoints(str(tmp_path)),
+        checkpoints=manager.Checkpoints(str(tmp_path)),
         workdir=tmp_path,
     )
 
@@ -63,7 +63,7 @@ def settle(run):
 
 
 def test_a_full_disk_costs_no_step_and_the_next_one_is_saved_when_there_is_room(run):
-    save = saving.Save(run, run.checkpoints, state_of(0), 0)
+    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
     assert [step for step in range(1, 101) if save.due(step)] == [*range(10, 101, 10)]
     assert save(10, state_of(10)) == 10
     settle(run)
@@ -83,10 +83,10 @@ def test_a_full_disk_costs_no_step_and_the_next_one_is_saved_when_there_is_room(
 
 
 def test_the_last_save_is_tried_several_times(run):
-    save = saving.Save(run, run.checkpoints, state_of(0), 0)
+    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
     save(10, state_of(10), last=True)
     with full_disk() as free:
-        with pytest.raises(checkpointing.SaveFailed) as error:
+        with pytest.raises(manager.SaveFailed) as error:
             save(99, state_of(99), last=True)
         assert len(run.said) == 3  # at first, and after each pause of LAST_RETRY
         begin = f"step 99 could not be saved in {run.workdir}; step 10 is the newest; once the "
@@ -98,8 +98,8 @@ def test_the_last_save_is_tried_several_times(run):
 
 
 def test_a_run_without_a_save_is_not_told_of_step_0(run):
-    save = saving.Save(run, run.checkpoints, state_of(0), 0)
-    with full_disk(), pytest.raises(checkpointing.SaveFailed, match="; no step is kept; once"):
+    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
+    with full_disk(), pytest.raises(manager.SaveFailed, match="; no step is kept; once"):
         save(9, state_of(9), last=True)
     assert all("; no step is kept yet; it is tried again" in line for line in run.said)
     save.close()
@@ -108,16 +108,16 @@ def test_a_run_without_a_save_is_not_told_of_step_0(run):
 def test_a_step_that_is_not_saved_begins_an_interval_that_is_measured_too(run):
     run.config = run.config.change({"checkpoint.every": "auto"})
     skipping_all = [types.SimpleNamespace(skipped=step) for step in range(60)]
-    save, asked = saving.Save(run, run.checkpoints, skipping_all[0], 0), []
+    save, asked = callbacks.Save(run, run.checkpoints, skipping_all[0], 0), []
     for step in range(1, 60):
         if save.due(step):
             asked.append(step)
             assert save(step, skipping_all[step]) == 0
-    assert asked == [saving.FIRST, 2 * saving.FIRST] and len(run.said) == 2
+    assert asked == [callbacks.FIRST, 2 * callbacks.FIRST] and len(run.said) == 2
 
 
 def test_a_state_that_learned_nothing_takes_no_checkpoint_s_place(run):
-    save = saving.Save(run, run.checkpoints, state_of(0), 0)
+    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
     save(10, state_of(10), last=True)
     skipped = state_of(20).replace(skipped=state_of(10).skipped + 10)
     assert save(20, skipped) == 10
@@ -130,16 +130,16 @@ def test_a_state_that_learned_nothing_takes_no_checkpoint_s_place(run):
 
 def test_what_spikes_are_seen_by_is_written_when_there_is_room_again(run, caplog):
     faults = run.config.change({"faults.spike_deviations": 6.0}).faults
-    found, file = spikes.Spikes(str(run.workdir), faults), run.workdir / spikes.FILE
+    found, file = bad_steps.Spikes(str(run.workdir), faults), run.workdir / bad_steps.FILE
     with full_disk():
         for step in (10, 20):
             found(step, {"loss": np.float32(2.0)})
             found.settle(step)
         assert not file.exists() and caplog.text.count("spikes.json is not written") == 1
         with pytest.raises(OSError):  # a run that goes back must be able to after a kill too
-            found.plan(spikes.WentUp(999, 9.0, 2.0), [10])
+            found.plan(bad_steps.WentUp(999, 9.0, 2.0), [10])
     found.settle(30)
-    assert {"10", "30"} <= sealed_json.read(file)["detector"].keys()
+    assert {"10", "30"} <= json_files.read_sealed(file)["detector"].keys()
     with full_disk():
         found.settle(40)
     assert caplog.text.count("spikes.json is not written") == 2
@@ -151,8 +151,8 @@ def test_a_run_that_diverges_on_a_full_disk_still_says_so(run):
     run.main_process, run.mixture = True, Mixture(config, str(run.workdir))
     limit = run.config.checkpoint.max_skipped
     state = state_of(0)
-    check = skipping.Skipping(run, state)
-    with full_disk(), pytest.raises(skipping.Diverged) as error:
+    check = bad_steps.Skipping(run, state)
+    with full_disk(), pytest.raises(bad_steps.Diverged) as error:
         for step in range(1, limit + 2):
             check(step, dict(skipped_steps=state.skipped + step, loss=np.float32("nan")))
     told = str(error.value)
@@ -162,8 +162,8 @@ def test_a_run_that_diverges_on_a_full_disk_still_says_so(run):
 
 
 BREAKS = """
-from coca_jax import recipes
-from coca_jax.training import run
+from coca_jax.training import recipes
+from coca_jax.training import trainer as run
 
 def breaks(state, start, steps, *, save, **parts):
     save(2, state)
@@ -185,12 +185,12 @@ def test_a_save_under_way_is_finished_before_an_error_ends_the_run(commands, tmp
     done = commands.run(["train", "--config=breaks.py", f"--workdir={tmp_path}"], tmp_path)
     assert done.returncode == 2 and "error: a shard is damaged" in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    checkpointing.load_params(str(tmp_path))
+    manager.load_params(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["ablate", "fit"])
 @pytest.mark.parametrize(
-    "error", [checkpointing.SaveFailed("step 9 could not be saved"), replicas.Corrupted("after 8")]
+    "error", [manager.SaveFailed("step 9 could not be saved"), replicas.Corrupted("after 8")]
 )
 def test_fit_and_ablate_end_with_a_line_as_train_does(name, error, tmp_path, monkeypatch):
     for function in ("define_overrides", "changes"):  # which read the command line of the tests
@@ -208,7 +208,7 @@ def test_fit_and_ablate_end_with_a_line_as_train_does(name, error, tmp_path, mon
         raise SystemExit(f"{status} {line}")
 
     monkeypatch.setattr(running if name == "ablate" else fitting, name, fail)
-    monkeypatch.setattr(stopping, "leave", leave)
+    monkeypatch.setattr(signals, "leave", leave)
     command.flags.FLAGS([name, f"{folder}={tmp_path}/out"])
     with pytest.raises(SystemExit, match=f"1 error: {error}"):
         command.main([name, place])

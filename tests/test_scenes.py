@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from coca_jax.data import scenes
-from coca_jax.data.scenes import scenery, world
+from coca_jax.data.scenes import drawing, world
 
 
 def test_records_are_a_function_of_split_and_index():
@@ -83,9 +83,9 @@ def test_varied_and_unseen_scenery_share_nothing_but_the_scenes():
     assert again.read_texts([7])[0]["text"] == varied[7]["text"]
     draws = [world.Draws(1, i, []) for i in range(400)]
     for low, high in scenes.UNSEEN_HUES:
-        assert not any(low <= scenery.hue("varied", d) <= high for d in draws)
-        assert any(low <= scenery.hue("unseen", d) <= high for d in draws)
-    assert scenery.GRAIN["varied"][1] < scenery.GRAIN["unseen"][0]
+        assert not any(low <= drawing.hue("varied", d) <= high for d in draws)
+        assert any(low <= drawing.hue("unseen", d) <= high for d in draws)
+    assert drawing.GRAIN["varied"][1] < drawing.GRAIN["unseen"][0]
     with pytest.raises(ValueError, match="scenery='unseen' is for evaluation alone"):
         scenes.Scenes("train", scenery="unseen")
     with pytest.raises(ValueError, match="scenery is 'forest'; use one of plain, varied, unseen"):

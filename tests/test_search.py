@@ -15,9 +15,9 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import search
+from coca_jax.apps.search import index, nearest, parts
+from coca_jax.cli import search
 from coca_jax.inference import export_programs
-from coca_jax.searching import index, nearest, parts
 
 
 def encoded(seed: int) -> bytes:

@@ -7,10 +7,10 @@ import types
 from test_index_changes import again, captions, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax.files import local_files
-from coca_jax.importers.items import printable
-from coca_jax.searching import index
-from coca_jax.searching.parts import Known
+from coca_jax.apps.search import index
+from coca_jax.apps.search.parts import Known
+from coca_jax.data.sources.items import printable
+from coca_jax.runtime import storage
 
 
 def test_a_picture_whose_name_is_no_utf8_is_not_gone(tmp_path):
@@ -18,7 +18,7 @@ def test_a_picture_whose_name_is_no_utf8_is_not_gone(tmp_path):
     there = [name, str(tmp_path / "lost.jpg")]
     files = {printable(one): Known(row) for row, one in enumerate(there)}
     parts = types.SimpleNamespace(
-        files=files, base=os.getcwd(), whole_path=local_files.whole_path, grouped=dict
+        files=files, base=os.getcwd(), whole_path=storage.whole_path, grouped=dict
     )
     assert "\\" in printable(name)
     with open(name, "wb"):

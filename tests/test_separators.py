@@ -5,7 +5,8 @@ import csv
 import pytest
 from prepare_cases import encode, import_data
 
-from coca_jax.data import formats, sources
+from coca_jax.data import filters
+from coca_jax.data.sources import formats
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_lists_with_another_mark_in_the_name_of_a_column(tmp_path):
 
     def texts(out, **options):
         import_data("csv", path, tmp_path / out, **options)
-        return [record.texts for record in sources.open_source(str(tmp_path / out))]
+        return [record.texts for record in filters.open_source(str(tmp_path / out))]
 
     path.write_text("image;caption (en, de)\n0.jpg;a dog, ein Hund\n1.jpg;a cat\n")
     assert formats.guess(str(tmp_path)) == "csv"
@@ -60,7 +61,7 @@ def test_a_list_without_a_header_is_told_so(tmp_path, mark):
         import_data("csv", path, tmp_path / "out", text_field="a dog 0")
     path.write_text(f"file_name{mark}text\n" + path.read_text())
     import_data("csv", path, tmp_path / "out")
-    found = [record.texts for record in sources.open_source(str(tmp_path / "out"))]
+    found = [record.texts for record in filters.open_source(str(tmp_path / "out"))]
     assert found == [("a dog 0",), ("a dog 1",), ("a dog 2",)]
 
 
@@ -85,6 +86,6 @@ def test_a_lone_quotation_mark_in_front_of_a_text_takes_no_other_row(table, kept
         (tmp_path / f"{i}.jpg").write_bytes(encode(i))
     (tmp_path / "list.csv").write_text(table)
     done = import_data("csv", tmp_path / "list.csv", tmp_path / "out")
-    found = {one.key[0]: one.texts[0] for one in sources.open_source(str(tmp_path / "out"))}
+    found = {one.key[0]: one.texts[0] for one in filters.open_source(str(tmp_path / "out"))}
     assert found == kept and done["read"] == count
     assert done["quarantined"] == ({"bad_record": count - len(kept)} if len(kept) < count else {})

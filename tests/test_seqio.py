@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from data_cases import damage, data_config, picture, take, three_sources, write_data, write_folder
 
-from coca_jax.data import images, run_vocabulary, sources
-from coca_jax.data.batches import Batches
-from coca_jax.data.loaders import open_stream
+from coca_jax.data import filters, images
+from coca_jax.data.batches import Batches, open_stream
 from coca_jax.data.mixture import Mixture, head_classes
-from coca_jax.importers.items import Options
-from coca_jax.importers.splits import prepare
+from coca_jax.data.prepare import prepare
+from coca_jax.data.sources.items import Options
+from coca_jax.training import run_vocabulary
 
 # Found, not imported: each worker that runs tests would import TensorFlow to collect them.
 pytestmark = pytest.mark.skipif(
@@ -174,16 +174,16 @@ def my_tasks(tmp_path_factory):
 @pytest.mark.parametrize("name", ["my_pictures_bytes", "my_pictures_pixels"])
 def test_a_task_of_the_user_is_a_source(my_tasks, name):
     entry = dict(seqio=name, module=my_tasks)
-    found = sources.open_source(entry)
-    assert len(found) == 8 and len(sources.open_source(entry, "test")) == 3
+    found = filters.open_source(entry)
+    assert len(found) == 8 and len(filters.open_source(entry, "test")) == 3
     records = found.read([7, 0, 4])  # any of them, in any order
     assert [r.texts for r in records] == [("picture 8",), ("picture 0",), ("picture 5",)]
     assert [r.labels for r in records] == [("even", "all"), ("even", "all"), ("odd", "all")]
     assert [json.loads(r.extra) for r in records] == [dict(number=n) for n in (8, 0, 5)]
     assert images.decode(records[0].image)[0, 0].tolist() == [160] * 3
-    odd = sources.open_source(dict(entry, where={"number": [1, 5, 7]}))
+    odd = filters.open_source(dict(entry, where={"number": [1, 5, 7]}))
     assert [r.texts for r in odd] == [("picture 1",), ("picture 5",), ("picture 7",)]
-    labelled = sources.open_source(dict(entry, text_field="label"))
+    labelled = filters.open_source(dict(entry, text_field="label"))
     assert labelled.read([0])[0].texts == ("even", "all")
 
 
@@ -211,10 +211,10 @@ def test_a_module_in_the_current_folder_is_found(my_tasks, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
     monkeypatch.chdir(tmp_path)
     entry = dict(seqio="pictures_here_bytes", module="tasks_here")
-    assert len(sources.open_source(entry)) == 8
+    assert len(filters.open_source(entry)) == 8
     assert sys.path[-1] == str(tmp_path) and sys.path.count(str(tmp_path)) == 1
     with pytest.raises(ValueError, match="current folder and in those of PYTHONPATH"):
-        sources.open_source(dict(entry, module="tasks_there"))
+        filters.open_source(dict(entry, module="tasks_there"))
 
 
 def test_what_is_wrong_with_a_task_is_said(my_tasks):
@@ -227,4 +227,4 @@ def test_what_is_wrong_with_a_task_is_said(my_tasks):
     }
     for message, wrong in cases.items():
         with pytest.raises(ValueError, match=message):
-            sources.open_source(wrong)
+            filters.open_source(wrong)

@@ -19,14 +19,14 @@ import pytest
 from PIL import Image
 from test_inference import no_compile_cache, tiny_model, words  # noqa: F401
 
-from coca_jax.searching import index, parts
+from coca_jax.apps.search import index, parts
 
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
     pytest.skip("needs the extra 'serve'", allow_module_level=True)
 
 import uvicorn  # noqa: E402
 
-from coca_jax.serving import app, openapi, running, uploads, works  # noqa: E402
+from coca_jax.apps.serve import app, batcher, schemas, server  # noqa: E402
 
 KEY = "a key of many letters"
 
@@ -66,9 +66,9 @@ class Client:
     """A server, and what asks it."""
 
     def __init__(self, model, **how):
-        how = dict(name="tiny", limits=uploads.Limits(1, 40_000, 4, 2)) | how
+        how = dict(name="tiny", limits=schemas.Limits(1, 40_000, 4, 2)) | how
         self.app, self.batcher, self.numbers = app.build(model, **how)
-        self.socket = running.listen("127.0.0.1", 0)
+        self.socket = server.listen("127.0.0.1", 0)
         config = uvicorn.Config(self.app, log_level="critical", lifespan="off")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
@@ -352,7 +352,7 @@ def test_the_page_and_what_watches_the_server(client):
 
 def test_openapi_describes_what_there_is(client):
     found = json.loads(client.get("/openapi.json")[2])
-    assert found == json.loads(json.dumps(openapi.document(False)))
+    assert found == json.loads(json.dumps(app.document(False)))
     caption = found["paths"]["/api/caption"]["post"]["requestBody"]["content"]
     fields = caption["multipart/form-data"]["schema"]["properties"]
     assert fields["num_beams"] == dict(
@@ -395,6 +395,6 @@ def test_a_defect_is_not_shown(client, monkeypatch):
     def fails(self, model, items):
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(works.Answer, "run", fails)
+    monkeypatch.setattr(batcher.Answer, "run", fails)
     status, answer = client.post("/api/answer", ("image", png(0)), ("question", "red"))
     assert status == 500 and "secret" not in answer["error"]

@@ -2,7 +2,7 @@
 
 from test_serve import KEY, Client, model, no_compile_cache, words  # noqa: F401
 
-from coca_jax.serving import app
+from coca_jax.apps.serve import app
 
 
 def test_who_may_ask(model):  # noqa: F811

@@ -23,7 +23,8 @@ from test_search import embed, encoded
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import inference, serve
+from coca_jax import inference
+from coca_jax.cli import serve
 from coca_jax.config import typed
 
 if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_client"))):
@@ -64,7 +65,7 @@ def test_what_the_command_refuses(commands, arguments, says, tmp_path):
 
 def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsys):
     """All but model and socket: what is built, how long it waits at the end, its summary."""
-    from coca_jax.serving import app, running, uploads
+    from coca_jax.apps.serve import app, schemas, server
 
     (tmp_path / "key").write_text("a-key-of-20-letters.\n")
     flags_of("serve", monkeypatch)
@@ -96,12 +97,12 @@ def test_its_flags_are_the_limits_of_what_it_serves(monkeypatch, tmp_path, capsy
         return 2.5
 
     monkeypatch.setattr(app, "build", build)
-    monkeypatch.setattr(running, "serve", run)
+    monkeypatch.setattr(server, "serve", run)
     done = serve.main(["serve"])
     assert done["requests"] == 5 and stopped == [2.5]
     assert served == dict(application="application", grace=4)
     assert "serving at http://127.0.0.1:" in capsys.readouterr().err
-    assert built.pop("limits") == uploads.Limits(3, 1000, 2) and built.pop("model") is small
+    assert built.pop("limits") == schemas.Limits(3, 1000, 2) and built.pop("model") is small
     assert built == dict(
         name="demo",
         index=None,
@@ -214,7 +215,7 @@ def test_a_model_of_pictures_of_any_shape_is_served_without_what_explains(words,
 
 def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
     """A signal while one is open: it is answered, the next is not; a second signal ends at once."""
-    from coca_jax.serving import running
+    from coca_jax.apps.serve import server
 
     held, go_on, ended, answers, early = (threading.Event(), threading.Event(), [], [], [])
 
@@ -233,7 +234,7 @@ def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
         early.extend(ended)
-        monkeypatch.setattr(running, "SAME_KEY", 0)
+        monkeypatch.setattr(server, "SAME_KEY", 0)
         for _ in range(6000):
             if ended:
                 break
@@ -242,17 +243,17 @@ def test_a_request_that_runs_is_answered_before_the_end(monkeypatch):
         go_on.set()
         answers.append(connection.getresponse().read())
 
-    listening = running.listen("127.0.0.1", 0)
-    assert re.fullmatch(r"http://127.0.0.1:\d+", running.url(listening))
+    listening = server.listen("127.0.0.1", 0)
+    assert re.fullmatch(r"http://127.0.0.1:\d+", server.url(listening))
     with pytest.raises(ValueError, match="cannot listen there .*; give another --port"):
-        running.listen("127.0.0.1", listening.getsockname()[1])
-    monkeypatch.setattr(running.os, "_exit", ended.append)
-    monkeypatch.setattr(running, "SAME_KEY", 60)
+        server.listen("127.0.0.1", listening.getsockname()[1])
+    monkeypatch.setattr(server.os, "_exit", ended.append)
+    monkeypatch.setattr(server, "SAME_KEY", 60)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     client = threading.Thread(target=ask)
-    running.serve(app, listening, grace=60, ready=client.start)
+    server.serve(app, listening, grace=60, ready=client.start)
     client.join()
-    assert not early and answers == [b"done"] and ended[0] == running.AT_ONCE == 130
+    assert not early and answers == [b"done"] and ended[0] == server.AT_ONCE == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     with pytest.raises(OSError):
         socket.create_connection(listening.getsockname()[:2], timeout=5)
@@ -264,7 +265,8 @@ def test_what_has_no_answer_when_the_time_is_over_is_told_so(capsys):
     from starlette.responses import StreamingResponse
     from starlette.routing import Route
 
-    from coca_jax.serving import endpoints, guard, running
+    from coca_jax.apps.serve import app as endpoints
+    from coca_jax.apps.serve import limits, server
 
     begun, answers = threading.Semaphore(0), {}
 
@@ -282,14 +284,14 @@ def test_what_has_no_answer_when_the_time_is_over_is_told_so(capsys):
 
     routes = [Route("/stream", stream), Route("/upload", upload, methods=["POST"])]
     seen: list[tuple[str, int]] = []
-    app = guard.Guard(
+    app = limits.Guard(
         Starlette(routes=routes),
         key="",
         loopback=True,
         most=1 << 20,
         seen=lambda path, status, seconds: seen.append((path, status)),
     )
-    listening = running.listen("127.0.0.1", 0)
+    listening = server.listen("127.0.0.1", 0)
 
     def ask(method, path, headers):
         connection = http.client.HTTPConnection(*listening.getsockname()[:2], timeout=60)
@@ -307,7 +309,7 @@ def test_what_has_no_answer_when_the_time_is_over_is_told_so(capsys):
         threading.Thread(target=ask, args=("POST", "/upload", {"Content-Length": "999"})),
         threading.Thread(target=end),
     ]
-    left = running.serve(
+    left = server.serve(
         app, listening, grace=0, ready=lambda: [thread.start() for thread in threads]
     )
     for thread in threads:
@@ -323,7 +325,7 @@ def test_what_has_no_answer_when_the_time_is_over_is_told_so(capsys):
 def test_connections_that_ask_for_nothing_keep_nobody_out(seconds, most, monkeypatch):
     """Silent from the start, with half of the headers, or with half of the next request's: each is
     closed in time, and before where it takes another's place. Who waits for an answer gets it."""
-    from coca_jax.serving import connections, running
+    from coca_jax.apps.serve import limits, server
 
     async def app(scope, receive, send):
         await asyncio.sleep(0.5)  # longer than headers may take
@@ -365,11 +367,11 @@ def test_connections_that_ask_for_nothing_keep_nobody_out(seconds, most, monkeyp
             os.kill(os.getpid(), signal.SIGINT)
 
     told, opened = [], []
-    monkeypatch.setattr(connections, "SECONDS", seconds)
-    monkeypatch.setattr(connections, "MOST", most)
-    listening = running.listen("127.0.0.1", 0)
+    monkeypatch.setattr(limits, "SECONDS", seconds)
+    monkeypatch.setattr(limits, "MOST", most)
+    listening = server.listen("127.0.0.1", 0)
     client = threading.Thread(target=ask)
-    running.serve(app, listening, grace=5, ready=client.start)
+    server.serve(app, listening, grace=5, ready=client.start)
     client.join()
     for one in opened:
         one.close()

@@ -19,8 +19,8 @@ if not all(map(importlib.util.find_spec, ("uvicorn", "starlette", "prometheus_cl
 from starlette.datastructures import FormData  # noqa: E402
 from test_serve import Client, png  # noqa: E402
 
-from coca_jax import image_shape  # noqa: E402
-from coca_jax.serving import endpoints, forms, refusals, uploads, works  # noqa: E402
+from coca_jax.apps.serve import app, batcher, limits, schemas  # noqa: E402
+from coca_jax.config import shapes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def test_few_pictures_are_decoded_at_a_time_and_few_wait(model, monkeypatch):
                 now -= 1
             return model.fit_image(data)
 
-    monkeypatch.setattr(uploads, "MOST", 1)
-    limits = uploads.Limits(1, 40_000, 5, 60)
+    monkeypatch.setattr(schemas, "MOST", 1)
+    limits = schemas.Limits(1, 40_000, 5, 60)
     client, statuses = Client(Held(), depth=3, limits=limits), []
 
     def ask(number: int):
@@ -167,13 +167,13 @@ def _until(there) -> None:
 
 
 def test_a_text_that_a_request_must_have_is_not_blank():
-    fields = {one.path: one.fields for one in endpoints.ENDPOINTS}
+    fields = {one.path: one.fields for one in app.ENDPOINTS}
     for path, name in (("/api/explain", "text"), ("/api/answer", "question")):
         for blank in ("", " \n"):
-            with pytest.raises(refusals.Refused, match=f"^{name} is missing: The ") as found:
-                forms.read(fields[path], FormData([(name, blank)]))
+            with pytest.raises(limits.Refused, match=f"^{name} is missing: The ") as found:
+                schemas.read_form(fields[path], FormData([(name, blank)]))
             assert found.value.status == 400
-    assert forms.read(fields["/api/caption"], FormData([("prompt", " ")]))["prompt"] == " "
+    assert schemas.read_form(fields["/api/caption"], FormData([("prompt", " ")]))["prompt"] == " "
 
 
 def test_a_template_is_one_sentence_and_no_name_of_a_set(model):
@@ -197,11 +197,11 @@ def test_an_answer_says_whether_its_question_was_cut(model, monkeypatch):
     asked = [" ".join(["a"] * count) for count in (1, room, room + 1)]
     assert [len(ids) for ids in model.vocabulary.encode_many(asked)] == [1, room, room + 1]
     items = [(np.zeros((8, 8, 3), np.uint8), question) for question in asked]
-    for work in (works.Answer(), works.Head(1)):
+    for work in (batcher.Answer(), batcher.Head(1)):
         (found,) = work.run(model, items)
         assert [one["cut"] for one in found] == [False, False, True]
     monkeypatch.setattr(model, "head_kind", SimpleNamespace(reads_text=False))
-    assert next(works.Head(1).run(model, items[:1])) == [
+    assert next(batcher.Head(1).run(model, items[:1])) == [
         dict(labels=[dict(label="yes", probability=1.0)])
     ]
 
@@ -223,14 +223,14 @@ def test_what_is_embedded_searched_and_compared_says_whether_it_was_cut(model):
     room = model.max_len - 2  # beside the begin and the end symbol
     short, fits, long = (" ".join(["a"] * count) for count in (1, room, room + 1))
     asked = [fits, long, short]
-    found = asyncio.run(endpoints.embed(server, dict(image=[], text=asked)))
+    found = asyncio.run(app.embed(server, dict(image=[], text=asked)))
     assert found["cut"] == [False, True, False]
     np.testing.assert_allclose(found["texts"], model.encode_text([fits, fits, short]), atol=1e-6)
     weights = dict(text_weight=1.0, image_weight=1.0)
     for texts, cut in (([short, fits], False), ([short, long], True)):
         values = dict(image=[], text=texts, like=[], k=3, **weights)
-        assert asyncio.run(endpoints.search(server, values)) == dict(results=[], cut=cut)
-    pixels = np.zeros((*image_shape.pair(model.image_size), 3), np.uint8)
+        assert asyncio.run(app.search(server, values)) == dict(results=[], cut=cut)
+    pixels = np.zeros((*shapes.pair(model.image_size), 3), np.uint8)
     for label, cut in ((fits, False), (long, True)):
-        (told,) = next(works.ZeroShot((short, label), "{}").run(model, [pixels]))
+        (told,) = next(batcher.ZeroShot((short, label), "{}").run(model, [pixels]))
         assert told["cut"] is cut and len(told["labels"]) == 2

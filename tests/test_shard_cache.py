@@ -12,7 +12,8 @@ import pytest
 from array_record.python import array_record_module
 from in_place_cases import make, write_tar
 
-from coca_jax.data import prepared, random_access, records, shard_cache
+from coca_jax.data.sources import array_record, records, shard_cache
+from coca_jax.data.sources import source as random_access
 
 SIZE = 1 << 20
 
@@ -80,7 +81,7 @@ def test_readers_of_copies_that_have_left_are_closed(bucket, tmp_path):
         writer.close()
         system.put_file(local, f"/shards/{number}.array_record")
         paths.append(f"memory://shards/{number}.array_record")
-    read = prepared.ArrayRecordFiles(paths, [1] * 6)
+    read = array_record.ArrayRecordFiles(paths, [1] * 6)
     for number in (0, 1, 2, 3, 4, 5, 0, 5):
         assert read([number])[0].image[:1] == bytes([number])
     links = (
@@ -98,7 +99,7 @@ def test_more_shards_than_files_that_may_be_open(tmp_path):
         writer.write(records.serialize(records.Record(b"image", (), (), f"{number}")))
         writer.close()
     source, again = (
-        random_access.Source("many", 200, prepared.ArrayRecordFiles(paths, [1] * 200))
+        random_access.Source("many", 200, array_record.ArrayRecordFiles(paths, [1] * 200))
         for _ in range(2)
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -153,9 +154,9 @@ def test_a_limit_below_a_shard_is_refused_before_any_record(bucket, tmp_path, mo
     monkeypatch.setenv(shard_cache.LIMIT, "1e-5")
     line = f"GIB=1e-5: .* less room than one of {size} bytes takes; set 0.001 or more"
     with pytest.raises(ValueError, match=line):
-        prepared.open_split("memory://shards/p", "train")
+        array_record.open_split("memory://shards/p", "train")
     monkeypatch.setenv(shard_cache.LIMIT, "0.001")
-    assert len(prepared.open_split("memory://shards/p", "train")) == 2
+    assert len(array_record.open_split("memory://shards/p", "train")) == 2
 
 
 def test_a_limit_that_is_none_is_refused_before_any_record(bucket, tmp_path, monkeypatch):
@@ -164,5 +165,5 @@ def test_a_limit_that_is_none_is_refused_before_any_record(bucket, tmp_path, mon
     fsspec.filesystem("memory").put(f"{tmp_path}/p/", "/shards/p/", recursive=True)
     monkeypatch.setenv(shard_cache.LIMIT, "much")
     with pytest.raises(ValueError, match="COCA_JAX_SHARD_CACHE_GIB=much: give the GiB"):
-        prepared.open_split("memory://shards/p", "train")
-    assert len(prepared.open_split(str(tmp_path / "p"), "train")) == 2
+        array_record.open_split("memory://shards/p", "train")
+    assert len(array_record.open_split(str(tmp_path / "p"), "train")) == 2

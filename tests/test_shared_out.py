@@ -7,10 +7,12 @@ import time
 import pytest
 from prepare_cases import encode, write_tar
 
-from coca_jax.data import formats, image_files, prepared, sources
+from coca_jax.data import filters, image_files, prepare, quarantine
 from coca_jax.data import images as image_data
-from coca_jax.importers import checks, metadata, own_data, splits
-from coca_jax.importers.items import Item, Options
+from coca_jax.data.sources import array_record, formats
+from coca_jax.data.sources import manifest as metadata
+from coca_jax.data.sources.items import Item, Options
+from coca_jax.training import data_flag
 
 QUIET = dict(progress=False, processes=1)
 
@@ -27,15 +29,15 @@ def pictures(folder, numbers, label=lambda i: "cat"):
 
 
 def written(input, out, **keywords):
-    return splits.prepare("imagefolder", input, str(out), **QUIET | keywords)
+    return prepare.prepare("imagefolder", input, str(out), **QUIET | keywords)
 
 
 def halved(input, out, share=0.4, **keywords):
-    return splits.prepare_with_holdout("imagefolder", input, str(out), share, **QUIET | keywords)
+    return prepare.prepare_with_holdout("imagefolder", input, str(out), share, **QUIET | keywords)
 
 
 def images(out, split="train"):
-    return {record.image for record in sources.open_source(str(out), split)}
+    return {record.image for record in filters.open_source(str(out), split)}
 
 
 def test_nothing_is_held_out_of_a_split_that_has_all(tmp_path):
@@ -43,7 +45,7 @@ def test_nothing_is_held_out_of_a_split_that_has_all(tmp_path):
     written(folder, out)
     with pytest.raises(ValueError, match="already holds a split 'train' made with other options"):
         halved(folder, out)
-    assert list(prepared.read_manifest(str(out))["splits"]) == ["train"]
+    assert list(array_record.read_manifest(str(out))["splits"]) == ["train"]
     rest, held = halved(folder, out, overwrite=True)
     assert rest["written"] + held["written"] == 20 and held["written"] > 2
     assert not images(out) & images(out, "test")
@@ -56,7 +58,7 @@ def test_nothing_is_held_out_of_a_split_that_has_all(tmp_path):
     line = "holds a split 'train' of the same input, in which the images that --holdout keeps apart"
     with pytest.raises(ValueError, match=line):
         halved(folder, tmp_path / "q", split="val", overwrite=True)
-    assert list(prepared.read_manifest(str(tmp_path / "q"))["splits"]) == ["train"]
+    assert list(array_record.read_manifest(str(tmp_path / "q"))["splits"]) == ["train"]
     halved(folder, out, 0.2, overwrite=True)
     assert not images(out) & images(out, "test") and len(images(out)) > rest["written"]
     written(folder, out, split="none", options=Options(where=(("label", ("cat",)),)))
@@ -76,7 +78,7 @@ def test_two_splits_at_once_are_both_there(tmp_path):
         counts = dict(count=1, with_text=1, with_label=0)
         manifest["splits"]["test"] = counts | dict(shards=[shard])
     thread.join()
-    assert sorted(prepared.read_manifest(str(out))["splits"]) == ["test", "train"]
+    assert sorted(array_record.read_manifest(str(out))["splits"]) == ["test", "train"]
 
 
 def test_what_is_written_anew_leaves_neither_classes_nor_shards(tmp_path):
@@ -86,7 +88,7 @@ def test_what_is_written_anew_leaves_neither_classes_nor_shards(tmp_path):
     written(pictures(tmp_path / "c", range(3), lambda i: "cow"), out, split="web")
 
     def names():
-        return prepared.read_manifest(str(out))["class_names"]
+        return array_record.read_manifest(str(out))["class_names"]
 
     assert names() == sorted(["cow", *(f"url{i}" for i in range(12))])
     halved(pets, out, overwrite=True)
@@ -101,7 +103,7 @@ def test_what_is_written_anew_leaves_neither_classes_nor_shards(tmp_path):
     for number in range(4):
         write_tar(tars / f"{number}.tar", 2, 2 * number)
     for count in (1, 4, 2):
-        splits.prepare("webdataset", str(tars), str(out), split="tar", shard_count=count,
+        prepare.prepare("webdataset", str(tars), str(out), split="tar", shard_count=count,
                        overwrite=True, **QUIET)  # fmt: skip
         there = sorted(path.name for path in out.glob("tar-*.array_record"))
         assert there == [f"tar-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
@@ -124,13 +126,13 @@ def test_what_a_holdout_or_sample_left_is_drawn_from_anew(tmp_path):
     folder, half = pictures(tmp_path / "a", range(40)), dict(options=Options(sample=0.5))
     first = halved(folder, tmp_path / "1", 0.5)
     # A first holdout is what it always was.
-    share = {encode(i) for i in range(40) if checks.is_held_out(encode(i), 0.5)}
+    share = {encode(i) for i in range(40) if quarantine.is_held_out(encode(i), 0.5)}
     assert share == images(tmp_path / "1", "test") and len(share) == first[1]["written"]
-    assert checks.place(b"a") == 0.055776611622499375
+    assert quarantine.place(b"a") == 0.055776611622499375
     left = len(images(tmp_path / "1"))
     for number in (1, 2):  # of what is left, and of what is left of that
         out = str(tmp_path / f"{number + 1}")
-        splits.prepare_with_holdout("prepared", str(tmp_path / f"{number}"), out, 0.5, **QUIET)
+        prepare.prepare_with_holdout("prepared", str(tmp_path / f"{number}"), out, 0.5, **QUIET)
         rest, held = images(out), images(out, "test")
         assert rest | held == images(tmp_path / f"{number}") and not rest & held
         assert 0.1 * left < len(held) < 0.9 * left
@@ -138,22 +140,22 @@ def test_what_a_holdout_or_sample_left_is_drawn_from_anew(tmp_path):
     counts = [written(folder, tmp_path / "s1", **half)["written"]]
     for number in (1, 2):
         place = str(tmp_path / f"s{number}"), str(tmp_path / f"s{number + 1}")
-        counts.append(splits.prepare("prepared", *place, **QUIET, **half)["written"])
+        counts.append(prepare.prepare("prepared", *place, **QUIET, **half)["written"])
         assert 0.2 * counts[-2] < counts[-1] < 0.8 * counts[-2]
     other = dict(options=Options(sample=0.5, seed=1))  # is another sample already
-    splits.prepare("prepared", str(tmp_path / "s1"), str(tmp_path / "o"), **QUIET, **other)
-    keys = [r.key for r in sources.open_source(str(tmp_path / "o"))]
-    asked = [Item(r.key) for r in sources.open_source(str(tmp_path / "s1"))]
-    assert keys == [one.key for one in asked if not checks.wanted(one, other["options"])]
+    prepare.prepare("prepared", str(tmp_path / "s1"), str(tmp_path / "o"), **QUIET, **other)
+    keys = [r.key for r in filters.open_source(str(tmp_path / "o"))]
+    asked = [Item(r.key) for r in filters.open_source(str(tmp_path / "s1"))]
+    assert keys == [one.key for one in asked if not quarantine.wanted(one, other["options"])]
     # One that was made before that was counted tells it by its request.
     with metadata.changing(str(tmp_path / "1")) as manifest:
         del manifest["splits"]["train"]["drawn"]
-    halves = splits.prepare_with_holdout("prepared", str(tmp_path / "1"), out + "b", 0.5, **QUIET)
+    halves = prepare.prepare_with_holdout("prepared", str(tmp_path / "1"), out + "b", 0.5, **QUIET)
     assert images(out + "b", "test") == images(tmp_path / "2", "test") and halves[1]["written"]
 
 
 def test_a_holdout_of_what_an_earlier_one_left_as_plain_files_says_so(tmp_path):
-    left = [i for i in range(50) if not checks.is_held_out(encode(i), 0.3)]
+    left = [i for i in range(50) if not quarantine.is_held_out(encode(i), 0.3)]
     taken = [i for i in range(50) if i not in left]
     a, b = pictures(tmp_path / "a", left), pictures(tmp_path / "b", taken)
     why = "as they are equal or what an earlier holdout"
@@ -162,7 +164,7 @@ def test_a_holdout_of_what_an_earlier_one_left_as_plain_files_says_so(tmp_path):
     with pytest.raises(ValueError, match=rf"{why} took \(try a smaller share\)"):
         halved(b, tmp_path / "q", 0.5)
     with pytest.raises(ValueError, match=f"{why} left .*; give more pictures, or what"):
-        own_data.bring_in(own_data.layout(a), str(tmp_path / "run/a"), holdout=0.3)
+        data_flag.bring_in(data_flag.layout(a), str(tmp_path / "run/a"), holdout=0.3)
 
 
 @pytest.mark.parametrize(
@@ -179,4 +181,4 @@ def test_a_manifest_that_counts_otherwise_is_damaged(damage, why, tmp_path):
     with metadata.changing(str(tmp_path / "p")) as manifest:
         manifest["splits"]["train"] |= damage
     with pytest.raises(ValueError, match=f"manifest.json is damaged: {why}"):
-        splits.prepare("prepared", str(tmp_path / "p"), str(tmp_path / "q"), **QUIET)
+        prepare.prepare("prepared", str(tmp_path / "p"), str(tmp_path / "q"), **QUIET)

@@ -12,27 +12,26 @@ from one_device import train_alone
 from quick_start import drawn_by_numpy  # noqa: F401
 from test_train import tiny_run
 
-from coca_jax import prepare, run_config
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import config_file, manager
+from coca_jax.cli import prepare
 from coca_jax.config import typed
 from coca_jax.data.mixture import Mixture
-from coca_jax.files import sealed_json
-from coca_jax.metrics import read_metrics
-from coca_jax.training import gradients, left_out, run, spikes, step, stopping
-from coca_jax.training.skipping import Diverged
-from coca_jax.training.spikes import Detector, Spikes, WentUp
+from coca_jax.runtime import json_files, signals
+from coca_jax.runtime.metric_log import read_metrics
+from coca_jax.training import bad_steps, skipped_batches, train_step, trainer
+from coca_jax.training.bad_steps import Detector, Diverged, Spikes, WentUp
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def test_numbers_of_batches_skip_those_that_are_left_out():
-    ranges = left_out.leave_out(4, 6, ())  # the steps 5 to 7, counted from 1
+    ranges = skipped_batches.leave_out(4, 6, ())  # the steps 5 to 7, counted from 1
     assert ranges == ((4, 6),)
-    assert [left_out.number_of(n, ranges) for n in range(7)] == [0, 1, 2, 3, 7, 8, 9]
-    ranges = left_out.leave_out(5, 6, ranges)  # which train on the batches 8 and 9
+    assert [skipped_batches.number_of(n, ranges) for n in range(7)] == [0, 1, 2, 3, 7, 8, 9]
+    ranges = skipped_batches.leave_out(5, 6, ranges)  # which train on the batches 8 and 9
     assert ranges == ((4, 6), (8, 9))
-    assert [left_out.number_of(n, ranges) for n in range(8)] == [0, 1, 2, 3, 7, 10, 11, 12]
-    assert left_out.leave_out(2, 4, ranges) == ((2, 9),)  # what lies between them goes too
+    assert [skipped_batches.number_of(n, ranges) for n in range(8)] == [0, 1, 2, 3, 7, 10, 11, 12]
+    assert skipped_batches.leave_out(2, 4, ranges) == ((2, 9),)  # what lies between them goes too
 
 
 def test_two_thousand_random_ranges_leave_each_other_batch_once():
@@ -42,11 +41,11 @@ def test_two_thousand_random_ranges_leave_each_other_batch_once():
         for _ in range(10):
             first = int(rng.integers(0, 50))
             last = first + int(rng.integers(0, 5))
-            numbers = [left_out.number_of(n, ranges) for n in range(first, last + 1)]
-            ranges = left_out.leave_out(first, last, ranges)
+            numbers = [skipped_batches.number_of(n, ranges) for n in range(first, last + 1)]
+            ranges = skipped_batches.leave_out(first, last, ranges)
             gone |= set(range(numbers[0], numbers[-1] + 1))
         assert {n for a, b in ranges for n in range(a, b + 1)} == gone
-        shown = [left_out.number_of(n, ranges) for n in range(100)]
+        shown = [skipped_batches.number_of(n, ranges) for n in range(100)]
         assert shown == [n for n in range(500) if n not in gone][:100]
 
 
@@ -64,7 +63,7 @@ def test_inspect_shows_what_a_step_of_a_run_trained_on(tmp_path, capsys):
     config, words = typed(config), types.SimpleNamespace(checksum="")
     mixture = Mixture(config)
     told = (str(workdir), words, (), mixture.data_told)
-    run_config.write(run_config.contents(config, *told), str(workdir))
+    config_file.write(config_file.contents(config, *told), str(workdir))
     batches = [[row["index"] for row in mixture.step_examples(n)] for n in range(8)]
     now = str(workdir.rename(tmp_path / "now"))
 
@@ -72,7 +71,7 @@ def test_inspect_shows_what_a_step_of_a_run_trained_on(tmp_path, capsys):
         return [row["index"] for row in prepare.inspect_run(now, step)["examples"]]
 
     assert [shown(step) for step in range(1, 7)] == batches[:6]
-    sealed_json.write(tmp_path / "now/spikes.json", {"left_out": [(2, 3)]})
+    json_files.write_sealed(tmp_path / "now/spikes.json", {"left_out": [(2, 3)]})
     assert [shown(step) for step in range(1, 7)] == [*batches[:2], *batches[4:]]
     for number, says in ((0, "steps count from 1"), (7, "--step=7: the run has 6 steps")):
         with pytest.raises(ValueError, match=says):
@@ -131,7 +130,9 @@ def test_a_larger_batch_is_no_spike_and_a_spike_after_it_is(tmp_path, config):
     # The same, stopped where a stage ends, and after it before it was watched for long.
     for start, stop in ((0, 500), (500, 1000), (1000, 1050), (1050, 2000)):
         assert watch(run_in("stopped"), losses, start, stop) is None
-    kept = [sealed_json.read(tmp_path / name / spikes.FILE) for name in ("whole", "stopped")]
+    kept = [
+        json_files.read_sealed(tmp_path / name / bad_steps.FILE) for name in ("whole", "stopped")
+    ]
     assert kept[0]["detector"]["2000"] == kept[1]["detector"]["2000"]
     assert kept[1]["detector"]["500"][2] == 500 and kept[1]["detector"]["1050"][2] == 50
     losses[1200:1210] += 2
@@ -153,7 +154,7 @@ def test_batches_that_are_left_out_bring_the_next_stage_nearer(tmp_path, config)
 def test_too_many_spikes_end_the_run(tmp_path, config):
     config.faults.spike_deviations, config.faults.spike_batches = 6.0, 5
     found = Spikes(str(tmp_path), typed(config).faults)
-    for n in range(spikes.MOST):
+    for n in range(bad_steps.MOST):
         assert found.plan(WentUp(100 + 10 * n, 9.0, 1.0), [60 + 10 * n, 80 + 10 * n]) == 80 + 10 * n
         found.gone_back()
     with pytest.raises(ValueError, match="spike 11; lower optimizer.learning_rate"):
@@ -198,14 +199,14 @@ def test_a_run_that_was_killed_while_it_went_back_knows(tmp_path, config):
 @pytest.fixture
 def spiking(monkeypatch):
     """A run of 24 steps whose batches 13 to 16 (from 1) have a loss of 1000 as far as it sees."""
-    monkeypatch.setattr(spikes, "WARM", 6)
-    monkeypatch.setattr(spikes, "DECAY", 0.8)
+    monkeypatch.setattr(bad_steps, "WARM", 6)
+    monkeypatch.setattr(bad_steps, "DECAY", 0.8)
     shown = []
     look = Spikes._look
 
     def see(self, found):
         if found is not None:
-            number = left_out.number_of(found[0] - 1, self.left_out)
+            number = skipped_batches.number_of(found[0] - 1, self.left_out)
             shown.append((found[0], number))
             if 12 <= number <= 15:
                 found = (found[0], dict(found[1], loss=np.float32(1000)))
@@ -228,8 +229,10 @@ def test_a_spike_is_left_out_and_a_kill_changes_nothing(spiking, tmp_path, monke
     """Seen at step 15, the third of the spike: back to 10, without the batches 12 to 15. The step
     is traced once, by all runs together."""
     config, shown = spiking
-    plain, traced = gradients.value_and_gradients, []
-    monkeypatch.setattr(step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of))
+    plain, traced = train_step.value_and_gradients, []
+    monkeypatch.setattr(
+        train_step, "value_and_gradients", lambda *of: traced.append(1) or plain(*of)
+    )
     train_alone(config, tmp_path / "calm")
     told = capfd.readouterr().err
     assert "going back to step 10 and leaving out the batches of the steps 12 to 15" in told
@@ -239,20 +242,20 @@ def test_a_spike_is_left_out_and_a_kill_changes_nothing(spiking, tmp_path, monke
     assert [last[n] for n in (10, 11, 12, 13, 24)] == [9, 10, 15, 16, 27]
     assert rows[-1]["time/lost"] > 0
     # The same, stopped before the spike, in it, and after it.
-    reached, stops = stopping.Stop.reached, [7, 14, 13, 20]
+    reached, stops = signals.Stop.reached, [7, 14, 13, 20]
     monkeypatch.setattr(
-        stopping.Stop, "reached", lambda self, step: step in stops and not stops.remove(step)
+        signals.Stop, "reached", lambda self, step: step in stops and not stops.remove(step)
     )
     for _ in range(9):
         try:
             train_alone(config, tmp_path / "stopped")
             break
-        except stopping.Preempted:
+        except signals.Preempted:
             continue
-    monkeypatch.setattr(stopping.Stop, "reached", reached)
+    monkeypatch.setattr(signals.Stop, "reached", reached)
     again = read_metrics(tmp_path / "stopped")
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
-    params = [checkpointing.load_params(str(tmp_path / n))[0] for n in ("calm", "stopped")]
+    params = [manager.load_params(str(tmp_path / n))[0] for n in ("calm", "stopped")]
     jax.tree.map(np.testing.assert_array_equal, *params)
-    assert run.Batches is left_out.Batches
+    assert trainer.Batches is skipped_batches.Batches
     assert len(traced) == 1

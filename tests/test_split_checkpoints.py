@@ -10,8 +10,8 @@ import pytest
 TWO = """
 import glob, os, sys
 import jax, numpy as np
-from coca_jax import partitioning
-from coca_jax.checkpoints import checkpointing
+from coca_jax.parallel import sharding as partitioning
+from coca_jax.checkpoints import manager as checkpointing
 from coca_jax.training.state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec as P
 

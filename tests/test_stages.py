@@ -10,14 +10,14 @@ from data_cases import data_config, equal, take, write_data
 from one_device import train_alone
 from quick_start import drawn_by_numpy  # noqa: F401
 
-from coca_jax import run_config
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import config_file, manager
 from coca_jax.config import Config, checks, read, typed
-from coca_jax.data import run_vocabulary, stages
-from coca_jax.data.loaders import open_stream
+from coca_jax.data import batch_schedule
+from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
-from coca_jax.metrics import read_metrics
-from coca_jax.training import optimizer, stopping
+from coca_jax.runtime import signals
+from coca_jax.runtime.metric_log import read_metrics
+from coca_jax.training import optimizer, run_vocabulary
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 RAMP = ((0.25, 4), (0.5, 8))
@@ -25,28 +25,33 @@ RAMP = ((0.25, 4), (0.5, 8))
 
 def test_stages_begin_where_their_shares_say():
     config = read(Config, dict(batch_sizes=((0.1, 8), (0.2, 16)), batch_size=32, steps=10))
-    assert stages.sizes(config) == [8, 16, 32] and stages.words(config) == "8, then 16, then 32"
-    assert stages.starts((0.1, 0.2), 10) == [0, 1, 3]  # 0.1 + 0.2 is a bit more than 0.3
-    assert stages.starts((0.1, 0.2), 4) == [0, 1, 2]
-    assert stages.starts((0.1, 0.2), 1) == [0, 1, 1]
+    assert (
+        batch_schedule.sizes(config) == [8, 16, 32]
+        and batch_schedule.words(config) == "8, then 16, then 32"
+    )
+    assert batch_schedule.starts((0.1, 0.2), 10) == [0, 1, 3]  # 0.1 + 0.2 is a bit more than 0.3
+    assert batch_schedule.starts((0.1, 0.2), 4) == [0, 1, 2]
+    assert batch_schedule.starts((0.1, 0.2), 1) == [0, 1, 1]
     whole = (0.8, 0.05, 0.05, 0.1)  # more than 1 by 2e-16, and less in another order
-    assert stages.starts(whole, 20) == [0, 16, 17, 18, 20] and stages.rest(whole) == 0
-    assert stages.starts((0.7, 0.3 + 9e-10), 10**9)[-1] == 10**9
+    assert (
+        batch_schedule.starts(whole, 20) == [0, 16, 17, 18, 20] and batch_schedule.rest(whole) == 0
+    )
+    assert batch_schedule.starts((0.7, 0.3 + 9e-10), 10**9)[-1] == 10**9
     given = {"batch_sizes": tuple((share, 4) for share in whole), "batch_size": 16}
-    assert stages.steps_of(read(Config, given | {"epochs": 2.0}), 10) == 5
+    assert batch_schedule.steps_of(read(Config, given | {"epochs": 2.0}), 10) == 5
     read(Config, {"image_sizes": tuple((share, 32) for share in whole)})
-    found = stages.of(config, 10, lambda size: [size // 4, size - size // 4])
+    found = batch_schedule.of(config, 10, lambda size: [size // 4, size - size // 4])
     assert [stage.taken for stage in found] == [[0, 0], [2, 6], [10, 30]]
-    assert [stages.number_at(found, step) for step in (0, 1, 2, 3, 99)] == [0, 1, 1, 2, 2]
+    assert [batch_schedule.number_at(found, step) for step in (0, 1, 2, 3, 99)] == [0, 1, 1, 2, 2]
     assert found[2].seen(5) == [10 + 2 * 8, 30 + 2 * 24]
-    alone = stages.of(read(Config, dict(batch_size=32)), 0, lambda size: [size])
-    assert alone == [stages.Stage(0, [32], [0])]
+    alone = batch_schedule.of(read(Config, dict(batch_size=32)), 0, lambda size: [size])
+    assert alone == [batch_schedule.Stage(0, [32], [0])]
 
 
 def test_epochs_count_what_is_seen():
     config = read(Config, dict(batch_sizes=((0.5, 8),), batch_size=24, epochs=2.0))
-    assert run_config.num_steps(config, 160) == 20  # 10 steps of 8 and 10 of 24
-    assert run_config.num_steps(config.change({"batch_sizes": ()}), 156) == 13
+    assert config_file.num_steps(config, 160) == 20  # 10 steps of 8 and 10 of 24
+    assert config_file.num_steps(config.change({"batch_sizes": ()}), 156) == 13
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +129,14 @@ def test_what_cannot_be_is_a_line(changes, message):
 
 def test_each_size_must_split(data):
     config = typed(data[0])
-    run_config.check_batch(config, 2)
+    config_file.check_batch(config, 2)
     with pytest.raises(ValueError, match="config.batch_sizes: 4 is not a multiple of 8 batch sh"):
-        run_config.check_batch(config, 8)
+        config_file.check_batch(config, 8)
     with pytest.raises(ValueError, match="config.batch_size=16 is not a multiple of 3 batch sh"):
-        run_config.check_batch(config.change({"batch_sizes": ()}), 3)
+        config_file.check_batch(config.change({"batch_sizes": ()}), 3)
     with pytest.raises(ValueError, match="batch_size=6 with source weights .* not whole numbers"):
         Mixture(config.change({"batch_sizes": ((0.5, 6),)}))
-    assert "batch_size=64 is more than all 40" in run_config.remark_batch(
+    assert "batch_size=64 is more than all 40" in config_file.remark_batch(
         config.change({"batch_sizes": ((0.5, 64),)}), 40
     )
 
@@ -183,11 +188,11 @@ def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
     config.loss.captioning_weight = 0.0  # half as much to compile, twice
     config = typed(config)
     train_alone(config, tmp_path / "whole")
-    reached = stopping.Stop.reached
-    monkeypatch.setattr(stopping.Stop, "reached", lambda self, step: step == 3)
-    with pytest.raises(stopping.Preempted, match="step 3 is saved"):
+    reached = signals.Stop.reached
+    monkeypatch.setattr(signals.Stop, "reached", lambda self, step: step == 3)
+    with pytest.raises(signals.Preempted, match="step 3 is saved"):
         train_alone(config, tmp_path / "parts")
-    monkeypatch.setattr(stopping.Stop, "reached", reached)
+    monkeypatch.setattr(signals.Stop, "reached", reached)
     train_alone(config, tmp_path / "parts")
     rows, again = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
     schedule = optimizer.make_schedule(config.optimizer, 6)
@@ -196,7 +201,7 @@ def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
             assert a[name] == b[name], (step, name)
         rate = optimizer.learning_rate(config.optimizer.schedule, schedule, step)
         assert a["learning_rate"] == pytest.approx(float(rate))
-    want, got = (checkpointing.load_params(str(tmp_path / n))[0] for n in ("whole", "parts"))
+    want, got = (manager.load_params(str(tmp_path / n))[0] for n in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert json.loads((tmp_path / "whole/config.json").read_text())["batch_sizes"] == [[0.5, 8]]
     assert "of batch 8, then 16" in (tmp_path / "whole/report.html").read_text()

@@ -14,9 +14,9 @@ import time
 import pytest
 from conftest import COMPILE_FAST
 
-from coca_jax.checkpoints import checkpointing
-from coca_jax.console import quiet
-from coca_jax.metrics import read_metrics
+from coca_jax.checkpoints import manager
+from coca_jax.runtime import quiet
+from coca_jax.runtime.metric_log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, EVERY, EVALUATE = 60, 20, 30
@@ -93,7 +93,7 @@ def assert_stopped(command):
         assert len(said) == 1, text[-3000:]
         rows = read_metrics(command.workdir)
         if "asked to stop: step" in said[0]:
-            _, saved = checkpointing.find_step(str(command.workdir))
+            _, saved = manager.find_step(str(command.workdir))
             assert saved >= rows[-1]["step"]
     return status, text
 
@@ -149,7 +149,7 @@ BUSY = "__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"  # C c
     ],
 )
 def test_signals_act_while_the_main_thread_is_inside_c(script, signals, status, said):
-    code = "from coca_jax.training import stopping\nstop = stopping.install()\n"
+    code = "from coca_jax.runtime import signals as stopping\nstop = stopping.install()\n"
     code += "print('ready', flush=True)\n" + script
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code],
@@ -170,7 +170,7 @@ def test_signals_act_while_the_main_thread_is_inside_c(script, signals, status, 
 
 def test_a_command_without_anything_to_save_ends_within_seconds():
     for body in ("__import__('time').sleep(60)", BUSY):
-        code = "from coca_jax import cli\nfrom coca_jax.training import stopping\n"
+        code = "from coca_jax.cli import main as cli\nfrom coca_jax.runtime import signals as stopping\n"
         code += f"def start(*_):\n  print('ready', flush=True)\n  {body}\n"
         code += "cli._start = start\ncli.command('caption')"
         process = subprocess.Popen(
@@ -201,13 +201,13 @@ def test_a_run_is_stopped_in_start_up_in_its_steps_and_in_an_evaluation(commands
         os.kill(command.owner, number)
         status, text = assert_stopped(command)
         assert status == 75 and said in text, text[-3000:]
-    assert checkpointing.find_step(str(tmp_path))[1] == 30
+    assert manager.find_step(str(tmp_path))[1] == 30
 
 
 FAILING = """
 import os, signal, sys, time
-from coca_jax.machine import processes
-from coca_jax.training import stopping
+from coca_jax.runtime import multihost as processes
+from coca_jax.runtime import signals as stopping
 
 def fails(number, port, alone):
     processes.start(f"localhost:{port}", 2, number)
@@ -253,14 +253,14 @@ def test_a_process_of_two_that_fails_does_not_wait_for_the_other(tmp_path):
 
 def test_who_has_nothing_to_say_leaves_without_a_line():
     """All processes of a run that is stopped but the first, which says what is saved."""
-    code = "from coca_jax.training import stopping; stopping.leave('', 75)"
+    code = "from coca_jax.runtime import signals as stopping; stopping.leave('', 75)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr, done.stdout) == (75, "", "")
 
 
 ENDING = """
 import os, time
-from coca_jax.training import stopping
+from coca_jax.runtime import signals as stopping
 stopping.install()
 class Library:
     def __del__(self, write=os.write, sleep=time.sleep):
@@ -323,7 +323,7 @@ def test_ctrl_c_in_an_import_ends_at_once_and_elsewhere_unwinds(tmp_path):
     (tmp_path / "loaded.py").write_text(
         f"try:\n    {ask}except BaseException:\n    print('seen')\n"
     )
-    begin = "from coca_jax.training import stopping; stopping.end_on_interrupt()\n"
+    begin = "from coca_jax.runtime import signals as stopping; stopping.end_on_interrupt()\n"
     for code, status, said in (
         ("import loaded", 130, ("", "ended by Ctrl-C\n")),
         (f"try:\n    {ask}except KeyboardInterrupt:\n    print('unwound')", 0, ("unwound\n", "")),

@@ -11,11 +11,13 @@ import fsspec
 import numpy as np
 import pytest
 
-from coca_jax import report, trackers
-from coca_jax.evaluators import captioning, results, unfinished
-from coca_jax.evaluators.writing import Writing
-from coca_jax.files import growing_file, storage
-from coca_jax.metrics import MetricWriter, read_metrics
+from coca_jax.cli import report
+from coca_jax.evaluation import runner
+from coca_jax.evaluation.evaluators import captioning, results
+from coca_jax.evaluation.evaluators.base import Writing
+from coca_jax.runtime import growing_file, storage
+from coca_jax.runtime.metric_log import MetricWriter, read_metrics
+from coca_jax.training import trackers
 
 
 def names(folder):
@@ -117,15 +119,15 @@ def test_tensorboard_reads_what_was_written(folder):
 
 
 def test_evaluations_and_their_report(folder):
-    state = unfinished.Unfinished(folder, dict(weights="w"), Writing(True))
+    state = runner.Unfinished(folder, dict(weights="w"), Writing(True))
     state.add("task", dict(score=1.0))
-    again = unfinished.Unfinished(folder, dict(weights="w"), Writing(True))
+    again = runner.Unfinished(folder, dict(weights="w"), Writing(True))
     assert again.scores("task") == dict(score=1.0)
-    assert unfinished.Unfinished(folder, dict(weights="v"), Writing(True)).scores("task") is None
+    assert runner.Unfinished(folder, dict(weights="v"), Writing(True)).scores("task") is None
     state.add("other", dict(score=2.0))  # while that of other weights runs, whose file it is now
     state.close()
     assert (storage.place(folder) / "eval_progress.json").exists()
-    mine = [unfinished.Unfinished(folder, dict(weights="v"), Writing(True)) for _ in range(2)]
+    mine = [runner.Unfinished(folder, dict(weights="v"), Writing(True)) for _ in range(2)]
     for one in mine:
         one.close()
     assert not (storage.place(folder) / "eval_progress.json").exists()

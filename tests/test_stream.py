@@ -10,10 +10,11 @@ from data_cases import data_config, equal, take, write_data
 
 from coca_jax.config import typed
 from coca_jax.data import batches as batch_module
-from coca_jax.data import prepared, run_vocabulary, sources
-from coca_jax.data.batches import Batches, DirectStream, fields, trained
-from coca_jax.data.loaders import open_stream
+from coca_jax.data import filters
+from coca_jax.data.batches import Batches, DirectStream, fields, open_stream, trained
 from coca_jax.data.mixture import Mixture
+from coca_jax.data.sources import array_record
+from coca_jax.training import run_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +149,9 @@ def test_close_ends_the_threads(run):
 
 def test_sources_are_opened_once(run, monkeypatch):
     config, vocabulary = run
-    opened, open_entry = [], prepared.open_entry
+    opened, open_entry = [], array_record.open_entry
     monkeypatch.setattr(
-        prepared,
+        array_record,
         "open_entry",
         lambda entry, split: opened.append(entry) or open_entry(entry, split),
     )
@@ -170,7 +171,7 @@ def test_an_unknown_loader_is_named(run):
     with pytest.raises(ValueError, match="data.loader='grain': give one of 'direct', 'seqio'"):
         open_stream(typed(config), vocabulary)
     with pytest.raises(ValueError, match="exactly one of path, builtin, tfds, seqio"):
-        sources.open_source(dict(kind="label"))
+        filters.open_source(dict(kind="label"))
 
 
 def test_a_source_that_cannot_be_read_at_all_stops_the_run(run, monkeypatch):

@@ -8,8 +8,9 @@ import pytest
 from test_suite_parts import Colours, png, tar_set
 from test_version_0_1 import flags_of
 
-from coca_jax import evaluate, inference
-from coca_jax.suites import tables
+from coca_jax import inference
+from coca_jax.apps.suites import tables
+from coca_jax.cli import evaluate
 
 
 def test_a_set_without_the_number_of_its_tars_is_told(tmp_path, monkeypatch, capsys):

@@ -14,17 +14,10 @@ import pytest
 from PIL import Image
 from test_version_0_1 import flags_of
 
-from coca_jax import evaluate, inference
-from coca_jax.suites import (
-    clip_benchmark,
-    comparing,
-    folders,
-    linear_probe,
-    measuring,
-    pairs,
-    running,
-    tables,
-)
+from coca_jax import inference
+from coca_jax.apps.suites import compare, folders, linear_probe, measuring, pairs, running, tables
+from coca_jax.cli import evaluate
+from coca_jax.evaluation import clip_benchmark
 
 
 def png(colour, size=(10, 8)):
@@ -369,7 +362,7 @@ def test_a_set_is_measured_again_when_its_files_are_corrected(tmp_path, monkeypa
     for text in ("", '{"request": ', "[]", '{"request": {}}'):  # measured again, and written anew
         kept_file.write_text(text)
         with pytest.raises(ValueError, match="plain.json or the .npz beside it is damaged"):
-            comparing.compare(str(tmp_path / "plain/out"), [str(tmp_path / "plain/out")])
+            compare.compare(str(tmp_path / "plain/out"), [str(tmp_path / "plain/out")])
         assert scores("plain/out") == [1, 0, 1] and str(kept_file) in caplog.text
         caplog.clear()
     with monkeypatch.context() as kept:

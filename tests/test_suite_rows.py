@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from test_suite_parts import Colours, folder, tar_set, write  # noqa: F401
 
-from coca_jax import evaluate
-from coca_jax.suites import folders, measuring, metrics, running, tables
+from coca_jax.apps.suites import folders, measuring, metrics, running, tables
+from coca_jax.cli import evaluate
 
 
 def test_a_row_goes_into_the_columns_of_the_table_that_is_there(tmp_path):

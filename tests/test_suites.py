@@ -14,10 +14,11 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from test_inference import random_params
 from test_version_0_1 import flags_of
 
-from coca_jax import evaluate, inference
+from coca_jax import inference
+from coca_jax.apps.suites import folders, measuring, metrics, pairs, running, tables
+from coca_jax.cli import evaluate
 from coca_jax.data import vocabulary
 from coca_jax.models import coca
-from coca_jax.suites import folders, measuring, metrics, pairs, running, tables
 
 CLASSES = ["red", "green", "blue", "dark", "pale", "brown"]
 TEMPLATES = ["a {c} thing", "picture in {c}"]
@@ -112,7 +113,7 @@ def peer(model):
     torch = pytest.importorskip("torch")
     from clip_benchmark.datasets import builder
 
-    from coca_jax.suites.clip_benchmark import Adapter, register
+    from coca_jax.evaluation.clip_benchmark import Adapter, register
 
     register()
     adapter = Adapter(model)

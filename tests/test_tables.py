@@ -12,12 +12,14 @@ import pytest
 from prepare_cases import encode, import_data, reasons_of
 from test_version_0_1 import flags_of
 
-from coca_jax import prepare
+from coca_jax.cli import prepare
 from coca_jax.config import typed
-from coca_jax.configs import base
-from coca_jax.data import formats, sources
-from coca_jax.importers import indexes, lines, own_data, split_field, unprepared
-from coca_jax.importers.items import Options
+from coca_jax.data import evaluation_data, filters, holdout, source_index
+from coca_jax.data.sources import formats
+from coca_jax.data.sources import rows as lines
+from coca_jax.data.sources.items import Options
+from coca_jax.recipes import base
+from coca_jax.training import data_flag
 
 
 def pictures(folder, count, name="{}.jpg"):
@@ -30,7 +32,7 @@ def pictures(folder, count, name="{}.jpg"):
 
 
 def texts_of(out, split="train"):
-    return [list(record.texts) for record in sources.open_source(str(out), split)]
+    return [list(record.texts) for record in filters.open_source(str(out), split)]
 
 
 def test_a_text_with_a_comma_and_no_quotes_is_not_cut(tmp_path):
@@ -85,7 +87,7 @@ def test_a_table_whose_first_pictures_are_gone_is_read(tmp_path, kind):
     assert (result["written"], result["quarantined"]) == (7, {"missing_image": 1})
     # Evaluation reads the table as training does, and not the names of the folders.
     table.write_text("".join(line for line in text.splitlines(True) if "cat/0" not in line))
-    read = unprepared.open_source(dict(path=str(folder)), "test")
+    read = evaluation_data.open_source(dict(path=str(folder)), "test")
     assert [record.texts[0] for record in read] == [text for _, text in rows[1:]]
     # Pictures of which none of the first hundred rows names one are no matter of the table.
     table.write_text("img,caption\n" + "".join(f"none {i}.jpg,x\n" for i in range(100)) + text)
@@ -137,7 +139,7 @@ def test_of_objects_in_a_field_only_the_text_counts(tmp_path):
     import_data("imagefolder", folder, tmp_path / "out", text_field="sentences")
     wanted = [["A dog 0 runs.", "A dog 0 sits."], ["A dog 1 runs.", "A dog 1 sits."]]
     assert texts_of(tmp_path / "out") == [*wanted, ["a dog", "ein Hund"]]
-    read = sources.open_source(str(tmp_path / "out"))
+    read = filters.open_source(str(tmp_path / "out"))
     assert [list(record.labels) for record in read] == [["cat"], ["cat"], []]
     listed = (tmp_path / "out/train-quarantine.jsonl").read_text().splitlines()
     told = {one["key"]: (one["reason"], one["detail"]) for one in map(json.loads, listed)}
@@ -152,10 +154,10 @@ def test_of_objects_in_a_field_only_the_text_counts(tmp_path):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     import_data("imagefolder", folder, tmp_path / "any")
     entry = dict(path=str(tmp_path / "any"), text_field="sentences")
-    read = sources.open_source(entry | dict(limit=3))
+    read = filters.open_source(entry | dict(limit=3))
     assert [sorted(record.texts) for record in read] == [*wanted, ["a dog", "ein Hund"]]
     with pytest.raises(ValueError, match="3.jpg: an object of id, words"):
-        sources.open_source(entry).read_texts([3])
+        filters.open_source(entry).read_texts([3])
     import_data("prepared", tmp_path / "any", tmp_path / "again", text_field="sentences")
     assert reasons_of(tmp_path / "again") == {"3.jpg": "bad_record"}
     structs = [
@@ -191,22 +193,22 @@ def test_the_field_split_in_any_case_with_all_rows_told(tmp_path, kind, capsys):
     # The rows to hold out come last, behind many others.
     values = ["Train"] * 110 + ["restval"] * 3 + ["val"] * 5 + [None] + ["extra"] * 2 + ["TEST"] * 4
     folder = split_table(tmp_path / "a", values, kind)
-    out = own_data.prepared(str(folder), str(tmp_path / "out"))
+    out = data_flag.prepared(str(folder), str(tmp_path / "out"))
     assert [len(texts_of(out, split)) for split in ("train", "test")] == [113, 4]
     assert texts_of(out, "test") == [[f"TEST {i}"] for i in range(121, 125)]
     line = "rows not used, by their field 'split': 5 of 'val', 2 of 'extra', 1 without a value"
     assert capsys.readouterr().err.count(f"{folder}: {line}\n") == 1
-    own_data.prepared(str(folder), str(tmp_path / "out"))
+    data_flag.prepared(str(folder), str(tmp_path / "out"))
     assert "not used" not in capsys.readouterr().err
 
 
 def test_no_rows_to_train_on_or_to_hold_out_are_no_splits(tmp_path):
     for name, values in (("a", ["test", "val"]), ("b", ["train", "restval"]), ("c", [None] * 3)):
         split_table(tmp_path / name, values)
-        assert split_field.told("imagefolder", str(tmp_path / name), Options()) is None
+        assert holdout.told("imagefolder", str(tmp_path / name), Options()) is None
     (tmp_path / "d").mkdir()
     (tmp_path / "d/a.parquet").write_bytes(b"damaged")
-    assert split_field.told("parquet", str(tmp_path / "d"), Options()) is None
+    assert holdout.told("parquet", str(tmp_path / "d"), Options()) is None
 
 
 @pytest.fixture
@@ -278,42 +280,42 @@ def test_prepare_says_what_is_there_already_and_what_has_changed(tmp_path, call,
 
 def test_an_index_of_data_that_have_changed_since_does_not_go_on(tmp_path, capsys):
     folder, out = captioned(tmp_path / "a", "old"), str(tmp_path / "run/data/a")
-    own_data.prepared(str(folder), out)
+    data_flag.prepared(str(folder), out)
     kept = texts_of(out)
-    assert own_data.prepared(str(folder), out) == out
+    assert data_flag.prepared(str(folder), out) == out
     os.utime(folder / "metadata.csv", (1, 1))  # a copy on another machine
-    assert own_data.prepared(str(folder), out) == out
+    assert data_flag.prepared(str(folder), out) == out
     said = capsys.readouterr().err
     assert said.count("its files have other times than when its index was made") == 1
     captioned(folder, "newer")
     line = f"{folder} has changed since its index was made in {out}; use a new --workdir"
     with pytest.raises(ValueError, match=line):
-        own_data.prepared(str(folder), out)
+        data_flag.prepared(str(folder), out)
     with pytest.raises(ValueError, match=line):  # of `fit`
-        own_data.bring_in(own_data.layout(str(folder)), out)
+        data_flag.bring_in(data_flag.layout(str(folder)), out)
     assert texts_of(out) == kept
     config = base.get_config()
     config.data.sources = (dict(path=str(folder)),)
     for _ in range(2):
-        indexes.of_sources(typed(config), str(tmp_path / "of_config"))
+        source_index.of_sources(typed(config), str(tmp_path / "of_config"))
     captioned(folder, "old")
     with pytest.raises(ValueError, match="of_config/data/a in its place to go on without"):
-        indexes.of_sources(typed(config), str(tmp_path / "of_config"))
+        source_index.of_sources(typed(config), str(tmp_path / "of_config"))
     # One from before the state was kept goes on, as does the index that is named itself.
     path = tmp_path / "run/data/a/manifest.json"
     told = json.loads(path.read_text())
     states = {split.pop("state") for split in told["splits"].values()}
     assert [len(part) for state in states for part in state.split("-")] == [32] * 4
     path.write_text(json.dumps(told))
-    assert own_data.prepared(str(folder), out) == own_data.prepared(out, "unused") == out
+    assert data_flag.prepared(str(folder), out) == data_flag.prepared(out, "unused") == out
 
 
 def test_an_index_within_its_data_does_not_change_them(tmp_path):
     for name in ("cat", "dog"):
         pictures(tmp_path / name, 9, name + "{}.jpg")
     out = str(tmp_path / "run/data/a")
-    own_data.prepared(str(tmp_path), out)
-    assert own_data.prepared(str(tmp_path), out) == out
+    data_flag.prepared(str(tmp_path), out)
+    assert data_flag.prepared(str(tmp_path), out) == out
 
 
 def by_class(folder):
@@ -332,9 +334,9 @@ def test_fields_of_pictures_that_have_only_folders_are_refused(tmp_path):
     assert formats.guess(str(folder)) == "imagefolder"
     line = f"--label_field=words: .* give --format=csv --input={folder}/more/list.tsv"
     with pytest.raises(ValueError, match=line):
-        own_data.layout(str(folder), Options(label_field="words"))
+        data_flag.layout(str(folder), Options(label_field="words"))
     with pytest.raises(ValueError, match="--text_field=words: .* --format=csv"):
-        unprepared.open_source(dict(path=str(folder), text_field="words"), "test")
+        evaluation_data.open_source(dict(path=str(folder), text_field="words"), "test")
 
 
 def test_tables_beside_class_folders_are_named(tmp_path, capsys):
@@ -354,23 +356,23 @@ def test_two_files_of_metadata_in_one_folder_are_refused(tmp_path):
     line = f"{folder} has both metadata.jsonl and metadata.csv, .* --input={folder}/metadata.csv"
     for read in (
         lambda: import_data("imagefolder", folder, tmp_path / "out"),
-        lambda: own_data.layout(str(folder)),
-        lambda: unprepared.open_source(dict(path=str(folder)), "test"),
+        lambda: data_flag.layout(str(folder)),
+        lambda: evaluation_data.open_source(dict(path=str(folder)), "test"),
     ):
         with pytest.raises(ValueError, match=line):
             read()
-    out = own_data.prepared(str(folder / "metadata.csv"), str(tmp_path / "alone"))
+    out = data_flag.prepared(str(folder / "metadata.csv"), str(tmp_path / "alone"))
     assert sum(len(texts_of(out, split)) for split in ("train", "test")) == 12
 
 
 def test_pictures_that_no_row_names_are_counted(tmp_path, capsys):
     folder = captioned(tmp_path / "a", "text", 12)
-    own_data.prepared(str(folder), str(tmp_path / "whole"))
+    data_flag.prepared(str(folder), str(tmp_path / "whole"))
     assert "in no row" not in capsys.readouterr().err
     pictures(folder / "more", 3)
     (folder / "metadata.csv").write_text(
         "file_name,text\n./more/0.jpg,x\n" + "".join(f"{i}.jpg,text {i}\n" for i in range(11))
     )
-    own_data.prepared(str(folder), str(tmp_path / "part"))
+    data_flag.prepared(str(folder), str(tmp_path / "part"))
     line = f"{folder}: 3 of 15 pictures are in no row of its metadata, and not read\n"
     assert capsys.readouterr().err.count(line) == 1

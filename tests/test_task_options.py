@@ -5,23 +5,23 @@ import json
 import pytest
 from PIL import Image
 
-from coca_jax import recipes
 from coca_jax.config import typed
-from coca_jax.evaluators import declarations
-from coca_jax.evaluators.records import Records
-from coca_jax.importers import unprepared
+from coca_jax.data import evaluation_data
+from coca_jax.evaluation.evaluators import base
+from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.training import recipes
 
 
 def test_a_task_s_unknown_key_is_refused_with_the_nearest():
     known = [task for name in recipes.names() for task in typed(recipes.load(name)).eval.tasks]
     for task in known:
-        declarations.check_keys(task, declarations.of(task["kind"]))
+        base.check_keys(task, base.of(task["kind"]))
     wrong = dict(kind="zero_shot", name="mine", data=dict(path="data/mine"), template="photo")
     with pytest.raises(ValueError, match="zero_shot of mine: no key 'template'; did you .*'templa"):
-        declarations.check([wrong])
+        base.check([wrong])
     wrong = dict(kind="knn", name="mine", data=dict(path="data/mine"), xyz=1)
     with pytest.raises(ValueError, match="no key 'xyz'; it takes kind, name, .*, train_limit"):
-        declarations.check([wrong])
+        base.check([wrong])
 
 
 SCENES = dict(builtin="scenes")
@@ -46,7 +46,10 @@ WRONG = [
     (dict(kind="retrieval", candidates=dict(path="no/such")), "data source no/such"),
     (dict(kind="captioning", attention="no"), "attention='no': give True or False"),
     (dict(kind="captioning", decode=3), "decode=3: give a dict"),
-    (dict(kind="captioning", decode=dict(num_beam=3)), "unknown field 'num_beam'. Did you mean 'num_beams'"),
+    (
+        dict(kind="captioning", decode=dict(num_beam=3)),
+        "unknown field 'num_beam'. Did you mean 'num_beams'",
+    ),
     (dict(kind="captioning", decode=dict(num_beams=3.5)), "num_beams=3.5: give a whole number"),
     (dict(kind="captioning", decode=dict(num_beams=0)), "decode: num_beams=0: must be at least 1"),
     (dict(kind="knn", train_limit=-1), "train_limit=-1: give a whole number of records"),
@@ -58,7 +61,7 @@ WRONG = [
 def test_what_a_task_cannot_have_is_refused_before_any_work(change, message):
     task = dict(dict(kind="zero_shot", name="mine", data=SCENES), **change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        declarations.check([task])
+        base.check([task])
 
 
 @pytest.mark.parametrize("key", ["name", "data"])
@@ -66,28 +69,28 @@ def test_a_task_without_what_each_needs_is_refused(key):
     task = dict(kind="zero_shot", name="mine", data=SCENES)
     del task[key]
     with pytest.raises(ValueError, match=f"no {key!r}; give a "):
-        declarations.check([task])
+        base.check([task])
 
 
 def test_two_tasks_of_one_kind_need_two_names():
     """The second would take the place of the first in eval.json."""
     task = dict(kind="zero_shot", name="mine", data=SCENES)
-    declarations.check([task, dict(task, name="other"), dict(task, kind="retrieval")])
+    base.check([task, dict(task, name="other"), dict(task, kind="retrieval")])
     with pytest.raises(ValueError, match="zero_shot of mine is there twice"):
-        declarations.check([task, task])
+        base.check([task, task])
 
 
 def test_a_file_of_class_names_is_read_before_any_work(tmp_path):
     path = tmp_path / "names.txt"
     task = dict(kind="zero_shot", name="mine", data=SCENES, class_names=str(path))
     path.write_text("red circle\tcircle\nblue square\tsquare\n")
-    declarations.check([task])
+    base.check([task])
     path.write_text("red circle\tcircle\nblue square\tcircle\n")
     with pytest.raises(ValueError, match="names.txt holds 2 names, 1 distinct"):
-        declarations.check([task])
+        base.check([task])
     path.write_text("red circle\tcircle\nblue square\n")
     with pytest.raises(ValueError, match="every line needs one tab"):
-        declarations.check([task])
+        base.check([task])
 
 
 def test_a_split_that_a_probe_learns_from_must_be_there(tmp_path):
@@ -96,8 +99,8 @@ def test_a_split_that_a_probe_learns_from_must_be_there(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "a.png")
     task = dict(kind="knn", name="mine", data=dict(path=str(tmp_path)))
     with pytest.raises(ValueError, match="knn of mine: data .* have no split 'train'; .* test"):
-        declarations.check([task])
-    declarations.check([dict(task, kind="zero_shot")])
+        base.check([task])
+    base.check([dict(task, kind="zero_shot")])
 
 
 @pytest.mark.parametrize(
@@ -137,10 +140,10 @@ def test_a_probe_does_not_learn_from_what_it_scores(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
     task = dict(kind="linear_probe", name="mine", data=dict(path=str(tmp_path)))
     with pytest.raises(ValueError, match="of mine: .* would be learned from and scored: give anot"):
-        declarations.check([task])
+        base.check([task])
     with pytest.raises(ValueError, match="scenes would be learned from and scored"):
-        declarations.check([dict(task, data=SCENES, train=dict(SCENES, split="test"))])
-    declarations.check([dict(task, data=SCENES)])
+        base.check([dict(task, data=SCENES, train=dict(SCENES, split="test"))])
+    base.check([dict(task, data=SCENES)])
 
 
 def test_data_that_tasks_share_are_gone_through_once(tmp_path, monkeypatch):
@@ -148,10 +151,10 @@ def test_data_that_tasks_share_are_gone_through_once(tmp_path, monkeypatch):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
-    calls, count = [], unprepared.counts
-    monkeypatch.setattr(unprepared, "counts", lambda data: calls.append(data) or count(data))
+    calls, count = [], evaluation_data.counts
+    monkeypatch.setattr(evaluation_data, "counts", lambda data: calls.append(data) or count(data))
     task = dict(kind="zero_shot", name="mine", data=dict(path=str(tmp_path), kind="label"))
     searched = dict(kind="retrieval", data=dict(path=str(tmp_path), kind="caption"))
     with pytest.raises(ValueError, match="retrieval of mine: no example of .* has a caption"):
-        declarations.check([task, dict(task, kind="generative"), dict(task, **searched)])
+        base.check([task, dict(task, kind="generative"), dict(task, **searched)])
     assert len(calls) == 1

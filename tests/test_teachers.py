@@ -5,8 +5,9 @@ import json
 import pytest
 
 from coca_jax.config import Entry, Loss
-from coca_jax.data import random_access, scored, teachers
-from coca_jax.data.records import Record
+from coca_jax.data import scored, teachers
+from coca_jax.data.sources import source as random_access
+from coca_jax.data.sources.records import Record
 
 
 def test_one_record_with_a_teacher_s_embeddings_is_enough():

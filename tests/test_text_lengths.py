@@ -10,13 +10,14 @@ import pytest
 from conftest import random_batch, tiny_config
 from test_inference import random_params
 
-from coca_jax import partitioning, run_config, text_ends
+from coca_jax.checkpoints import config_file
+from coca_jax.config import shapes
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe
 from coca_jax.models import coca
-from coca_jax.training import text_lengths
+from coca_jax.parallel import sharding
+from coca_jax.training import feed
 from coca_jax.training.feed import measured
-from coca_jax.training.gradients import loss_and_metrics, value_and_gradients
-from coca_jax.training.parts import Parts
+from coca_jax.training.train_step import Parts, loss_and_metrics, value_and_gradients
 
 
 def _batch(config, lengths):
@@ -40,17 +41,17 @@ LENGTHS = [3, 8, 4, 3, 4, 4, 7, 3, 3, 4, 6, 4, 5, 3, 4, 4]  # five above 4, four
 def test_the_longest_rows_stand_in_every_fourth_place():
     config = _config()
     batch = _batch(config, LENGTHS) | {"row": np.arange(16)}
-    found = text_lengths.arrange(batch, config)
+    found = feed.arrange(batch, config)
     assert sorted(found["row"]) == list(range(16))
     assert found["text_valid"].sum(1)[3::4].tolist() == [8, 7, 6, 5]
     assert found["row"][np.arange(16) % 4 != 3].tolist() == [0, 2, 3, 4, 5, 7, 8, 9, 11, 13, 14, 15]
     assert np.array_equal(found["tokens"], batch["tokens"][found["row"]])
     config.accumulate_steps = 2  # row i goes to micro-batch i % 2
-    lengths = text_lengths.arrange(batch, config)["text_valid"].sum(1)
+    lengths = feed.arrange(batch, config)["text_valid"].sum(1)
     for micro in (lengths[::2], lengths[1::2]):
         assert micro.reshape(2, 4)[:, :3].max() == 4 < micro.reshape(2, 4)[:, 3].min()
     config.text_parts = 1
-    assert text_lengths.arrange(batch, config) is batch
+    assert feed.arrange(batch, config) is batch
 
 
 def test_an_id_that_is_hidden_inside_a_caption_does_not_shorten_it():
@@ -63,28 +64,28 @@ def test_an_id_that_is_hidden_inside_a_caption_does_not_shorten_it():
     assert valid.sum(1).tolist() == [8, 4, 5] and (tokens[:, 3] == 0).tolist() == [1, 0, 0]
     _, answers, prompts = words.encode_answers(["the dog !;"], ["the dog"], 16)
     assert answers[0, :9].tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 0] and prompts[0] == 5
-    assert text_ends.lengths(valid).tolist() == [9, 4, 6]
-    assert text_ends.lengths(jnp.asarray(valid)).tolist() == [9, 4, 6]
-    assert text_ends.lengths(np.zeros((1, 16), bool)).tolist() == [0]
-    with jax.set_mesh(partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
-        longest = text_lengths.longest(jnp.asarray(valid), config)
-    assert longest.tolist() == [9, 9] and text_lengths.choose(config, longest.tolist()) == (9, 9)
+    assert shapes.lengths(valid).tolist() == [9, 4, 6]
+    assert shapes.lengths(jnp.asarray(valid)).tolist() == [9, 4, 6]
+    assert shapes.lengths(np.zeros((1, 16), bool)).tolist() == [0]
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+        longest = feed.longest_text(jnp.asarray(valid), config)
+    assert longest.tolist() == [9, 9] and feed.choose(config, longest.tolist()) == (9, 9)
     config.text_parts = 3
-    batch = text_lengths.arrange(dict(text_valid=valid[::-1], tokens=tokens[::-1]), config)
-    assert text_ends.lengths(batch["text_valid"]).tolist() == [6, 4, 9]
+    batch = feed.arrange(dict(text_valid=valid[::-1], tokens=tokens[::-1]), config)
+    assert shapes.lengths(batch["text_valid"]).tolist() == [6, 4, 9]
 
 
 def _both_ways(config, mesh, function):
     """function(params, model, config, batch, key, lengths) of the batch as a whole and cut."""
     config.model.image.depth = config.model.text.unimodal_depth = 1
     config.model.text.multimodal_depth = 1
-    batch = text_lengths.arrange(_batch(config, LENGTHS), config)
+    batch = feed.arrange(_batch(config, LENGTHS), config)
     with jax.set_mesh(mesh):
         model = coca.build(config.model)
         params = random_params(model)
-        placed = partitioning.place_batch(mesh, batch)
-        found = jax.jit(lambda valid: text_lengths.longest(valid, config))(placed["text_valid"])
-        lengths = text_lengths.choose(config, found.tolist())
+        placed = sharding.place_batch(mesh, batch)
+        found = jax.jit(lambda valid: feed.longest_text(valid, config))(placed["text_valid"])
+        lengths = feed.choose(config, found.tolist())
 
         def run(lengths):
             return jax.jit(lambda p, b: function(p, model, config, b, jax.random.key(0), lengths))
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_whole_captions(one_device_mesh):
 @pytest.mark.long
 def test_losses_are_those_of_whole_captions_on_a_mesh_with_the_shifted_mask():
     config = _config(4)
-    mesh = partitioning.make_mesh(2, 2, 1, devices=jax.devices()[:4])
+    mesh = sharding.make_mesh(2, 2, 1, devices=jax.devices()[:4])
     with config.unlocked():
         config.model.bias = False  # fewer arrays
         config.model.text.cls_mask = "shifted"
@@ -122,7 +123,7 @@ def test_micro_batches_of_two_lengths_are_four_parts():
     what is joined of them stands where it stood."""
     config = _config(4)
     config.accumulate_steps = 2
-    batch = text_lengths.arrange(_batch(config, LENGTHS), config)
+    batch = feed.arrange(_batch(config, LENGTHS), config)
     for lengths, rows in (((4, 8), [6, 2, 6, 2]), ((8, 8), [8, 8]), (None, [8, 8])):
         parts = Parts.of(config, lengths)
         stacked = parts.micro({name: jnp.asarray(x) for name, x in batch.items()})
@@ -136,24 +137,24 @@ def test_micro_batches_of_two_lengths_are_four_parts():
 
 def test_the_smallest_lengths_that_hold_the_captions():
     config = _config(1, text_lengths=(6, 4))
-    found = [text_lengths.choose(config, (n, n))[1] for n in (3, 4, 5, 6, 7, 8)]
+    found = [feed.choose(config, (n, n))[1] for n in (3, 4, 5, 6, 7, 8)]
     assert found == [4, 4, 6, 6, 8, 8]
     longer = _config(1, text_lengths=(4, 12))  # than the model's texts
-    assert text_lengths.choose(longer, (8, 8)) == (8, 8)
+    assert feed.choose(longer, (8, 8)) == (8, 8)
     with config.unlocked():
         config.model.text.cls_mask = "shifted"
-    found = [text_lengths.choose(config, (n, n))[0] for n in (3, 4, 6, 8)]
+    found = [feed.choose(config, (n, n))[0] for n in (3, 4, 6, 8)]
     assert found == [4, 6, 8, 8]
 
 
 def test_every_batch_comes_once_with_its_own_lengths():
     """Also on eight devices."""
     config = _config(2, batch_size=16)
-    mesh = partitioning.make_mesh(8, 1, 1)
+    mesh = sharding.make_mesh(8, 1, 1)
     rows = [[3] * 16, [3] * 15 + [8], [5] * 16, [3] * 9 + [5] * 7]
-    batches = [text_lengths.arrange(_batch(config, lengths), config) for lengths in rows]
+    batches = [feed.arrange(_batch(config, lengths), config) for lengths in rows]
     with jax.set_mesh(mesh):
-        placed = [partitioning.place_batch(mesh, batch) for batch in batches]
+        placed = [sharding.place_batch(mesh, batch) for batch in batches]
         found = list(itertools.islice(measured(itertools.cycle(placed), config), 4))
         assert [lengths for _, lengths in found] == [(4, 4), (4, 8), (6, 6), (4, 6)]
         assert all(batch is wanted for (batch, _), wanted in zip(found, placed))
@@ -172,6 +173,6 @@ def test_impossible_values_are_refused():
         config = _config(**changes)
         config.data.sources = (dict(builtin="scenes"),)
         with pytest.raises(ValueError, match=message):
-            run_config.check(config)
+            config_file.check(config)
     with pytest.raises(ValueError, match="text_parts=4; choose a multiple of 32"):
-        run_config.check_batch(_config(), 8)
+        config_file.check_batch(_config(), 8)

@@ -8,26 +8,25 @@ import pytest
 from conftest import scenes_words
 from one_device import smallest_run
 
-from coca_jax import partitioning
-from coca_jax.benchmarking import input_rate
+from coca_jax.apps import benchmark, fit
 from coca_jax.config import typed
-from coca_jax.fitting import measure
+from coca_jax.parallel import sharding
 
 
 @pytest.fixture
 def alone(monkeypatch):
     """Fits on one device, by stand-ins for the model's state and its steps. Gives what they see:
     batches, and runs."""
-    mesh = functools.partial(partitioning.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(partitioning, "make_mesh", mesh)
-    monkeypatch.setattr(measure, "init_state", lambda *_: None)
+    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", mesh)
+    monkeypatch.setattr(fit, "init_state", lambda *_: None)
     seen, runs = [], []
 
     def step(number, state, batch):
         seen.append(batch[0])
         return state, {"loss": np.float32(0)}
 
-    monkeypatch.setattr(measure, "Programs", lambda run: runs.append(run) or step)
+    monkeypatch.setattr(fit, "Programs", lambda run: runs.append(run) or step)
     return seen, runs
 
 
@@ -41,7 +40,7 @@ def test_steps_on_kept_tokens_are_timed_before_any_are_kept(features, alone):
     """Of a locked encoder."""
     seen, _ = alone
     config = config_of(**{"data.features": features})
-    assert measure.measure(config, least_seconds=0.0).step > 0 and len(seen) == 4
+    assert fit.measure(config, least_seconds=0.0).step > 0 and len(seen) == 4
     name, shape = ("encoded", (4, 1, 4)) if features else ("image", (4, 8, 8, 3))
     assert all(batch[name].shape == shape for batch in seen)
     assert all(np.asarray(batch[name]).any() == (not features) for batch in seen)
@@ -53,7 +52,7 @@ def test_steps_of_a_task_head_are_timed_with_the_classes_of_the_data(alone):
     label = dict(builtin="scenes", split="train", kind="label")
     head = {"head.kind": "classification", "head.unknown": "skip", "data.sources": (label,)}
     config = config_of(**head, **{"optimizer.image_learning_rate": -1.0})
-    assert measure.measure(config, least_seconds=0.0).step > 0
+    assert fit.measure(config, least_seconds=0.0).step > 0
     assert runs[0].model.task_head.num_classes == len(runs[0].class_names) == 64
     assert max(int(batch["class_id"].max()) for batch in seen) >= 0
 
@@ -64,4 +63,4 @@ def test_the_benchmark_of_input_refuses_what_reads_no_pictures():
         {"data.features": "kept", "optimizer.image_learning_rate": 0.0}
     )
     with pytest.raises(ValueError, match="data.features=kept: this times the reading of pictures"):
-        input_rate.read_input(config, 1.0, 0.0, 1)
+        benchmark.read_input(config, 1.0, 0.0, 1)

@@ -20,7 +20,7 @@ from test_suites import write_tars
 from test_tower_texts import metaclip_2, siglip, siglip_2
 from test_towers import in_transformers, unit
 
-from coca_jax import convert
+from coca_jax.cli import convert
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from coca_jax.config import Model, checks, read
-from coca_jax.interop import towers_open_clip
+from coca_jax.interop import towers_config
 from coca_jax.interop.open_clip_config import block_options
-from coca_jax.interop.open_clip_layout import compare, count
-from coca_jax.interop.towers_layout import TowersLayout
+from coca_jax.interop.open_clip_weights import compare, count
+from coca_jax.interop.towers_weights import TowersLayout
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
@@ -51,7 +51,7 @@ def activation(mlp):
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes_fit_and_have_the_blocks_of_the_original(name):
     cfg = json.loads((FOLDER / f"{name}.json").read_text())
-    found = towers_open_clip.read(cfg, None)
+    found = towers_config.read(cfg, None)
     model = checks.check_model(read(Model, found["model"], "model"))
     arguments = copy.deepcopy(cfg)
     custom = arguments.pop("custom_text", False)

@@ -10,13 +10,13 @@ from PIL import Image
 from quick_conversion import conversions_are_forks  # noqa: F401
 
 import coca_jax
-from coca_jax import convert
+from coca_jax.apps.recaption import job
+from coca_jax.apps.recaption.request import Request
+from coca_jax.cli import convert
 from coca_jax.data import vocabulary
-from coca_jax.engines import Engine
-from coca_jax.inference.two_towers import TwoTowerModel, canonical
+from coca_jax.inference.model import TwoTowerModel, canonical
 from coca_jax.interop import timm_trunks
-from coca_jax.recaptioning import running, whole
-from coca_jax.recaptioning.request import Request
+from coca_jax.runtime.workers import Engine
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
@@ -252,7 +252,7 @@ def test_what_needs_a_decoder_says_so(commands, tmp_path):
     weights, out = str(tmp_path / "weights"), str(tmp_path / "out")
     asked = Request(str(tmp_path / "photos"), "imagefolder", out, checkpoints=(weights,))
     with pytest.raises(ValueError, match="--checkpoint=.*weights: .* 'clip' has no decoder"):
-        running.run(asked, whole.plan(asked), Engine(), say=print, progress=False)
+        job.run(asked, job.plan(asked), Engine(), say=print, progress=False)
     assert not (tmp_path / "out/recaption/request.json").exists()  # another model may begin there
     model = coca_jax.load(str(tmp_path / "weights"))
     with pytest.raises(AttributeError, match="has no decoder"):

@@ -8,8 +8,7 @@ from ops_cases import arrays, assert_close, assert_close_with_gradients, drawn, 
 
 from coca_jax import ops
 from coca_jax.models import block, layers
-from coca_jax.ops import reference
-from coca_jax.ops.tpu import attention, attention_kernel, forms, long_attention_kernel, norm_kernel
+from coca_jax.ops import reference, tpu_attention, tpu_attention_long, tpu_attention_short, tpu_norm
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
@@ -18,7 +17,7 @@ def test_attention_equals_the_plain_form(dtype, tolerance, masked):
     inputs = arrays(2, 9, 24, count=3, dtype=dtype)
     mask = reference.causal_mask(9, 9) if masked else None
     assert_close_with_gradients(
-        lambda q, k, v: attention.attend(q, k, v, mask, 3),
+        lambda q, k, v: tpu_attention.attend(q, k, v, mask, 3),
         lambda q, k, v: plain_attention(q, k, v, mask, 3),
         inputs,
         tolerance,
@@ -30,7 +29,7 @@ def test_attention_stays_finite_for_large_scores_and_rows_without_keys():
     mask = jnp.zeros((1, 1, 4, 4), bool).at[..., 1:, :].set(True)
 
     def total(q, k, v):
-        return attention.attend(q * 1e4, k, v, mask, 1).sum()
+        return tpu_attention.attend(q * 1e4, k, v, mask, 1).sum()
 
     run = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
     for x in jax.tree.leaves(run(query, key, value)):
@@ -61,19 +60,21 @@ def test_kernels_equal_the_plain_form(n, m, heads, width, mask):
         if mask == "rows":
             seen = seen & (rng.random((2, 1, 1, m)) > 0.3)
             seen[..., 0] = True
-        bias = np.where(seen[:, 0], 0.0, attention_kernel.NEGATIVE).astype(np.float32)
+        bias = np.where(seen[:, 0], 0.0, tpu_attention_short.NEGATIVE).astype(np.float32)
     options = dict(pairs=n > 64, interpret=True)
 
     @jax.jit  # in one program: there are many small operations
     def run(query, key, value, gradient):
         out, pull = jax.vjp(lambda *x: plain_attention(*x, seen, heads), query, key, value)
         call, found = (query, key, value, bias), []
-        single = attention_kernel.forward(*call, heads, **options)
-        found.append((single, *attention_kernel.backward(*call, out, gradient, heads, **options)))
+        single = tpu_attention_short.forward(*call, heads, **options)
+        found.append(
+            (single, *tpu_attention_short.backward(*call, out, gradient, heads, **options))
+        )
         *stacks, outs = (jnp.stack([x + 1, x, x - 1]) for x in (query, key, value, out))
         call, stack = (*stacks, bias), jnp.full_like(outs, 7)
-        stack = attention_kernel.forward(*call, heads, stack=stack, index=1, **options)
-        gradients = attention_kernel.backward(*call, outs, gradient, heads, index=1, **options)
+        stack = tpu_attention_short.forward(*call, heads, stack=stack, index=1, **options)
+        gradients = tpu_attention_short.backward(*call, outs, gradient, heads, index=1, **options)
         found.append((stack[1], *gradients))
         return (out, *pull(gradient)), found, stack
 
@@ -86,7 +87,7 @@ def test_kernels_equal_the_plain_form(n, m, heads, width, mask):
 def test_kernels_take_no_more_than_fits_a_core():
     def fits(n, m, width, dtype=jnp.bfloat16):
         shape = jax.ShapeDtypeStruct
-        return attention_kernel.fits(shape((2, n, width), dtype), shape((2, m, width), dtype))
+        return tpu_attention_short.fits(shape((2, n, width), dtype), shape((2, m, width), dtype))
 
     assert fits(256, 256, 1408) and fits(65, 65, 768) and fits(64, 256, 1408)
     assert not fits(1024, 1024, 1408) and not fits(1, 256, 768)
@@ -99,7 +100,7 @@ def test_kernels_take_no_more_than_fits_a_core():
 )
 def test_kernels_for_long_sequences_equal_the_plain_form(n, m, heads, width, pairs, monkeypatch):
     for name in ("MOST_FORWARD", "MOST_QUERIES", "MOST_KEYS", "LEAST"):
-        monkeypatch.setattr(long_attention_kernel, name, 32)
+        monkeypatch.setattr(tpu_attention_long, name, 32)
     query, key, value, gradient = (
         arrays(2, length, heads * width, dtype=jnp.bfloat16, seed=seed)[0] * 2
         for seed, length in enumerate((n, m, m, n))
@@ -111,14 +112,14 @@ def test_kernels_for_long_sequences_equal_the_plain_form(n, m, heads, width, pai
         out, pull = jax.vjp(lambda *x: plain_attention(*x, None, heads), query, key, value)
         stack = jnp.full((3,) + out.shape, 7, out.dtype)
         operands = [jnp.stack([x + 1, x, x - 1]) for x in (query, key, value)]
-        got, sums = long_attention_kernel.forward(*operands, heads, stack=stack, **options)
+        got, sums = tpu_attention_long.forward(*operands, heads, stack=stack, **options)
         scores = jnp.einsum(
             "bnhk,bmhk->bnhm", *(reference.split_heads(x, heads) for x in (query, key)),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
         all_sums = jax.nn.logsumexp(scores * width**-0.5, -1)
         kept = (jnp.stack([out - 1, out, out]), gradient, jnp.stack([sums + 1, sums, sums]))
-        gradients = long_attention_kernel.backward(*operands, *kept, heads, **options)
+        gradients = tpu_attention_long.backward(*operands, *kept, heads, **options)
         return (out, *pull(gradient)), (got[1], *gradients), got, sums[..., :heads], all_sums
 
     wanted, found, got, sums, all_sums = run(query, key, value, gradient)
@@ -132,7 +133,7 @@ def test_long_sequences_take_the_kernels_for_them(caplog):
     query, key, value = arrays(1, 512, 64, count=3, dtype=jnp.bfloat16)
 
     def attend(q, k, v):
-        return attention.attend(q, k, v, None, 1)
+        return tpu_attention.attend(q, k, v, None, 1)
 
     text = str(jax.make_jaxpr(jax.grad(lambda q: attend(q, key, value).sum()))(query))
     assert "name=long_attention_1_heads" in text
@@ -145,14 +146,14 @@ def test_long_sequences_take_the_kernels_for_them(caplog):
     mask = reference.causal_mask(512, 512)
     reference.say_once.cache_clear()
     with caplog.at_level("WARNING", "coca_jax"):
-        masked = jax.make_jaxpr(lambda q: attention.attend(q, key, value, mask, 1))(query)
+        masked = jax.make_jaxpr(lambda q: tpu_attention.attend(q, key, value, mask, 1))(query)
     assert "long_attention" not in str(masked)
     assert "attention of 512 tokens to 512 runs as XLA makes it" in caplog.text
 
     def fits(n, m, width):
         shape = jax.ShapeDtypeStruct
         bfloat16 = jnp.bfloat16
-        return long_attention_kernel.fits(
+        return tpu_attention_long.fits(
             shape((2, n, width), bfloat16), shape((2, m, width), bfloat16)
         )
 
@@ -172,9 +173,9 @@ def test_norm_kernel_equals_the_plain_gradients(n):
 
     @jax.jit  # in one program: there are many small operations
     def run(x, scale, gradient, beside):
-        mean, inverse = forms.statistics(x, 1e-5)
-        plain = forms.norm_gradients(x, mean, inverse, scale, gradient)
-        dx, sums = norm_kernel.backward(
+        mean, inverse = tpu_norm.statistics(x, 1e-5)
+        plain = tpu_norm.norm_gradients(x, mean, inverse, scale, gradient)
+        dx, sums = tpu_norm.backward(
             jnp.stack([x - 1, x]), scale, gradient, beside, epsilon=1e-5, index=1, interpret=True
         )
         wanted = (beside + plain[0], *plain[1:], dx.astype(jnp.float32).sum((0, 1)))
@@ -185,10 +186,10 @@ def test_norm_kernel_equals_the_plain_gradients(n):
 
 def test_a_single_query_is_padded_to_what_the_kernel_takes():
     query, key, value = arrays(2, 256, 256, count=3, dtype=jnp.bfloat16)
-    text = str(jax.make_jaxpr(lambda q: attention.attend(q, key, value, None, 4))(query[:, :1]))
+    text = str(jax.make_jaxpr(lambda q: tpu_attention.attend(q, key, value, None, 4))(query[:, :1]))
     assert "name=attention_4_heads" in text and "bf16[2,16,256]" in text
     assert_close_with_gradients(
-        lambda q, k, v: attention.attend(q, k, v, None, 4),
+        lambda q, k, v: tpu_attention.attend(q, k, v, None, 4),
         lambda q, k, v: plain_attention(q, k, v, None, 4),
         (query[:, :1], key, value),
         2e-2,
@@ -209,9 +210,9 @@ def test_layers_written_out_equal_a_scan_of_blocks(cross, long, monkeypatch):
     )
     if long:  # 16 tokens stand for what is too long for one block
         mask = None
-        monkeypatch.setattr(attention_kernel, "MOST_WEIGHTS", 0)
-        weights = jax.make_jaxpr(lambda x: attention.forward(x, x, x, None, 4))(x)
-        assert weights.out_avals[1].shape == (2, 16, attention_kernel.LANES)
+        monkeypatch.setattr(tpu_attention_short, "MOST_WEIGHTS", 0)
+        weights = jax.make_jaxpr(lambda x: tpu_attention.forward(x, x, x, None, 4))(x)
+        assert weights.out_avals[1].shape == (2, 16, tpu_attention_short.LANES)
     options = dict(depth=3, num_heads=4, mlp_dim=96, cross=cross)
     shared = layers.BlockOptions(dtype=jnp.bfloat16, ops=ops.Tpu())
     plain = layers.BlockOptions(dtype=jnp.float32, ops=ops.Reference())
@@ -262,7 +263,7 @@ def test_norm_equals_the_plain_form_with_a_large_mean():
         return (centred * inverse * scale + bias).astype(jnp.bfloat16)
 
     assert_close_with_gradients(
-        lambda *a: forms.layer_norm(*a, 1e-5), plain, (x, scale, bias), 1e-2
+        lambda *a: tpu_norm.layer_norm(*a, 1e-5), plain, (x, scale, bias), 1e-2
     )
 
 
@@ -274,14 +275,14 @@ def test_gelu_and_bias_equal_the_plain_forms(dtype, tolerance):
     def plain(x, bias):
         return jax.nn.gelu(x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
 
-    assert_close_with_gradients(forms.bias_gelu, plain, (x * 3, bias), tolerance)
-    assert_close_with_gradients(forms.add_bias, lambda x, b: x + b, (x, bias), tolerance)
+    assert_close_with_gradients(tpu_norm.bias_gelu, plain, (x * 3, bias), tolerance)
+    assert_close_with_gradients(tpu_norm.add_bias, lambda x, b: x + b, (x, bias), tolerance)
 
 
 def test_sums_on_the_matrix_unit_keep_float32_accuracy():
     (x,) = arrays(8, 1408)
     np.testing.assert_allclose(
-        forms.row_sum(jnp.square(x))[:, 0], np.square(np.asarray(x)).sum(-1), rtol=1e-5
+        tpu_norm.row_sum(jnp.square(x))[:, 0], np.square(np.asarray(x)).sum(-1), rtol=1e-5
     )
     whole = jnp.round(x * 8)  # exact in bfloat16
-    np.testing.assert_allclose(forms.column_sum(whole), whole.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(tpu_norm.column_sum(whole), whole.sum(0), rtol=1e-6)

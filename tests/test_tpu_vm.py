@@ -134,7 +134,7 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
 
     import jax
 
-    from coca_jax.machine import processes
+    from coca_jax.runtime import multihost
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
@@ -162,6 +162,6 @@ def test_a_worker_of_a_slice_counts_the_others(tmp_path, monkeypatch):
         server.workers = workers
         monkeypatch.setenv("TPU_ML_PLATFORM", platform)
         started.clear()
-        processes.start()
+        multihost.start()
         assert len(started) == want
     server.shutdown()

@@ -15,9 +15,9 @@ import types
 import pytest
 from conftest import tiny_config
 
-from coca_jax import metrics, trackers
 from coca_jax.config import typed
-from coca_jax.training import setup
+from coca_jax.runtime import metric_log
+from coca_jax.training import setup, trackers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VALUES = {"loss": 1.5, "contrastive_loss/label": 0.25, "gradient_norm": math.nan}
@@ -25,7 +25,7 @@ VALUES = {"loss": 1.5, "contrastive_loss/label": 0.25, "gradient_norm": math.nan
 
 def write_run(name, workdir, start=0, steps=(1, 2)):
     found = trackers.open_all((name,), workdir, start, dict(seed=7))
-    writer = metrics.MetricWriter(workdir, start_step=start, trackers=found)
+    writer = metric_log.MetricWriter(workdir, start_step=start, trackers=found)
     for step in steps:
         writer.write(step, VALUES | {"loss": 1.5 * step})
     writer.close()
@@ -45,13 +45,18 @@ def tensorboard_x(monkeypatch):
         pytest.skip("needs the extra 'tensorboard'")
     yield
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "tensorboardX" or name == "coca_jax.trackers.tensorboard":
+        if (
+            name.partition(".")[0] == "tensorboardX"
+            or name == "coca_jax.training.trackers.tensorboard"
+        ):
             del sys.modules[name]
 
 
 def events_of(workdir):
     """Event protos of all files, the oldest file first."""
-    from coca_jax.trackers.tensorboard import event_pb2  # by itself the package takes torch in
+    from coca_jax.training.trackers.tensorboard import (
+        event_pb2,  # by itself the package takes torch in
+    )
 
     found = []
     for file in sorted((workdir / "tensorboard").iterdir(), key=lambda f: f.stat().st_mtime_ns):
@@ -66,7 +71,7 @@ def events_of(workdir):
 def test_tensorboard_file_holds_the_scalars_without_tensorflow(tmp_path, tensorboard_x):
     code = f"""
 import sys
-from coca_jax import trackers
+from coca_jax.training import trackers
 (tracker,) = trackers.open_all(("tensorboard",), {str(tmp_path)!r}, 0, {{}})
 tracker.write(3, {{"loss": 1.5, "contrastive_loss/label": 0.5}})
 tracker.flush()
@@ -86,7 +91,7 @@ def test_tensorboard_drops_steps_that_a_resumed_run_does_again(tmp_path, tensorb
     assert restart.step == 3  # TensorBoard purges what it has of this step and later ones
     steps = [event.step for event in events_of(tmp_path) if event.HasField("summary")]
     assert steps == [1, 2, 3, 3, 4]
-    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [row["step"] for row in metric_log.read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_wandb_takes_a_run_offline_and_goes_on_with_the_same_one(tmp_path, monkeypatch):
@@ -148,7 +153,7 @@ class Service(types.ModuleType):
 def service(request, monkeypatch):
     """A `Service` of that name, for this test alone."""
     stand_in = Service(request.param)
-    own = f"coca_jax.trackers.{request.param}"
+    own = f"coca_jax.training.trackers.{request.param}"
     monkeypatch.setitem(sys.modules, request.param, stand_in)
     monkeypatch.delitem(sys.modules, own, raising=False)
     monkeypatch.setenv(f"{request.param.upper()}_PROJECT", "ours")
@@ -196,12 +201,12 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog)
 
         flush = close = None
 
-    writer = metrics.MetricWriter(tmp_path, trackers=[trackers.Careful("wandb", Failing())])
+    writer = metric_log.MetricWriter(tmp_path, trackers=[trackers.Careful("wandb", Failing())])
     for step in (1, 2):
         writer.write(step, VALUES)
     writer.flush()
     writer.close()
-    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in metric_log.read_metrics(tmp_path)] == [1, 2]
     assert sum("server gone" in record.getMessage() for record in caplog.records) == 1
 
 

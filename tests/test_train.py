@@ -17,16 +17,16 @@ from conftest import scenes_words, tiny_config
 from data_cases import write_folder
 from one_device import smallest_run, train_alone
 
-from coca_jax import metrics, partitioning, run_config
-from coca_jax import prepare as command
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import config_file, manager
+from coca_jax.cli import prepare as command
+from coca_jax.cli.train import train
 from coca_jax.config import typed
-from coca_jax.console import notes
 from coca_jax.data import vocabulary
-from coca_jax.importers.splits import prepare
-from coca_jax.metrics import read_metrics
-from coca_jax.train import train
-from coca_jax.training import goodput, objectives, run, setup, stopping
+from coca_jax.data.prepare import prepare
+from coca_jax.parallel import sharding
+from coca_jax.runtime import goodput, metric_log, notes, signals
+from coca_jax.runtime.metric_log import read_metrics
+from coca_jax.training import losses, setup, trainer
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -96,7 +96,7 @@ def test_a_run_leaves_what_it_promises(whole):
 @pytest.fixture
 def unwatched(monkeypatch):
     """No command watches this process's signals; one may have been run in it."""
-    monkeypatch.setattr(stopping, "_current", None)
+    monkeypatch.setattr(signals, "_current", None)
     watching = signal.set_wakeup_fd(-1)
     yield
     signal.set_wakeup_fd(watching)
@@ -107,29 +107,29 @@ def test_a_run_that_sigterm_stopped_goes_on_as_if_uninterrupted(
     whole, tmp_path, monkeypatch, unwatched
 ):
     """It saves the step under way and asks for a restart; signals are the program's own again."""
-    reached, former = stopping.Stop.reached, signal.getsignal(signal.SIGTERM)
+    reached, former = signals.Stop.reached, signal.getsignal(signal.SIGTERM)
 
     def sent(self, step):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
         return reached(self, step)
 
-    monkeypatch.setattr(stopping.Stop, "reached", sent)
+    monkeypatch.setattr(signals.Stop, "reached", sent)
     config = tiny_run()
     config.data.vocabulary = scenes_words()  # what the whole run trained
-    with pytest.raises(stopping.Preempted, match="step 3 is saved"):
+    with pytest.raises(signals.Preempted, match="step 3 is saved"):
         train(config, str(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is former
-    _, step = checkpointing.find_step(str(tmp_path))
+    _, step = manager.find_step(str(tmp_path))
     assert step == read_metrics(tmp_path)[-1]["step"] == 3
-    monkeypatch.setattr(stopping.Stop, "reached", reached)
+    monkeypatch.setattr(signals.Stop, "reached", reached)
     train(config, str(tmp_path))
     kept = [pathlib.Path(run, "vocabulary.model").read_bytes() for run in (whole[0], tmp_path)]
     assert kept[0] == kept[1]
     for a, b in zip(read_metrics(whole[0]), read_metrics(tmp_path), strict=True):
         assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
-    want, _ = checkpointing.load_params(whole[0])
-    got, _ = checkpointing.load_params(str(tmp_path))
+    want, _ = manager.load_params(whole[0])
+    got, _ = manager.load_params(str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -141,14 +141,14 @@ def test_a_run_of_an_earlier_version_goes_on(version, tmp_path):
     with tarfile.open(f"tests/golden/run_{version}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     want = read_metrics(tmp_path)
-    params, old = checkpointing.load_params(str(tmp_path))
+    params, old = manager.load_params(str(tmp_path))
     assert sum(x.size for x in jax.tree.leaves(params)) == 4_449
     assert (tmp_path / "checkpoints/2/record").exists() == (version != "0_1")
     train_alone(smallest_run(bias=True), tmp_path)
     for a, b in zip(read_metrics(tmp_path), want, strict=True):
         for name in COMPARED:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
-    assert old.vocabulary_checksum == checkpointing.read_config(str(tmp_path)).vocabulary_checksum
+    assert old.vocabulary_checksum == manager.read_config(str(tmp_path)).vocabulary_checksum
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
@@ -166,7 +166,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert line in notes.take()  # it is repeated next to the result
     for a, b in zip(read_metrics(whole[0]), read_metrics(workdir), strict=True):
         assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
-    want, got = (checkpointing.load_params(str(place))[0] for place in (whole[0], workdir))
+    want, got = (manager.load_params(str(place))[0] for place in (whole[0], workdir))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -184,7 +184,7 @@ def test_a_run_keeps_its_vocabulary(whole, tmp_path):
     assert (workdir / "config.json").read_bytes() == config
 
 
-class Endless(objectives.Captioning):
+class Endless(losses.Captioning):
     """A loss whose gradients are infinite."""
 
     @classmethod
@@ -195,7 +195,7 @@ class Endless(objectives.Captioning):
 @pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.long
 def test_a_run_that_learns_nothing_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(objectives, "OBJECTIVES", (Endless,))
+    monkeypatch.setattr(losses, "OBJECTIVES", (Endless,))
     config = tiny_run(steps=100)
     config.data.vocabulary, config.optimizer.ema = scenes_words(), 0.0
     config.checkpoint.update(every_steps=2, keep=1, max_skipped=5)
@@ -220,19 +220,19 @@ def test_a_refused_run_removes_its_files_and_leaves_what_was_there(tmp_path, mon
     def refuse(*of):
         raise refused
 
-    for place in ("memory.check", "hooks.Evaluation.catch_up", "open_batches"):
+    for place in ("memory.check", "callbacks.Evaluation.catch_up", "open_batches"):
         with monkeypatch.context() as patch:
             owner, _, name = place.rpartition(".")
-            owner = f"coca_jax.training.{owner}" if owner else "coca_jax.training.run"
+            owner = f"coca_jax.training.{owner}" if owner else "coca_jax.training.trainer"
             patch.setattr(f"{owner}.{name}", refuse)
             with pytest.raises(ValueError, match="refused"):
-                run.train(typed(config), str(tmp_path / "run"))
+                trainer.train(typed(config), str(tmp_path / "run"))
         assert not (tmp_path / "run").exists(), place
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/notes.txt").write_text("mine")
     monkeypatch.setattr("coca_jax.training.memory.check", refuse)
     with pytest.raises(ValueError, match="refused"):
-        run.train(typed(config), str(tmp_path / "kept"))
+        trainer.train(typed(config), str(tmp_path / "kept"))
     assert os.listdir(tmp_path / "kept") == ["notes.txt"]
     assert "no run began here" not in caplog.text
 
@@ -256,8 +256,8 @@ def test_a_longer_run_continues_a_finished_one_by_the_schedule_of_its_new_length
     assert rows[:4] == read_metrics(whole[0]) and [row["step"] for row in rows] == [*range(1, 7)]
     rates = [row["learning_rate"] for row in rows[4:]]
     np.testing.assert_allclose(rates, [0.4 * rate, 0.2 * rate], rtol=1e-6)
-    assert checkpointing.find_step(str(workdir))[1] == 6
-    assert checkpointing.read_run(str(workdir))["steps"] == 6
+    assert manager.find_step(str(workdir))[1] == 6
+    assert manager.read_run(str(workdir))["steps"] == 6
     train(tiny_run(steps=6), str(workdir))  # it is finished, and nothing is announced again
     assert "training longer" not in capfd.readouterr().err
     with pytest.raises(ValueError, match="holds a run of 6 steps, more than the 4 of this one"):
@@ -279,12 +279,10 @@ def test_a_longer_run_with_growing_batches_equals_one_whose_stages_have_that_len
     train_alone(config(4, stage_steps=2), tmp_path / "direct")
     for a, b in zip(*(read_metrics(tmp_path / name) for name in ("longer", "direct")), strict=True):
         assert [a[name] for name in COMPARED] == [b[name] for name in COMPARED]
-    want, got = (
-        checkpointing.load_params(str(tmp_path / name))[0] for name in ("direct", "longer")
-    )
+    want, got = (manager.load_params(str(tmp_path / name))[0] for name in ("direct", "longer"))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     train_alone(config(5), tmp_path / "longer")
-    assert checkpointing.read_run(str(tmp_path / "longer"))["stage_steps"] == 2
+    assert manager.read_run(str(tmp_path / "longer"))["stage_steps"] == 2
 
 
 @pytest.mark.long
@@ -295,7 +293,7 @@ def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_late
     assert not (tmp_path / "run").exists()
     there = str(tmp_path / "there")  # a run that has saved a step goes on without them
     shutil.copytree(whole[0], there)
-    run_config.write(checkpointing.read_run(there) | {"init_from": config.init_from}, there)
+    config_file.write(manager.read_run(there) | {"init_from": config.init_from}, there)
     setup.check(typed(config), there)
 
 
@@ -313,32 +311,32 @@ def test_missing_weights_are_refused_before_anything_is_made_and_not_missed_late
     ],
 )
 def test_what_is_advised_where_memory_ends_is_a_run_that_can_be(changes, advice):
-    mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     config = typed(tiny_run()).change({"text_lengths": (8,)} | changes)
-    run_config.check_batch(config, 1)
-    told = run.less_memory(config, mesh)
+    config_file.check_batch(config, 1)
+    told = trainer.less_memory(config, mesh)
     assert told.startswith(advice) and told.endswith("or a smaller batch_size")
     given = re.findall(r"accumulate_steps=(\d+)", told)
     for number in map(int, given):
-        run_config.check_batch(config.change({"accumulate_steps": number}), 1)
+        config_file.check_batch(config.change({"accumulate_steps": number}), 1)
 
 
 def test_a_run_from_before_a_key_was_there_resumes_at_the_key_s_default():
     config = tiny_run()
     old = json.loads(json.dumps(config.to_dict(), default=list))
     del old["model"]["qk_norm"], old["model"]["implementation"]
-    run_config.check_resumable(config, old, "runs/old")
+    config_file.check_resumable(config, old, "runs/old")
     config.model.qk_norm = True
     with pytest.raises(ValueError, match="model.qk_norm: False there, True here"):
-        run_config.check_resumable(config, old, "runs/old")
+        config_file.check_resumable(config, old, "runs/old")
     config.model.qk_norm = False
     before, config.steps = config.steps, config.steps + 100
-    run_config.check_resumable(config, old, "runs/old")
-    longer, steps = run_config.continue_longer(typed(config), old, 10, "runs/old")
+    config_file.check_resumable(config, old, "runs/old")
+    longer, steps = config_file.continue_longer(typed(config), old, 10, "runs/old")
     assert longer == typed(config) and steps == before
     config.steps = before - 1
     with pytest.raises(ValueError, match=f"a run of {before} steps, more than the {before - 1}"):
-        run_config.continue_longer(typed(config), old, 10, "runs/old")
+        config_file.continue_longer(typed(config), old, 10, "runs/old")
 
 
 def test_data_that_are_not_seen_from_another_folder_are_no_other_data(tmp_path, monkeypatch):
@@ -346,7 +344,7 @@ def test_data_that_are_not_seen_from_another_folder_are_no_other_data(tmp_path, 
     config.data.sources = (dict(builtin="scenes"), dict(path="d/mine"))
     config.batch_size, words = 16, types.SimpleNamespace(checksum="")
     config = typed(config)
-    run_config.write(run_config.contents(config, workdir, words), workdir)
+    config_file.write(config_file.contents(config, workdir, words), workdir)
     here, there = tmp_path / "here", tmp_path / "there"
     (here / "d/mine").mkdir(parents=True)
     (here / "d/mine/manifest.json").write_text("{}")
@@ -372,18 +370,18 @@ def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):
     )
     workdir, mesh = (
         str(tmp_path / "run"),
-        partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1]),
+        sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]),
     )
 
     def started():
         return setup.prepare(
-            mesh, typed(config), workdir, metrics.TimeBuckets(), stopping.current()
+            mesh, typed(config), workdir, metric_log.TimeBuckets(), signals.current()
         )
 
     told = started().mixture.data_told
     assert told[0]["examples"] == 12 and told[1] is None
     words = types.SimpleNamespace(checksum=vocabulary.load(scenes_words()).checksum)
-    run_config.write(run_config.contents(typed(config), workdir, words, (), told), workdir)
+    config_file.write(config_file.contents(typed(config), workdir, words, (), told), workdir)
     started()
     rows = (raw / "metadata.jsonl").read_text()
     for corrected, count in ((rows.replace("picture 3", "picture three"), 12), (rows, 11)):
@@ -393,7 +391,7 @@ def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):
         prepare("imagefolder", str(raw), out, overwrite=True, progress=False)
         with pytest.raises(ValueError, match=rf"data, was .* began: 12 examples .*, {count} ex"):
             started()
-    run_config.write(run_config.contents(typed(config), workdir, words), workdir)
+    config_file.write(config_file.contents(typed(config), workdir, words), workdir)
     started()  # a run from before this was kept
 
 
@@ -417,13 +415,13 @@ def test_a_workdir_may_be_spelled_otherwise_and_moved(before, now, tmp_path, mon
 
     before, now = before.format(here=tmp_path), now.format(here=tmp_path)
     words = types.SimpleNamespace(checksum="")
-    old = run_config.contents(run_in(before, "tux", "data/tux"), before, words)
-    run_config.check_resumable(run_in(now, "tux", f"{tmp_path}/data/tux"), old, now)
+    old = config_file.contents(run_in(before, "tux", "data/tux"), before, words)
+    config_file.check_resumable(run_in(now, "tux", f"{tmp_path}/data/tux"), old, now)
     for data, other in (("gimp", "data/tux"), ("tux", "data/gimp"), ("tux", f"{now}/data/tux")):
         with pytest.raises(ValueError, match=r"data.sources\[\d\].path: .* there, .* here"):
-            run_config.check_resumable(run_in(now, data, other), old, now)
+            config_file.check_resumable(run_in(now, data, other), old, now)
     del old["workdir"]  # of a run from before it was kept
-    run_config.check_resumable(run_in(before, "tux", "data/tux"), old, before)
+    config_file.check_resumable(run_in(before, "tux", "data/tux"), old, before)
 
 
 @pytest.mark.parametrize(
@@ -464,11 +462,11 @@ def test_missing_data_is_named(tmp_path):
 
 def test_epochs_become_steps():
     config = tiny_run(steps=0, epochs=2.5)
-    assert run_config.num_steps(config, 64) == 10
+    assert config_file.num_steps(config, 64) == 10
     config.optimizer.warmup_steps = 10
     line = r"not below the run's 10 steps; shorten it \(config.epochs=2.5 of 64 examples"
     with pytest.raises(ValueError, match=line):
-        run_config.num_steps(config, 64)
+        config_file.num_steps(config, 64)
 
 
 def test_unknown_keys_are_refused_by_the_command(commands, tmp_path):

@@ -9,13 +9,18 @@ import pytest
 from conftest import fresh_state, params_of, random_batch, tiny_config, train_step_of
 from ops_cases import drawn
 
-from coca_jax import partitioning
-from coca_jax.models import coca, roles
-from coca_jax.models.pixels import shrink
-from coca_jax.training.gradients import loss_and_metrics, value_and_gradients
+from coca_jax.models import coca, param_groups
+from coca_jax.models.image_encoder import shrink
+from coca_jax.parallel import sharding
 from coca_jax.training.optimizer import make_schedule
 from coca_jax.training.state import init_state, state_shardings
-from coca_jax.training.step import make_train_step, size_at, teacher_of
+from coca_jax.training.train_step import (
+    loss_and_metrics,
+    make_train_step,
+    size_at,
+    teacher_of,
+    value_and_gradients,
+)
 
 
 def build(config):
@@ -156,7 +161,7 @@ def test_both_losses_cost_little_more_than_captioning_alone():
         config.loss.contrastive_weight = weight
         model = build(config)
         shapes = jax.eval_shape(functools.partial(coca.init, model), jax.random.key(0))
-        params = partitioning.unbox(shapes)
+        params = sharding.unbox(shapes)
         batch = random_batch(config)
 
         def gradients(params, batch, model=model, config=config):
@@ -189,7 +194,7 @@ def by_heart(optimizer, mesh):
     config, model, step, _ = learner(optimizer, mesh)
     batch, schedule = random_batch(config), make_schedule(config.optimizer, 100)
     batch["text_id"] = np.arange(config.batch_size, dtype=np.int32)[:, None].repeat(2, 1)
-    batch, start = partitioning.place_batch(mesh, batch), fresh_state(model, config, mesh)
+    batch, start = sharding.place_batch(mesh, batch), fresh_state(model, config, mesh)
     return start, lambda state, batch: step(state, batch, schedule), batch
 
 
@@ -200,7 +205,7 @@ def run(optimizer, mesh, start, steps=3):
         state, losses = jax.device_put(start, shardings), []
         schedule = make_schedule(config.optimizer, steps)._replace(peak=np.float32(1e-3))
         for i in range(steps):
-            batch = partitioning.place_batch(mesh, random_batch(config, i))
+            batch = sharding.place_batch(mesh, random_batch(config, i))
             state, metrics = step(state, batch, schedule)
             losses.append(float(metrics["loss"]))
         return losses, jax.device_get(state.params)
@@ -214,7 +219,7 @@ def run(optimizer, mesh, start, steps=3):
 def test_any_mesh_gives_the_same_training(optimizer, sizes, one_device_mesh):
     start = jax.device_get(by_heart(optimizer, one_device_mesh)[0])
     want_losses, want = run(optimizer, one_device_mesh, start)
-    losses, params = run(optimizer, partitioning.make_mesh(*sizes), start)
+    losses, params = run(optimizer, sharding.make_mesh(*sizes), start)
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, want)
 
@@ -270,7 +275,7 @@ def hiding(mesh):
     config.loss.update(hidden_weight=1.0, contrastive_weight=0.0, captioning_weight=0.0)
     config.optimizer.update(ema=0.9, learning_rate=1e-2, schedule="constant", weight_decay=0.0)
     model = build(config)
-    batch = partitioning.place_batch(mesh, random_batch(config))
+    batch = sharding.place_batch(mesh, random_batch(config))
     return config, model, fresh_state(model, config, mesh), batch
 
 
@@ -297,7 +302,7 @@ def test_hidden_patches_are_learned_from_the_averaged_model(one_device_mesh):
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), *host)
     assert moved["image_encoder"]["mask_token"]["value"] and moved["token_predictor"]["kernel"]
     assert not any(jax.tree.leaves(moved["text_decoder"]))
-    kept = roles.without_training_aids(state.params)
+    kept = param_groups.without_training_aids(state.params)
     assert "token_predictor" not in kept and "mask_token" not in kept["image_encoder"]
 
 
@@ -312,7 +317,7 @@ def test_any_seed_that_a_config_may_have_draws_parameters(config, one_device_mes
     one, other = drawn_by(large), drawn_by(large - 2**31)
     assert not np.array_equal(*(x["token_embedding"]["value"] for x in (one, other)))
     key = jax.random.key(large)
-    wanted = partitioning.unbox(jax.jit(lambda k: coca.init(build(config), k))(key))
+    wanted = sharding.unbox(jax.jit(lambda k: coca.init(build(config), k))(key))
     jax.tree.map(np.testing.assert_array_equal, one, wanted["text_decoder"])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(drawn_by(2**32 - 1)))
 

@@ -17,13 +17,14 @@ from PIL import Image
 from test_inference import TEXTS, random_params
 
 import coca_jax
-from coca_jax import configs, convert, inference
-from coca_jax.config import typed
+from coca_jax import configs, inference
+from coca_jax.cli import convert
+from coca_jax.config import heads, typed
 from coca_jax.data import videos, vocabulary
 from coca_jax.data.vocabulary import clip_bpe
-from coca_jax.inference import export_folder
+from coca_jax.inference import export_folder, preprocess
 from coca_jax.interop import transformers_folder
-from coca_jax.models import coca, head_kinds
+from coca_jax.models import coca
 
 # What a user of PyTorch runs. It writes what it found beside each folder.
 IN_TORCH = """
@@ -103,7 +104,7 @@ LAYOUTS = {  # options that no recipe has, on the model of tiny.py
 
 def small(name):
     """The typed configuration of a recipe or layout with all sizes reduced."""
-    recipe = importlib.import_module(f"coca_jax.configs.{name if name in RECIPES else 'tiny'}")
+    recipe = importlib.import_module(f"coca_jax.recipes.{name if name in RECIPES else 'tiny'}")
     config = typed(recipe.get_config())
     image, text = config.model.image, config.model.text
     stages = len(image.conv_widths)
@@ -138,7 +139,7 @@ def words(tmp_path_factory):
 
 
 def model_of(config, words):
-    head = head_kinds.of(config.head.kind) if config.head.kind else None
+    head = heads.head_kind(config.head.kind) if config.head.kind else None
     names = ("cat", "dog", "emu") if head else ()
     module = coca.build(
         config.model,
@@ -355,7 +356,7 @@ def test_images_have_the_same_pixels_and_texts_the_same_ids(words, tmp_path):
 
     for size in ((24, 24), (20, 32)):
         for mode in ("squash", "crop", "trim"):
-            reader = inference.read_images.ImageReader(size, mode, 0, 8, None)
+            reader = preprocess.ImageReader(size, mode, 0, 8, None)
             (tmp_path / f"{mode}{size}").mkdir()
             for path in files_of_all_kinds(tmp_path / f"{mode}{size}"):
                 frames = modeling_coca.read_frames(path, 0)

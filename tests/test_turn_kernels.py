@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coca_jax import partitioning
 from coca_jax.ops import cpu
-from coca_jax.ops.cpu import Cpu, turn_kernels
+from coca_jax.ops.cpu import Cpu
+from coca_jax.ops.cpu_kernels import turn
+from coca_jax.parallel import sharding
 
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if not turn_kernels.available():
+    if not turn.available():
         pytest.skip("no C++ compiler")
 
 
@@ -28,7 +29,7 @@ def test_turned_and_rounded_as_numpy_does(rows, columns):
     special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 3.39e38, 1e-40, -1e-45]
     flat = x.reshape(-1)
     flat[: len(special)] = special[: len(flat)]
-    got = jax.jit(turn_kernels.turn)(x)
+    got = jax.jit(turn.turn)(x)
     assert got.shape == (columns, rows) and got.dtype == jnp.bfloat16
     want = x.T.astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got).view(np.uint16), want.view(np.uint16))
@@ -37,7 +38,7 @@ def test_turned_and_rounded_as_numpy_does(rows, columns):
 def test_every_nan_stays_one():
     """Those too whose highest digits are an infinity's."""
     x = np.array([[0x7F800001, 0x7FFFFFFF, 0xFF800001, 0x7FC00000]], np.uint32).view(np.float32)
-    assert np.isnan(np.asarray(turn_kernels.turn(x), np.float32)).all()
+    assert np.isnan(np.asarray(turn.turn(x), np.float32)).all()
 
 
 @pytest.mark.parametrize("rows, depth, width", [(300, 40, 24), (1, 16, 16), (33, 1, 5)])
@@ -65,7 +66,7 @@ def test_what_is_done_with_it_is_not_taken_into_the_product(change):
     """Into one that sums over the left operand's rows, XLA would find it has none, as it runs."""
     x, g = _matrix(64, 32), _matrix(64, 16)
     got = jax.jit(
-        lambda x, g: change(turn_kernels.weight_gradient(x, g)),
+        lambda x, g: change(turn.weight_gradient(x, g)),
         compiler_options=cpu.compiler_options(),
     )(x, g)
     want = change(np.float32(jnp.bfloat16(x)).T @ np.float32(jnp.bfloat16(g)))
@@ -74,9 +75,9 @@ def test_what_is_done_with_it_is_not_taken_into_the_product(change):
 
 def test_gradients_of_each_example_by_vmap():
     x, g = _matrix(3, 64).reshape(3, 8, 8), _matrix(4, 48).reshape(3, 8, 8)
-    each = jax.jit(jax.vmap(turn_kernels.weight_gradient))(x, g)
+    each = jax.jit(jax.vmap(turn.weight_gradient))(x, g)
     for a, b, got in zip(x, g, each):
-        np.testing.assert_array_equal(got, turn_kernels.weight_gradient(a, b))
+        np.testing.assert_array_equal(got, turn.weight_gradient(a, b))
 
 
 def test_where_it_runs(monkeypatch):
@@ -89,7 +90,7 @@ def test_where_it_runs(monkeypatch):
     assert calls(Cpu(), jnp.bfloat16) == 2
     assert calls(Cpu(), jnp.float32) == 0
     assert calls(Cpu(kernels=False), jnp.bfloat16) == 0
-    with jax.set_mesh(partitioning.make_mesh(2, 1, 1, devices=jax.devices()[:2])):
+    with jax.set_mesh(sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])):
         assert calls(Cpu(), jnp.bfloat16) == 0
-    monkeypatch.setattr(turn_kernels, "available", lambda: False)
+    monkeypatch.setattr(turn, "available", lambda: False)
     assert calls(Cpu(), jnp.bfloat16) == 0

@@ -16,10 +16,11 @@ from data_cases import picture
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from coca_jax.data import files, records, references, unreachable
-from coca_jax.data.records import Record
-from coca_jax.importers import splits
-from coca_jax.importers.items import Options
+from coca_jax.data import prepare as splits
+from coca_jax.data.sources import files, records, references
+from coca_jax.data.sources.items import Options
+from coca_jax.data.sources.records import Record
+from coca_jax.runtime import unreachable
 
 COUNT = 12
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from coca_jax.report.verdict import verdict
+from coca_jax.evaluation.verdict import verdict
 
 
 def _scores(r5=0.0, top1=0.0, f1=0.0, **more):

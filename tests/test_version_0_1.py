@@ -12,10 +12,11 @@ import pytest
 from launch_stand_ins import launch
 
 import coca_jax
-from coca_jax import cli, recipes, renamed
-from coca_jax.config import Config
-from coca_jax.evaluators import declarations
-from coca_jax.inference.generation import settings
+from coca_jax.cli import main
+from coca_jax.config import Config, renamed
+from coca_jax.evaluation.evaluators import base
+from coca_jax.inference.generation import config
+from coca_jax.training import recipes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -92,7 +93,7 @@ def test_every_key_of_0_1_is_one_today():
 @pytest.mark.parametrize("command", FLAGS)
 def test_every_command_and_flag_of_0_1_is_one_today(command, monkeypatch):
     known = flags_of(command, monkeypatch)
-    assert command in cli.COMMANDS and set(FLAGS[command].split()) <= known
+    assert command in main.COMMANDS and set(FLAGS[command].split()) <= known
 
 
 def flags_of(command: str, monkeypatch) -> set[str]:
@@ -103,8 +104,8 @@ def flags_of(command: str, monkeypatch) -> set[str]:
     monkeypatch.setattr(sys, "argv", [command])
     for name, value in list(vars(flags).items()):
         if name.startswith("DEFINE_") and callable(value):
-            monkeypatch.setattr(flags, name, with_values(value, own, f"coca_jax.{command}"))
-    importlib.import_module(f"coca_jax.{command}").define_flags()
+            monkeypatch.setattr(flags, name, with_values(value, own, f"coca_jax.cli.{command}"))
+    importlib.import_module(f"coca_jax.cli.{command}").define_flags()
     return set(own)
 
 
@@ -122,10 +123,10 @@ def test_the_model_has_the_methods_of_0_1():
 def test_the_old_name_of_the_settings_says_the_new_one(capsys):
     from coca_jax import decoding
 
-    assert decoding.Settings is settings.Settings
+    assert decoding.Settings is config.Settings
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "coca_jax.decoding.Settings is now" in said
-    assert "coca_jax.inference.generation.settings.Settings; the old name works until 0.3" in said
+    assert "coca_jax.inference.generation.config.Settings; the old name works until 0.3" in said
     with pytest.raises(AttributeError, match="no attribute 'prepare'; see coca_jax.inference"):
         decoding.prepare  # noqa: B018
 
@@ -138,7 +139,7 @@ def test_recipes_that_import_configs_load_and_are_told(tmp_path, monkeypatch, ca
     )
     assert recipes.load("mine.py").batch_size == recipes.load("tiny").batch_size
     said = capsys.readouterr().err
-    assert said.startswith("`configs`, which mine.py imports, is now `coca_jax.configs`; the old")
+    assert said.startswith("`configs`, which mine.py imports, is now `coca_jax.recipes`; the old")
 
 
 def test_the_old_launcher_of_ablations_runs_the_command(tmp_path):
@@ -160,8 +161,8 @@ def test_the_old_setting_of_a_slice_s_restarts_is_read(tmp_path):
 
 
 def test_the_old_name_of_a_benchmark_s_beams_is_read(monkeypatch, capsys):
-    from coca_jax import benchmark
-    from coca_jax.benchmarking import model_times
+    from coca_jax.apps import benchmark as model_times
+    from coca_jax.cli import benchmark
 
     flags_of("benchmark", monkeypatch)
     benchmark.flags.FLAGS(["benchmark", "--beams=3"])
@@ -177,20 +178,20 @@ def test_the_old_name_of_prompts_is_read(tmp_path, capsys, monkeypatch):
 
     flags_of("evaluate", monkeypatch)
     flags.FLAGS(["evaluate", "--templates=plain", "--class_names=names.txt"])
-    zero_shot = declarations.of("zero_shot")
+    zero_shot = base.of("zero_shot")
     task = dict(name="x", data={}, kind="zero_shot")
     zero_shot.from_flags(task, flags.FLAGS)
     assert (task["prompts"], task["class_names"]) == ("plain", "names.txt")
     said = "--templates is now --prompts; the old name works until 0.3\n"
     assert capsys.readouterr().err == said
     task = dict(name="x", data={}, class_names=["cat", "dog"], templates="plain")
-    made = zero_shot.from_task(task, declarations.Setting())
+    made = zero_shot.from_task(task, base.Setting())
     assert made.prompts == ("a photo of the {}",)
     assert "templates is now a task's prompts" in capsys.readouterr().err
-    zero_shot.from_task(task, declarations.Setting())
+    zero_shot.from_task(task, base.Setting())
     assert not capsys.readouterr().err  # it is said once
     with pytest.raises(ValueError, match="the old name of a task's prompts, which is given too"):
-        declarations.check([dict(task, kind="zero_shot", prompts="bare")])
+        base.check([dict(task, kind="zero_shot", prompts="bare")])
     model = coca_jax.load(str(unpacked("run_0_1", tmp_path)))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     names, prompts = ["a red circle", "a blue square"], ["{}", "one {}"]

@@ -7,9 +7,8 @@ import pytest
 from clip_cases import RED, animation, numbered, numbers_of
 from PIL import Image
 
-from coca_jax.data import gif_blocks, images, videos
-from coca_jax.importers import checks
-from coca_jax.importers.items import Item, Options
+from coca_jax.data import gif_blocks, images, quarantine, videos
+from coca_jax.data.sources.items import Item, Options
 
 # ---- Sampling
 
@@ -190,7 +189,7 @@ def test_too_many_frames_are_refused_before_any_is_decoded(format, monkeypatch):
             for read in (videos.verify, lambda data: videos.decode(data, 2)):
                 with pytest.raises(ValueError, match="too many frames"):
                     read(data)
-            reason = checks.record(Item("key", data, ["text"]), Options())[1]
+            reason = quarantine.record(Item("key", data, ["text"]), Options())[1]
             assert reason == "too_many_frames"
             assert images.decode(data).shape == (16, 16, 3)  # a still of it is no work
     assert videos.verify(data) == 6

@@ -12,10 +12,11 @@ import pytest
 import sentencepiece
 from conftest import tiny
 
-from coca_jax import export_format, recipes
 from coca_jax.config import typed
-from coca_jax.console import activity
-from coca_jax.data import run_vocabulary, vocabulary
+from coca_jax.data import vocabulary
+from coca_jax.interop import export_format
+from coca_jax.runtime import activity
+from coca_jax.training import recipes, run_vocabulary
 
 TEXTS = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("cat", "dog", "bird")]
 

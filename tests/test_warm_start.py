@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from conftest import params_of, tiny, tiny_config
 
-from coca_jax import export_format, inherit, recipes, run_config
-from coca_jax.checkpoints import checkpointing
+from coca_jax.apps import fit_choice
+from coca_jax.checkpoints import config_file, manager
 from coca_jax.config import typed
-from coca_jax.fitting import weights
+from coca_jax.interop import export_format
 from coca_jax.models import coca
-from coca_jax.training import run, setup, warm_start
+from coca_jax.training import inherit, recipes, setup, trainer, warm_start
 from coca_jax.training.state import state_shardings
 
 
@@ -163,14 +163,14 @@ def test_what_a_helping_loss_left_in_weights_is_left_out(tmp_path, one_device_me
 def test_a_run_starts_from_weights_as_its_keys_say(monkeypatch):
     config = tiny_config()
     config.init_from, config.init_positions, config.init_parts = "weights", "interpolate", "image"
-    monkeypatch.setattr(run, "init_state", lambda *_: "fresh")
+    monkeypatch.setattr(trainer, "init_state", lambda *_: "fresh")
     monkeypatch.setattr(warm_start, "apply", lambda *given: given)
     monkeypatch.setattr(warm_start, "remark", lambda config: f"warning: {config.init_from}")
     of = types.SimpleNamespace(config=typed(config), model=None, mesh=None, class_names=("cat",))
     said: list[str] = []
     of.begin, of.say = (lambda text: None), said.append
     none = types.SimpleNamespace(steps=lambda: [])
-    given, start = run.restore_or_begin(of, none)
+    given, start = trainer.restore_or_begin(of, none)
     assert start == 0 and said == ["warning: weights"]
     assert given == ("fresh", "weights", ("cat",), "interpolate", "image", (2, 2))
 
@@ -183,19 +183,19 @@ def test_what_a_fit_reads_of_weights(tmp_path):
     given = {"model": config.model.to_dict(), "preprocess": {"resize": "crop"}}
     host, words = jax.device_get(params), tmp_path / "vocabulary.model"
     export_format.write_export(tmp_path / "export", host, given, words)
-    found = weights.read(str(tmp_path / "export"))
+    found = fit_choice.read(str(tmp_path / "export"))
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert found.model == typed(config).model and found.resize == "crop"
     assert found.path == str(tmp_path / "export")
     assert found.vocabulary == str(tmp_path / "export" / "vocabulary.model")
     with pytest.raises(ValueError, match="vocabulary.model is a file: convert it first"):
-        weights.read(str(words))
+        fit_choice.read(str(words))
     with pytest.raises(FileNotFoundError, match="absent: no such folder here; give a run"):
-        weights.read(str(tmp_path / "absent"))
+        fit_choice.read(str(tmp_path / "absent"))
     given["preprocess"]["resize"] = "native"
     export_format.write_export(tmp_path / "native", host, given, words)
     with pytest.raises(ValueError, match="its images keep their aspect ratio"):
-        weights.read(str(tmp_path / "native"))
+        fit_choice.read(str(tmp_path / "native"))
 
 
 def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path, monkeypatch):
@@ -210,13 +210,13 @@ def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path,
         ("hf-hub:org/name", "is no folder; weights by a name become one with"),
         ("coca_ViT-L-14:tag", "is no folder; weights by a name become one with"),
     ):
-        line = f"init_from={place} {says} python -m coca_jax.convert --input={place} --out=DIR"
+        line = f"init_from={place} {says} coca-jax convert --input={place} --out=DIR"
         with pytest.raises(ValueError, match=f": {line}$"):
             recipes.load(f"finetune_open_clip:{place}")
         with pytest.raises((ValueError, FileNotFoundError), match=f"^{line}$"):
             setup.check_start(tiny(init_from=place), "run")
     with pytest.raises(ValueError, match="init_from=theirs is open_clip's: convert it first with"):
-        weights.read("theirs")
+        fit_choice.read("theirs")
     with pytest.raises(ValueError, match="no checkpoint under nowhere; give a run's workdir or"):
         recipes.load("finetune_open_clip:nowhere")
 
@@ -231,7 +231,7 @@ def test_weights_are_the_same_however_their_place_is_spelled(tmp_path, monkeypat
 
     def goes_on(old, new):
         there = json.loads(json.dumps(old.to_dict(), default=list))
-        run_config.check_resumable(new, there, "runs/a")
+        config_file.check_resumable(new, there, "runs/a")
 
     spelled = ("w/base", "./w/base/", f"{tmp_path}/w/base", f"{tmp_path}/w/../w/base/")
     for one in spelled:
@@ -246,7 +246,7 @@ def test_weights_are_the_same_however_their_place_is_spelled(tmp_path, monkeypat
             raise FileNotFoundError(place)
         return begun_with("w/base")
 
-    monkeypatch.setattr(checkpointing, "load_config", load_config)
+    monkeypatch.setattr(manager, "load_config", load_config)
     assert inherit._found(f"{tmp_path}/w/base/", "runs/a")["data.resize"] == config.data.resize
     with pytest.raises(FileNotFoundError):
         inherit._found("w/other", "runs/a")

@@ -10,11 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from coca_jax.console import activity
-from coca_jax.evaluators.records import Records
+from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.inference.devices import Devices
-from coca_jax.metrics import TimeBuckets
-from coca_jax.training import watchdog
+from coca_jax.runtime import activity, watchdog
+from coca_jax.runtime.metric_log import TimeBuckets
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -115,8 +114,8 @@ def test_without_a_bound_nothing_is_watched(tmp_path):
 def test_python_that_is_stuck_in_c_is_ended_too(tmp_path):
     code = (
         "import ctypes, faulthandler\n"
-        "from coca_jax.metrics import TimeBuckets\n"
-        "from coca_jax.training import watchdog\n"
+        "from coca_jax.runtime.metric_log import TimeBuckets\n"
+        "from coca_jax.runtime import watchdog\n"
         "watchdog.STUCK = 0.5\n"
         f"dog = watchdog.Watchdog({str(tmp_path)!r}, TimeBuckets(), 1.0)\n"
         "dog.start()\n"
@@ -133,7 +132,7 @@ def test_python_that_is_stuck_in_c_is_ended_too(tmp_path):
 
 RECIPE = """
 import time
-from coca_jax.configs import tiny
+from coca_jax.recipes import tiny
 from coca_jax.data import scenes
 
 read, calls = scenes.Scenes.read, []

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from test_version_0_1 import flags_of
 
 import coca_jax
-from coca_jax import convert
+from coca_jax.cli import convert
 from coca_jax.inference import loading
 from coca_jax.interop import weights_files
 

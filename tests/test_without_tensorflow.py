@@ -75,11 +75,11 @@ def test_what_needs_them_names_the_extra(tmp_path):
 import pathlib
 from conftest import tiny_config
 from coca_jax import train
-from coca_jax.configs import coca_2b, coca_base, coca_large
-from coca_jax.data import loaders, run_vocabulary, sources
-from coca_jax.importers import unprepared
-from coca_jax.importers.splits import prepare
-from coca_jax.recaptioning.request import Request
+from coca_jax.recipes import coca_2b, coca_base, coca_large
+from coca_jax.data import batches as loaders, filters as sources; from coca_jax.training import run_vocabulary
+from coca_jax.data import evaluation_data as unprepared
+from coca_jax.data.prepare import prepare
+from coca_jax.apps.recaption.request import Request
 root = pathlib.Path({str(tmp_path)!r})
 config = tiny_config()
 config.data.sources, config.data.loader = (dict(path=str(root / "a")),), "seqio"
@@ -110,7 +110,7 @@ assert {{m.get_config().data.loader for m in (coca_base, coca_large, coca_2b)}} 
 
 def test_nothing_else_imports_them():
     """TensorFlow and seqio in data/seqio_tasks.py; what TFDS brings, to keep it off GPUs, in
-    data/tfds_source.py; pyarrow where parquet or zstd is read or written."""
+    data/sources/tfds.py; pyarrow where parquet or zstd is read or written."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -123,14 +123,14 @@ def test_nothing_else_imports_them():
                 if name.partition(".")[0] in BLOCKED:
                     found.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
     assert found == {
-        "tensorflow": {"data/seqio_tasks.py", "data/tfds_source.py"},
+        "tensorflow": {"data/seqio_tasks.py", "data/sources/tfds.py"},
         "seqio": {"data/seqio_tasks.py"},
-        "tensorflow_datasets": {"data/tfds_source.py"},
+        "tensorflow_datasets": {"data/sources/tfds.py"},
         "pyarrow": {
-            *("data/files.py", "data/in_place.py", "recaptioning/writers.py"),
-            *("importers/parquet.py", "importers/parquet_pages.py"),
+            *("data/sources/files.py", "data/sources/in_place.py", "apps/recaption/writers.py"),
+            *("data/sources/parquet.py", "data/sources/parquet.py"),
         },
-        "pyarrow.parquet": {"importers/parquet.py", "recaptioning/writers.py"},
+        "pyarrow.parquet": {"data/sources/parquet.py", "apps/recaption/writers.py"},
     }
 
 
@@ -138,5 +138,5 @@ def test_nothing_else_imports_them():
 def test_other_recipes_train_without(recipe):
     import importlib
 
-    config = importlib.import_module(f"coca_jax.configs.{recipe}").get_config()
+    config = importlib.import_module(f"coca_jax.recipes.{recipe}").get_config()
     assert config.data.loader == "direct"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from evaluator_cases import Fake, picture, unit
 
-from coca_jax import evaluators
-from coca_jax.evaluators import classification, zero_shot
+from coca_jax.evaluation import evaluators
+from coca_jax.evaluation.evaluators import classification, zero_shot
 
 
 def test_class_embedding_is_the_renormalised_mean_of_prompts():

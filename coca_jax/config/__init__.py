@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from coca_jax.config.data import Data, Entry
+from coca_jax.config.fields import Section, keys, plain, read
 from coca_jax.config.model import BLOCK, Head, ImageModel, Model, Pooler, TextModel
 from coca_jax.config.run import (
     Checkpoint,
@@ -17,7 +18,6 @@ from coca_jax.config.run import (
     Optimizer,
     StoredConfig,
 )
-from coca_jax.config.section import Section, keys, plain, read
 
 __all__ = [
     "BLOCK", "Checkpoint", "Config", "Data", "Entry", "Eval", "Faults", "Head", "ImageModel", "Log",

@@ -2,12 +2,121 @@
 
 from __future__ import annotations
 
-from coca_jax import image_shape
-from coca_jax.config import partial_checks
+from coca_jax.config import heads, shapes
+from coca_jax.config.data import Data
+from coca_jax.config.fields import plain, read
 from coca_jax.config.model import BLOCK, Head, Model
 from coca_jax.config.run import Config, Optimizer
-from coca_jax.config.section import plain, read
-from coca_jax.models import head_kinds, pooler_kinds
+
+# What runs go with that train a part of the model: adapters, a frozen encoder, kept tokens.
+
+
+def frozen_encoder(config: Config) -> bool:
+    """Whether nothing of the image encoder is trained."""
+    optimizer = config.optimizer
+    if config.head.kind:
+        return optimizer.encoder_learning_rate == 0
+    return optimizer.image_learning_rate == 0 or optimizer.keep_embeddings
+
+
+def check_partial(config: Config) -> None:
+    """Raises ValueError for what LoRA, an image encoder with a rate of its own, or one whose tokens
+    are kept, does not go with."""
+    data, optimizer = config.data, config.optimizer
+    rate = optimizer.image_learning_rate
+    if rate >= 0 and (config.head.kind or optimizer.lora_rank):
+        raise ValueError(
+            f"optimizer.image_learning_rate={rate} goes with no task head and no LoRA; with a head "
+            "set optimizer.encoder_learning_rate"
+        )
+    if optimizer.lora_rank:
+        _check_lora(config)
+    if optimizer.keep_embeddings:
+        wanted: list[tuple[str, object, object]] = [
+            ("config.head.kind", config.head.kind, ""),
+            ("optimizer.lora_rank", optimizer.lora_rank, 0),
+            ("optimizer.image_learning_rate", rate, -1.0),
+            ("optimizer.projection_rate", optimizer.projection_rate, 1.0),
+        ]
+        of_embeddings = ("contrastive", "bag", "hidden", "affinity", "imitation")
+        for loss in (f"{name}_weight" for name in of_embeddings):
+            wanted.append((f"loss.{loss}", getattr(config.loss, loss), 0.0))
+        for name, value, good in wanted:
+            if value != good:
+                raise ValueError(
+                    f"{name}={value!r} does not go with optimizer.keep_embeddings, which trains "
+                    f"what captions alone depend on; set {good!r}"
+                )
+    if rate > 0 and not optimizer.learning_rate:
+        raise ValueError(
+            f"optimizer.image_learning_rate={rate} is a share of learning_rate=0; set both above 0"
+        )
+    if config.init_parts != "all" and not config.init_from:
+        raise ValueError(
+            f"init_parts={config.init_parts!r} needs init_from, the weights to take that from"
+        )
+    if data.augmentations and data.loader != "direct":
+        raise ValueError(
+            f"data.augmentations={data.augmentations} needs data.loader='direct'; set it"
+        )
+    if data.features:
+        check_features(config)
+
+
+def moving(data: Data) -> bool:
+    """Whether an image, or a clip, is another one at each visit."""
+    return data.augment != "none" or data.flip or bool(data.num_frames and data.frame_jitter)
+
+
+def check_features(config: Config) -> None:
+    """Raises ValueError where kept tokens of the image encoder would not be those of each step."""
+    data = config.data
+    kept = f"data.features={data.features!r}"
+    if not frozen_encoder(config):
+        raise ValueError(
+            f"{kept} keeps the tokens of a frozen image encoder; set optimizer.image_learning_rate"
+            "=0 (with a task head encoder_learning_rate=0), or data.features=''"
+        )
+    if moving(data) and not data.augmentations:
+        raise ValueError(
+            f"{kept} keeps each image as it is augmented, and data.augmentations=0 draws a new one "
+            "at each visit; set it to 4, say, or data.augment='none' and data.flip=False"
+        )
+    for name, value, good in (
+        ("data.loader", data.loader, "direct"),
+        ("model.image.patch_dropout", config.model.image.patch_dropout, 0.0),
+        ("config.image_sizes", config.image_sizes, ()),
+        ("loss.hidden_weight", config.loss.hidden_weight, 0.0),
+    ):
+        if value != good:
+            raise ValueError(f"{name}={value!r} does not go with {kept}; set {good!r}")
+    kind = heads.head_kind(config.head.kind)
+    if kind is not None and kind.images > 1:
+        raise ValueError(f"head.kind={kind.name!r} does not go with {kept}; set data.features=''")
+
+
+def _check_lora(config: Config) -> None:
+    """Raises ValueError for what factors of products do not go with."""
+    optimizer = config.optimizer
+    for key, number, none in (
+        ("optimizer.layer_decay", optimizer.layer_decay, 1.0),
+        ("optimizer.projection_rate", optimizer.projection_rate, 1.0),
+        ("loss.min_temperature", config.loss.min_temperature, 0.0),
+    ):
+        if number != none:
+            raise ValueError(
+                f"{key}={number} has no effect with optimizer.lora_rank={optimizer.lora_rank}, "
+                f"which trains factors of the products alone; set {none}"
+            )
+    for key, weight in (
+        ("loss.bag_weight", config.loss.bag_weight),
+        ("loss.hidden_weight", config.loss.hidden_weight),
+    ):
+        if weight:
+            raise ValueError(
+                f"{key}={weight} reads a layer of its own, which optimizer.lora_rank="
+                f"{optimizer.lora_rank} leaves as it is drawn; set 0"
+            )
 
 
 def check(config: Config) -> None:
@@ -37,7 +146,7 @@ def check(config: Config) -> None:
         )
     check_texts(config)
     check_contrastive(config)
-    partial_checks.check(config)
+    check_partial(config)
     check_trim(config)
     check_native(config)
     if config.loss.hidden_weight and not config.optimizer.ema:
@@ -78,19 +187,19 @@ def check_sources(config: Config) -> None:
 
 def _check_image_sizes(config: Config) -> None:
     patch = config.model.patch_size
-    if not all(image_shape.divides(patch, size) for _, size in config.image_sizes):
+    if not all(shapes.divides(patch, size) for _, size in config.image_sizes):
         raise ValueError(
             f"config.image_sizes={config.image_sizes} must be multiples of model.patch_size={patch}"
         )
     square = isinstance(config.model.image_size, int)
-    if not all(isinstance(image_shape.shortest(s), int) == square for _, s in config.image_sizes):
+    if not all(isinstance(shapes.shortest(s), int) == square for _, s in config.image_sizes):
         raise ValueError(
             f"config.image_sizes={config.image_sizes}: give {'one number' if square else 'a pair'} "
             f"each, as model.image_size={config.model.image_size}"
         )
-    most = image_shape.pair(config.model.image_size)
+    most = shapes.pair(config.model.image_size)
     for _, size in config.image_sizes:
-        if any(one > own for one, own in zip(image_shape.pair(size), most)):
+        if any(one > own for one, own in zip(shapes.pair(size), most)):
             raise ValueError(
                 f"config.image_sizes={config.image_sizes}: {size} is larger than "
                 f"model.image_size={config.model.image_size}, at which images are read; give "
@@ -201,7 +310,7 @@ def check_native(config: Config) -> None:
                 f"{name}={value!r} does not go with data.resize='native'; set "
                 f"{' or '.join(map(repr, good))}, or data.resize='squash'"
             )
-    head = head_kinds.of(config.head.kind)
+    head = heads.head_kind(config.head.kind)
     if head is not None and head.images > 1:
         raise ValueError(
             f"head.kind={config.head.kind!r} takes several images, which data.resize='native' does "
@@ -211,7 +320,7 @@ def check_native(config: Config) -> None:
 
 def _pooled() -> tuple[str, ...]:
     """The names of kinds with a pooler."""
-    return tuple(name for name, kind in pooler_kinds.KINDS.items() if kind.pools)
+    return tuple(name for name, kind in heads.POOLERS.items() if kind.pools)
 
 
 def check_length(config: Config, steps: int) -> None:
@@ -273,7 +382,7 @@ def check_captioner(model: Model) -> Model:
 def check_model(model: Model) -> Model:
     """The model; raises ValueError that names the first impossible value, and the remedy."""
     model = read(Model, model.to_dict(), "model", old=True)
-    whole = image_shape.divides(model.patch_size, model.image_size)
+    whole = shapes.divides(model.patch_size, model.image_size)
     if not whole and (model.family == "coca" or not model.num_patches):
         raise ValueError(
             f"model.patch_size={model.patch_size} does not divide "
@@ -304,7 +413,7 @@ def check_model(model: Model) -> Model:
             f"model.pooler.num_heads={pooler.num_heads} does not divide "
             f"model.text.width={model.text.width}; choose a divisor"
         )
-    kind = pooler_kinds.of(pooler.kind)
+    kind = heads.pooler_kind(pooler.kind)
     kind.check(pooler.num_queries)
     if model.family == "coca" and not pooler.project and model.embed_dim != model.text.width:
         raise ValueError(

@@ -6,20 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax.config.rules import (
+from coca_jax.config.fields import (  # fmt: skip
     FLAG,
     MAPPING,
     RANDAUGMENT,
     SOURCES,
     TEXT,
     TEXTS,
+    Section,
     choice,
     key,
     number,
+    read,
     several,
     whole,
-)  # fmt: skip
-from coca_jax.config.section import Section, read
+)
 
 PLACES = ("path", "builtin", "tfds", "seqio")  # keys of an entry, which has one of them
 # What of an entry only data of some places, or of one kind, read.

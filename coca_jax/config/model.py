@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from coca_jax import image_shape
-from coca_jax.config.rules import (
+from coca_jax.config import heads, shapes
+from coca_jax.config.fields import (  # fmt: skip
     DEPTH,
     FLAG,
     HEADS,
@@ -19,15 +19,14 @@ from coca_jax.config.rules import (
     THETA,
     WEIGHT,
     WIDTH,
+    Section,
     choice,
     key,
     number,
     several,
     whole,
-)  # fmt: skip
-from coca_jax.config.section import Section
-from coca_jax.image_shape import Size
-from coca_jax.models import head_kinds, pooler_kinds, tower_kinds
+)
+from coca_jax.config.shapes import Size
 
 # The keys of Model that say what a block is. All blocks share them, but for those that a tower's
 # own `block` has otherwise.
@@ -109,7 +108,7 @@ class Pooler(Section):
 
     kind: str = key(
         "cascade",
-        choice(*pooler_kinds.KINDS),
+        choice(*heads.POOLERS),
         "whether the contrastive pooler reads the generative one's output (paper) or the encoder; "
         "'open_clip': one pooler, whose first query is the image embedding; 'none': none, the "
         "class token is that, and the decoder sees the patches",
@@ -135,7 +134,7 @@ class Model(Section):
     patch_size: Size = key(18, SIDES, "side of a patch, or (height, width); divides image_size")
     family: str = key(
         "coca",
-        choice("coca", *tower_kinds.KINDS),
+        choice("coca", *heads.TOWERS),
         "others than 'coca': towers without a decoder, of converted weights; not for training",
     )
     embed_dim: int = key(768, WIDTH, "of the contrastive space")
@@ -212,12 +211,12 @@ class Model(Section):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of an image."""
-        return image_shape.grid(self.image_size, self.patch_size)
+        return shapes.grid(self.image_size, self.patch_size)
 
     @property
     def num_patches(self) -> int:
         """Of an image."""
-        return image_shape.patches(self.image_size, self.patch_size)
+        return shapes.patches(self.image_size, self.patch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +225,8 @@ class Head(Section):
 
     kind: str = key(
         "",
-        choice("", *head_kinds.KINDS),
-        f"'': none; {', '.join(f'{one.name!r} {one.about}' for one in head_kinds.KINDS.values())}",
+        choice("", *heads.HEADS),
+        f"'': none; {', '.join(f'{one.name!r} {one.about}' for one in heads.HEADS.values())}",
     )
     num_queries: int = key(1, QUERIES, "of the head's attentional pooler")
     width: int = key(0, whole(0, 65_536, "channels"), "of that pooler; 0: that of the decoder")

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax.config.data import Data
-from coca_jax.config.model import Head, Model
-from coca_jax.config.rules import (
+from coca_jax.config.fields import (  # fmt: skip
     DEVICES,
     EXAMPLES,
     FLAG,
@@ -25,15 +24,16 @@ from coca_jax.config.rules import (
     TEXTS,
     WEIGHT,
     Rule,
+    Section,
     choice,
     is_number,
     key,
     number,
     several,
     whole,
-)  # fmt: skip
-from coca_jax.config.section import Section
-from coca_jax.image_shape import Size
+)
+from coca_jax.config.model import Head, Model
+from coca_jax.config.shapes import Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import importlib.util
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from coca_jax.config import Config
-from coca_jax.data import features as kept_features
+from coca_jax.data import batch_schedule
+from coca_jax.data import feature_cache as kept_features
 from coca_jax.data import pixels as pixel_work
-from coca_jax.data import stages
 from coca_jax.data.examples import Examples, Lengths, Tally
+from coca_jax.data.feature_cache import Features
 from coca_jax.data.mixture import Mixture, Rows
 from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.runtime import extras
 
 AHEAD = 2  # batches that are made at the same time, while the one before them is used
 
@@ -109,7 +112,7 @@ class Batches:
             rows of each; see partitioning.readers.
         process_count: how many there are.
         class_names: of the task head, in the order of its outputs; () without one.
-        features: with config.data.features the kept tokens of each source (training/locked.py).
+        features: with config.data.features the kept tokens of each source (training/feature_extraction.py).
 
     Attributes:
         mixture: the data.
@@ -161,7 +164,7 @@ class Batches:
 
     def rows_at(self, step: int) -> Rows:
         """Which rows of the global batch of a step these are."""
-        return self._rows[stages.number_at(self.mixture.stages, step)]
+        return self._rows[batch_schedule.number_at(self.mixture.stages, step)]
 
     def make(self, step: int) -> Made:
         """The batch of a step, and what was bad in it."""
@@ -272,3 +275,53 @@ class DirectStream(Stream):
         """Ends the threads; waits for the batches that they are making."""
         self._pool.shutdown(cancel_futures=True)
         super().close()
+
+
+# The batches of a process, by the loader that a run asks for: `direct`, or seqio's Tasks.
+
+
+def check_loader(loader: str) -> None:
+    """Raises ValueError for a `config.data.loader` that is not installed."""
+    if loader == "seqio" and not importlib.util.find_spec("seqio"):
+        raise ValueError(
+            "data.loader='seqio' needs the extra 'seqio', which brings TensorFlow: "
+            f"{extras.remedy('seqio')}; data.loader='direct' gives the same batches without it"
+        )
+
+
+def open_stream(
+    config: Config,
+    vocabulary: Vocabulary,
+    mixture: Mixture | None = None,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    class_names: Sequence[str] = (),
+    features: Sequence[Features] = (),
+) -> Stream:
+    """The batches of this process, from step `start_step` on, without end; see `Batches`.
+
+    They are made by `Batches` itself, or with `config.data.loader='seqio'` by seqio's Tasks and
+    mixture (seqio_tasks.py); they are the same.
+
+    Raises:
+        ValueError, FileNotFoundError: what `Batches` raises; an unknown loader, or one that is not
+            installed; later, with the batch that it concerns, what `Batches.batch` raises, or more
+            undecodable images than `config.data.max_bad_fraction`.
+    """
+    check_loader(config.data.loader)
+    batches = Batches(
+        config,
+        vocabulary,
+        mixture,
+        process_index=process_index,
+        process_count=process_count,
+        class_names=class_names,
+        features=features,
+    )
+    if config.data.loader == "direct":
+        return DirectStream(batches, start_step)
+    from coca_jax.data.seqio_tasks import SeqioStream  # imports TensorFlow
+
+    return SeqioStream(config, vocabulary, batches, start_step)

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from coca_jax.config import Config
+from coca_jax.config import Config, heads
 from coca_jax.data import teachers
-from coca_jax.data.features import Tokens
+from coca_jax.data.feature_cache import Tokens
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
-from coca_jax.data.random_access import UNREAD, Source, read_all, read_one
-from coca_jax.data.records import Record
+from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.source import UNREAD, Source, read_all, read_one
 from coca_jax.data.texts import Draw, Tokenizer
 from coca_jax.data.vocabulary import Vocabulary
-from coca_jax.models import head_kinds
 
 
 class Examples:
@@ -197,7 +196,7 @@ class Part:
 
 def _reads_text(config: Config) -> bool:
     """Whether the task head or a loss reads texts; hidden patches alone are of the image."""
-    head, weights = head_kinds.of(config.head.kind), config.loss.to_dict()
+    head, weights = heads.head_kind(config.head.kind), config.loss.to_dict()
     of_texts = (weights[k] for k in weights if k.endswith("_weight") and k != "hidden_weight")
     return bool(head and head.reads_text) or any(of_texts)
 

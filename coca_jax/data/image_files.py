@@ -6,8 +6,9 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 
-from coca_jax.data import files, formats, images, own_folders, videos
-from coca_jax.files import local_files
+from coca_jax.data import images, videos
+from coca_jax.data.sources import files, formats, own_folders
+from coca_jax.runtime import storage
 
 
 def find(paths: Sequence[str], video: bool = False) -> list[str]:
@@ -23,7 +24,7 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
     if video:
         extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
     found: dict[str, None] = {}
-    for path in map(local_files.plain, paths):
+    for path in map(storage.plain_path, paths):
         for name, within in _below(path):
             image = posixpath.splitext(name)[1].lower() in extensions
             if not within or (image and not files.is_hidden(within)):
@@ -64,7 +65,7 @@ def others(paths: Sequence[str]) -> list[str]:
     """Names of the files in local folders and below that `find` leaves out: by their names neither
     pictures, videos nor what stands beside them."""
     known, found = (*formats.MEDIA, *formats.SIDECARS, *formats.TABLES), []
-    for path in map(local_files.plain, paths):
+    for path in map(storage.plain_path, paths):
         if not files.is_remote(path) and os.path.isdir(path):
             names = own_folders.without_ours([within for _, within in _below(path)])
             left = (name for name in names if not name.lower().endswith(known))

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from coca_jax.config import Config, Entry
-from coca_jax.data import kinds, manifest, order, prepared, sources, stages
+from coca_jax.data import batch_schedule, filters, order, supervision
 from coca_jax.data import prompts as prompt_sets
-from coca_jax.data.random_access import Source, read_all, read_whole_texts
-from coca_jax.data.stages import Stage
+from coca_jax.data.batch_schedule import Stage
+from coca_jax.data.filters import Indexes
+from coca_jax.data.sources import array_record, manifest
+from coca_jax.data.sources.source import Source, read_all, read_whole_texts
 from coca_jax.data.texts import Draw
-from coca_jax.data.view_index import Indexes
 
 UNEVEN = 10  # times that one source is gone through for each of another, at which a run says so
 
@@ -53,8 +54,8 @@ class Mixture:
             for i, entry in enumerate(config.data.sources)
         ]
         for entry in self.entries:
-            kinds.of(entry).check(config.data)
-        for size in stages.sizes(config):
+            supervision.of(entry).check(config.data)
+        for size in batch_schedule.sizes(config):
             self.shares = shares(self.entries, size)
         self.pattern = order.rows(self.shares)
 
@@ -62,8 +63,8 @@ class Mixture:
     def stages(self) -> list[Stage]:
         """The stages of the run's batch sizes; one without config.batch_sizes."""
         grow = bool(self._config.batch_sizes)
-        steps = stages.steps_of(self._config, self.num_examples) if grow else 0
-        return stages.of(self._config, steps, lambda size: shares(self.entries, size))
+        steps = batch_schedule.steps_of(self._config, self.num_examples) if grow else 0
+        return batch_schedule.of(self._config, steps, lambda size: shares(self.entries, size))
 
     def rows(self, process_index: int, process_count: int) -> Rows:
         """The rows of one process in a batch of the last stage, config.batch_size.
@@ -84,7 +85,7 @@ class Mixture:
 
     def stage(self, step: int) -> Stage:
         """The stage that a step is in."""
-        return self.stages[stages.number_at(self.stages, step)]
+        return self.stages[batch_schedule.number_at(self.stages, step)]
 
     @functools.cached_property
     def sources(self) -> list[Source]:
@@ -94,7 +95,7 @@ class Mixture:
             ValueError, FileNotFoundError: missing, empty or unsuitable data, in one line.
         """
         found = [
-            sources.open_source(entry, "train", training=True, indexes=self._indexes)
+            filters.open_source(entry, "train", training=True, indexes=self._indexes)
             for entry in self.entries
         ]
         for source, entry in zip(found, self.entries):
@@ -153,7 +154,7 @@ class Mixture:
 
     def remark_small(self) -> str:
         """A warning where a batch has more rows of a source than that has examples, else ''."""
-        largest = max(stages.sizes(self._config))
+        largest = max(batch_schedule.sizes(self._config))
         small = [
             f"{share} rows of source {number}, {source.name}, which has {len(source)} examples"
             for number, (source, share) in enumerate(
@@ -172,7 +173,7 @@ class Mixture:
         """A warning where sources of equal weights are gone through very unevenly, else ''. Weights
         are shares of a batch whatever the sizes: of a million pairs beside a thousand, the second
         is half of what trains."""
-        times = self.epochs(stages.steps_of(self._config, self.num_examples))
+        times = self.epochs(batch_schedule.steps_of(self._config, self.num_examples))
         often, seldom = (times.index(pick(times)) for pick in (max, min))
         equal = len({entry.weight for entry in self.entries}) == 1
         if not equal or times[often] < UNEVEN * max(1, times[seldom]):
@@ -293,10 +294,10 @@ def nearest_shares(weights: Sequence[float], batch_size: int) -> list[int]:
 
 def declared_classes(entry: Entry) -> list[str]:
     """The class names that a data set declares, in its order; [] where only its records tell."""
-    if not kinds.of(entry).declared:
+    if not supervision.of(entry).declared:
         return []
     if entry.path and not entry.label_field:
-        return prepared.read_manifest(entry.path).get("class_names") or []
+        return array_record.read_manifest(entry.path).get("class_names") or []
     if entry.builtin:
         from coca_jax.data import scenes
 
@@ -308,7 +309,7 @@ def class_names(source: Entry | Mapping[str, Any] | str, split: str = "test") ->
     """The class names of a data set: those it declares, else those its records have; of
     questions, the answers."""
     entry = Entry.of(source)
-    return declared_classes(entry) or sources.open_source(entry, split).labels()
+    return declared_classes(entry) or filters.open_source(entry, split).labels()
 
 
 def head_classes(config: Config, mixture: Mixture | None = None) -> tuple[str, ...]:
@@ -326,9 +327,9 @@ def head_classes(config: Config, mixture: Mixture | None = None) -> tuple[str, .
     if not head.kind:
         return ()
     mixture = mixture or Mixture(config)
-    numbers = [n for n, entry in enumerate(mixture.entries) if kinds.of(entry).has_classes]
+    numbers = [n for n, entry in enumerate(mixture.entries) if supervision.of(entry).has_classes]
     if not numbers:
-        able = " or ".join(repr(name) for name, one in kinds.KINDS.items() if one.has_classes)
+        able = " or ".join(repr(name) for name, one in supervision.KINDS.items() if one.has_classes)
         raise ValueError(f"head.kind={head.kind!r} needs a source of kind {able}")
     if not head.classes:
         found = [

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import image_shape
-from coca_jax.config import Config
-from coca_jax.data import augment, images, native, order, render, resizing, texts, videos
-from coca_jax.data.records import Record
+from coca_jax.config import Config, heads, shapes
+from coca_jax.config.shapes import Size
+from coca_jax.data import augment, images, navit, order, texts, videos
+from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
-from coca_jax.image_shape import Size
-from coca_jax.machine import cores
-from coca_jax.models import head_kinds, native_layout
+from coca_jax.runtime import machine
 
 Plan = dict[str, np.ndarray]
 _UNKNOWN = (images.OTHER, 1, 1)  # stands in for what a header does not tell: it will not decode
@@ -35,7 +33,7 @@ class Pixels:
     Attributes:
         field: of a batch that they become.
         shape: of one example: (S, T, 3), of a clip (F, S, T, 3), of a pair (2, S, T, 3); of one in
-            its own aspect ratio (N, P * P * 3 + 4), see data/native.py.
+            its own aspect ratio (N, P * P * 3 + 4), see data/navit.py.
         threads: images decoded at the same time.
     """
 
@@ -49,7 +47,7 @@ class Pixels:
         self._frames, self.pairs = data.num_frames, images_of(config) > 1
         self._native = None
         if data.resize == "native":
-            self._native = native.patch_size(config), native.budget(config)
+            self._native = navit.patch_size(config), navit.budget(config)
         self._draw_plan = functools.partial(
             augment.plan,
             data.augment,
@@ -60,7 +58,7 @@ class Pixels:
             randaugment=data.randaugment,
         )
         self.shape = example_shape(config)
-        self.threads = data.num_threads or cores.count()
+        self.threads = data.num_threads or machine.count()
         self._pool = ThreadPoolExecutor(self.threads, "decode")
 
     def plan(
@@ -129,18 +127,18 @@ class Pixels:
             step: dict[str, Any] = {name: values[row] for name, values in lists.items()}
             step |= {name: values[row] for name, values in arrays.items()}
             if self._native:
-                return render.render_native(record.image, step, *self._native, self._fast)
+                return augment.render_native(record.image, step, *self._native, self._fast)
             how = (step, self._mode, self._size, self._fast, self._resize == "trim")
             if self._frames:
-                return render.render_clip(record.image, step["offsets"], *how)
-            return render.render(record.image, *how)
+                return augment.render_clip(record.image, step["offsets"], *how)
+            return augment.render(record.image, *how)
 
         return render_row
 
     def _pair(self, record: Record, row: int) -> np.ndarray:
         """Both images as in evaluation."""
         pixels = (images.decode(data) for data in (record.image, record.second))
-        return np.stack([resizing.preprocess_eval(p, self._size, self._resize) for p in pixels])
+        return np.stack([images.preprocess_eval(p, self._size, self._resize) for p in pixels])
 
     def close(self) -> None:
         """Ends the threads."""
@@ -157,20 +155,20 @@ def one_of(draw: Draw, indices: np.ndarray, count: int) -> Draw:
 def example_shape(config: Config) -> tuple[int, ...]:
     """The shape of one example's pixels; see `Pixels`."""
     if config.data.resize == "native":
-        return native.budget(config), native_layout.width(native.patch_size(config))
+        return navit.budget(config), shapes.width(navit.patch_size(config))
     images = images_of(config)
     count = images if images > 1 else config.data.num_frames
-    return (*((count,) if count else ()), *image_shape.pair(config.model.image_size), 3)
+    return (*((count,) if count else ()), *shapes.pair(config.model.image_size), 3)
 
 
 def plan_size(config: Config) -> Size:
     """The size of images; in their own aspect ratio, what the shorter side has at most."""
     if config.data.resize != "native":
         return config.model.image_size
-    return (math.isqrt(native.budget(config)) + 1) * native.patch_size(config)
+    return (math.isqrt(navit.budget(config)) + 1) * navit.patch_size(config)
 
 
 def images_of(config: Config) -> int:
     """How many images an example has."""
-    head = head_kinds.of(config.head.kind)
+    head = heads.head_kind(config.head.kind)
     return head.images if head is not None else 1

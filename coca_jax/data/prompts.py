@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from coca_jax.data import files
+from coca_jax.data.sources import files
 
 BARE = ("{}",)
 

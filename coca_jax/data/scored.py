@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coca_jax.config import Entry
-from coca_jax.data.random_access import Source, read_all
+from coca_jax.data.sources.source import Source, read_all
 from coca_jax.data.texts import made_of
 
 _AT_ONCE = 256  # records

@@ -17,9 +17,10 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from coca_jax.config import Entry
-from coca_jax.data import images, prepared, records
-from coca_jax.data.random_access import Reader, Source
-from coca_jax.data.records import Record
+from coca_jax.data import images
+from coca_jax.data.sources import array_record, records
+from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.source import Reader, Source
 
 IMAGES, TEXTS, LABELS = (
     ("image", "img"),
@@ -60,9 +61,9 @@ def open_entry(entry: Entry, split: str) -> Source:
     )
     if not count:
         raise ValueError(f"data source seqio={task.name!r} [{split}]: it yields no example")
-    read: Reader = prepared.ArrayRecordFiles([path], [count])
-    if os.path.getsize(path) < prepared.HOLD_BYTES:
-        read = prepared.Held(read, count, prepared.HOLD_BYTES)
+    read: Reader = array_record.ArrayRecordFiles([path], [count])
+    if os.path.getsize(path) < array_record.HOLD_BYTES:
+        read = array_record.Held(read, count, array_record.HOLD_BYTES)
     weakref.finalize(read, folder.cleanup)
     return Source(
         f"seqio {task.name} [{split}]",

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax import extras
-from coca_jax.console import quiet
+from coca_jax.runtime import extras, quiet
 
 try:
     with quiet.importing():
@@ -31,7 +30,7 @@ from coca_jax.data import batches as direct
 from coca_jax.data.batches import Batches, Field, Made, Stream
 from coca_jax.data.examples import Examples
 from coca_jax.data.mixture import Mixture
-from coca_jax.data.records import Record
+from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import Vocabulary
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from coca_jax.config import Entry, Loss
-from coca_jax.data.random_access import Source, read_all
-from coca_jax.data.records import Record
+from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.source import Source, read_all
 
 _AT_ONCE = 256  # records of a source
 

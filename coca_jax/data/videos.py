@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coca_jax import extras
-from coca_jax.data import files, gif_blocks, images
+from coca_jax.data import gif_blocks, images
+from coca_jax.data.sources import files
+from coca_jax.runtime import extras
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # frames of other formats are pages, layers or sizes
 # What FFmpeg may take a file for: containers of pictures. It knows others that name further files.

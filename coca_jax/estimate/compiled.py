@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from coca_jax import ops as operations
-from coca_jax import partitioning, run_config
+from coca_jax.checkpoints import config_file
 from coca_jax.config import Config, Recipe, typed
-from coca_jax.estimate import flops, gpu, hlo, schedule, tpu
+from coca_jax.estimate import flops, gpu, hlo, tpu
 from coca_jax.estimate.chips import Gpu, Slice, get_slice
-from coca_jax.estimate.step import build_step
-from coca_jax.files import storage
+from coca_jax.parallel import sharding
+from coca_jax.runtime import storage
+from coca_jax.training.programs import build_step
 
 
 def analyse(
@@ -85,13 +86,13 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
     Raises ValueError for bad input. `fits` is False where the compiler runs out of memory.
     """
     config = typed(config)
-    run_config.check(config)
-    with tpu.quiet_plugin(), schedule.asked(), tempfile.TemporaryDirectory() as folder:
+    config_file.check(config)
+    with tpu.quiet_plugin(), tpu.asked(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)
-        mesh = partitioning.make_mesh(
+        mesh = sharding.make_mesh(
             config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slice_.devices
         )
-        run_config.check_batch(config, partitioning.batch_parts(mesh))
+        config_file.check_batch(config, sharding.batch_parts(mesh))
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         answers: Any = contextlib.nullcontext()
         if slice_.chip is None:
@@ -120,4 +121,4 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
         "topology": topology,
         "mesh": mesh_shape,
         "compile_seconds": round(seconds, 1),
-    } | analyse(config, slice_, compiled, text, params, schedule.take())
+    } | analyse(config, slice_, compiled, text, params, tpu.take())

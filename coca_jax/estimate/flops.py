@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 
-from coca_jax import image_shape
-from coca_jax.config import Config, ImageModel, Model, checks, partial_checks
-from coca_jax.data import native
-from coca_jax.models import head_kinds, pooler_kinds
+from coca_jax.config import Config, ImageModel, Model, checks, heads, shapes
+from coca_jax.data import navit
 from coca_jax.models.image_encoder import num_kept
-from coca_jax.training import objectives
+from coca_jax.training import losses
 
 
 def step_flops(config: Config) -> int:
@@ -17,8 +15,8 @@ def step_flops(config: Config) -> int:
     a loss reads, of what is frozen the forward pass alone, and nothing of an encoder whose tokens
     are kept. Patches and image tokens that training leaves out are not counted. Nothing is taken
     off for adapters, nor added for the classes of a task head."""
-    model, head = config.model, head_kinds.of(config.head.kind)
-    frames, patches = max(config.data.num_frames, 1), native.budget(config)
+    model, head = config.model, heads.head_kind(config.head.kind)
+    frames, patches = max(config.data.num_frames, 1), navit.budget(config)
     parts = forward_flops(model, frames, patches, training=True)
     if head:
         kept = num_kept(patches, model.image.patch_dropout)
@@ -31,7 +29,7 @@ def step_flops(config: Config) -> int:
         # Each sees all patches, some of them hidden, beside the pass that the other losses read.
         every = forward_flops(model, frames, patches)["encoder"]
         parts |= dict(hidden=every + 2 * patches * model.image.width**2, teacher=every)
-    outputs = {output for objective in objectives.of(config) for output in objective.outputs}
+    outputs = {output for objective in losses.of(config) for output in objective.outputs}
     read = set[str]().union(*(reads(config, output) for output in outputs))
     if config.data.features:
         read -= {"encoder"}
@@ -49,14 +47,14 @@ def _frozen(config: Config, parts: set[str]) -> set[str]:
         return parts - {"head"}
     if optimizer.keep_embeddings:
         return reads(config, "image_embedding") | reads(config, "text_embedding")
-    return {"encoder"} if partial_checks.frozen_encoder(config) else set()
+    return {"encoder"} if checks.frozen_encoder(config) else set()
 
 
 def reads(config: Config, output: str) -> set[str]:
     """The parts, named as in `forward_flops`, that a field of coca.Outputs depends on.
 
     Raises ValueError for a field that is not told here."""
-    kind, head = pooler_kinds.of(config.model.pooler.kind), head_kinds.of(config.head.kind)
+    kind, head = heads.pooler_kind(config.model.pooler.kind), heads.head_kind(config.head.kind)
     pooled = {"encoder", "contrastive_pooler", "image_joint"}
     if kind.in_cascade or not kind.second_pooler:
         pooled |= {"generative_pooler"}
@@ -97,7 +95,7 @@ def forward_flops(
     square one; training: without the patches and image tokens that training leaves out."""
     frames = max(num_frames, 1)
     image, text, pooler = model.image, model.text, model.pooler
-    patches = patches or image_shape.patches(model.image_size, model.patch_size)
+    patches = patches or shapes.patches(model.image_size, model.patch_size)
     num_patches = num_kept(patches, image.patch_dropout) if training else patches
     tokens = num_patches + int(image.class_token)
     inside = tokens + image.registers
@@ -113,7 +111,7 @@ def forward_flops(
         _attention(inside, inside, image.width) + mlp(inside, image.width, image.mlp_dim)
     )
     encoder = frames * (_before_blocks(model, patches) + blocks)
-    kind = pooler_kinds.of(pooler.kind)
+    kind = heads.pooler_kind(pooler.kind)
     generative = _attention(queries, frames * tokens, text.width, image.width) if kind.pools else 0
     contrastive = 0
     if kind.in_cascade:
@@ -159,7 +157,7 @@ def _attention(
 def _before_blocks(model: Model, num_patches: int) -> int:
     """Of an image's convolutional stem, where it has one, and the projection of its patches."""
     image: ImageModel = model.image
-    channels, values = 3, 3 * num_patches * math.prod(image_shape.pair(model.patch_size))
+    channels, values = 3, 3 * num_patches * math.prod(shapes.pair(model.patch_size))
     stem = 0
     for width, depth in zip(image.conv_widths, image.conv_depths):
         places = values // channels // 4

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.estimate import hlo, traffic
+from coca_jax.estimate import hlo
 from coca_jax.estimate.chips import Gpu
 from coca_jax.ops.gpu import AT_MOST_ONCE, COMPILER_OPTIONS
 
@@ -73,11 +73,11 @@ def _walk(module: hlo.Module, name: str, runs: int, unknown: list[str]) -> Itera
         elif kind in FREE or kind.removesuffix("-start").removesuffix("-done") in hlo.COLLECTIVES:
             continue
         elif kind == "fusion":
-            moved = traffic.of_fusion(module, found, body)
+            moved = hlo.of_fusion(module, found, body)
             flops = _dot_flops(module.computations[called["calls"]])
             yield Kernel(found.name, found.op_name, flops, moved, runs)
         else:
-            moved = traffic.operands(found, body) + _result_bytes(found)
+            moved = hlo.operands(found, body) + _result_bytes(found)
             flops = _library_flops(found, body) if kind == "custom-call" else 0.0
             flops += _dot_flops({found.name: found}, body) if kind == "dot" else 0.0
             yield Kernel(found.name, found.op_name, flops, moved, runs)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from coca_jax.inference.loading import load
     from coca_jax.inference.model import CoCaModel
     from coca_jax.inference.programs import Forward
-    from coca_jax.inference.texts import Caption
+    from coca_jax.inference.tokenization import Caption
 
 __all__ = ["Caption", "CoCaModel", "Forward", "load"]
-_HOMES = dict(Caption="texts", CoCaModel="model", Forward="programs", load="loading")
+_HOMES = dict(Caption="tokenization", CoCaModel="model", Forward="programs", load="loading")
 
 
 def __getattr__(name: str) -> Any:

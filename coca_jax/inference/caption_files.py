@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coca_jax.data import bounded_json, formats
-from coca_jax.files import sealed_json, storage
-from coca_jax.inference import model_checksum, read_ahead
-from coca_jax.inference.generation.settings import Settings
+from coca_jax.data.sources import formats
+from coca_jax.inference import fingerprint, prefetch
+from coca_jax.inference.generation.config import Settings
+from coca_jax.runtime import bounded_json, json_files, storage
 
 if TYPE_CHECKING:
     from coca_jax import inference
@@ -64,7 +64,7 @@ def check_name(out: str) -> None:
 def remember(out: str, checkpoint: str, checksum: str, how: dict[str, Any]) -> None:
     """Writes beside a file of captions what they are made with; how: prompt and settings."""
     told = dict(checkpoint=checkpoint, made_in=os.getcwd(), model=checksum, how=how)
-    sealed_json.write(f"{out}{formats.HOW}", told)
+    json_files.write_sealed(f"{out}{formats.HOW}", told)
 
 
 def begun_with(out: str) -> dict[str, Any] | None:
@@ -72,7 +72,7 @@ def begun_with(out: str) -> dict[str, Any] | None:
     path = storage.place(f"{out}{formats.HOW}")
     if not path.exists():
         return None
-    told = sealed_json.read(path)
+    told = json_files.read_sealed(path)
     texts = all(isinstance(told.get(name), str) for name in ("checkpoint", "made_in", "model"))
     if texts and isinstance(told.get("how"), dict):
         return told
@@ -102,7 +102,7 @@ def check_settings(out: str, before: dict[str, Any], now: dict[str, Any]) -> Non
 
 def check_model(out: str, before: dict[str, Any], checkpoint: str, checksum: str) -> None:
     """Raises ValueError where captions were begun with another model."""
-    if not model_checksum.same(before["model"], checksum):
+    if not fingerprint.same(before["model"], checksum):
         raise ValueError(
             f"--out={out} was begun with --checkpoint={before['checkpoint']}, whose weights or "
             f"preprocessing {checkpoint} does not have; give the same, or another --out"
@@ -115,7 +115,7 @@ def read_batches(
     """Yields lists of (path, uint8 [S, S, 3], of videos [T, S, S, 3], or why it cannot be read),
     two batches read ahead."""
 
-    return read_ahead.batches(paths, model.fit_image, size)
+    return prefetch.batches(paths, model.fit_image, size)
 
 
 def caption_files(

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import partitioning
-from coca_jax.console import activity
+from coca_jax.parallel import sharding as partitioning
+from coca_jax.runtime import activity
 
 WHOLE = P()
 

@@ -16,7 +16,7 @@ from coca_jax.config import Model
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference.devices import Devices
 from coca_jax.models import attention_maps, coca
-from coca_jax.models.pixels import normalise_pixels
+from coca_jax.models.image_encoder import normalise_pixels
 
 ALTERNATIVES = 5  # of each word, itself included where it is among them
 

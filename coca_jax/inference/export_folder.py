@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from coca_jax import export_format, image_shape
-from coca_jax.evaluators.intervals import COMPANIONS
-from coca_jax.export_format import CARD, PREPROCESSOR
-from coca_jax.files import out_folder, storage
+from coca_jax.config import heads, shapes
+from coca_jax.evaluation.metrics.intervals import COMPANIONS
 from coca_jax.inference.model import CoCaModel
+from coca_jax.interop import export_format
+from coca_jax.interop.export_format import CARD, PREPROCESSOR
 from coca_jax.interop.hub import push
-from coca_jax.models import tower_kinds
+from coca_jax.runtime import out_folder, storage
 
 # How a card begins; behind it stands the CRC-32 of all but that line.
 _WRITTEN = f"{out_folder.CARD}# CRC-32 as coca_jax wrote it: "
@@ -41,7 +41,7 @@ def check(model: CoCaModel) -> None:
 def image_shape_of(model: CoCaModel) -> tuple[int, ...]:
     """Of one image as programs take it, (h, w, 3); of a model of clips (T, h, w, 3)."""
     frames = (model.num_frames,) if model.num_frames else ()
-    return (*frames, *image_shape.pair(model.image_size), 3)
+    return (*frames, *shapes.pair(model.image_size), 3)
 
 
 def write(
@@ -155,7 +155,7 @@ def sizes(folder: str) -> dict[str, int]:
 def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str:
     """The model card, filled from the configuration and the scores of eval.json."""
     sizes, text = model.config.model, model.config.model.text
-    high, wide = image_shape.pair(sizes.image_size)
+    high, wide = shapes.pair(sizes.image_size)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     kind = type(model.vocabulary).__name__
     rows = "\n".join(_score_rows(scores))
@@ -165,7 +165,7 @@ def card(model: CoCaModel, name: str, scores: Mapping[str, float | None]) -> str
         name=name,
         title=name.rpartition("/")[2],
         parameters=f"{count:,}",
-        image=f"{high} x {wide} pixels, patches of {image_shape.words(sizes.patch_size)}",
+        image=f"{high} x {wide} pixels, patches of {shapes.words(sizes.patch_size)}",
         image_encoder=f"{sizes.image.depth} layers of width {sizes.image.width}",
         embed_dim=sizes.embed_dim,
         vocabulary=f"{kind}, {model.vocabulary.size:,} ids; texts of up to {text.max_len} tokens",
@@ -194,7 +194,7 @@ def _words(model: CoCaModel) -> dict[str, str]:
             "and their slant\nincluded. Look at its captions of your own pictures before you rely "
             "on it.",
         )
-    family = tower_kinds.of(model.config.model.family)
+    family = heads.tower_kind(model.config.model.family)
     return dict(
         pipeline="zero-shot-image-classification",
         tags=f"- {family.name}\n- feature-extraction",
@@ -241,7 +241,7 @@ def _preprocessor(model: CoCaModel) -> dict[str, Any]:
             "data.resize='trim': transformers' image processors have no words for that; export "
             "without the hub's layout (coca-jax export)"
         )
-    (high, wide), crop = image_shape.pair(model.image_size), model.resize == "crop"
+    (high, wide), crop = shapes.pair(model.image_size), model.resize == "crop"
     size = dict(height=high, width=wide)
     if crop and high != wide:
         raise ValueError(

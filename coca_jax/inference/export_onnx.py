@@ -19,11 +19,11 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import export_format, extras
-from coca_jax.files import storage
 from coca_jax.inference import export_folder, export_programs
 from coca_jax.inference.model import CoCaModel
-from coca_jax.models.pixels import normalise_pixels
+from coca_jax.interop import export_format
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.runtime import extras, storage
 
 NAMES = ("encode_image", "encode_text", "decode_start", "decode_step")
 LARGEST_FILE = 1 << 30  # bytes; a protocol buffer ends at twice that, so weights go beside it

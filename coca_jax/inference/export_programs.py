@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import export_format, text_ends
-from coca_jax.config import Model, read, typed
-from coca_jax.evaluators.records import Records
-from coca_jax.files import storage
+from coca_jax.config import Model, read, shapes, typed
+from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.inference import export_folder
-from coca_jax.inference import texts as text_arrays
+from coca_jax.inference import tokenization as text_arrays
 from coca_jax.inference.model import CoCaModel
-from coca_jax.models import coca, decoding, roles
-from coca_jax.models.pixels import normalise_pixels
-from coca_jax.ops.packed import Layout
+from coca_jax.interop import export_format
+from coca_jax.models import coca, param_groups, text_decoder
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.ops.decode_layouts import Layout
+from coca_jax.runtime import storage
 
 
 def make_programs(model: CoCaModel, platforms: Sequence[str]) -> dict[str, bytes]:
@@ -66,9 +66,11 @@ def functions_of(
     return Functions(
         sizes,
         coca.build(
-            sizes, sigmoid=roles.sigmoid_bias(model.params) is not None, platform=platforms[0]
+            sizes,
+            sigmoid=param_groups.sigmoid_bias(model.params) is not None,
+            platform=platforms[0],
         ),
-        decoding.decoder(
+        text_decoder.decoder(
             sizes,
             num_ids=vocabulary.size,
             eos_id=vocabulary.eos_id,
@@ -85,7 +87,7 @@ class Functions(NamedTuple):
 
     sizes: Any  # config.model
     module: coca.CoCa
-    spec: decoding.Decoder
+    spec: text_decoder.Decoder
     layout: Layout
 
     def encode_image(self, flat: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,12 +102,12 @@ class Functions(NamedTuple):
         return out
 
     def decode_weights(self, flat: dict) -> dict:
-        return decoding.pack(self.spec, export_format.unflatten(flat), self.layout)
+        return text_decoder.pack(self.spec, export_format.unflatten(flat), self.layout)
 
     def decode_start(self, weights: dict, image_tokens: jax.Array) -> dict:
         length = self.spec.max_len
-        image = decoding.image_caches(self.spec, weights, image_tokens)
-        caches = decoding.empty_caches(self.spec, weights, image_tokens.shape[0], length)
+        image = text_decoder.image_caches(self.spec, weights, image_tokens)
+        caches = text_decoder.empty_caches(self.spec, weights, image_tokens.shape[0], length)
         state: dict[str, Any] = dict(
             image=[tuple(c) for c in image], caches=[tuple(c) for c in caches]
         )
@@ -120,18 +122,18 @@ class Functions(NamedTuple):
         shown = state.get("shown")
         if shown is not None and not spec.hides_next:
             shown = shown.at[:, step].set(token != spec.hidden_id)
-        states, caches = decoding.run_tokens(
+        states, caches = text_decoder.run_tokens(
             spec,
             weights,
             token[:, None],
             jnp.broadcast_to(step, rows),
             jnp.broadcast_to(jnp.arange(length) <= step, rows + (length,)),
             step,
-            [decoding.Cache(*c) for c in state["caches"]],
-            [decoding.Cache(*c) for c in state["image"]],
+            [text_decoder.Cache(*c) for c in state["caches"]],
+            [text_decoder.Cache(*c) for c in state["image"]],
             shown,
         )
-        log_probs = decoding.log_probs_of(weights, states)[:, 0]
+        log_probs = text_decoder.log_probs_of(weights, states)[:, 0]
         if spec.num_ids < spec.vocab_size:  # no texts have such ids
             known = jnp.arange(spec.vocab_size) < spec.num_ids
             log_probs = jnp.where(known, log_probs, -jnp.inf)
@@ -197,7 +199,7 @@ def examples(model: CoCaModel, count: int = 3) -> Examples:
         found = [record["text"] or record.get("labels") for record in records]
         texts = [text if isinstance(text, str) else next(iter(text or ()), "") for text in found]
         tokens, valid = words.encode_batch(texts, length)
-        return Examples(images, tokens, text_ends.lengths(valid))
+        return Examples(images, tokens, shapes.lengths(valid))
     rng = np.random.default_rng(0)
     shape = (count, *export_folder.image_shape_of(model))
     tokens = rng.integers(0, words.size, (count, length)).astype(np.int32)
@@ -258,7 +260,7 @@ class _Outputs(NamedTuple):
     ) -> _Outputs:
         inputs = inputs or examples(model)
         config = typed(model.config).change({"model.dtype": dtype})
-        params = jax.device_put(roles.without_task_head(model.params), device)
+        params = jax.device_put(param_groups.without_task_head(model.params), device)
         same = CoCaModel(
             config, params, model.vocabulary, num_frames=model.num_frames, devices=[device]
         )

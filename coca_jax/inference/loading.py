@@ -13,19 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax import export_format, partitioning
 from coca_jax.config import StoredConfig
 from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
-from coca_jax.files import local_files, storage
 from coca_jax.inference import devices as chosen_devices
-from coca_jax.inference import read_images
-from coca_jax.inference.model import CoCaModel
-from coca_jax.inference.two_towers import TwoTowerModel
-from coca_jax.interop import hub, weights_files
-from coca_jax.interop.open_clip_layout import compare
-from coca_jax.machine import compile_cache
-from coca_jax.models import coca, roles, two_towers
+from coca_jax.inference import preprocess
+from coca_jax.inference.model import CoCaModel, TwoTowerModel
+from coca_jax.interop import export_format, hub, weights_files
+from coca_jax.interop.open_clip_weights import compare
+from coca_jax.models import coca, param_groups, two_towers
+from coca_jax.parallel import sharding
+from coca_jax.runtime import machine, storage
 
 
 def load(
@@ -41,10 +39,10 @@ def load(
 ) -> CoCaModel:
     """Implements `coca_jax.load`, which documents the arguments."""
     _check(path, dtype)
-    read_images.check_batch_size(batch_size)
+    preprocess.check_batch_size(batch_size)
     chosen_devices.check(devices)
-    path = hub.local(local_files.from_home(os.fspath(path)), pretrained or "")
-    compile_cache.use()
+    path = hub.local(storage.from_home(os.fspath(path)), pretrained or "")
+    machine.use()
     place, step = storage.place(path), None
     if not storage.reach(place):
         raise FileNotFoundError(
@@ -67,7 +65,7 @@ def load(
     if dtype is not None:
         config = config.change({"model.dtype": dtype})
     if narrow and config.model.dtype == "bfloat16":
-        params = roles.narrow(params)
+        params = param_groups.narrow(params)
     kind: Any = CoCaModel if config.model.family == "coca" else TwoTowerModel
     model: CoCaModel = kind(
         config,
@@ -97,7 +95,7 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
     """Raises ValueError for an export whose configuration is of another model than its arrays:
     somebody else wrote it, or changed it."""
     given = {name: tuple(x.shape) for name, x in export_format.flatten(params).items()}
-    sigmoid = roles.sigmoid_bias(params) is not None
+    sigmoid = param_groups.sigmoid_bias(params) is not None
     if config.model.family != "coca":
         towers = two_towers.build(config.model, sigmoid=sigmoid)
         made: Any = functools.partial(two_towers.init, towers)
@@ -105,11 +103,11 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
         module = coca.build(
             config.model,
             sigmoid=sigmoid,
-            head=config.head if roles.has_task_head(params) else None,
+            head=config.head if param_groups.has_task_head(params) else None,
             num_classes=len(config.class_names),
         )
         made = functools.partial(coca.init, module)
-    shapes = jax.eval_shape(lambda: partitioning.unbox(made(jax.random.key(0))))
+    shapes = jax.eval_shape(lambda: sharding.unbox(made(jax.random.key(0))))
     wanted = {name: tuple(x.shape) for name, x in export_format.flatten(shapes).items()}
     problems = compare(given, wanted)
     if problems:
@@ -117,10 +115,10 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
 
 
 def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary, int]:
-    from coca_jax.checkpoints import checkpointing  # Orbax: only where a run is read
+    from coca_jax.checkpoints import manager  # Orbax: only where a run is read
 
-    params, config, step = checkpointing.load_step(path)
-    file = checkpointing.find_step(path)[0].parent / "vocabulary.model"
+    params, config, step = manager.load_step(path)
+    file = manager.find_step(path)[0].parent / "vocabulary.model"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is missing, the run's own vocabulary; copy it there from where the run was"
@@ -134,7 +132,13 @@ def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary, int]:
 def _read_open_clip(path: str) -> tuple[dict, StoredConfig, Vocabulary]:
     """Through the command, which says in one line what is wrong with a file."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "coca_jax.convert", f"--input={path}", f"--out={folder}"]
+        command = [
+            sys.executable,
+            "-m",
+            "coca_jax.cli.convert",
+            f"--input={path}",
+            f"--out={folder}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode < 0:  # what it said last is no reason
             raise OSError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import string
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,19 +13,20 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from coca_jax import image_shape
-from coca_jax.config import Entry
-from coca_jax.data import kinds
+from coca_jax.config import Entry, heads, shapes
+from coca_jax.data import supervision
+from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.inference import explain
-from coca_jax.inference import texts as text_arrays
+from coca_jax.inference import tokenization as text_arrays
+from coca_jax.inference.embeddings import Encoders
 from coca_jax.inference.explain import Explanation
-from coca_jax.inference.generation import continuous, loop
-from coca_jax.inference.generation.settings import Settings, own_seeds
+from coca_jax.inference.generation import continuous, generate
+from coca_jax.inference.generation.config import Settings, own_seeds
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.scores import Scores
-from coca_jax.inference.texts import Caption
-from coca_jax.models import decoding
-from coca_jax.ops.packed import Layout
+from coca_jax.inference.tokenization import Caption
+from coca_jax.models import param_groups, text_decoder, two_towers
+from coca_jax.ops.decode_layouts import Layout
 
 
 class CoCaModel(Scores):
@@ -141,7 +144,7 @@ class CoCaModel(Scores):
         with self._devices.context():
             self._begin_decoding()
             tokens = self._image_tokens(pixels, size)
-            steps = loop.stream(
+            steps = generate.stream(
                 self._spec,
                 self._decoder_weights,
                 tokens,
@@ -165,7 +168,7 @@ class CoCaModel(Scores):
         with self._devices.context():
             self._begin_decoding()
             tokens = self._image_tokens(pixels, size)
-            decoded = loop.generate(
+            decoded = generate.generate(
                 self._spec,
                 self._decoder_weights,
                 tokens,
@@ -237,8 +240,8 @@ class CoCaModel(Scores):
         _ = self._decoding
 
     @functools.cached_property
-    def _decoding(self) -> Future[tuple[decoding.Decoder, Layout]]:
-        spec = decoding.decoder(
+    def _decoding(self) -> Future[tuple[text_decoder.Decoder, Layout]]:
+        spec = text_decoder.decoder(
             self.config.model,
             num_ids=self.vocabulary.size,
             eos_id=self.vocabulary.eos_id,
@@ -246,18 +249,18 @@ class CoCaModel(Scores):
             platform=self._devices.platform,
         )
         aside = ThreadPoolExecutor(1, "decoding")
-        chosen = aside.submit(decoding.fastest, spec, self.params, self._devices.platform)
+        chosen = aside.submit(text_decoder.fastest, spec, self.params, self._devices.platform)
         aside.shutdown(wait=False)
         return chosen
 
     @property
-    def _spec(self) -> decoding.Decoder:
+    def _spec(self) -> text_decoder.Decoder:
         return self._decoding.result()[0]
 
     @functools.cached_property
     def _decoder_weights(self) -> dict:
         with self._devices.context():
-            return decoding.pack(self._spec, self.params, self._decoding.result()[1])
+            return text_decoder.pack(self._spec, self.params, self._decoding.result()[1])
 
     @text_arrays.telling_cuts()
     def answer(
@@ -272,7 +275,7 @@ class CoCaModel(Scores):
         questions = text_arrays.listed(questions)
         if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images; give one each")
-        trained_on = [kinds.of(Entry.of(one)) for one in self.config.data.sources]
+        trained_on = [supervision.of(Entry.of(one)) for one in self.config.data.sources]
         if trained_on and not any(kind.asks for kind in trained_on):  # an export does not say
             warnings.warn(
                 "no source of this model's data.sources is of kind='question': it was not trained "
@@ -314,7 +317,7 @@ class CoCaModel(Scores):
             else:
                 tokens, valid = self._tokenize([text])
                 ids.append(tokens[0, : np.flatnonzero(valid[0])[-1] + 1].tolist())
-        grid = image_shape.grid(self.image_size, self.config.model.patch_size)
+        grid = shapes.grid(self.image_size, self.config.model.patch_size)
         shape = (self.num_frames,) * bool(self.num_frames) + grid
         found: list[Explanation] = []
         for pixels in self._reader.batches(images, progress):
@@ -350,7 +353,7 @@ class CoCaModel(Scores):
         if pixels.dtype.kind in "biu":
             raise ValueError(
                 f"pixels are {pixels.dtype}: forward takes normalised floats; give "
-                "coca_jax.models.pixels.normalise_pixels(pixels, model.config.model), or call "
+                "coca_jax.models.image_encoder.normalise_pixels(pixels, model.config.model), or call "
                 "encode_image"
             )
         tokens = np.asarray(token_ids)
@@ -369,3 +372,84 @@ def _rows(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
     """What `loop.generate` takes of the rows of a batch of `size`, of which the first are real."""
     padded = np.pad(rows.astype(np.uint32), (0, size - len(rows)))
     return dict(rows=padded, active=np.arange(size) < len(rows))
+
+
+# What `coca_jax.load` returns for image and text towers without a decoder, as CLIP's.
+
+
+OF_A_DECODER = (
+    *("caption", "captions", "stream_captions", "explain", "answer", "score"),
+    *("caption_log_likelihood", "forward"),
+)
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class TwoTowerModel(Encoders):
+    """Embeddings, similarity, zero-shot and features; see `model.CoCaModel` for its arguments.
+
+    It writes no captions and scores no texts by likelihood: such methods are missing.
+    """
+
+    @property
+    def family(self) -> str:
+        """Whose towers they are, a name of config/heads.py."""
+        return self.config.model.family
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_A_DECODER:
+            raise AttributeError(
+                f"{name}: a model of the family {self.family!r} has no decoder and writes no texts"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _module(self, params: dict) -> two_towers.TwoTowers:
+        sigmoid = param_groups.sigmoid_bias(params) is not None
+        platform = self._devices.platform
+        return two_towers.build(self.config.model, sigmoid=sigmoid, platform=platform)
+
+    def _tokenize(
+        self, texts: Sequence[str], labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A tower that sees all of a text reads its padding too, so texts are padded to the whole
+        length; where they have no end symbol, padding is in its place."""
+        model, words, kind = self.config.model, self.vocabulary, heads.tower_kind(self.family)
+        if model.mend_texts:
+            texts = [clip_bpe.mend(text) for text in texts]
+        if kind.causal:
+            return text_arrays.tokenize(words, texts, self.max_len)
+        if kind.cleaned:
+            texts = [canonical(t) if model.clean == "canonical" else t.lower() for t in texts]
+        begin = [words.bos_id] if kind.begins else []
+        end = [words.eos_id] if kind.ends else []
+        pad = words.pad_id if model.pad_id < 0 else model.pad_id
+        tokens = np.full((len(texts), self.max_len), pad, np.int32)
+        lengths = np.zeros(len(texts), np.int64)
+        room, cut = self.max_len - len(begin) - 1, []
+        for row, ids in enumerate(words.encode_many(texts)):
+            whole = [*begin, *ids[:room], *end]
+            tokens[row, : len(whole)] = whole
+            lengths[row] = len(whole)
+            cut.append(len(ids) > room)
+        text_arrays.note_cuts(cut, self.max_len)
+        return tokens, np.arange(self.max_len)[None] < lengths[:, None]
+
+    def _trimmed(self, tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All of it where the tower sees the padding too."""
+        causal = heads.tower_kind(self.family).causal
+        return super()._trimmed(tokens, valid) if causal else (tokens, valid)
+
+
+def refuse(model: Encoders, checkpoint: str) -> None:
+    """Raises ValueError for a model without a decoder, where captions are to be written;
+    checkpoint: the flag's value."""
+    if not model.writes_captions:
+        raise ValueError(
+            f"--checkpoint={checkpoint}: a model of the family {model.config.model.family!r} has "
+            "no decoder; it writes no captions"
+        )
+
+
+def canonical(text: str) -> str:
+    """A text in lower case, without ASCII punctuation and with single spaces."""
+    plain = text.replace("_", " ").translate(_PUNCTUATION).lower()
+    return re.sub(r"\s+", " ", plain).strip()

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import partitioning
 from coca_jax.config import Model
 from coca_jax.inference.devices import WHOLE, Devices
-from coca_jax.models import coca, native
-from coca_jax.models.pixels import normalise_pixels
-from coca_jax.ops.captioning import caption_targets
+from coca_jax.models import coca, image_encoder
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.ops.captioning_loss import caption_targets
+from coca_jax.parallel import sharding
 
 _BITS: dict[int, Any] = {2: np.uint16, 4: np.uint32}  # by bytes of a number
 
@@ -65,7 +65,7 @@ class Programs:
         def run(params: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self._apply(params, self._normalise(image), method="encode_image")
 
-        return self._devices.jit(run, (WHOLE, partitioning.spec("batch")))
+        return self._devices.jit(run, (WHOLE, sharding.spec("batch")))
 
     @functools.cached_property
     def encode_text(self) -> Callable:
@@ -82,7 +82,9 @@ class Programs:
 
         def mean(module: coca.CoCa, pixels: jax.Array) -> jax.Array:
             tokens = coca.all_tokens(module.encode_pixels(pixels)).astype(jnp.float32)
-            return native.mean_token(tokens, native.valid_tokens(pixels, tokens.shape[1]))
+            return image_encoder.mean_token(
+                tokens, image_encoder.valid_tokens(pixels, tokens.shape[1])
+            )
 
         def run(params: dict, image: jax.Array) -> jax.Array:
             return self._apply(params, self._normalise(image), method=mean)

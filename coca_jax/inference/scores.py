@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.inference import texts as text_arrays
+from coca_jax.inference import tokenization as text_arrays
 from coca_jax.inference.devices import pad
-from coca_jax.inference.encoders import Encoders, joined
+from coca_jax.inference.embeddings import Encoders, joined
 
 
 class Scores(Encoders):

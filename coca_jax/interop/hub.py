@@ -13,11 +13,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from coca_jax import export_format, extras
-from coca_jax.data import bounded_json
 from coca_jax.data.vocabulary import clip_bpe
-from coca_jax.interop import open_clip_config, towers_config
+from coca_jax.interop import export_format, open_clip_config, towers_config
 from coca_jax.interop.pretrained import PRETRAINED
+from coca_jax.runtime import bounded_json, extras
 
 PREFIX = "hf-hub:"  # as open_clip names what is on the hub
 _SMALL = [

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from coca_jax.interop.open_clip_keys import (
+from coca_jax.interop.open_clip_config import (
     is_number,
     short,
     text_cleaning,

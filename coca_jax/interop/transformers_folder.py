@@ -14,12 +14,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import export_format, image_shape
-from coca_jax.config import BLOCK, Model, StoredConfig, checks
+from coca_jax.config import BLOCK, Model, StoredConfig, checks, shapes
 from coca_jax.data.vocabulary import ClipBpe, SentencePiece, Vocabulary
-from coca_jax.files import storage
-from coca_jax.interop import safetensors_file
-from coca_jax.models import layers, roles, stem
+from coca_jax.interop import export_format, safetensors
+from coca_jax.models import image_encoder, layers, param_groups
+from coca_jax.runtime import storage
 
 CODE, CARD, WEIGHTS = "modeling_coca.py", "README.md", export_format.HUB_PARAMS
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # --dtype: as safetensors calls it
@@ -63,15 +62,15 @@ def write(
     Raises ValueError as `check`, and for weights that are NaN or infinite.
     """
     check(config)
-    params = roles.without_training_aids(params)
+    params = param_groups.without_training_aids(params)
     found = dict(tensors(params, config.model))
-    rounded = safetensors_file.DTYPES[DTYPES[dtype]]
+    rounded = safetensors.DTYPES[DTYPES[dtype]]
     found = {path: np.asarray(array, rounded) for path, array in found.items()}
     export_format.refuse_other(out, found, WEIGHTS)
     settings = configuration(params, config, vocabulary, dtype)
     with storage.atomic_folder(out, last=export_format.CONFIG) as folder:
         blocks = {path: export_format.blocks(path, array) for path, array in found.items()}
-        safetensors_file.write(os.path.join(folder, WEIGHTS), blocks, dtype=DTYPES[dtype])
+        safetensors.write(os.path.join(folder, WEIGHTS), blocks, dtype=DTYPES[dtype])
         vocabulary.save(os.path.join(folder, settings["tokenizer"]["file"]))
         storage.remove(os.path.join(folder, CODE))
         shutil.copyfile(pathlib.Path(__file__).with_name(CODE), os.path.join(folder, CODE))
@@ -109,12 +108,12 @@ def configuration(
         },
         torch_dtype=dtype,
         model=dict(
-            image_size=list(image_shape.pair(model.image_size)),
-            patch_size=list(image_shape.pair(model.patch_size)),
+            image_size=list(shapes.pair(model.image_size)),
+            patch_size=list(shapes.pair(model.patch_size)),
             embed_dim=model.embed_dim,
             image_mean=list(model.image_mean),
             image_std=list(model.image_std),
-            logit_bias=roles.sigmoid_bias(params) is not None,
+            logit_bias=param_groups.sigmoid_bias(params) is not None,
             image=image,
             text=text,
             pooler=pooler,
@@ -126,7 +125,7 @@ def configuration(
         ),
         tokenizer=tokenizer_settings(vocabulary),
     )
-    if roles.has_task_head(params):
+    if param_groups.has_task_head(params):
         width, heads = checks.head_sizes(config.head, model)
         settings["head"] = dict(
             kind=config.head.kind,
@@ -172,7 +171,7 @@ def _tensor(names: list[str], array: np.ndarray, model: Model) -> tuple[str, np.
     *modules, leaf = names
     if modules == ["image_encoder", "patch_embedding"] and leaf == "kernel":
         # [row, column, channel] of a patch, flat, or the stem's channels.
-        sizes = (1, 1) if model.image.conv_widths else image_shape.pair(model.patch_size)
+        sizes = (1, 1) if model.image.conv_widths else shapes.pair(model.patch_size)
         array = array.reshape(*sizes, -1, array.shape[-1]).transpose(3, 2, 0, 1)
     elif leaf == "kernel":
         outputs = 2 if modules[-1] in layers.BY_HEAD else 1  # heads and their width
@@ -205,7 +204,7 @@ def _stem(params: dict, depths: tuple[int, ...]) -> Iterator[tuple[str, np.ndarr
             convolutions[f"blocks.{stage}.{number}.0"] = block["in"]
             convolutions[f"blocks.{stage}.{number}.1"] = block["out"]
     for name, part in convolutions.items():
-        kernel = stem.standardized(jnp.asarray(part["kernel"]), jnp.asarray(part["gain"]))
+        kernel = image_encoder.standardized(jnp.asarray(part["kernel"]), jnp.asarray(part["gain"]))
         yield f"image_encoder.stem.{name}.weight", np.asarray(kernel).transpose(3, 2, 0, 1)
         yield f"image_encoder.stem.{name}.bias", np.asarray(part["bias"], np.float32)
 

@@ -6,9 +6,8 @@ import os
 
 import numpy as np
 
-from coca_jax import export_format
-from coca_jax.files import storage
-from coca_jax.interop import open_clip_config, safetensors_file, torch_file, towers_config
+from coca_jax.interop import export_format, open_clip_config, safetensors, torch_file, towers_config
+from coca_jax.runtime import storage
 
 FOREIGN = (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES)
 _INDEX = ".index.json"  # behind the name of a file that lies there in shards
@@ -92,7 +91,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     """
     _refuse_others(path)
     is_safetensors = _is_safetensors(path)
-    tensors = safetensors_file.read(path) if is_safetensors else torch_file.read(path)
+    tensors = safetensors.read(path) if is_safetensors else torch_file.read(path)
     names = torch_file.strip_prefixes(tensors)
     return {names[name]: tensor for name, tensor in tensors.items()}
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.models.layers import RECORDED, Attention, BlockOptions, LayerScale, Mlp, Norm
-from coca_jax.ops import packed
-from coca_jax.partitioning import constrain
+from coca_jax.ops import decode_layouts
+from coca_jax.parallel.sharding import constrain
 
 STACKED = "layers"  # the name above parameters whose first axis runs over layers
 
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     [B, N, M], which slots each row may look at, its own included.
     """
 
-    cache: packed.Cache
+    cache: decode_layouts.Cache
     slot: jax.Array | int
     mask: jax.Array
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     One description for training, prefill and cached decoding: with a `Step` in place of the mask,
     self-attention reads and writes a cache. Decoding may give packed weights for some parts, as the
-    variables 'packed' (see ops/packed.py); those parts then run as one piece each.
+    variables 'packed' (see ops/decode_layouts.py); those parts then run as one piece each.
 
     cross: None, 'paper' (self-attention, cross-attention, one MLP: the layout that reproduces the
     paper's parameter counts) or 'open_clip' (a full block, then cross-attention over normalised
@@ -87,7 +87,7 @@ class Block(nn.Module):
         mask: jax.Array | Step | None,
         context: Any,
         rotation: jax.Array | None = None,
-    ) -> tuple[jax.Array, packed.Cache | None]:
+    ) -> tuple[jax.Array, decode_layouts.Cache | None]:
         """x [B, N, D] -> the same, and the cache that a Step brought, written to.
 
         mask: bool, broadcastable to [B, 1, N, N], of self-attention, or None; a Step in decoding.
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
     def attend_to_text(
         self, x: jax.Array, mask: jax.Array | Step | None, rotation: jax.Array | None
-    ) -> tuple[jax.Array, packed.Cache | None]:
+    ) -> tuple[jax.Array, decode_layouts.Cache | None]:
         """The residual part of self-attention."""
         if not isinstance(mask, Step):
             normal = self.attention_norm(x)
@@ -121,9 +121,9 @@ class Block(nn.Module):
             return self._add(x, out, "attention"), None
         weights = self._packed("attention")
         if weights is not None:
-            return packed.self_attention(x, weights, mask.mask, mask.slot, mask.cache)
+            return decode_layouts.self_attention(x, weights, mask.mask, mask.slot, mask.cache)
         normal = self.attention_norm(x)
-        cache = packed.write(mask.cache, *self.attention.cache(normal, rotation), mask.slot)
+        cache = decode_layouts.write(mask.cache, *self.attention.cache(normal, rotation), mask.slot)
         out = self.attention.attend_cached(normal, cache, mask.mask, rotation)
         return self._add(x, out, "attention"), cache
 
@@ -131,9 +131,9 @@ class Block(nn.Module):
         """The residual part of cross-attention."""
         weights = self._packed("cross_attention")
         if weights is not None:
-            return packed.cross_attention(x, weights, context)
+            return decode_layouts.cross_attention(x, weights, context)
         normal = self.cross_norm(x)
-        if isinstance(context, packed.Cache):
+        if isinstance(context, decode_layouts.Cache):
             out = self.cross_attention.attend_cached(normal, context)
             return self._add(x, out, "cross_attention")
         if self.cross == "open_clip":
@@ -144,15 +144,15 @@ class Block(nn.Module):
         """The residual part of an MLP: 'mlp' or 'cross_mlp'."""
         weights = self._packed(part)
         if weights is not None:
-            return packed.mlp(x, weights, self.options.activation)
+            return decode_layouts.mlp(x, weights, self.options.activation)
         mlp, norm = getattr(self, part), getattr(self, f"{part}_norm")
         return self._add(x, mlp(norm(x)), part)
 
-    def image_cache(self, tokens: jax.Array) -> packed.Cache:
+    def image_cache(self, tokens: jax.Array) -> decode_layouts.Cache:
         """What cross-attention reads of image tokens [B, Q, D], for a whole caption."""
         weights = self._packed("cross_attention")
         if weights is not None:
-            return packed.image_cache(weights, tokens, self.num_heads, self.options.dtype)
+            return decode_layouts.image_cache(weights, tokens, self.num_heads, self.options.dtype)
         if self.cross == "open_clip":
             tokens = self.context_norm(tokens)
         return self.cross_attention.cache(tokens.astype(self.options.dtype))

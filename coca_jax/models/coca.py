@@ -7,20 +7,66 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax import image_shape, text_ends
 from coca_jax import ops as operations
-from coca_jax.config import Head, Loss, Model, checks
-from coca_jax.models import draws, heads, layers, native, native_layout, pooler_kinds
+from coca_jax.config import Head, Loss, Model, checks, heads, shapes
+from coca_jax.models import image_encoder, initializers, layers, poolers
 from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
-from coca_jax.models.outputs import Outputs
-from coca_jax.models.part import Part
-from coca_jax.models.pooler import AttentionalPooler
+from coca_jax.models.layers import Part
+from coca_jax.models.poolers import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
 from coca_jax.ops.reference import wide
+
+# What one forward pass of the model gives.
+
+
+# Fields of Outputs that belong to the model: all rows share them.
+SHARED = ("kernel", "bias", "scale", "logit_bias", "bag_kernel")
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What one forward pass gives.
+
+    image_embedding, text_embedding: float32 [B, E], L2-normalised. image_tokens: [B, Q, D], what
+    the decoder attends to. states: [B, L, D], the decoder's output before the softmax layer.
+    kernel [D, V], bias [V] or None: the softmax layer. scale: float32, exp of the learned log
+    inverse temperature. logit_bias: float32, or None without the sigmoid loss. class_logits:
+    float32 [B, C] of the task head, or None without one. pooled: [B, W], the mean of the encoder's
+    tokens, and bag_kernel: float32 [W, V], where a bag of tokens is learned; else None.
+    predicted_tokens: [B, N, W], of patches some of which are hidden, and hidden: bool [B, N],
+    which; None unless hidden patches are learned, and in training.
+    """
+
+    image_embedding: jax.Array
+    text_embedding: jax.Array
+    image_tokens: jax.Array
+    states: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
+    scale: jax.Array
+    logit_bias: jax.Array | None
+    class_logits: jax.Array | None
+    pooled: jax.Array | None = None
+    bag_kernel: jax.Array | None = None
+    predicted_tokens: jax.Array | None = None
+    hidden: jax.Array | None = None
+
+    @property
+    def logits(self) -> jax.Array:
+        """float32 [B, L, V]; position t predicts token t + 1."""
+        logits = jnp.einsum(
+            "bld,dv->blv",
+            self.states,
+            self.kernel.astype(self.states.dtype),
+            preferred_element_type=wide(self.states.dtype),
+        )
+        return logits if self.bias is None else logits + self.bias
+
 
 # Beside the two towers, whose modules have their own; see roles.Role. The projections to the joint
 # space and the similarity's numbers are computed in float32.
@@ -43,7 +89,7 @@ class CoCa(nn.Module):
 
     encoder: ImageEncoder
     decoder: TextDecoder
-    pooler_kind: pooler_kinds.PoolerKind
+    pooler_kind: heads.PoolerKind
     num_queries: int
     pooler_heads: int
     embed_dim: int
@@ -54,7 +100,7 @@ class CoCa(nn.Module):
     bag_of_tokens: bool = False
     hidden_share: float = 0.0
     token_dropout: float = 0.0
-    task_head: heads.TaskHead | None = None
+    task_head: poolers.TaskHead | None = None
     options: layers.BlockOptions = layers.BlockOptions()
     pooler_options: layers.BlockOptions = layers.BlockOptions()
 
@@ -117,11 +163,11 @@ class CoCa(nn.Module):
         Images of any shape: packed, [B, N, P * P * 3 + 4], see native.py.
         """
         encoded = self.encode_pixels(pixels, deterministic=deterministic)
-        return self.pool(encoded, native.valid_tokens(pixels, encoded.shape[1]))
+        return self.pool(encoded, image_encoder.valid_tokens(pixels, encoded.shape[1]))
 
     def encode_pixels(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """pixels [B, S, S, 3] -> tokens [B, N, W]; clips [B, T, S, S, 3] -> [B, T, N, W]."""
-        if pixels.ndim == 4 or native_layout.is_packed(pixels.shape):
+        if pixels.ndim == 4 or shapes.is_packed(pixels.shape):
             return self.image_encoder(pixels, deterministic=deterministic)
         frames = pixels.reshape((-1,) + pixels.shape[2:])
         encoded = self.image_encoder(frames, deterministic=deterministic)
@@ -190,7 +236,7 @@ class CoCa(nn.Module):
         if kind.images > 1 and pixels is not None:  # all images of an example become rows
             pixels = pixels.reshape((-1,) + pixels.shape[2:])
         encoded = self._encoded(pixels, encoded, deterministic)
-        seen = native.valid_tokens(pixels, encoded.shape[1])
+        seen = image_encoder.valid_tokens(pixels, encoded.shape[1])
         if not kind.reads_text:
             return self.head(all_tokens(encoded), seen)
         if kind.images > 1:  # each with the text
@@ -228,7 +274,7 @@ class CoCa(nn.Module):
         [B, T, N, W], in place of pixels.
         """
         encoded = self._encoded(pixels, encoded, deterministic)
-        there = native.valid_tokens(pixels, encoded.shape[1])
+        there = image_encoder.valid_tokens(pixels, encoded.shape[1])
         image_embedding, image_tokens = self.pool(encoded, there)
         seen = image_tokens
         if self.token_dropout and not deterministic:
@@ -238,7 +284,7 @@ class CoCa(nn.Module):
         class_logits = None
         if self.task_head is not None and self.task_head.kind.shares_pass:
             if self.task_head.kind.reads_text:
-                length = text_ends.lengths(text_valid) if prompt_len is None else prompt_len
+                length = shapes.lengths(text_valid) if prompt_len is None else prompt_len
                 class_logits = self.head(states, jnp.arange(tokens.shape[1]) < length[:, None])
             else:
                 class_logits = self.head(all_tokens(encoded), there)
@@ -261,7 +307,9 @@ class CoCa(nn.Module):
             scale=scale,
             logit_bias=logit_bias,
             class_logits=class_logits,
-            pooled=native.mean_token(all_tokens(encoded), there) if self.bag_of_tokens else None,
+            pooled=image_encoder.mean_token(all_tokens(encoded), there)
+            if self.bag_of_tokens
+            else None,
             bag_kernel=self.bag_head() if self.bag_of_tokens else None,
             predicted_tokens=predicted,
             hidden=hidden,
@@ -274,9 +322,7 @@ class CoCa(nn.Module):
 
     def predict_hidden(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(tokens predicted of images with hidden patches, [B, N, W]; bool [B, N], which)."""
-        rows, columns = image_shape.grid(
-            (pixels.shape[1], pixels.shape[2]), self.encoder.patch_size
-        )
+        rows, columns = shapes.grid((pixels.shape[1], pixels.shape[2]), self.encoder.patch_size)
         shape = (pixels.shape[0], rows * columns)
         count = max(1, round(self.hidden_share * rows * columns))
         hidden = jnp.zeros(shape, bool)
@@ -342,7 +388,7 @@ def build(
             **image,
         ),
         decoder=TextDecoder(**text),
-        pooler_kind=pooler_kinds.of(model.pooler.kind),
+        pooler_kind=heads.pooler_kind(model.pooler.kind),
         num_queries=model.pooler.num_queries,
         pooler_heads=model.pooler.num_heads,
         query_std=model.pooler.query_std,
@@ -353,7 +399,7 @@ def build(
         bag_of_tokens=loss.bag_weight > 0,
         hidden_share=loss.hidden_share if loss.hidden_weight else 0.0,
         token_dropout=model.pooler.token_dropout,
-        task_head=heads.build(head, model, num_classes, ops) if head and head.kind else None,
+        task_head=poolers.build(head, model, num_classes, ops) if head and head.kind else None,
         options=options(),
         pooler_options=options(model.pooler.block),
     )
@@ -366,13 +412,13 @@ def init(model: CoCa, rng: jax.Array) -> dict:
 
 @functools.lru_cache(maxsize=4)  # a start asks twice, of shapes and of numbers
 def _draw(model: CoCa) -> Callable[[jax.Array], dict]:
-    return draws.together(functools.partial(init_alone, model))
+    return initializers.together(functools.partial(init_alone, model))
 
 
 def init_alone(model: CoCa, rng: jax.Array) -> dict:
     """`init` as Flax does it, each parameter by itself: the reference of draws.together."""
     encoder, decoder = model.encoder, model.decoder
-    pixels = jnp.zeros((1, *image_shape.pair(encoder.image_size), 3), jnp.float32)
+    pixels = jnp.zeros((1, *shapes.pair(encoder.image_size), 3), jnp.float32)
     tokens = jnp.zeros((1, decoder.max_len), jnp.int32)
     inputs = (pixels, tokens, jnp.ones(tokens.shape, bool))
     if model.task_head is None or model.task_head.kind.shares_pass:
@@ -381,6 +427,6 @@ def init_alone(model: CoCa, rng: jax.Array) -> dict:
 
     def both(module: CoCa, pixels: jax.Array, tokens: jax.Array, valid: jax.Array) -> None:
         module(pixels, tokens, valid)
-        module.classify(jnp.stack([pixels] * images, 1), tokens, text_ends.lengths(valid))
+        module.classify(jnp.stack([pixels] * images, 1), tokens, shapes.lengths(valid))
 
     return model.init(rng, *inputs, method=both)["params"]

@@ -7,16 +7,200 @@ image encoder.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax import image_shape
-from coca_jax.image_shape import Size
-from coca_jax.models import block, layers, native, native_layout, rotary
-from coca_jax.models.part import BOTTOM, STACK, Part
-from coca_jax.models.stem import ConvStem
-from coca_jax.partitioning import constrain
+from coca_jax.config import Model, shapes
+from coca_jax.config.shapes import PLACE, Size, is_packed
+from coca_jax.models import block, initializers, layers
+from coca_jax.models.layers import BOTTOM, STACK, Part, parameter
+from coca_jax.ops.reference import Before, Reference
+from coca_jax.parallel.sharding import constrain
+
+# A small ConvNet in place of patches: the early convolutions with which transformers learn from
+# little data (Xiao et al. 2021).
+
+
+class Convolution(nn.Module):
+    """3 x 3 convolution of [B, H, W, C] with zero padding, gain and bias; stride 1 or 2.
+
+    The kernel is standardised: zero mean and unit norm over its inputs for each output, times a
+    learned gain (Qiao et al. 2019). What goes in with unit variance comes out with about the gain's
+    square, so no norm of the activations is needed, which costs a pass over them.
+
+    before: what the input goes through first.
+    """
+
+    features: int
+    stride: int = 1
+    gain: float = 1.0
+    before: Before | None = None
+    dtype: Any = jnp.float32
+    ops: Reference = Reference()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        shape = (3, 3, channels, self.features)
+        axes = ("kernel_row", "kernel_column", "channel", "embed")
+        init = initializers.truncated_normal((9 * channels) ** -0.5)
+        kernel = parameter(self, "kernel", init, shape, *axes)
+        gain = parameter(self, "gain", nn.initializers.constant(self.gain), shape[3:], "norm")
+        bias = parameter(self, "bias", nn.initializers.zeros, shape[3:], "norm")
+        kernel = standardized(kernel, gain)
+        return self.ops.convolve(x, kernel, bias, self.stride, self.dtype, self.before)
+
+
+def standardized(kernel: jax.Array, gain: jax.Array) -> jax.Array:
+    """The kernel [3, 3, C, F] that is applied: zero mean and norm `gain` [F] over its inputs."""
+    kernel = kernel - kernel.mean((0, 1, 2))
+    return kernel * (gain * jax.lax.rsqrt(jnp.square(kernel).sum((0, 1, 2)) + 1e-6))
+
+
+RESIDUAL_GAIN = 0.5  # of a convolutional block's second kernel
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3 x 3 convolutions without norms (Brock et al. 2021).
+
+    variance: of x at initialisation; that of the result is variance + RESIDUAL_GAIN^2. The input is
+    scaled to unit variance before each convolution's activation.
+    """
+
+    variance: float
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+    ops: Reference = Reference()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        shared = dict(dtype=self.dtype, ops=self.ops)
+        before = unit_activation(self.activation, self.variance)
+        y = Convolution(width, before=before, name="in", **shared)(x)
+        before = unit_activation(self.activation, 1.0)
+        y = Convolution(width, gain=RESIDUAL_GAIN, before=before, name="out", **shared)(y)
+        return x + y.astype(x.dtype)
+
+
+# One over the standard deviation of the activation of a standard normal number.
+ACTIVATION_GAIN = {
+    "gelu": 1.7012,
+    "gelu_exact": 1.7012,
+    "relu": 1.7131,
+    "quick_gelu": 1.7096,
+    "silu": 1.7881,
+}
+
+
+def unit_activation(activation: str, variance: float) -> Before:
+    """The activation of what has a given variance, scaled to unit variance about its mean."""
+    return Before(activation, variance**-0.5, ACTIVATION_GAIN[activation])
+
+
+class ConvStem(nn.Module):
+    """pixels [B, S, S, 3] -> features [B, S / 2^stages, S / 2^stages, C].
+
+    Kernels are standardised instead of activations normalised: on few images it learns faster than
+    with layer norms, and costs less.
+    """
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    activation: str
+    dtype: Any
+    ops: Reference = Reference()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        variance = 1.0
+        for stage, (width, depth) in enumerate(zip(self.widths, self.depths)):
+            before = unit_activation(self.activation, variance) if stage else None
+            x = Convolution(
+                width, stride=2, before=before, dtype=self.dtype, ops=self.ops, name=f"down{stage}"
+            )(x)
+            variance = 1.0
+            for index in range(depth):
+                name = f"block{stage}_{index}"
+                x = ConvBlock(variance, self.activation, self.dtype, self.ops, name=name)(x)
+                variance += RESIDUAL_GAIN**2
+        return unit_activation(self.activation, variance)(x)
+
+
+# Images of any shape as rows of patches (NaViT, Dehghani et al. 2023; NaFlex of SigLIP 2).
+#
+# An image is [N, P * P * 3 + 4]: a row of numbers a patch, flattened (row, column, channel), behind
+# which stand the patch's row and column and how many rows and columns of patches its image has. Rows
+# of patches that there are not, up to the budget N, are all zeros: they have 0 rows. One array so
+# holds pixels, places and the mask, and goes wherever square images [S, S, 3] do.
+#
+# Shape letters: B batch, N patches, P their side, G side of the model's own grid, D width.
+
+
+class Patches(NamedTuple):
+    """pixels: [B, N, P * P * 3]. row, column: of the patch, rows, columns: of its image, float32
+    [B, N]. valid: bool [B, N], whether there is such a patch."""
+
+    pixels: jax.Array
+    row: jax.Array
+    column: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+    valid: jax.Array
+
+
+def read(packed: jax.Array) -> Patches:
+    """What stands in packed images [B, N, P * P * 3 + 4]."""
+    pixels, place = packed[..., :-PLACE], packed[..., -PLACE:].astype(jnp.float32)
+    row, column, rows, columns = (place[..., i] for i in range(PLACE))
+    return Patches(pixels, row, column, rows, columns, rows > 0)
+
+
+def valid_tokens(pixels: jax.Array | None, count: int) -> jax.Array | None:
+    """Which of the `count` tokens of packed images [B, N, ...] are of patches that there are, or
+    stand before the patches: bool [B, count]. None for square images, of which all are, and where
+    there are none."""
+    if pixels is None or not is_packed(pixels.shape):
+        return None
+    before = count - pixels.shape[1]
+    return jnp.pad(read(pixels).valid, ((0, 0), (before, 0)), constant_values=True)
+
+
+def mean_token(tokens: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The mean of tokens [B, N, W] that are valid, bool [B, N], None being all: [B, W]."""
+    if valid is None:
+        return tokens.mean(1)
+    weights = valid.astype(tokens.dtype)[:, :, None]
+    return (tokens * weights).sum(1) / weights.sum(1)
+
+
+def table_at(table: jax.Array, patches: Patches) -> jax.Array:
+    """Positions [B, N, D] of patches from a table [G * G, D], which lies over the whole image
+    whatever its shape: linear between its rows and columns, as they are for G x G patches."""
+    side = round(len(table) ** 0.5)
+
+    def weights(place: jax.Array, count: jax.Array) -> jax.Array:
+        at = (place + 0.5) * (side / jnp.maximum(count, 1)) - 0.5
+        at = jnp.clip(at, 0, side - 1)[..., None]
+        return jnp.maximum(0, 1 - jnp.abs(at - jnp.arange(side)))  # [B, N, G]
+
+    down = weights(patches.row, patches.rows)
+    across = weights(patches.column, patches.columns)
+    both = (down[..., :, None] * across[..., None, :]).reshape(*down.shape[:2], side * side)
+    return jnp.einsum("bng,gd->bnd", both, table, precision=jax.lax.Precision.HIGHEST)
+
+
+def places_of(patches: Patches, side: int) -> jax.Array:
+    """Places [B, N, 2] of patches for rotary positions, as rotary.grid has them of squares: a step
+    is as long down as across, an image has the area of `side` x `side` and the same middle."""
+    step = side / jnp.sqrt(jnp.maximum(patches.rows * patches.columns, 1))
+    middle = side / 2 - 0.5
+    pairs = ((patches.row, patches.rows), (patches.column, patches.columns))
+    return jnp.stack([(at + 0.5 - count / 2) * step + middle for at, count in pairs], -1)
+
 
 # See roles.Role.
 PARTS = dict(
@@ -78,7 +262,7 @@ class ImageEncoder(nn.Module):
     ) -> jax.Array:
         """masked: bool [B, N], patches in whose place a learned token stands, or None."""
         options = self.options
-        patches = native.read(pixels) if native_layout.is_packed(pixels.shape) else None
+        patches = read(pixels) if shapes.is_packed(pixels.shape) else None
         if patches is not None:
             self._check_packed(pixels, masked)
         else:
@@ -92,7 +276,7 @@ class ImageEncoder(nn.Module):
         if options.learned:
             table = self._table(size)
             own = table[classes:]
-            x = x + (own if patches is None else native.table_at(own, patches)).astype(x.dtype)
+            x = x + (own if patches is None else table_at(own, patches)).astype(x.dtype)
             first = None if first is None else first.astype(x.dtype) + table[0].astype(x.dtype)
         rotation = self._rotation(size, patches) if options.rotary else None
         if self.patch_dropout and not deterministic:
@@ -107,9 +291,9 @@ class ImageEncoder(nn.Module):
             added = [jnp.broadcast_to(t, (x.shape[0], *t.shape)) for t in before]
             x = jnp.concatenate([*added, x], axis=1)
             if rotation is not None:
-                still = rotary.unturned(len(rotation), classes + self.registers, rotation.shape[-1])
+                still = layers.unturned(len(rotation), classes + self.registers, rotation.shape[-1])
                 rotation = jnp.concatenate([still, rotation], axis=1)
-        valid = native.valid_tokens(pixels, x.shape[1])
+        valid = valid_tokens(pixels, x.shape[1])
         mask = None if valid is None else valid[:, None, None, :]
         x = constrain(x, "batch", "length", "act_embed")
         if self.pre_norm:
@@ -131,26 +315,26 @@ class ImageEncoder(nn.Module):
     def _check_pixels(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for pixels that are no images of the model's size, or of another of
         its proportions."""
-        own = image_shape.pair(self.image_size)
+        own = shapes.pair(self.image_size)
         if shape[1:] == (*own, 3):
             return
         if (
             len(shape) == 4
             and shape[-1] == 3
-            and image_shape.divides(self.patch_size, (shape[1], shape[2]))
+            and shapes.divides(self.patch_size, (shape[1], shape[2]))
         ):
             if own[0] != own[1] or shape[1] == shape[2]:
                 return
         kind = "square RGB images with a side" if own[0] == own[1] else "RGB images with sides"
         raise ValueError(
             f"pixels have shape {shape}; the model takes {kind} that is a multiple of "
-            f"{image_shape.words(self.patch_size)}, best {image_shape.words(self.image_size)}: "
+            f"{shapes.words(self.patch_size)}, best {shapes.words(self.image_size)}: "
             "resize them"
         )
 
     def _check_packed(self, pixels: jax.Array, masked: jax.Array | None) -> None:
         """Raises ValueError for what does not go with images of any shape."""
-        width = native_layout.width(self._square_patch())
+        width = shapes.width(self._square_patch())
         if pixels.ndim != 3 or pixels.shape[-1] != width:
             raise ValueError(
                 f"pixels have shape {pixels.shape}; the model takes square RGB images [B, S, S, 3] "
@@ -197,14 +381,14 @@ class ImageEncoder(nn.Module):
 
     def _table(self, size: Size) -> jax.Array:
         """The learned positions of images of a size, [class token + N, D], float32."""
-        own, classes = image_shape.grid(self.image_size, self.patch_size), int(self.class_token)
+        own, classes = shapes.grid(self.image_size, self.patch_size), int(self.class_token)
         positions = layers.Table(
             (own[0] * own[1] + classes, self.width),
             axes=("position", "embed"),
             initializer=layers.grid_waves(classes, own),
             name="positions",
         )()
-        grid = image_shape.grid(size, self.patch_size)
+        grid = shapes.grid(size, self.patch_size)
         if grid == own:
             return positions
         # A stage of a size curriculum: the same places, resampled.
@@ -212,23 +396,23 @@ class ImageEncoder(nn.Module):
         patches = jax.image.resize(patches, (*grid, self.width), "linear").reshape(-1, self.width)
         return jnp.concatenate([positions[:classes], patches])
 
-    def _rotation(self, size: Size, patches: native.Patches | None) -> jax.Array:
+    def _rotation(self, size: Size, patches: Patches | None) -> jax.Array:
         """The rotation of the patches of images of a size, [1, N, K], or of any, [B, N, K]."""
-        own = image_shape.grid(self.image_size, self.patch_size)
+        own = shapes.grid(self.image_size, self.patch_size)
         if patches is None:
-            places = rotary.grid(image_shape.grid(size, self.patch_size), own)[None]
+            places = layers.grid(shapes.grid(size, self.patch_size), own)[None]
         else:
-            places = native.places_of(patches, own[0])
+            places = places_of(patches, own[0])
         places = places + self.rope_start
-        return rotary.of_places(places, self.width // self.num_heads, self.rope_theta)
+        return layers.of_places(places, self.width // self.num_heads, self.rope_theta)
 
 
 def patchify(pixels: jax.Array, patch_size: Size) -> jax.Array:
     """[B, S, T, 3] -> [B, N, P * Q * 3] of patches P x Q, row by row; a patch is flattened (row,
     column, channel). What is no whole patch at the right and lower edge is left out."""
     batch, height, width, channels = pixels.shape
-    high, wide = image_shape.pair(patch_size)
-    rows, columns = image_shape.grid((height, width), patch_size)
+    high, wide = shapes.pair(patch_size)
+    rows, columns = shapes.grid((height, width), patch_size)
     if (rows * high, columns * wide) != (height, width):
         pixels = pixels[:, : rows * high, : columns * wide]
     x = pixels.reshape(batch, rows, high, columns, wide, channels)
@@ -251,3 +435,29 @@ def take_tokens(x: jax.Array, places: jax.Array) -> jax.Array:
     """The tokens of x [B or 1, N, D] at places [B, M] -> [B, M, D]."""
     x = jnp.broadcast_to(x, (len(places), *x.shape[1:]))
     return jnp.take_along_axis(x, places[:, :, None], axis=1)
+
+
+# Pixels of a batch as the model takes them.
+
+
+def normalise_pixels(image: jax.Array, model: Model) -> jax.Array:
+    """[..., S, S, 3] in 0 to 255 -> float32, (x / 255 - mean) / std with the model's constants.
+
+    Of packed images [..., N, P * P * 3 + 4] (native.py) the places stay as they are."""
+    if is_packed(image.shape):
+        patches = image[..., :-PLACE].reshape(*image.shape[:-1], -1, 3)
+        normal = normalise_pixels(patches, model).reshape(*image.shape[:-1], -1)
+        return jnp.concatenate([normal, image[..., -PLACE:].astype(jnp.float32)], -1)
+    mean = jnp.asarray(model.image_mean, jnp.float32) * 255
+    std = jnp.asarray(model.image_std, jnp.float32) * 255
+    return (image.astype(jnp.float32) - mean) / std
+
+
+def shrink(image: jax.Array, size: Size) -> jax.Array:
+    """[..., S, T, 3] -> [..., height, width, 3] of `size`, averaging pixels; as it is where they
+    have that size, and where images are packed."""
+    height, width = shapes.pair(size)
+    if is_packed(image.shape) or image.shape[-3:-1] == (height, width):
+        return image
+    shape = image.shape[:-3] + (height, width, 3)
+    return jax.image.resize(image.astype(jnp.float32), shape, "linear", antialias=True)

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from coca_jax.config import BLOCK, Model
-from coca_jax.models import draws
-from coca_jax.models.parameter import parameter
-from coca_jax.ops import packed
+from coca_jax.models import initializers
+from coca_jax.ops import decode_layouts
 from coca_jax.ops.reference import (
     ACTIVATIONS,
     NORM_EPSILON,
@@ -31,7 +30,28 @@ from coca_jax.ops.reference import (
     split_heads,
     wide,
 )
-from coca_jax.partitioning import constrain
+from coca_jax.parallel.sharding import constrain, with_axes
+
+# A parameter of a module: its initialiser, its shape and the names of its axes.
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...], *axes: str
+) -> jax.Array:
+    """The module's parameter, float32 [*shape], drawn by `init` (key, shape) where it is not there
+    yet. axes: logical names of its dimensions (see partitioning.RULES).
+
+    Of one that is there Flax would trace the initialiser again at each call, for its shape alone: a
+    thirteenth of the time in which a step is traced. Raises ValueError for another shape.
+    """
+    if module.is_initializing() or not module.has_variable("params", name):
+        value: jax.Array = module.param(name, with_axes(init, *axes), shape)
+        return value
+    value = nn.meta.unbox(module.get_variable("params", name))
+    if value.shape != tuple(shape):
+        path = "/".join((*module.path, name))
+        raise ValueError(f"parameter {path} is {list(value.shape)}, and the model's {list(shape)}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,19 +268,19 @@ class Attention(nn.Module):
     def attend_cached(
         self,
         x: jax.Array,
-        cache: packed.Cache,
+        cache: decode_layouts.Cache,
         mask: jax.Array | None = None,
         rotation: jax.Array | None = None,
     ) -> jax.Array:
         """x [B, N, D] attends to keys and values that are there already; mask: bool [B, N, M]."""
-        (query,) = packed.split(self.queries(x, rotation), 1, self.num_heads)
+        (query,) = decode_layouts.split(self.queries(x, rotation), 1, self.num_heads)
         query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
-        return self.out(packed.attend(query, cache, mask))
+        return self.out(decode_layouts.attend(query, cache, mask))
 
-    def cache(self, context: jax.Array, rotation: jax.Array | None = None) -> packed.Cache:
+    def cache(self, context: jax.Array, rotation: jax.Array | None = None) -> decode_layouts.Cache:
         """Keys and values of context [B, M, W] as `attend_cached` takes them, [B, G, M, K]."""
         joined = jnp.concatenate(self.keys_and_values(context, rotation), axis=-1)
-        return packed.Cache(*packed.split(joined, 2, self.num_kv_heads))
+        return decode_layouts.Cache(*decode_layouts.split(joined, 2, self.num_kv_heads))
 
 
 class HeadNorm(nn.Module):
@@ -309,7 +329,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         in_shape = self.in_shape or (width,)
-        init = draws.truncated_normal(self.init_scale * width**-0.5)
+        init = initializers.truncated_normal(self.init_scale * width**-0.5)
         kernel = parameter(self, "kernel", init, in_shape + self.features, *self.axes)
         # Else what the environment says counts: None here would take its place.
         exact = jax.default_matmul_precision("highest") if self.exact else contextlib.nullcontext()
@@ -364,7 +384,7 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = self.initializer or draws.normal(self.init_std)
+        init = self.initializer or initializers.normal(self.init_std)
         return parameter(self, "value", init, self.shape, *self.axes)
 
 
@@ -396,3 +416,68 @@ class Scalar(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         return self.param("value", lambda _: jnp.asarray(self.initial, jnp.float32))
+
+
+# What a module says of the parameters of its parts, beside the axes that it gives to each.
+
+
+BOTTOM, STACK, TOP = "bottom", "stack", "top"  # where in its tower: below, in or above the layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the model, by its place in the tree of parameters.
+
+    serves: what it works for ("image", "text", "words" ...), as losses name what they train: a
+    run none of whose losses does leaves it alone. tower: whose layers it lies below, in or above
+    (`place`), '' for none; towers are what layer decay counts. optional: weights to start from may
+    lack it. aid: a loss alone reads it, so that weights for other programs leave it out. wide: it
+    is computed in float32 in any case. positions: how positions are fitted to another size: 'grid'
+    or 'text'.
+    """
+
+    serves: str
+    tower: str = ""
+    place: str = TOP
+    optional: bool = False
+    aid: bool = False
+    wide: bool = False
+    positions: str = ""
+
+
+# Rotary positions (Su et al. 2021): queries and keys are turned by their places, so that a score
+# depends on how far two tokens are apart.
+#
+# `Reference.rotate` (ops/reference.py) turns; this makes rotations.
+# A rotation is float32 [B or 1, N, K]: the cosines of a head's K / 2 angles, and their sines. Number
+# i of a head's first half and number i of its second one are turned together by angle i. A token at
+# no place, as a class token, has angles of 0. Of images the first half of the angles goes by the row
+# and the other by the column (Heo et al. 2024, axial).
+#
+# Shape letters: B batch, N tokens, H heads, K head width.
+
+
+def of_places(places: jax.Array, head_width: int, theta: float) -> jax.Array:
+    """The rotation of places [..., N, A] along A axes, 1 in texts and 2 in images.
+
+    theta: the longest wave is that many places over 2 pi, less a step.
+    """
+    axes = places.shape[-1]
+    count = head_width // 2 // axes
+    frequencies = theta ** -(jnp.arange(count, dtype=jnp.float32) / count)
+    angles = places.astype(jnp.float32)[..., None] * frequencies
+    angles = angles.reshape(places.shape[:-1] + (axes * count,))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def grid(shape: tuple[int, int], own: tuple[int, int]) -> jax.Array:
+    """Places [R * C, 2] of a grid of patches of R x C, row by row, in units of the model's `own`:
+    the middles of patches of another number on the same picture."""
+    lines = [(jnp.arange(n) + 0.5) * (known / n) - 0.5 for n, known in zip(shape, own)]
+    return jnp.stack(jnp.meshgrid(*lines, indexing="ij"), -1).reshape(shape[0] * shape[1], 2)
+
+
+def unturned(batch: int, count: int, head_width: int) -> jax.Array:
+    """The rotation of `count` tokens at no place."""
+    angles = jnp.zeros((batch, count, head_width // 2), jnp.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)

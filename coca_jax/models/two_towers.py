@@ -20,15 +20,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax import image_shape, text_ends
 from coca_jax import ops as operations
-from coca_jax.config import Model, checks
-from coca_jax.models import block, layers, tower_kinds
+from coca_jax.config import Model, checks, heads, shapes
+from coca_jax.config.heads import CLASS, QUERY, TowerKind
+from coca_jax.models import block, layers
 from coca_jax.models.coca import normalise
 from coca_jax.models.image_encoder import ImageEncoder
-from coca_jax.models.tower_kinds import CLASS, QUERY, TowerKind
 from coca_jax.ops.reference import wide
-from coca_jax.partitioning import constrain
+from coca_jax.parallel.sharding import constrain
 
 
 class TextTower(nn.Module):
@@ -70,7 +69,7 @@ class TextTower(nn.Module):
         x = self.token_embedding().astype(dtype)[tokens] + self.positions()[:length].astype(dtype)
         x = self.unimodal(constrain(x, "batch", "length", "act_embed"), None)
         if self.causal:
-            last = jnp.maximum(text_ends.lengths(valid) - 1, 0)
+            last = jnp.maximum(shapes.lengths(valid) - 1, 0)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         else:
             x = x[:, -1]
@@ -179,7 +178,7 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
     """Makes the towers that `config.model` describes. Raises ValueError for sizes that cannot be,
     or towers that this family does not have."""
     model = checks.check_model(model)
-    kind = tower_kinds.of(model.family)
+    kind = heads.tower_kind(model.family)
     if not kind.projection and model.embed_dim != model.image.width:
         raise ValueError(
             f"model.embed_dim={model.embed_dim}: {kind.about} has no projection behind its pooler, "
@@ -223,6 +222,6 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
 
 def init(module: TwoTowers, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names."""
-    size, length = image_shape.pair(module.encoder.image_size), module.tower.max_len
+    size, length = shapes.pair(module.encoder.image_size), module.tower.max_len
     pixels, tokens = jnp.zeros((1, *size, 3)), jnp.zeros((1, length), jnp.int32)
     return module.init(rng, pixels, tokens, jnp.ones(tokens.shape, bool))["params"]

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from coca_jax import partitioning
 from coca_jax.ops.reference import (
     ACTIVATIONS,
     CUBE,
@@ -30,6 +29,7 @@ from coca_jax.ops.reference import (
     split_heads,
     wide,
 )
+from coca_jax.parallel import sharding
 
 AT_MOST_ONCE = "at_most_once"  # the scope of loops of one turn or none (estimate/gpu.py)
 # Triton's products take the activation's place in cuBLAS's (`_activated`).
@@ -110,14 +110,14 @@ class Gpu(Reference):
         )
 
     def add_update(self, x: jax.Array, update: jax.Array) -> jax.Array:
-        mesh = partitioning.active_mesh()
+        mesh = sharding.active_mesh()
         if mesh is None or mesh.size == 1:
             return _add_rows(x, update)
-        if x.shape[0] % partitioning.batch_parts(mesh):
+        if x.shape[0] % sharding.batch_parts(mesh):
             return super().add_update(x, update)
         # On each device by itself: a constraint on layouts is not split, the whole batch would be
         # gathered for it.
-        own = partitioning.spec("batch", "length", "act_embed")
+        own = sharding.spec("batch", "length", "act_embed")
         add = jax.shard_map(
             _add_rows, mesh=mesh, in_specs=(own, own), out_specs=own, check_vma=False
         )

@@ -250,7 +250,7 @@ class Reference:
         return (x * inverse * scale).astype(dtype)
 
     def rotate(self, x: jax.Array, rotation: jax.Array, heads: int) -> jax.Array:
-        """x [B, N, H K] turned by a rotation [B or 1, N, K] (models/rotary.py), in x's dtype."""
+        """x [B, N, H K] turned by a rotation [B or 1, N, K] (models/layers.py), in x's dtype."""
         precision = wide(x.dtype)
         cos, sin = jnp.split(rotation[:, :, None].astype(precision), 2, -1)
         first, second = jnp.split(split_heads(x, heads).astype(precision), 2, -1)

@@ -12,8 +12,8 @@ from typing import Any
 
 from coca_jax.config import Eval
 from coca_jax.config.run import GUARDED
-from coca_jax.evaluators import history
-from coca_jax.evaluators.declarations import kinds
+from coca_jax.evaluation import history
+from coca_jax.evaluation.evaluators.base import kinds
 
 
 class LostTooMuch(ValueError):

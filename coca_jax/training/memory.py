@@ -22,13 +22,12 @@ from jax.sharding import Mesh
 
 import coca_jax
 from coca_jax import ops as operations
-from coca_jax import partitioning
 from coca_jax.config import Config, typed
-from coca_jax.data import stages
+from coca_jax.data import batch_schedule
 from coca_jax.data.mixture import head_classes
-from coca_jax.estimate.step import abstract_batch, build_step
-from coca_jax.files import cache_folder, storage
-from coca_jax.machine import cgroups
+from coca_jax.parallel import sharding
+from coca_jax.runtime import cache_folder, machine, storage
+from coca_jax.training.programs import abstract_batch, build_step
 from coca_jax.training.state import of_state, trainable
 
 # On a CPU: the same buffers, code that nobody runs. Other compilers take no such options.
@@ -47,7 +46,7 @@ def available() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    free = min([_free_of_machine(), *map(_free_of_group, cgroups.folders())])
+    free = min([_free_of_machine(), *map(_free_of_group, machine.folders())])
     return free // jax.local_device_count()
 
 
@@ -176,7 +175,7 @@ def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
     """
     room = available()
     if config.batch_sizes:
-        config = config.change({"batch_size": max(stages.sizes(config)), "batch_sizes": ()})
+        config = config.change({"batch_size": max(batch_schedule.sizes(config)), "batch_sizes": ()})
     need, most = bounds_kept(config, mesh)
     if most <= room:
         return
@@ -204,7 +203,7 @@ def refusal(config: Config, mesh: Mesh, need: int, room: int) -> str:
 def fitting(config: Config, mesh: Mesh, room: int) -> dict[str, Any]:
     """Settings by which a step fits `room` bytes, checked by the compiler: remat='named' and the
     fewest accumulate_steps, which compute the same; else the largest batch_size; {} for nothing."""
-    unit = partitioning.batch_parts(mesh) * config.text_parts
+    unit = sharding.batch_parts(mesh) * config.text_parts
     rows = config.batch_size // unit
     if least(config.change(dict(batch_size=unit, accumulate_steps=1)), mesh) > room:
         return {}
@@ -246,6 +245,6 @@ def _bytes_or_all(config: Config, mesh: Mesh) -> int:
 def needed(config: Config) -> int:
     """Bytes that a step takes on one of this machine's devices: the bound from above where that
     fits, for it costs no compilation, else what the compiler counts."""
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     most = bounds_kept(config, mesh)[1]
     return most if most <= available() // 2 else _bytes_or_all(config, mesh)

@@ -14,8 +14,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from coca_jax.config import Optimizer, checks
-from coca_jax.models.part import TOP
-from coca_jax.models.roles import Role, depths, map_with_roles
+from coca_jax.models.layers import TOP
+from coca_jax.models.param_groups import Role, depths, map_with_roles
 from coca_jax.ops.reference import Reference
 
 MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4

@@ -6,22 +6,26 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from coca_jax import image_shape, partitioning
 from coca_jax import ops as operations
-from coca_jax.image_shape import Size
+from coca_jax.config import Config, shapes
+from coca_jax.config.shapes import Size
+from coca_jax.data import batches
+from coca_jax.data.mixture import head_classes
 from coca_jax.models.coca import CoCa
-from coca_jax.training import replicas, text_lengths
+from coca_jax.parallel import sharding
+from coca_jax.parallel import sharding as partitioning
+from coca_jax.training import feed, replicas
 from coca_jax.training.feed import Measured
-from coca_jax.training.gradients import Metrics
 from coca_jax.training.optimizer import make_schedule
 from coca_jax.training.setup import Run
-from coca_jax.training.state import Alike, TrainState, state_shardings
-from coca_jax.training.step import of_step, shared_train_step, size_at
+from coca_jax.training.state import Alike, TrainState, build_model, state_shardings
+from coca_jax.training.train_step import Metrics, of_step, shared_train_step, size_at
 
 # Image size, lengths of captions, rows, whether all is computed twice.
-Shape = tuple[Size, text_lengths.Lengths, int, bool]
+Shape = tuple[Size, feed.Lengths, int, bool]
 
 
 @functools.lru_cache(maxsize=8)
@@ -30,7 +34,7 @@ def program(
     alike: Alike,
     mesh: Mesh,
     size: Size,
-    lengths: text_lengths.Lengths,
+    lengths: feed.Lengths,
     twice: bool,
 ) -> Any:
     """The jitted train step, the same one for all runs of a process whose steps are alike, so that
@@ -63,7 +67,7 @@ class Programs:
             functools.partial(program, run.model, of_step(run.config), run.mesh)
         )
         schedule = make_schedule(run.config.optimizer, run.steps)
-        self._schedule = partitioning.replicate(run.mesh, schedule)
+        self._schedule = sharding.replicate(run.mesh, schedule)
         self._compiled: set[Shape] = set()
 
     def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:
@@ -89,7 +93,40 @@ class Programs:
         size, lengths, rows, twice = shape
         of = f"batches of {rows}, " if self._config.batch_sizes else ""
         again = "that computes all twice " if twice else ""
-        pixels = f"{of}{image_shape.words(size)} px"
+        pixels = f"{of}{shapes.words(size)} px"
         self._run.say(
             f"compiling the step for {pixels} and captions of {lengths} tokens {again}..."
         )
+
+
+# The train step of a config as abstract arrays, for compiling without data or devices.
+
+
+def build_step(config: Config, mesh: Mesh) -> tuple[Any, tuple[Any, Any, Any]]:
+    """(jitted train step, its abstract arguments (state, batch, schedule)) exactly as `train` makes
+    them."""
+    model = build_model(config, mesh, len(head_classes(config)))
+    abstract, shardings = state_shardings(model, config, mesh)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    step = shared_train_step(model, of_step(config))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
+    schedule = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=whole),
+        make_schedule(config.optimizer, config.optimizer.warmup_steps + 1),  # of any length
+    )
+    return jitted, (state, abstract_batch(config, mesh), schedule)
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of one global batch, split over data x fsdp."""
+    sharding = NamedSharding(mesh, partitioning.spec("batch"))
+    return {
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size, *field.shape), np.dtype(field.dtype), sharding=sharding
+        )
+        for name, field in batches.fields(config).items()
+        if field.trains
+    }

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from coca_jax.checkpoints import checksums
+from coca_jax.checkpoints import verify
 
 
 class Corrupted(RuntimeError):
@@ -42,7 +42,7 @@ class Replicas:
         return bool(self._every) and (saving or step % self._every == 0)
 
     def __call__(self, step: int, state: Any) -> None:
-        arrays = checksums.by_path(state)
+        arrays = verify.by_path(state)
         if self._sums is None:
             self._sums = sums_on_devices(arrays, self._mesh)
         found = np.asarray(multihost_utils.process_allgather(self._sums(arrays), tiled=True))
@@ -87,7 +87,7 @@ def sums_on_devices(arrays: dict[str, jax.Array], mesh: Mesh) -> Any:
 
     def own(parts: dict[str, jax.Array]) -> jax.Array:
         # By name: of a dict, jit has the values in the order of its sorted keys.
-        return jnp.stack([checksums.sum_of(parts[name], jnp) for name in arrays])[None]
+        return jnp.stack([verify.sum_of(parts[name], jnp) for name in arrays])[None]
 
     everywhere = P(tuple(mesh.axis_names))
     return jax.jit(

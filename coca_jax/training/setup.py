@@ -12,20 +12,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from coca_jax import metrics, ops, partitioning, run_config, trackers
-from coca_jax.checkpoints import checkpointing, saved_steps
+from coca_jax import ops
+from coca_jax.checkpoints import config_file, manager, steps
 from coca_jax.config import Config, Entry
-from coca_jax.data import files, run_vocabulary, scored, teachers, vocabulary
-from coca_jax.data.loaders import check_loader
+from coca_jax.data import scored, source_index, teachers, vocabulary
+from coca_jax.data.batches import check_loader
 from coca_jax.data.mixture import Mixture, head_classes
-from coca_jax.evaluators import declarations
-from coca_jax.files import out_folder, storage
-from coca_jax.importers import indexes
+from coca_jax.data.sources import files
+from coca_jax.evaluation.evaluators import base
 from coca_jax.models import coca
-from coca_jax.training import best, guard, replicas, warm_start
+from coca_jax.parallel import sharding
+from coca_jax.runtime import metric_log, out_folder, storage
+from coca_jax.runtime.signals import Stop
+from coca_jax.training import best_checkpoint, guard, replicas, run_vocabulary, trackers, warm_start
 from coca_jax.training.optimizer import orthogonalises
 from coca_jax.training.state import build_model
-from coca_jax.training.stopping import Stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Run:
     class_names: Sequence[str]
     steps: int
     model: coca.CoCa
-    buckets: metrics.TimeBuckets
+    buckets: metric_log.TimeBuckets
     stop: Stop
     steps_before: int = 0
 
@@ -68,7 +69,7 @@ class Run:
 def _goes_on(workdir: str) -> bool:
     """Whether a run there has saved a step: it does not read again what it started from."""
     try:
-        return bool(checkpointing.find_steps(workdir)[1])
+        return bool(manager.find_steps(workdir)[1])
     except FileNotFoundError:
         return False
 
@@ -85,19 +86,19 @@ def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     mesh = check_config(config)
     out_folder.check_run(workdir)
-    saved_steps.check_writable(workdir)
+    steps.check_writable(workdir)
     check_start(config, workdir)
     for source in config.data.sources:
         out_folder.check_apart(workdir, source.path)
     check_seen(config.data.sources, workdir)
     sources = tuple(
-        dataclasses.replace(one, path=indexes.planned(one.path, workdir))
-        if indexes.is_needed(one)
+        dataclasses.replace(one, path=source_index.planned(one.path, workdir))
+        if source_index.is_needed(one)
         else one
         for one in config.data.sources
     )
     planned = config.change({"data.sources": tuple(one.to_dict() for one in sources)})
-    run_config.check_before_data(planned, workdir)
+    config_file.check_before_data(planned, workdir)
     return mesh
 
 
@@ -119,7 +120,7 @@ def check_config(config: Config) -> Mesh:
     """The mesh of a run that may start later. Raises as `check`, for what needs no workdir."""
     mesh = check_devices(config)
     guard.check(config.eval)
-    best.check(config)
+    best_checkpoint.check(config)
     Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
     return mesh
 
@@ -127,12 +128,12 @@ def check_config(config: Config) -> Mesh:
 def check_devices(config: Config) -> Mesh:
     """The mesh of a run whose data are still to come. Raises as `check`, for what needs neither
     them nor a workdir."""
-    run_config.check(config)
+    config_file.check(config)
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    run_config.check_batch(config, partitioning.batch_parts(mesh))
-    partitioning.readers(mesh)  # which processes read which rows, or why they cannot
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    config_file.check_batch(config, sharding.batch_parts(mesh))
+    sharding.readers(mesh)  # which processes read which rows, or why they cannot
     if config.faults.recheck_every_steps:
         replicas.computed_twice(mesh.devices.flat[0])
     check_features(config.data.features)
@@ -181,7 +182,7 @@ def check_started(config: Config) -> None:
 
 
 def prepare(
-    mesh: Mesh, config: Config, workdir: str, buckets: metrics.TimeBuckets, stop: Stop
+    mesh: Mesh, config: Config, workdir: str, buckets: metric_log.TimeBuckets, stop: Stop
 ) -> Run:
     """Reads the data's sizes and classes, and the vocabulary, which is trained where there is none.
 
@@ -189,7 +190,7 @@ def prepare(
     """
     kernels = begin_kernels(config, mesh.devices.flat[0].platform)
     begin(stop, "reading data")
-    declarations.check(config.eval.tasks)  # not only at the end of the run
+    base.check(config.eval.tasks)  # not only at the end of the run
     process = jax.process_index()
     mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
     config = with_examples(config, mixture)
@@ -197,17 +198,17 @@ def prepare(
     scored.check(mixture.sources, mixture.entries)
     class_names, steps_before = head_classes(config, mixture), 0
     if (storage.place(workdir) / "config.json").exists():
-        old = checkpointing.read_run(workdir)
+        old = manager.read_run(workdir)
         # First: other data have other classes and numbers of examples, which say less.
-        run_config.check_data(mixture.data_told, config, old, workdir)
-        run_config.check_resumable(config, old, workdir, class_names)
+        config_file.check_data(mixture.data_told, config, old, workdir)
+        config_file.check_resumable(config, old, workdir, class_names)
         check_vocabulary(config, old, workdir)
         count = mixture.num_examples
-        longer, steps_before = run_config.continue_longer(config, old, count, workdir)
+        longer, steps_before = config_file.continue_longer(config, old, count, workdir)
         if longer != config:  # its stages
             config = longer
             mixture = Mixture(config, workdir, process, jax.process_count())
-    steps = run_config.num_steps(config, mixture.num_examples)
+    steps = config_file.num_steps(config, mixture.num_examples)
     words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
     model = build_model(config, mesh, len(class_names))
     wait_for_kernels(kernels, stop)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from coca_jax import partitioning
-from coca_jax.config import Config, Optimizer, Recipe, typed
-from coca_jax.models import coca, pooler_kinds, roles
+from coca_jax.config import Config, Optimizer, Recipe, heads, typed
+from coca_jax.models import coca, lora, param_groups
 from coca_jax.models.coca import CoCa
-from coca_jax.ops.global_contrastive import UNSEEN
-from coca_jax.training import lora, objectives
+from coca_jax.ops.contrastive_loss import UNSEEN
+from coca_jax.parallel import sharding as partitioning
+from coca_jax.training import losses
 from coca_jax.training.optimizer import averages, make_optimizer
 
 
@@ -26,7 +26,7 @@ class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes. step, skipped: int32; ema: averaged params or None.
 
     opt_state and ema cover only what is trained (see `trainable`). estimates: {'image', 'text'}:
-    float32 [N], what the loss against all examples keeps of each (see ops/global_contrastive.py),
+    float32 [N], what the loss against all examples keeps of each (see ops/contrastive_loss.py),
     or None.
     """
 
@@ -79,7 +79,7 @@ def make_estimates(config: Config) -> dict[str, jax.Array] | None:
             "of each example; say how many there are where no data are open"
         )
     fresh = jnp.full(loss.global_examples, UNSEEN, jnp.float32)
-    return {side: fresh for side in objectives.ESTIMATES}
+    return {side: fresh for side in losses.ESTIMATES}
 
 
 def trainable(params: dict, config: Config) -> dict:
@@ -91,24 +91,24 @@ def trainable(params: dict, config: Config) -> dict:
     on; weight decay would shrink what has no gradient.
     """
     if config.optimizer.lora_rank:
-        return roles.adapted(params, config.optimizer.lora)
+        return param_groups.adapted(params, config.optimizer.lora)
     if config.optimizer.keep_embeddings:
-        return roles.of_captions(params, pooler_kinds.of(config.model.pooler.kind))
+        return param_groups.of_captions(params, heads.pooler_kind(config.model.pooler.kind))
     if not config.head.kind:
         if config.optimizer.image_learning_rate:
             return params
-        return roles.select(params, lambda part: part.serves != "image")
+        return param_groups.select(params, lambda part: part.serves != "image")
     words = {"head"}
     if config.optimizer.encoder_learning_rate != 0:
-        words = words.union(*(objective.serves for objective in objectives.of(config)))
-    return roles.served(params, words, pooler_kinds.of(config.model.pooler.kind))
+        words = words.union(*(objective.serves for objective in losses.of(config)))
+    return param_groups.served(params, words, heads.pooler_kind(config.model.pooler.kind))
 
 
 def learning(config: Config) -> Set[str]:
-    """`serves` of the parts of the model that the losses of a run depend on (see models/part.py).
+    """`serves` of the parts of the model that the losses of a run depend on (see models/layers.py).
     What is trained besides has no gradient."""
-    words = frozenset().union(*(objective.serves for objective in objectives.of(config)))
-    return roles.with_pooling(words, pooler_kinds.of(config.model.pooler.kind))
+    words = frozenset().union(*(objective.serves for objective in losses.of(config)))
+    return param_groups.with_pooling(words, heads.pooler_kind(config.model.pooler.kind))
 
 
 def merge(params: dict, part: dict) -> dict:

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from coca_jax import export_format, partitioning
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import manager
 from coca_jax.config import Config, Model
-from coca_jax.config.section import flatten
-from coca_jax.files import storage
-from coca_jax.interop import open_clip_config
-from coca_jax.models import coca, roles
+from coca_jax.config.fields import flatten
+from coca_jax.interop import export_format, open_clip_config
+from coca_jax.models import coca, param_groups
+from coca_jax.parallel import sharding
+from coca_jax.runtime import storage
 from coca_jax.training.state import TrainState
 
 
@@ -33,7 +33,7 @@ def apply(
     Positions of another image size are resized on their grid (paper Section 4.1: 288 px to 576);
     of texts, those beyond the weights' max_len start untrained, or with positions='interpolate'
     between those that are there, and those beyond the model's go.
-    Optional parts (see models/part.py) that the weights lack stay as they are, and those that the
+    Optional parts (see models/layers.py) that the weights lack stay as they are, and those that the
     model lacks, as of a loss that this run does not have, are left out. A task head of the
     weights is used where it has the classes `class_names` of this run's head, in their order, and
     left out else. parts='image': the image encoder alone is taken, of weights of any family.
@@ -43,14 +43,14 @@ def apply(
     target = export_format.flatten(state.params)
     weights, classes, old_grid = read(path)
     if parts == "image":
-        weights = roles.select(weights, lambda part: part.serves == "image")
-    if roles.has_task_head(weights) and (not class_names or classes != list(class_names)):
+        weights = param_groups.select(weights, lambda part: part.serves == "image")
+    if param_groups.has_task_head(weights) and (not class_names or classes != list(class_names)):
         logging.warning("init_from: the head of %s has other classes and is left out", path)
-        weights = roles.without_task_head(weights)
+        weights = param_groups.without_task_head(weights)
     given = _known(export_format.flatten(weights), target, path)
     params: dict[str, Any] = {}
     for name, leaf in target.items():
-        part = roles.part_of(name.split("/"))
+        part = param_groups.part_of(name.split("/"))
         if name not in given:
             if not part.optional and (parts == "all" or part.serves == "image"):
                 raise ValueError(f"init_from={path} lacks {name} of this config's model")
@@ -101,7 +101,7 @@ def _known(given: dict[str, Any], target: dict[str, Any], path: str) -> dict[str
     raises ValueError for others."""
     unknown = sorted(set(given) - set(target))
     for name in unknown:
-        if not roles.is_optional(name.split("/")):
+        if not param_groups.is_optional(name.split("/")):
             raise ValueError(f"init_from={path} has {name}, which this config's model lacks")
     for lost in sorted({name.rpartition("/")[0] for name in unknown}):
         logging.warning("init_from: %s of %s is left out, the model has none", lost, path)
@@ -123,7 +123,7 @@ def check_place(path: str) -> None:
         if ":" in path and not storage.is_remote(path):
             raise FileNotFoundError(
                 f"init_from={path} is no folder; weights by a name become one with python -m "
-                f"coca_jax.convert --input={path} --out=DIR"
+                f"coca_jax.cli.convert --input={path} --out=DIR"
             )
     elif not place.is_dir():
         what = "a file"
@@ -131,7 +131,7 @@ def check_place(path: str) -> None:
         what = "open_clip's"
     if what:
         raise ValueError(
-            f"init_from={path} is {what}: convert it first with python -m coca_jax.convert "
+            f"init_from={path} is {what}: convert it first with coca-jax convert "
             f"--input={path} --out=DIR"
         )
 
@@ -142,7 +142,7 @@ def check_weights(path: str) -> None:
     storage.reach(storage.place(path))
     check_place(path)
     if not export_format.is_export(path):
-        checkpointing.find_steps(path)
+        manager.find_steps(path)
 
 
 # Keys of config.model that weights of any value fit.
@@ -203,15 +203,15 @@ def remark(config: Config) -> str:
 def _model_of(path: str) -> Model:
     """config.model of the weights at `path`."""
     export = export_format.is_export(path)
-    return (export_format.read_config if export else checkpointing.load_config)(path).model
+    return (export_format.read_config if export else manager.load_config)(path).model
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter of a model, () of positions, which are resized."""
     module = coca.build(model)
-    tree = partitioning.unbox(jax.eval_shape(lambda: coca.init(module, jax.random.key(0))))
+    tree = sharding.unbox(jax.eval_shape(lambda: coca.init(module, jax.random.key(0))))
     return {
-        name: () if roles.part_of(name.split("/")).positions else leaf.shape
+        name: () if param_groups.part_of(name.split("/")).positions else leaf.shape
         for name, leaf in export_format.flatten(tree).items()
     }
 
@@ -221,8 +221,8 @@ def _differ(old: dict[str, Any], new: dict[str, Any], parts: str) -> bool:
     return any(
         old.get(name) != new.get(name)
         for name in old | new
-        if not roles.is_optional(name.split("/"))
-        if parts == "all" or roles.part_of(name.split("/")).serves == "image"
+        if not param_groups.is_optional(name.split("/"))
+        if parts == "all" or param_groups.part_of(name.split("/")).serves == "image"
     )
 
 
@@ -234,7 +234,7 @@ def read(path: str) -> tuple[dict[str, Any], list[str], tuple[int, int]]:
         params, config = export_format.read_export(path)
         return params, list(config.class_names), config.model.grid
     check_place(path)
-    params, config = checkpointing.load_params(path)
+    params, config = manager.load_params(path)
     return params, list(config.class_names), config.model.grid
 
 

@@ -211,7 +211,7 @@ def clock(work: pathlib.Path) -> str:
     jump("-2d")
     ends(life, 0)
     equal(work, work / "clock")
-    from coca_jax.metrics import read_metrics
+    from coca_jax.runtime.metric_log import read_metrics
 
     rows = read_metrics(work / "clock")
     assert min(row["goodput"] for row in rows) >= 0

@@ -151,7 +151,7 @@ def alone(workdir: pathlib.Path, steps: int) -> list[str]:
 
 def compare(workdir: pathlib.Path, calm: pathlib.Path, steps: int) -> list[str]:
     """What differs between two runs: nothing when all is well."""
-    from coca_jax.metrics import read_metrics
+    from coca_jax.runtime.metric_log import read_metrics
 
     rows, want = read_metrics(workdir), read_metrics(calm)
     found = []
@@ -181,7 +181,7 @@ def read_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
     from etils import epath
 
-    from coca_jax.checkpoints import saved_items
+    from coca_jax.checkpoints import items
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices wrote it
 
@@ -191,7 +191,7 @@ def read_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     found = {}
     folder = epath.Path(workdir) / "checkpoints" / str(step)
     for item in ("params", "ema", "opt_state", "counters"):
-        target = jax.tree.map(placed, saved_items.metadata(folder, item))
+        target = jax.tree.map(placed, items.metadata(folder, item))
         tree = ocp.StandardCheckpointer().restore(folder / item, target)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)

@@ -32,7 +32,7 @@ sys.path.append(str(HERE.parent))
 
 import forks  # noqa: E402
 
-from coca_jax.data.scenes.source import Scenes  # noqa: E402
+from coca_jax.data.synthetic_source import Scenes  # noqa: E402
 
 TARS, PICTURES = 4, 40  # of each tar
 HOW = "--how=nucleus,num_captions=2,max_tokens=20"
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in ("recaption", "recaptioning.running", "recaptioning.whole", "inference"):
-        importlib.import_module(f"coca_jax.{name}")
+        importlib.import_module(f"coca_jax.cli.{name}")
     draws, kept, works, differences = random.Random(args.seed), [], 0, set()
     with tempfile.TemporaryDirectory() as scratch:
         root = pathlib.Path(scratch)

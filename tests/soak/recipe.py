@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from coca_jax.configs import tiny
+from coca_jax.recipes import tiny
 
 
 def get_config() -> ConfigDict:

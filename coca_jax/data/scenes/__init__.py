@@ -11,20 +11,19 @@ Only numpy is needed. Drawing costs about 0.1 ms a scene: shapes are rasterised 
 anti-aliasing, and blended into the image.
 """
 
+from coca_jax.data.scenes.drawing import SCENERY, UNSEEN_HUES
 from coca_jax.data.scenes.language import (
     canonical_caption,
     full_caption,
     label_names,
     noisy_caption,
 )
-from coca_jax.data.scenes.scenery import SCENERY, UNSEEN_HUES
 from coca_jax.data.scenes.scoring import (
     described_attributes,
     parse_caption,
     score_caption,
     true_attributes,
 )
-from coca_jax.data.scenes.source import Scenes, write_folder
 from coca_jax.data.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -37,6 +36,7 @@ from coca_jax.data.scenes.world import (
     class_names,
     has_heldout,
 )
+from coca_jax.data.synthetic_source import Scenes, write_folder
 
 __all__ = [
     "BACKGROUNDS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from coca_jax.data import files
+from coca_jax.data.sources import files
 from coca_jax.data.vocabulary.base import LABEL_SYMBOL, Vocabulary
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe
 from coca_jax.data.vocabulary.hf_tokenizer import HfTokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from coca_jax.files import storage
+from coca_jax.runtime import storage
 
 LABEL_SYMBOL = "<label>"
 

@@ -13,7 +13,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from coca_jax.data import files
+from coca_jax.data.sources import files
 from coca_jax.data.vocabulary.base import Vocabulary
 
 FILE_NAME = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's, 49,408 ids; here as open_clip ships it

@@ -6,8 +6,8 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 
-from coca_jax import extras
 from coca_jax.data.vocabulary.base import LABEL_SYMBOL, Vocabulary
+from coca_jax.runtime import extras
 
 
 class HfTokenizer(Vocabulary):

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.inference.generation.loop import Captions, begin, captions_of, planned, step_of
-from coca_jax.inference.generation.settings import Settings
-from coca_jax.inference.generation.state import Fixed, Loop, Plan
-from coca_jax.models.decoding import Decoder
+from coca_jax.inference.generation.base import Fixed, Loop, Plan
+from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation.generate import Captions, begin, captions_of, planned, step_of
+from coca_jax.models.text_decoder import Decoder
 
 
 class Block(NamedTuple):

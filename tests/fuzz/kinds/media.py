@@ -13,13 +13,12 @@ import numpy as np
 from PIL import Image
 
 from coca_jax.config import typed
-from coca_jax.configs import base
-from coca_jax.data import images, videos
+from coca_jax.data import images, quarantine, videos
 from coca_jax.data.pixels import Pixels
-from coca_jax.data.records import Record
+from coca_jax.data.sources.items import Item, Options
+from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
-from coca_jax.importers import checks
-from coca_jax.importers.items import Item, Options
+from coca_jax.recipes import base
 from kinds import Kind, encoded, pixels
 
 OPTIONS = Options(max_image_bytes=8 << 20)
@@ -141,8 +140,8 @@ def reader(frames: int) -> Callable[[pathlib.Path], str]:
         if not pools:
             pools.append(_pixels(frames))
         data = path.read_bytes()
-        checked = checks.record(Item("key", data, ["text"]), OPTIONS)
-        shrunk = checks.record(Item("key", data, ["text"]), Options(max_side=12))
+        checked = quarantine.record(Item("key", data, ["text"]), OPTIONS)
+        shrunk = quarantine.record(Item("key", data, ["text"]), Options(max_side=12))
         said = [
             checked[1] + checked[2],
             shrunk[1] + shrunk[2],

@@ -12,10 +12,10 @@ import tarfile
 import mutate
 import numpy as np
 
+from coca_jax.apps.suites import folders, tables
 from coca_jax.config import Model, checks, read
 from coca_jax.interop import towers_config
-from coca_jax.interop.towers_layout import TowersLayout
-from coca_jax.suites import folders, tables
+from coca_jax.interop.towers_weights import TowersLayout
 from kinds import Kind, encoded
 
 PAIR = {"filename": "a.png", "caption": "a cat", "negative_caption": "a dog"}

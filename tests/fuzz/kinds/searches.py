@@ -11,9 +11,9 @@ import shutil
 import mutate
 import numpy as np
 
-from coca_jax.files import sealed_json
-from coca_jax.searching.index import Index
-from coca_jax.searching.parts import Parts, Row
+from coca_jax.apps.search.index import Index
+from coca_jax.apps.search.parts import Parts, Row
+from coca_jax.runtime import json_files
 from kinds import Kind
 
 FILES = ("index.json", "img_emb/img_emb_0.npy", "metadata/metadata_0.jsonl")
@@ -46,7 +46,7 @@ def damage(rng: random.Random, seed: bytes) -> bytes:
     if seed[0] == 0 and rng.random() < 0.8:
         tree = mutate.tree(rng, json.loads(data))
         if isinstance(tree, dict) and rng.random() < 0.7:
-            tree.pop(sealed_json.KEY, None)
+            tree.pop(json_files.SEAL_KEY, None)
         return seed[:1] + mutate.text_of(rng, tree)
     if seed[0] == 1 and rng.random() < 0.5:
         size = rng.choice((*mutate.NUMBERS, 5))

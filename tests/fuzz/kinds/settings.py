@@ -16,14 +16,14 @@ import mutate
 import numpy as np
 from absl import flags
 
-from coca_jax import cli, recipes, report, run_config
-from coca_jax.checkpoints import checkpointing
+from coca_jax.checkpoints import config_file, manager
+from coca_jax.cli import main, report
 from coca_jax.config import checks
-from coca_jax.data import mixture, sources, view_index
-from coca_jax.files import sealed_json
-from coca_jax.importers import splits
-from coca_jax.importers.items import Options
+from coca_jax.data import filters, mixture, prepare
+from coca_jax.data.sources.items import Options
 from coca_jax.inference import caption_files
+from coca_jax.runtime import json_files
+from coca_jax.training import recipes
 from kinds import Kind, encoded
 
 RECIPES = ("base", "tiny", "scenes", "coca_224", "linear_probe")
@@ -88,12 +88,12 @@ def read_overrides(path: pathlib.Path) -> str:
             try:
                 recipes.define_flag()
             except (flags.Error, ValueError, OSError) as error:
-                cli.fail(str(error))
-            cli.parse_flags(sys.argv, sys.modules[__name__])
+                main.fail(str(error))
+            main.parse_flags(sys.argv, sys.modules[__name__])
             if flags.FLAGS.config is None:
                 return "no recipe: "
             config = recipes.typed(flags.FLAGS.config)
-            run_config.check(config)
+            config_file.check(config)
         digest = hashlib.blake2b(repr(config.to_dict()).encode("utf-8", "replace"), digest_size=6)
         return f"accepted: {digest.hexdigest()}"
     except SystemExit as end:
@@ -119,7 +119,7 @@ def damage_config(rng: random.Random, seed: bytes) -> bytes:
     damaged = mutate.tree(rng, json.loads(seed))
     if isinstance(damaged, dict) and rng.random() < 0.8:
         with contextlib.suppress(UnicodeEncodeError, RecursionError):
-            damaged = sealed_json.seal(damaged)
+            damaged = json_files.seal(damaged)
     return mutate.text_of(rng, damaged)
 
 
@@ -128,7 +128,7 @@ def read_config(path: pathlib.Path) -> str:
     folder = path.with_name("run")
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(path.read_bytes())
-    config = checkpointing.read_config(str(folder))
+    config = manager.read_config(str(folder))
     checks.check_model(config.model)
     return f"config: {config}"
 
@@ -147,7 +147,7 @@ def _prepared() -> pathlib.Path:
             )
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (pictures / "metadata.jsonl").write_text(text)
-        splits.prepare("imagefolder", str(pictures), str(folder), options=Options(), processes=1,
+        prepare.prepare("imagefolder", str(pictures), str(folder), options=Options(), processes=1,
                        progress=False)  # fmt: skip
         for file in folder.iterdir():
             file.rename(folder.with_name(f"good {file.name}"))
@@ -159,7 +159,7 @@ def _prepared() -> pathlib.Path:
 
 def _read_all(folder: pathlib.Path) -> str:
     """Every record that can be read, as training reads them, one by one where that fails."""
-    source = sources.open_source(dict(path=str(folder), where={"n": [1, 2, 4]}))
+    source = filters.open_source(dict(path=str(folder), where={"n": [1, 2, 4]}))
     digest = hashlib.blake2b(digest_size=6)
     bad = 0
     for index in range(len(source)):
@@ -210,10 +210,10 @@ MARK = "what it is made of"
 
 def index_seeds() -> list[bytes]:
     """The index of a view."""
-    whole = view_index.Index(np.arange(0, 40, 3), np.arange(14) % 3, ("a", "b"))
+    whole = filters.Index(np.arange(0, 40, 3), np.arange(14) % 3, ("a", "b"))
     return [
-        view_index._encode(MARK, whole),
-        view_index._encode(MARK, view_index.Index(np.arange(9))),
+        filters._encode(MARK, whole),
+        filters._encode(MARK, filters.Index(np.arange(9))),
     ]
 
 
@@ -223,8 +223,8 @@ def read_index(path: pathlib.Path) -> str:
     place = path.with_name("views")
     place.mkdir(exist_ok=True)
     (place / name).write_bytes(path.read_bytes())
-    made = view_index.Index(np.arange(5))
-    found = view_index.Indexes().get(str(path.parent), MARK, 40, lambda: made)
+    made = filters.Index(np.arange(5))
+    found = filters.Indexes().get(str(path.parent), MARK, 40, lambda: made)
     kind = "anew" if found is made else "kept"
     if len(found.rows) and not 0 <= found.rows.min() <= found.rows.max() < 40:
         raise AssertionError(f"rows from {found.rows.min()} to {found.rows.max()} of 40")

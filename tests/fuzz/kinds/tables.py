@@ -17,11 +17,11 @@ import mutate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coca_jax.data import in_place, records, references
-from coca_jax.data.records import Record
-from coca_jax.data.references import Page, Span
-from coca_jax.importers import shards
-from coca_jax.importers.items import Item, Options
+from coca_jax.data import prepare
+from coca_jax.data.sources import in_place, records, references
+from coca_jax.data.sources.items import Item, Options
+from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.references import Page, Span
 from kinds import Kind, encoded
 
 OPTIONS = Options(max_image_bytes=1 << 20)
@@ -45,13 +45,13 @@ def importer(format: str, name: str, **options: Any) -> Callable[[pathlib.Path],
         file = path.with_name(name)
         file.write_bytes(path.read_bytes())
         given = Options(**{"max_image_bytes": 1 << 20, **options})
-        units = shards.importer(format).plan(str(path.parent if format in FOLDERS else file),
+        units = prepare.importer(format).plan(str(path.parent if format in FOLDERS else file),
                                              "train", given)  # fmt: skip
-        job = shards.Job(0, tuple(units), format, given, "", str(path.parent))
+        job = prepare.Job(0, tuple(units), format, given, "", str(path.parent))
         reasons: Counter[str] = Counter()
         digest = hashlib.blake2b(digest_size=6)
-        for number, item in enumerate(shards.read_items(job)):
-            data, record, reason, detail = shards._judged(number, item, job)
+        for number, item in enumerate(prepare.read_items(job)):
+            data, record, reason, detail = prepare._judged(number, item, job)
             if record and given.in_place:
                 record = in_place_again(record, item, job.root)
             reasons[reason if record is None else "kept"] += 1

@@ -17,11 +17,11 @@ import ml_dtypes
 import mutate
 import numpy as np
 
-from coca_jax import convert, export_format
+from coca_jax.cli import convert
 from coca_jax.config import Model, checks, read
 from coca_jax.data import vocabulary
-from coca_jax.interop import open_clip_config, safetensors_file, torch_file
-from coca_jax.interop.open_clip_layout import Layout
+from coca_jax.interop import export_format, open_clip_config, safetensors, torch_file
+from coca_jax.interop.open_clip_weights import Layout
 from kinds import Kind
 
 TEXTS = ("a photo of a cat", "naïve 東京 🙂", "x" * 3000, "half a word-", "")
@@ -149,7 +149,7 @@ def read_torch(path: pathlib.Path) -> str:
 def read_safetensors(path: pathlib.Path) -> str:
     """All arrays of a safetensors file."""
     try:
-        return _told(safetensors_file.read(path))
+        return _told(safetensors.read(path))
     except (
         ValueError
     ) as error:  # of several arrays at fault its reader names one, now this, now that

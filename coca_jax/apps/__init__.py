@@ -1,0 +1,1 @@
+"""Applications built on the packages below: fit, benchmark, recaption, search, serve."""

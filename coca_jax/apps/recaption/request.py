@@ -1,0 +1,139 @@
+"""What is asked for: together with the input and the weights it fixes the output, byte for byte."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from coca_jax.data.sources.items import Options
+from coca_jax.inference.generation.config import Settings
+from coca_jax.runtime import extras
+
+FORMATS = ("tar", "parquet", "array_record")
+TEXTS = ("better", "synthetic", "original", "all")
+_USUAL: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": dict(num_beams=4),
+    "nucleus": dict(temperature=1.0, top_p=0.9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to make of an input.
+
+    Attributes:
+        input, format: what is read, and as what (a name that `prepare --format` takes).
+        out, to: the folder to write, in one of FORMATS.
+        checkpoints: models that write captions; the first gives scores and embeddings.
+        ways: how captions are written, as `way` reads them.
+        prompts: how captions begin.
+        text: which texts an image keeps, one of TEXTS; see choose.py.
+        margin: with 'better', by how much the score of a caption must be above that of the original
+            text that it replaces.
+        min_score: least score of a text that is kept, from -1 to 1; None: any.
+        quantile: share of the texts that `text` chooses, those of the lowest scores, to leave out.
+        embeddings: writes them too.
+        batch_size: images encoded at a time; rows: captions in flight; part: images between two
+            savings, a multiple of batch_size.
+        dtype: of the models; '': their own.
+        options: how the input is read.
+        split: the split of the input that is read, which the output has then; '': the input tells
+            none, or 'train' alone.
+    """
+
+    input: str
+    format: str
+    out: str
+    to: str = "tar"
+    checkpoints: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ("greedy",)
+    prompts: tuple[str, ...] = ("",)
+    text: str = "better"
+    margin: float = 0.05
+    min_score: float | None = None
+    quantile: float = 0.0
+    embeddings: bool = False
+    batch_size: int = 16
+    rows: int = 64
+    part: int = 512
+    dtype: str = ""
+    options: Options = dataclasses.field(default_factory=Options)
+    split: str = ""
+
+    def __post_init__(self) -> None:
+        if self.to == "parquet":
+            extras.check("pyarrow", "parquet", "--to=parquet")
+        for text in self.ways:
+            way(text)
+        if not 0 <= self.quantile < 1:
+            raise ValueError(f"--quantile={self.quantile}: give a share from 0 up to, not with, 1")
+        if self.min_score is not None and not -1 <= self.min_score <= 1:  # nor NaN
+            raise ValueError(
+                f"--min_score={self.min_score}: give a cosine similarity, a number from -1 to 1"
+            )
+        if not 0 <= self.margin <= 2:  # nor NaN
+            raise ValueError(
+                f"--margin={self.margin}: give a difference of cosine similarities, from 0 to 2"
+            )
+        if self.rows < self.batch_size:
+            raise ValueError(
+                f"--rows={self.rows}: at least --batch_size={self.batch_size}, images that start "
+                "together"
+            )
+        if self.part % self.batch_size:
+            raise ValueError(
+                f"--part={self.part}: give a multiple of --batch_size={self.batch_size}"
+            )
+
+    def told(self) -> dict[str, Any]:
+        """All but the place of the output, for the file that says how it was made."""
+        found = dataclasses.asdict(self)
+        del found["out"]
+        if not self.split:  # as works have it that older versions began
+            del found["split"]
+        return found
+
+
+def way(text: str) -> Settings:
+    """Settings of a text such as 'nucleus,top_p=0.8,num_captions=3': a name (greedy, beams,
+    nucleus), then fields of `Settings`.
+
+    Raises:
+        ValueError: an unknown name or field, settings that exclude each other, or those of another
+            name.
+    """
+    name, *rest = (part.strip() for part in text.split(","))
+    if name not in _USUAL:
+        raise ValueError(f"--how={text}: begin with one of {', '.join(_USUAL)}")
+    given: dict[str, Any] = dict(_USUAL[name])
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+    for part in rest:
+        key, _, value = part.partition("=")
+        if key not in kinds:
+            raise ValueError(f"--how={text}: no setting {key!r}; choose from {', '.join(kinds)}")
+        try:
+            given[key] = _value(kinds[key], value)
+        except ValueError:
+            raise ValueError(f"--how={text}: {key} takes a {kinds[key].__name__}") from None
+    try:
+        found = Settings(**given)
+    except ValueError as error:
+        raise ValueError(f"--how={text}: {error}") from None
+    is_so = dict(
+        greedy=found.num_beams == 1 and not found.temperature,
+        beams=found.num_beams > 1,
+        nucleus=found.temperature > 0,
+    )
+    if not is_so[name]:
+        true = next(other for other, holds in is_so.items() if holds)
+        raise ValueError(f"--how={text}: these settings are not {name}; begin with {true}")
+    return found
+
+
+def _value(kind: type, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    return kind(text)

@@ -1,1 +1,0 @@
-"""What `coca-jax benchmark` times, a file for each of its words."""

@@ -1,1 +1,0 @@
-"""What a process shows while it works, and what it is at."""

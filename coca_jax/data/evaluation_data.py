@@ -1,0 +1,284 @@
+"""Data as it lies there, for evaluation: imagefolders, TFDS sets in any file format, and by an
+index tars, tables and lists.
+
+Training wants random access and reads prepared data (data/filters.py); evaluation goes through a
+split once, in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+from coca_jax.config import Entry
+from coca_jax.data import filters, holdout, mixture, quarantine, source_index
+from coca_jax.data.sources import (
+    array_record,
+    files,
+    formats,
+    image_folder,
+    items,
+    split_names,
+    tfds,
+)
+from coca_jax.data.sources import tfds as tfds_source
+from coca_jax.data.sources.items import Item, Options, Unit
+from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.source import Indices, Source
+
+_ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
+
+
+Given: TypeAlias = Entry | Mapping[str, Any]
+T = TypeVar("T")
+
+_known: contextvars.ContextVar[dict[Hashable, Any] | None] = contextvars.ContextVar(
+    "_known", default=None
+)
+
+
+@contextlib.contextmanager
+def looked_through_once() -> Iterator[None]:
+    """Inside, a folder of pictures is looked through once for all that is asked of it, and taken to
+    stay as it is: of a million files each question costs half a minute."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _once(key: Hashable, find: Callable[[], T]) -> T:
+    """What `find` gives, inside `looked_through_once` that of the first call with this key."""
+    known = _known.get()
+    if known is None:
+        return find()
+    if key not in known:
+        known[key] = find()
+    found: T = known[key]
+    return found
+
+
+def open_source(entry: Given, split: str) -> Source:
+    """Opens an entry as `data.sources.open_source` does, and what is not prepared besides.
+
+    path may be an imagefolder (metadata.jsonl or .csv, or one folder a class; a subfolder of the
+    split's name is taken where there is one) or whatever can be read in place, and tfds any set
+    that the user has.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with it, in one line.
+    """
+    entry = Entry.of(entry)
+    split = entry.split or split
+    if entry.tfds:
+        return filters.narrow(_tfds(entry, split), entry)
+    if _is_plain_folder(entry):
+        return filters.narrow(_folder(entry, split), entry)
+    placed = _placed(entry, split)
+    found = filters.open_whole(placed, split)
+    if placed.path != entry.path:  # messages name what was given, not where its index is kept
+        found.name = f"{entry.path} [{split}]"
+    return filters.narrow(found, placed)
+
+
+def class_names(entry: Given, split: str) -> list[str]:
+    """The class names of a data set: those it declares, else those that its records have."""
+    entry = Entry.of(entry)
+    split = entry.split or split
+    if entry.tfds:
+        units = tfds.plan(_tfds_path(entry), split, _options(entry))
+        declared = tfds.declared_classes(units[0], _options(entry))
+        if declared:
+            return declared
+    elif not _is_plain_folder(entry):
+        return mixture.class_names(_placed(entry, split), split)
+    found = open_source(entry, split)
+    return sorted({label for record in found for label in record.labels})
+
+
+def splits(entry: Given) -> list[str]:
+    """The splits of a data set; [] for data that are not prepared and tell none, by names of
+    files or folders or by a field `split`. The field tells none where `where` has values of it."""
+    entry = Entry.of(entry)
+    if entry.tfds:
+        return tfds.splits(_tfds_path(entry))
+    found = told(entry)
+    return sorted(array_record.read_manifest(entry.path)["splits"]) if found is None else found[0]
+
+
+def told(entry: Entry) -> tuple[list[str], holdout.Told | None] | None:
+    """What data at a path tell of their splits, as `split_field.of_data`; None of prepared ones."""
+    if _is_plain_folder(entry):
+        return _of_folder(entry)
+    return source_index.told(entry) if source_index.is_needed(entry) else None
+
+
+def _of_folder(entry: Entry) -> tuple[list[str], holdout.Told | None]:
+    if holdout.FIELD in entry.where:
+        return image_folder.splits(entry.path), None
+    path, options = entry.path, _options(entry)
+    return _once(("splits", path, options), lambda: holdout.of_data("imagefolder", path, options))
+
+
+def check_split(entry: Given, split: str) -> None:
+    """Raises ValueError for a split that data do not have, where they have or tell some."""
+    entry = Entry.of(entry)
+    by_path = None if entry.tfds else told(entry)
+    found = splits(entry) if by_path is None else by_path[0]
+    called = str if by_path is None else holdout.split_of  # the former are names as such
+    if found and called(split) not in map(called, found):
+        place = entry.path or entry.tfds
+        raise ValueError(f"data {place} have no split {split!r}; they have {', '.join(found)}")
+
+
+def choose_split(entry: Given) -> str:
+    """The split to evaluate on where nobody names one: 'test', else validation, else the only one.
+
+    Raises ValueError where the data have several and none of these.
+    """
+    entry = Entry.of(entry)
+    found = splits(entry)
+    usual = [split for split in ("test", *split_names.VALIDATION) if split in found]
+    if not found or usual:
+        return usual[0] if usual else "test"
+    if len(found) > 1:
+        raise ValueError(
+            f"data {entry.path or entry.tfds}: give --split, one of {', '.join(found)}"
+        )
+    return found[0]
+
+
+def counts(entry: Given) -> dict[str, int]:
+    """{'caption': examples that have one, 'label': examples that have one} of `entry`'s split; {}
+    where that is not known without going through the images, or not at once."""
+    entry = Entry.of(entry)
+    if entry.tfds or entry.builtin or entry.where:
+        return {}
+    if _is_plain_folder(entry):
+        found = open_source(dataclasses.replace(entry, kind="caption"), "test")
+        texts = found.read_texts(range(len(found)))
+        return dict(
+            caption=sum(bool(r.texts) for r in texts), label=sum(bool(r.labels) for r in texts)
+        )
+    if entry.text_field or entry.label_field:
+        return {}
+    entry = _placed(entry, entry.split or "test")
+    there = array_record.read_manifest(entry.path)["splits"].get(entry.split or "test")
+    return dict(caption=there["with_text"], label=there["with_label"]) if there else {}
+
+
+def _placed(entry: Entry, split: str) -> Entry:
+    """The entry, whose path is an index of its data where they are not prepared."""
+    if not source_index.is_needed(entry):
+        return entry
+    return source_index.of_index(entry, source_index.cached(entry, split), split)
+
+
+def _options(entry: Entry) -> Options:
+    return Options(
+        text_field=entry.text_field,
+        label_field=entry.label_field,
+        image_field=entry.image_field,
+    )
+
+
+def _is_plain_folder(entry: Entry) -> bool:
+    path = entry.path
+    if not os.path.isdir(path) or files.exists(files.join(path, array_record.MANIFEST)):
+        return False
+
+    def find() -> bool:
+        try:
+            return formats.guess(path) == "imagefolder" and bool(
+                image_folder.plan(path, "", Options())
+            )
+        except FileNotFoundError:
+            return False
+
+    return _once(("plain", path), find)
+
+
+def _located(path: str, split: str, options: Options) -> list[tuple[image_folder.Located, Unit]]:
+    """All rows of a folder, or of its folder of a split."""
+    return _once(
+        ("rows", path, split, options),
+        lambda: [
+            (one, unit)
+            for unit in image_folder.plan(path, split, options)
+            for one in image_folder.located(unit, options)
+        ],
+    )
+
+
+def _folder(entry: Entry, split: str) -> Source:
+    path, options = entry.path, _options(entry)
+    of_names = bool(image_folder.splits(path))
+    found = _located(path, split if of_names else "", options)
+    if not of_names and holdout.FIELD not in entry.where:
+        usable = (one.item.extra for one, _ in found if not one.item.problem)
+        by_field = holdout.of_values(extra.get(holdout.FIELD) for extra in usable)
+        wanted = holdout.narrowed(path, by_field, split, options)
+        found = [pair for pair in found if not quarantine.wanted(pair[0].item, wanted)]
+    bad = [one.item for one, _ in found if one.item.problem]
+    if bad:
+        raise ValueError(
+            f"data {path}: {len(bad)} of {len(found)} rows cannot be used, the first {bad[0].key} "
+            f"({bad[0].problem}: {bad[0].detail}); prepare leaves such out and lists them"
+        )
+
+    def read(indices: Indices) -> list[Record]:
+        asked = (found[int(i)] for i in indices)
+        return [_record(one.load(unit, options), path) for one, unit in asked]
+
+    return Source(
+        f"{path} [{split}]",
+        len(found),
+        read,
+        lambda indices: [_record(found[int(i)][0].item, path) for i in indices],
+        applied_fields=True,
+    )
+
+
+def _tfds_path(entry: Entry) -> str:
+    if not entry.data_dir:
+        return entry.tfds
+    tfds = tfds_source.package()
+    try:
+        return str(tfds.builder(entry.tfds, data_dir=entry.data_dir).data_path)
+    except Exception as error:  # TFDS has a type for each way to be absent
+        raise ValueError(f"data tfds={entry.tfds}: {error}") from None
+
+
+def _tfds(entry: Entry, split: str) -> Source:
+    """Reads units of the split one after the other and holds the last one."""
+    path, options = _tfds_path(entry), _options(entry)
+    whole = tfds.plan(path, split, options)
+    rows = sum(unit.rows for unit in whole)
+    units = items.split_units(whole[0].path, rows, _ROWS_PER_UNIT)
+    held: dict[int, list[Record]] = {}
+
+    def unit_records(number: int) -> list[Record]:
+        if number not in held:
+            held.clear()
+            unit: Unit = units[number]
+            held[number] = [_record(item, path) for item in tfds.read(unit, options)]
+        return held[number]
+
+    def read(indices: Indices) -> list[Record]:
+        places = [divmod(int(i), _ROWS_PER_UNIT) for i in indices]
+        return [unit_records(number)[row] for number, row in places]
+
+    return Source(f"tfds {entry.tfds} [{split}]", rows, read, applied_fields=True)
+
+
+def _record(item: Item, path: str) -> Record:
+    if item.problem:
+        raise ValueError(f"data {path}: {item.key}: {item.problem}: {item.detail}")
+    texts, labels = (tuple(found) for found in quarantine.texts_and_labels(item))
+    extra = items.plain_json(item.extra)
+    return Record(item.image, texts, labels, item.key, extra, item.second)

@@ -1,0 +1,556 @@
+"""Whether an item can train: the reasons why not, and the record of one that can."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import os
+import posixpath
+import re
+import types
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coca_jax.data import filters, images, order, videos
+from coca_jax.data.sources import (
+    csv_list,
+    field_texts,
+    files,
+    formats,
+    image_folder,
+    json_list,
+    jsonl_list,
+    own_folders,
+    regions,
+    rows,
+    split_names,
+)
+from coca_jax.data.sources.field_texts import selected
+from coca_jax.data.sources.items import Item, Options, class_number, plain_json
+from coca_jax.data.sources.records import Record
+from coca_jax.runtime import activity
+
+
+def wanted(item: Item, options: Options) -> str:
+    """'' for an item that the selection keeps, else what leaves it out: 'where', 'sample', or the
+    side of a holdout on which it is, 'held_out' or 'not_held_out'.
+
+    An item with a problem is kept, to be listed once: on the side that is not held out, and where
+    its fields are known, with those that have the wanted values.
+    """
+    if options.holdout:
+        held = not item.problem and is_held_out(item.image, options.holdout, item.drawn.holdouts)
+        if held != options.held_out:
+            return "held_out" if held else "not_held_out"
+    for field, values in options.where:
+        known = not item.problem or field in item.extra
+        if known and not selected({field: values}, item.extra, item.texts, item.labels):
+            return "where"
+    if item.problem:
+        return ""
+    if options.sample < 1.0:
+        digest = order.key_of(item.key.encode())
+        again = item.drawn.seeds.count(options.seed)
+        key = order.key_of([options.seed, digest & (2**63 - 1), *([again] if again else [])])
+        if order.uniform(np.array([key], np.uint64), 1)[0, 0] >= options.sample:
+            return "sample"
+    return ""
+
+
+def is_held_out(image: bytes, share: float, earlier: int = 0) -> bool:
+    """Whether an encoded image is among the share that is held out: a function of its bytes, and of
+    how many holdouts there were before."""
+    return place(image, earlier) < share
+
+
+def place(image: bytes, earlier: int = 0) -> float:
+    """Where the bytes of an image put it, uniformly in [0, 1); after holdouts, which leave a part
+    of that, elsewhere."""
+    salt = earlier.to_bytes(8, "little")
+    digest = hashlib.blake2b(image, digest_size=8, person=b"holdout", salt=salt).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
+    """The record of a good item, or the reason and detail of its quarantine."""
+    if item.problem:
+        return None, item.problem, item.detail
+    if not item.image:
+        return None, "empty_image", "zero bytes"
+    texts, labels = texts_and_labels(item)
+    if any(len(text) > options.max_text for text in texts):
+        return None, "text_too_long", f"{max(map(len, texts))} characters"
+    if any("\ufffd" in text for text in (*texts, *labels)):
+        return None, "bad_utf8", "a text or label has bytes that are not UTF-8"
+    try:
+        "".join((*texts, *item.labels)).encode()
+    except UnicodeEncodeError:
+        return None, "bad_utf8", "a text or label has half a surrogate pair"
+    texts = [text for text in texts if len(text) >= max(options.min_text, 1)]
+    if options.require == "text" and not texts:
+        return None, "missing_text", "no caption of the wanted length"
+    if options.require == "label" and not labels:
+        return None, "missing_label", "no class name"
+    if not texts and not labels and not _asks(item.extra):
+        other = ", ".join(sorted(item.extra)[:8])
+        other = f"; its other fields: {other}" if other else ""
+        return None, "missing_text", f"neither a caption nor a class name{other}"
+    data, reason, detail = _checked(item.image, options)
+    if not reason and item.second:
+        second, reason, detail = _checked(item.second, options)
+    else:
+        second = b""
+    if reason:
+        return None, reason, detail
+    extra = plain_json(dict(item.extra))
+    return Record(data, tuple(texts), tuple(labels), item.key, extra, second), "", ""
+
+
+def texts_and_labels(item: Item) -> tuple[list[str], list[str]]:
+    """An item's texts, and its labels once each, as records have them: blanks are single spaces."""
+    texts = [" ".join(text.split()) for text in item.texts]
+    labels = [" ".join(label.split()) for label in item.labels]
+    return texts, list(dict.fromkeys(label for label in labels if label))
+
+
+def _asks(extra: Mapping[str, Any]) -> bool:
+    """Whether a field lists questions or regions, as sources of these kinds read them."""
+    told = extra.get(regions.FIELD)
+    first = told[0] if isinstance(told, list) and told else told
+    if isinstance(first, dict) and {"text", "box"} <= first.keys():
+        return True
+    lists = (value for value in extra.values() if isinstance(value, list))
+    return any(isinstance(one, dict) and "question" in one for found in lists for one in found[:1])
+
+
+def _checked(data: bytes, options: Options) -> tuple[bytes, str, str]:
+    """What is kept of an encoded image or clip, or the reason and detail of its quarantine."""
+    if len(data) > options.max_image_bytes:
+        return data, "image_too_big", f"{len(data)} bytes"
+    image = None
+    try:
+        if images.is_video_file(data):
+            _, height, width = videos.sniff(data, options.max_pixels)
+        else:
+            image = images.open_image(data, options.max_pixels)
+            width, height = image.size
+    except ValueError as error:
+        big = str(error).startswith("too many pixels")
+        return data, "too_many_pixels" if big else "unreadable_image", str(error)
+    if min(width, height) < options.min_side:
+        return data, "image_too_small", f"{width} x {height}"
+    if options.max_aspect and max(width, height) > options.max_aspect * min(width, height):
+        return data, "aspect", f"{width} x {height}"
+    try:
+        if image is None or videos.is_animation(image, data):  # never encoded again
+            if options.verify:
+                videos.verify(data)
+        elif options.max_side and max(width, height) > options.max_side:
+            data = _shrink(image, options.max_side)
+        elif options.verify:
+            if image.format == "JPEG":  # checks all the data, spares most of the arithmetic
+                image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
+            image.load()
+    except Exception as error:  # PIL's decoders raise all sorts on damaged data
+        many = str(error).startswith("too many frames")
+        return data, "too_many_frames" if many else "damaged_image", str(error)
+    return data, "", ""
+
+
+def _shrink(image: Image.Image, max_side: int) -> bytes:
+    """Encodes a smaller image: JPEG, or PNG where there is transparency."""
+    alpha = images.has_alpha(image)
+    pixels = Image.fromarray(images.to_rgba(image))
+    pixels.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if alpha:
+        pixels.save(out, "PNG")
+    else:
+        pixels.save(out, "JPEG", quality=92)
+    return out.getvalue()
+
+
+# What people are told about data that were read: why none is of use, what to look at.
+
+
+_MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
+_MOST_LOOKED_AT = 20_000  # files of a folder
+_MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
+_LOOKING = "looking for what is not read in {}"
+_MOST_ASKED = 1000  # examples whose fields are looked at
+_ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
+_BY_NAME = ("imagefolder", "sidecars")  # formats that find pictures by the ends of their names
+_LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *rows.PACKED)
+_LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list, json=json_list)
+
+_CAPTION_LIKE = re.compile(
+    r"caption|sentence|descri|comment|(^|_)(text|title|prompt)s?(_|$)", re.IGNORECASE
+)
+# Archives that are not taken for tars by their names.
+_OTHER_ARCHIVES = re.compile(r"\.(tar\.\w+|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
+_USTAR = slice(257, 262)  # bytes of a tar's first header
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+HOW_TO_CAPTION = (
+    "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
+    "from .txt members, from .txt files beside them (--format=sidecars) or from columns text, "
+    "caption or title; class names from label or from one folder a class"
+)
+
+
+def of_format(input: str, format: str) -> str:
+    """The line for a format that the files told, with the pictures that it leaves unread."""
+    beside = lists_read(input, format) + pictures_beside(input, format)
+    if lists := _beside_lists(input, format):
+        beside += f"{lists}; --format=imagefolder reads all, by their folders"
+    beside += files_beside(input, format) + other_kinds(input, format)
+    return f"{input}: read as --format={format}{beside}"
+
+
+def lists_read(input: str, format: str) -> str:
+    """The JSON lists that are read for a folder, which may lie next to it; '' of other inputs."""
+    if format != "json" or not files.filesystem(input)[0].isdir(files.filesystem(input)[1]):
+        return ""
+    return f", captions from {_first(formats.caption_lists(input))}"
+
+
+def unread(input: str, format: str) -> str:
+    """What is said of the pictures in a folder that is read for its archives or lists; '' for
+    none."""
+    return _beside_archives(input, format) + _beside_lists(input, format)
+
+
+def pictures_beside(input: str, format: str) -> str:
+    """What is said of the pictures in a folder that is read for its archives, and how to read them;
+    '' for none."""
+    beside = _beside_archives(input, format)
+    return beside and f"{beside}, which --format=imagefolder or sidecars reads"
+
+
+def _beside_archives(input: str, format: str) -> str:
+    system, plain = files.filesystem(input)
+    if format not in _ARCHIVES or files.is_pattern(input) or not system.isdir(plain):
+        return ""
+    names = itertools.islice(itertools.chain.from_iterable(files.walk(input)), _MOST_LOOKED_AT)
+    found = [name for name in names if name.lower().endswith(formats.MEDIA)]
+    told = f"; not read: {len(found)} pictures beside its archives"
+    return f"{told} ({_first(found)})" if found else ""
+
+
+def files_beside(input: str, format: str) -> str:
+    """What is said of tables and of archives of other names or kinds in a folder that is read for
+    its tars; '' for none."""
+    system, plain = files.filesystem(input)
+    if format != "webdataset" or files.is_pattern(input) or not system.isdir(plain):
+        return ""
+    known = (*formats.PACKED, *formats.MEDIA, *formats.SIDECARS, ".parquet")
+    names = itertools.islice(itertools.chain.from_iterable(files.walk(input)), _MOST_LOOKED_AT)
+    tables, archives = [], []
+    for name in names:
+        if name.lower().endswith((".csv", ".tsv")):
+            tables.append(name)
+        elif not name.lower().endswith(known) and _is_archive(input, name):
+            archives.append(name)
+    told = ""
+    if tables:
+        told += f"; not read: tables beside its archives ({_first(tables)}), as texts and labels "
+        told += "are the members' .txt, .cls and .json"
+    if archives:
+        told += f"; not read: other archives ({_first(archives)}), as tars have names that end in"
+        told += " .tar, .tar.gz or .tgz"
+    return told
+
+
+def other_kinds(input: str, format: str) -> str:
+    """What is said of pictures in a local folder that are of kinds which are not opened; '' for
+    none, and beside metadata and lists, which tell of each of their pictures."""
+    if format not in _BY_NAME or files.is_remote(input) or not os.path.isdir(input):
+        return ""
+    with activity.saying(_LOOKING.format(input)):
+        names = own_folders.without_ours([name for inside in files.walk(input) for name in inside])
+    left = [name for name in names if name.lower().endswith(formats.UNREAD_PICTURES)]
+    if not left or any(posixpath.basename(name) in formats.METADATA for name in names):
+        return ""
+    return (
+        f"; not read: {len(left)} pictures of kinds that are not opened ({_first(left)}), of which "
+        "JPEGs or PNGs would be"
+    )
+
+
+def _is_archive(folder: str, name: str) -> bool:
+    """Whether a file is an archive by its name, or a local one a tar by its first bytes."""
+    if _OTHER_ARCHIVES.search(name):
+        return True
+    if files.is_remote(folder):
+        return False
+    with contextlib.suppress(OSError), files.open_binary(files.join(folder, name)) as file:
+        return file.read(_USTAR.stop)[_USTAR] == b"ustar"
+    return False
+
+
+def _beside_lists(input: str, format: str) -> str:
+    """What is said of the pictures in a local folder that is read for its lists, which name
+    others; '' for none, and beside lists of many bytes."""
+    if format not in _LISTS or files.is_remote(input) or not os.path.isdir(input):
+        return ""
+    # The import says what is wrong with them.
+    with activity.saying(_LOOKING.format(input)), contextlib.suppress(OSError, ValueError):
+        if sum(map(os.path.getsize, _lists_in(input, format))) <= _MOST_OF_LISTS:
+            left, count = image_folder.unlisted(input, Options(), _LISTS[format])
+            if left:
+                return f"; not read: {left} of {count} pictures, which no row of its lists names"
+    return ""
+
+
+def _lists_in(input: str, format: str) -> list[str]:
+    """The lists of a folder. Raises OSError, ValueError as the format's `plan`."""
+    if format == "json":
+        return formats.caption_lists(input)
+    try:
+        return files.find(input, formats.PATTERNS[format])
+    except FileNotFoundError:
+        return formats.text_lists(input)
+
+
+def nothing_usable(
+    input: str,
+    read: int,
+    listed: Sequence[Mapping[str, str]],
+    filtered: Mapping[str, int],
+    options: Mapping[str, Any] = types.MappingProxyType({}),
+) -> str:
+    """The line for an input of which nothing can be used.
+
+    listed: the quarantined examples, {key, reason, detail}. options: what was asked for.
+    """
+    reasons = Counter(entry["reason"] for entry in listed)
+    text = f"{input}: none of {read} examples can be used: "
+    if set(reasons) != {"missing_text"} or filtered:
+        again = [entry for entry in listed if entry["reason"] == "duplicate_key"]
+        told = [*again, *listed][:1]  # of an archive out of order the former says what is wrong
+        which = "the first quarantined" if filtered else "the first"
+        first = "".join(f"; {which}: {one['key']}: {one['detail']}" for one in told)
+        return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
+    fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
+    there = fields.most_common(1)[0][0]
+    named = _of_named(dict(with_text=0, with_label=0), options)
+    text += f"{'; '.join(['none has a caption or a class name', *named])}; "
+    if there:
+        return f"{text}their fields are {there}: name one with --text_field or --label_field"
+    return f"{text}{HOW_TO_CAPTION}{_unread(input)}"
+
+
+def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> list[str]:
+    """The line for the first of the lists at `paths` with bytes that are not UTF-8, as those of
+    spreadsheets are; none where nothing that is listed looks like that."""
+    if all(e["reason"] != "bad_utf8" and "\ufffd" not in e["key"] + e["detail"] for e in listed):
+        return []
+    for path in dict.fromkeys(path for path in paths if path.lower().endswith(_LISTS_END)):
+        with contextlib.suppress(OSError, ValueError):  # of a damaged end, which is listed
+            if number := rows.not_utf8(path):
+                return [
+                    f"{path}: line {number} is not UTF-8; save it in UTF-8 (iconv -f CP1252 -t "
+                    "UTF-8, where it is of a spreadsheet in Western Europe)"
+                ]
+    return []
+
+
+def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
+    """What is said where no example has the values of --where: what the first of them have; ''
+    where one of those has them."""
+    missed = filters.Missed(where)
+    for item in itertools.islice(items, _MOST_ASKED):
+        texts, labels = texts_and_labels(item)
+        if not item.problem and field_texts.selected(where, item.extra, texts, labels):
+            return ""
+        missed.add(Record(b"", tuple(texts), tuple(labels), item.key, "", b""), item.extra)
+    return f"; --where: {missed.line()}"
+
+
+def _unread(input: str) -> str:
+    """Which files in a folder of pictures may hold what is missed."""
+    names = list(dict.fromkeys([*formats.beside(input), *formats.tables(input)]))
+    if not names:
+        return ""
+    return f"; not read as they are: {_first(names)}"
+
+
+def of_no_split(input: str, patterns: tuple[str, ...]) -> str:
+    """The line for files that no split has, as the names of others tell theirs; '' for none."""
+    names, count = files.of_no_split(input, patterns)
+    if not names:
+        return ""
+    verb = "names no split and is" if len(names) == 1 else "name no split and are"
+    return f"{input}: {len(names)} of {count} files {verb} not read: {_first(names)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
+    """The lines for pictures that are read by their folders, whose names are their classes."""
+    if found["with_text"] or found["with_label"] < found["count"]:
+        return []
+    if len(classes) != 1:
+        return _like_splits(classes, input) + _texts_beside(input)
+    return [
+        f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
+        f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}{_unread(input)}"
+    ]
+
+
+def _unread_tables(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
+    """The line for tables beside pictures that are read by their folders' names."""
+    if len(classes) == 1 or found["with_text"] or found["with_label"] < found["count"]:
+        return []
+    names = formats.tables(input)
+    if not names or any(posixpath.basename(name) in formats.METADATA for name in names):
+        return []
+    return [
+        f"{input}: the classes are the names of its folders; not read: {_first(names)} "
+        "(--input=FILE reads a table or JSON list of pictures)"
+    ]
+
+
+def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) -> list[str]:
+    """The line for pictures beside metadata whose rows name others."""
+    if files.is_remote(input) or found["read"] > _MOST_LISTED:
+        return []
+    left, count = image_folder.unlisted(input, Options(image_field=options["image_field"]))
+    if not left:
+        return []
+    return [f"{input}: {left} of {count} pictures are in no row of its metadata, and not read"]
+
+
+def of_links(input: str) -> list[str]:
+    """The line for folders of an input that are links; none without such."""
+    links = "" if files.is_pattern(input) else files.linked_folders(input)
+    return [f"{input}: {links}"] if links else []
+
+
+def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
+    """The line for class names that were given and are those of none of the labels."""
+    return (
+        f"--class_names: its {len(class_names)} names ({_first(class_names)}) apply to none of the "
+        f"labels ({_first(sorted(labels))}) and are left out: labels are to be numbers from 0 to "
+        f"{len(class_names) - 1}, or WordNet ids (n01440764) with which each line begins"
+    )
+
+
+def _like_splits(classes: Sequence[str], input: str) -> list[str]:
+    """The line for classes that are called as splits are, such as train2017."""
+    like = [n for n in classes if set(re.findall("[a-z]+", n.lower())) & split_names.SPLITS.keys()]
+    if not like:
+        return []
+    return [
+        f"{input}: {len(like)} of {len(classes)} class names, from folders, have the word of a "
+        f"split ({_first(like)}): where these are splits, give the folder of each as --input, with "
+        "--split=train, test or validation"
+    ]
+
+
+def _texts_beside(input: str) -> list[str]:
+    """The line for captions beside some of the pictures that are read by class names."""
+    names = [name for inside in files.walk(input) for name in inside]
+    texts = {posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.TEXTS)}
+    pictures = [posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.MEDIA)]
+    count = sum(name in texts for name in pictures)
+    if not count:
+        return []
+    return [
+        f"{input}: the texts beside {count} of {len(pictures)} pictures are not read, as folders "
+        "are class names; `coca-jax prepare --format=sidecars` reads them without the others"
+    ]
+
+
+def _of_named(found: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """What is said of fields that were named and gave nothing: of archives, whose members all have
+    to be read before that is known."""
+    told = []
+    for flag, kind in (("text_field", "text"), ("label_field", "label")):
+        name = options.get(flag)
+        if name and not found[f"with_{kind}"]:
+            told.append(f"--{flag}={name}: no example has a {kind} in it")
+    return told
+
+
+def caption_like(extra: Mapping[str, Any]) -> set[str]:
+    """The fields of an example that are called as captions are, and hold a text or several."""
+    found = set()
+    for name, value in extra.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, str) and first.strip() and _CAPTION_LIKE.search(name):
+            found.add(name)
+    return found
+
+
+def are_numbers(texts: Sequence[str]) -> bool:
+    """Whether captions hold nothing but numbers, as boxes for detectors do; False without any."""
+    words = [word for text in texts for word in text.replace(",", " ").split()]
+    return bool(words) and all(map(_NUMBER.fullmatch, words))
+
+
+def of_split(
+    out: str, split: str, manifest: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Lines on a split that was written: what was left out, class names that are numbers, what is
+    strange in its captions and images.
+
+    accounts: of its shards; those of earlier versions lack some counts.
+    """
+    found = manifest["splits"][split]
+    lines = []
+    left_out = sum(found["quarantined"].values())
+    if left_out:
+        why = ", ".join(f"{count} {reason}" for reason, count in found["quarantined"].items())
+        place = files.join(out, f"{split}-quarantine.jsonl")
+        lines.append(f"{left_out} of {found['read']} examples left out ({why}): see {place}")
+    classes = manifest["class_names"]
+    request = found.get("request") or {}
+    apart = request.get("options", {}).get("held_out")  # the other side says it
+    others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
+    told = [one["input"] for one in others if one and not one["options"].get("held_out")]
+    first = bool(request) and not apart and request["input"] not in told  # of the input's splits
+    if request.get("format") == "imagefolder" and not apart:
+        lines += _by_folder(found, classes, request["input"])
+        lines += _unread_tables(found, classes, request["input"])
+        if first:
+            lines += _unlisted(found, request["input"], request["options"])
+    if first and request["format"] not in ("tfds", "prepared"):
+        lines += of_links(request["input"])
+    fields = sorted({name for account in accounts for name in account.get("caption_like", ())})
+    if fields and found["with_label"] and not found["with_text"] and not apart:
+        lines.append(
+            f"{request.get('input', out)}: it has class names alone; not read as captions: its "
+            f"fields {_first(fields)} (`coca-jax prepare --text_field={fields[0]}` reads one)"
+        )
+    numbers, dark = (
+        sum(account.get(name, 0) for account in accounts)
+        for name in ("with_numbers_alone", "with_lost_range")
+    )
+    if not apart:
+        named = _of_named(found, request.get("options", {}))
+        lines += [f"{request['input']}: {line}" for line in named]
+    if dark:
+        lines.append(
+            f"{dark} of {found['count']} examples of the split {split!r} have images with values "
+            "that lose much in 8 bits: 16 bits are taken for 0 to 65535, floats for 0 to 1 or 0 to "
+            "255, NaN for 0; scale them to that range first"
+        )
+    if numbers and numbers == found["with_text"] and not apart:
+        lines.append(
+            f"{request.get('input', out)}: all captions are numbers alone, as boxes for a detector "
+            "are; give texts in their place, or --format=imagefolder, for class names by folder"
+        )
+    if classes and all(class_number(name) is not None for name in classes):
+        lines.append(
+            f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "
+            "'a photo of the 0'; --class_names=FILE gives their names, one a line"
+        )
+    return lines

@@ -1,0 +1,323 @@
+"""What every importer works with: the options, the units of work, and the items they yield."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from coca_jax.data import images
+from coca_jax.data.sources import files, formats
+from coca_jax.data.sources.field_texts import INNER_LABELS, strings
+from coca_jax.data.sources.references import Span
+
+TEXT_FIELDS = ("text", "caption", "title")
+CHATS = ("conversations", "messages")  # of sets for chat models
+LISTED_TEXTS = (  # in lists and tables: of sets on the hub, of Karpathy, of Flickr30k, of chats
+    *(*TEXT_FIELDS, "captions", "sentences", "comment", *CHATS),
+)
+# How the name of a column of captions ends: image_caption, altText, but not context.
+_CAPTION_COLUMN = re.compile(r"(?i:caption|description|(?<![a-z])text)$|(?<=[a-z])Text$")
+LABEL_FIELDS = ("label", "labels")
+
+# Files that an importer leaves open for the unit that follows in them; None outside of
+# `resuming_reads`.
+open_readers: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "open_readers", default=None
+)
+
+
+@contextlib.contextmanager
+def resuming_reads() -> Iterator[None]:
+    """Inside, reading a unit resumes where the unit before it ended in the same file, unless the
+    file has changed: a parquet row group, which pandas makes of a million rows, is read in full for
+    its first row."""
+    held: dict[str, Any] = {}
+    token = open_readers.set(held)
+    try:
+        yield
+    finally:
+        open_readers.reset(token)
+        for reader in held.values():
+            reader.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to read and what to keep; together with the input it fixes the output, byte for byte.
+
+    Attributes:
+        text_field, label_field, image_field: names of fields or columns; '': the format's usual.
+            image_field 'left,right': examples are pairs of images.
+        class_names: names of integer labels, in order.
+        where: fields an example must have, as (name, allowed values).
+        verify: decode each image fully, not only its header.
+        min_side, max_aspect: of images, in pixels and long side over short; 0: any.
+        max_pixels: of an image; more is taken for a decompression bomb.
+        max_image_bytes: of an encoded image.
+        min_text, max_text: length of a caption in characters; longer ones count as damage.
+        require: 'any', 'text' or 'label': what an example must have besides its image.
+        max_side: images larger than this are shrunk and encoded again; 0: bytes are copied.
+        sample: share of the examples to keep, chosen by their keys.
+        holdout: share of the images that is kept apart, chosen by their bytes: equal images are on
+            the same side.
+        held_out: take those that are kept apart, not the others.
+        seed: of the sample.
+        dedup: 'none', 'content' (images of equal bytes) or 'perceptual' (that look the same too).
+        distance: bits of 256 in which images that look the same may differ.
+        exclude: paths of evaluation images, none of which is to be trained on.
+        yields_to: (field, values) of the examples of other splits, in order, that keep their images
+            where `dedup` finds the same among those of this split.
+        allow_paths: folders and URLs from which rows may name image files, besides the input's own.
+        in_place: write references to the images' bytes in place of the bytes.
+    """
+
+    text_field: str = ""
+    label_field: str = ""
+    image_field: str = ""
+    class_names: tuple[str, ...] = ()
+    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    verify: bool = True
+    min_side: int = 1
+    max_aspect: float = 0.0
+    max_pixels: int = images.MAX_PIXELS
+    max_image_bytes: int = 64 << 20
+    min_text: int = 1
+    max_text: int = 10_000
+    require: str = "any"
+    max_side: int = 0
+    sample: float = 1.0
+    holdout: float = 0.0
+    held_out: bool = False
+    seed: int = 0
+    dedup: str = "none"
+    distance: int = 6
+    exclude: tuple[str, ...] = ()
+    yields_to: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    allow_paths: tuple[str, ...] = ()
+    in_place: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A part of the input that one process reads in one go.
+
+    Attributes:
+        path: a file.
+        start, stop: which of its rows (or bytes, as the format likes); stop 0: to the end.
+        rows: how many items to expect; 0: not known.
+        root: the folder below which its rows may name files; '': the file's own.
+        names: of a folder, the files in it that are its rows.
+        offset: byte of a file at which its rows begin; 0: they are counted from the beginning.
+        line: number of lines of the file before `start`, where that is a byte.
+    """
+
+    path: str
+    start: int = 0
+    stop: int = 0
+    rows: int = 0
+    root: str = ""
+    names: Sequence[str] = ()
+    offset: int = 0
+    line: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was drawn of data before, one of the other: how many holdouts, and the seeds of samples.
+    What is drawn next does not fall on the same side again."""
+
+    holdouts: int = 0
+    seeds: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass
+class Item:
+    """An example as found. `problem` says why it cannot be used, for the quarantine list; `span`
+    and `second_span` where its images lie, where that can be said; `drawn` what it is left of."""
+
+    key: str
+    image: bytes = b""
+    texts: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    problem: str = ""
+    detail: str = ""
+    second: bytes = b""  # the other image of a pair
+    span: Span | None = None
+    second_span: Span | None = None
+    drawn: Drawn = Drawn()
+
+
+def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> list[Unit]:
+    """Cuts rows of a file into units."""
+    return [
+        Unit(path, start, min(start + rows_per_unit, rows), min(rows_per_unit, rows - start), root)
+        for start in range(0, rows, rows_per_unit)
+    ]
+
+
+def named_units(folder: str, names: Sequence[str], rows_per_unit: int, root: str) -> list[Unit]:
+    """Cuts the files of a folder into units that name theirs: none has to list the folder again."""
+    units = split_units(folder, len(names), rows_per_unit, root)
+    return [dataclasses.replace(u, names=tuple(names[u.start : u.stop])) for u in units]
+
+
+def names_of(unit: Unit) -> Sequence[str]:
+    """The files that a unit of a folder names. Raises ValueError where it names none, as those of
+    earlier versions do."""
+    if not unit.names:
+        raise ValueError(f"{unit.path}: the unfinished import is an earlier version's; remove it")
+    return unit.names
+
+
+def whole_files(units: Sequence[Unit]) -> list[Unit]:
+    """One unit of each file that units are parts of, in their order."""
+    found: dict[str, Unit] = {}
+    named: dict[str, list[str]] = {}
+    for unit in units:
+        found[unit.path] = dataclasses.replace(found.get(unit.path, unit), stop=unit.stop, rows=0)
+        named.setdefault(unit.path, []).extend(unit.names)
+    return [dataclasses.replace(unit, names=tuple(named[path])) for path, unit in found.items()]
+
+
+def guarded(key: str, make: Callable[[], Item]) -> Item:
+    """The item that `make` gives. Whatever a stranger's row makes it raise is that row's problem:
+    one bad row never ends an import."""
+    try:
+        return make()
+    except Exception as error:
+        return Item(key, problem="bad_record", detail=f"{type(error).__name__}: {error}")
+
+
+def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options) -> Item:
+    """Reads the file that a row names into its item, or says in the item why it may not."""
+    roots = (unit.root or folder, *options.allow_paths)
+    try:
+        path = formats.resolve(folder, name, roots)
+        item.image = files.read_bounded(path, options.max_image_bytes)
+        item.span = Span(path, len(item.image), 0, len(item.image))
+    except formats.Outside as error:
+        item.problem, item.detail = "outside_input", str(error)
+    except files.TooLarge as error:
+        item.problem, item.detail = "image_too_big", str(error)
+    except Exception as error:  # file systems have types of their own
+        item.problem, item.detail = "missing_image", f"{type(error).__name__}: {error}"
+    return item
+
+
+def only(value: Any) -> Any:
+    """The one image of a field that lists a row's images; another value as it is."""
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+
+def printable(text: str) -> str:
+    """Text that is UTF-8: half a surrogate pair, or a byte of a file name, becomes its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def names(value: Any, class_names: Sequence[str]) -> list[str]:
+    """Labels as names: integers (or their digits) are looked up where class names are known, of
+    which -1 says that there is no label, and WordNet ids where each line has one before the name.
+
+    Raises:
+        ValueError: a number outside the class names, or as `strings`.
+    """
+    found = []
+    listed, by_id = named_classes(tuple(class_names))
+    for text in strings(value, INNER_LABELS):
+        if class_names and (number := class_number(text)) is not None:
+            if number == -1:
+                continue
+            if not 0 <= number < len(listed):
+                raise ValueError(f"label {text} of {len(listed)} class names")
+            text = listed[number]
+        found.append(by_id.get(text, text))
+    return found
+
+
+def read_class_names(path: str, called: str = "") -> tuple[str, ...]:
+    """The class names in a text file, one a line; blank lines are none. called: as `read_lines`.
+
+    Raises:
+        OSError, ValueError: as `files.read_lines`; or it has no name.
+    """
+    found = tuple(line.strip() for line in files.read_lines(path, called) if line.strip())
+    if not found:
+        raise ValueError(f"{called or path}: it is empty")
+    return found
+
+
+def class_number(label: str) -> int | None:
+    """The number that a label is, None for a name: 1.0 is 1, as pandas writes a column of integers
+    where one is missing."""
+    digits = re.fullmatch(r"(-?\d+)(?:\.0+)?", label.strip())
+    return int(digits[1]) if digits else None
+
+
+@functools.lru_cache(maxsize=1)
+def named_classes(lines: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """(class names in order, id -> name) of a list of classes, such as ImageNet's, in which each
+    line is a WordNet id and a name ('n01440764 tench'); of any other (its lines, {})."""
+    split = [re.match(r"(n\d{8})\s+(\S.*)", line) for line in lines]
+    if not all(split):
+        return list(lines), {}
+    pairs = [(found[1], found[2].strip()) for found in split if found]
+    return [name for _, name in pairs], dict(pairs)
+
+
+def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
+    """Removes and returns the field that `chosen` names; None where it is not there. 'text.de' is
+    the field 'de' of the object 'text', where no field has the dot in its name."""
+    name = chosen(fields, wanted, usual)
+    group, _, within = name.partition(".")
+    if name in fields or not isinstance(fields.get(group), dict):
+        return fields.pop(name, None) if name else None
+    fields[group] = dict(fields[group])  # a list that is kept has the object too
+    return take(fields[group], within, ())
+
+
+def text_column(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) -> str:
+    """The name of the field of captions: that of `chosen`, else the only one whose name ends in
+    caption, description or text and that holds texts; '' for none."""
+    if found := chosen(fields, wanted, usual):
+        return found
+    there = [name for name, value in fields.items() if _is_caption_column(name, value)]
+    return there[0] if len(there) == 1 else ""
+
+
+def _is_caption_column(name: Any, value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str) and bool(_CAPTION_COLUMN.search(str(name)))
+
+
+def is_field(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether `take` finds a field of this name, which may have no value."""
+    group, _, within = name.partition(".")
+    inner = fields.get(group)
+    return name in fields or (bool(within) and isinstance(inner, dict) and is_field(inner, within))
+
+
+def chosen(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) -> str:
+    """The name of the wanted field, else of the first of the usual ones with a value; '': none."""
+    return wanted or next((n for n in usual if fields.get(n) not in (None, "", [])), "")
+
+
+def without_bytes(value: Any) -> Any:
+    """A field without the bytes in it, such as those of another image; None where it is bytes."""
+    if isinstance(value, dict):
+        return {k: without_bytes(v) for k, v in value.items() if not isinstance(v, bytes)}
+    if isinstance(value, (list, tuple)):
+        return [without_bytes(v) for v in value if not isinstance(v, bytes)]
+    return None if isinstance(value, bytes) else value
+
+
+def plain_json(value: Any) -> str:
+    """Fields as JSON, with what JSON lacks turned into text."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,288 @@
+"""WebDataset: tar files whose members that share a name make one example."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from coca_jax.data import images, videos
+from coca_jax.data.sources import files, formats, rows
+from coca_jax.data.sources.items import (
+    CHATS,
+    LABEL_FIELDS,
+    TEXT_FIELDS,
+    Item,
+    Options,
+    Unit,
+    guarded,
+    names,
+    strings,
+    take,
+)
+from coca_jax.data.sources.references import Span
+from coca_jax.runtime import bounded_json
+
+# The members of a tar file, read forwards, with a bound on whatever a header can ask for.
+
+
+MAX_HEADER = 1 << 20  # bytes of all headers of a member; a long name or attributes take few
+MAX_SKIPPED = 256 << 20  # bytes that are unpacked only to get past them
+_BLOCK = 1 << 20
+
+
+class Member(NamedTuple):
+    """A regular file in an archive. `read` gives its bytes; only before the next member. `start` is
+    where they begin in the archive's file; -1: they do not stand there as they are."""
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
+    start: int
+
+
+class BadEnd(tarfile.ReadError):
+    """The members are whole, but what follows the last one is not the end of an archive."""
+
+
+class _Forward:
+    """What tarfile reads from: no way back, and no more at once than is allowed for."""
+
+    def __init__(self, file: Any, packed: bool):
+        self._file, self.packed, self._position = file, packed, 0
+        self.allowed = MAX_HEADER
+        self.last = b""
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.allowed:
+            raise tarfile.ReadError(f"headers of more than {MAX_HEADER} bytes")
+        self.allowed -= size
+        self.last = self._file.read(size)
+        self._position += len(self.last)
+        return self.last
+
+    def seek(self, position: int) -> None:
+        skip = position - self._position
+        if skip < 0 or (self.packed and skip > MAX_SKIPPED):
+            raise tarfile.ReadError(f"a member of {skip} bytes")
+        if self.packed:
+            while skip > 0 and (block := self._file.read(min(skip, _BLOCK))):
+                skip -= len(block)
+                self._position += len(block)
+        else:
+            self._file.seek(position)
+            self._position = position
+
+
+class _Header(tarfile.TarInfo):
+    """Takes what is needed from the header of a plain file, in a sixth of the time; tarfile's own
+    reading does all others, and those that are damaged."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """Raises what tarfile raises."""
+        name, size, sum_, end = buf[:100], buf[124:135], buf[148:154], buf[135:136]
+        plain = len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE and not buf[345]
+        if plain and size.isdigit() and sum_.isdigit() and end in b"\0 " and buf[154:156] == b"\0 ":
+            try:
+                if int(sum_, 8) == 256 + sum(buf) - sum(buf[148:156]):
+                    found = cls(name.partition(b"\0")[0].decode(encoding, errors))
+                    found.size = int(size, 8)
+                    return found
+            except ValueError:  # digits 8 and 9
+                pass
+        return super().frombuf(buf, encoding, errors)  # type: ignore[return-value]
+
+
+def is_packed(head: bytes) -> bool:
+    """Whether the first six bytes are those of a compressed file."""
+    return head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
+
+
+def members(file: BinaryIO) -> Iterator[Member]:
+    """The regular files of a tar, tar.gz or tar.bz2, in its order.
+
+    Raises:
+        BadEnd: it does not end as an archive ends.
+        tarfile.TarError, OSError, EOFError, zlib.error and whatever else a damaged archive makes
+        those modules raise; what came before is whole.
+    """
+    magic = file.read(6)
+    file.seek(0)
+    if magic[:2] == b"\x1f\x8b":
+        stream = _Forward(gzip.GzipFile(fileobj=file), packed=True)
+    elif magic[:3] == b"BZh":
+        stream = _Forward(bz2.BZ2File(file), packed=True)
+    elif magic == b"\xfd7zXZ\0":
+        raise tarfile.ReadError("a tar.xz; unpack it to .tar first")
+    else:
+        stream = _Forward(file, packed=False)
+    with tarfile.TarFile(fileobj=stream, tarinfo=_Header) as archive:  # type: ignore[arg-type]
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+            archive.pax_headers = {}
+
+            def read(member: tarfile.TarInfo = member) -> bytes:
+                stream.allowed = member.size + 2 * tarfile.BLOCKSIZE
+                if member.issparse() or not member.isreg():
+                    extracted = archive.extractfile(member)
+                    data = extracted.read() if extracted else b""
+                else:
+                    stream.seek(member.offset_data)
+                    data = stream.read(member.size)
+                if len(data) < member.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                return data
+
+            if member.isfile():
+                plain = not stream.packed and not member.issparse()
+                yield Member(member.name, member.size, read, member.offset_data if plain else -1)
+            stream.allowed = MAX_HEADER
+        # tarfile ends without a word at a header that is none.
+        if stream.last.strip(b"\0"):
+            raise BadEnd(f"no header at byte {stream.tell() - len(stream.last)}")
+        if not stream.last:
+            raise BadEnd("no end mark: the archive may be cut short")
+        stream.allowed = MAX_HEADER
+        if stream.read(1 << 16).strip(b"\0"):
+            raise BadEnd("more data behind the archive's end mark")
+
+
+IMAGE_SUFFIXES = (*(suffix[1:] for suffix in images.SUFFIXES), "img", "image")
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + videos.SUFFIXES
+PATTERNS = formats.PATTERNS["webdataset"]
+TEXT_SUFFIXES = ("txt", "cls", "json")
+
+
+def plan(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of a WebDataset: its tar files.
+
+    Raises:
+        FileNotFoundError: no tar file.
+    """
+    return [Unit(file) for file in files.find(path, PATTERNS, split)]
+
+
+class Group:
+    """The members of one example, as far as they are of use."""
+
+    def __init__(self, key: str, options: Options):
+        self.key, self.data = key, {}  # type: str, dict[str, bytes]
+        self.starts: dict[str, int] = {}
+        self._wanted = (*MEDIA_SUFFIXES, *TEXT_SUFFIXES, *options.image_field.split(","))
+        self._room = 2 * options.max_image_bytes
+        self.problem = self.detail = ""
+
+    def add(self, suffix: str, member: Member) -> None:
+        if suffix not in self._wanted:
+            self.data[suffix] = b""
+            return
+        most = rows.MAX_ROW_BYTES if suffix in TEXT_SUFFIXES else self._room
+        if member.size > most:
+            text = suffix in TEXT_SUFFIXES
+            self.problem = "text_too_long" if text else "image_too_big"
+            self.detail = f".{suffix} of {member.size} bytes"
+            self.data[suffix] = b""
+            return
+        self.data[suffix] = member.read()
+        self.starts[suffix] = member.start
+        self._room -= member.size
+
+    def span(self, suffix: str, path: str, file_bytes: int) -> Span | None:
+        """Where a member lies in the archive; None where it cannot be read there."""
+        start = self.starts.get(suffix, -1)
+        if start < 0:
+            return None
+        return Span(path, file_bytes, start, len(self.data[suffix]))
+
+
+def read(unit: Unit, options: Options) -> Iterator[Item]:
+    """The items of a tar file, in its order. A damaged archive ends with one problem item."""
+    base = posixpath.basename(unit.path)
+    seen: set[str] = set()
+    group, file_bytes = Group("", options), 0
+
+    def finish() -> Iterator[Item]:
+        if group.data:
+            key = f"{base}/{group.key}"
+            if group.problem:
+                found = Item(key, problem=group.problem, detail=group.detail)
+            else:
+                found = guarded(key, lambda: item(key, group, options, unit.path, file_bytes))
+            if group.key in seen:
+                lost = "; the members of a key must stand together, as `tar --sort=name` puts them"
+                lost = lost if found.problem == "missing_image" else ""
+                found.problem = "duplicate_key"
+                found.detail = f"a second example with this key{lost}"
+            seen.add(group.key)
+            yield found
+
+    try:
+        with files.open_binary(unit.path) as handle:
+            file_bytes = handle.seek(0, 2)
+            handle.seek(0)
+            for member in members(handle):
+                folder, last = posixpath.split(member.name.removeprefix("./"))
+                stem, dot, suffix = last.partition(".")
+                if not dot or not stem or files.is_hidden(folder):
+                    continue
+                key, suffix = posixpath.join(folder, stem), suffix.lower()
+                if key != group.key or suffix in group.data:
+                    yield from finish()
+                    group = Group(key, options)
+                group.add(suffix, member)
+            yield from finish()
+            group = Group("", options)
+    except Exception as error:  # damage makes tarfile and zlib raise all sorts
+        # What came before is whole; the example that was being read is not.
+        if isinstance(error, BadEnd):
+            yield from finish()
+            group = Group("", options)
+        key = f"{base}/{group.key}" if group.key else base
+        detail = f"{type(error).__name__}: {error}"
+        yield Item(key, problem="damaged_archive", detail=detail)
+
+
+def item(key: str, group: Group, options: Options, path: str = "", file_bytes: int = 0) -> Item:
+    """The item of the members of an example, of an archive at `path`."""
+    found, members = Item(key), group.data
+    first, _, second = options.image_field.partition(",")
+    suffix = first or next((s for s in MEDIA_SUFFIXES if s in members), "")
+    if suffix not in members or (second and second not in members):
+        found.problem, found.detail = "missing_image", f"members {sorted(members)}"
+        return found
+    found.image, found.second = members[suffix], members[second] if second else b""
+    found.span = group.span(suffix, path, file_bytes)
+    found.second_span = group.span(second, path, file_bytes)
+    try:
+        fields = bounded_json.parse(members["json"]) if "json" in members else {}
+        text = None if options.text_field else _text(members, "txt")
+        label = None if options.label_field else _text(members, "cls")
+    except UnicodeDecodeError as error:
+        found.problem, found.detail = "bad_utf8", str(error)
+        return found
+    except ValueError as error:
+        found.problem, found.detail = "bad_json", str(error)
+        return found
+    made = fields.get("recaption")
+    if not text and not (isinstance(made, dict) and "captions" in made):
+        text = None  # of `recaption` alone an empty member says that no text is kept
+    taken = take(fields, options.text_field, (*TEXT_FIELDS, *CHATS))
+    found.texts = strings(taken if text is None else text)
+    try:
+        taken = take(fields, options.label_field, LABEL_FIELDS)
+        found.labels = names(label or taken, options.class_names)
+    except ValueError as error:
+        found.problem, found.detail = "bad_label", str(error)
+    found.extra = fields
+    return found
+
+
+def _text(members: dict[str, bytes], suffix: str) -> str | None:
+    return files.decode_text(members[suffix]).strip() if suffix in members else None

@@ -1,0 +1,1 @@
+"""Evaluators, metrics, statistics and the report of a run."""

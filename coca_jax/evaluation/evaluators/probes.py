@@ -1,0 +1,241 @@
+"""How much a frozen encoder's features tell: a linear probe and k nearest neighbours."""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from coca_jax.evaluation.evaluators import (
+    Record,
+    check_finite,
+    in_batches,
+    inputs,
+    stack_images,
+    warn,
+)
+from coca_jax.evaluation.evaluators.base import (
+    DATA,
+    RECORDS,
+    Evaluator,
+    Flag,
+    Metric,
+    Scale,
+    Setting,
+    check_apart,
+)
+from coca_jax.evaluation.evaluators.classification import HEADLINES, METRICS, Tally
+from coca_jax.evaluation.evaluators.inputs import Records
+
+Encode = Callable[[Any], np.ndarray]
+Kept = Callable[[Sequence[Record]], Sequence[Record]]
+
+
+class Probe(Evaluator):
+    """Classifies by features of the frozen encoder.
+
+    Args:
+      data_name: of the data set, the second part of the metrics' names.
+      class_names: distinct names, [classes].
+      labels: how the records call the classes, [classes]; by default as `class_names`.
+      train: records to learn from, with `image` and `labels`.
+      batch_size: images at a time.
+      num_examples: pictures kept for the report.
+      progress: shows bars.
+      cache: features by 'train' and 'test', and labels by 'labels of train' and so on, filled in
+        here: for another probe of the same model and classes on the same records.
+    """
+
+    needs, programs = "label", ("features",)
+    flags = (
+        inputs.FLAG,
+        Flag("train_limit", 0, "Records that probes learn from; 0: all.", least=0),
+    )
+    options = dict(class_names=inputs.RULE, train=DATA, train_limit=RECORDS)
+    metrics, headlines = METRICS, HEADLINES
+
+    def __init__(
+        self,
+        data_name: str,
+        class_names: Sequence[str],
+        train: Iterable[Record],
+        *,
+        labels: Sequence[str] | None = None,
+        batch_size: int = 256,
+        num_examples: int = 16,
+        progress: bool = False,
+        cache: dict[str, Any] | None = None,
+    ):
+        super().__init__(data_name)
+        self._cache: dict[str, Any] = {} if cache is None else cache
+        self._new_tally = lambda: Tally(
+            self.name, class_names, labels, relative=True, num_examples=num_examples
+        )
+        self._new_tally()  # refuses unsuitable names now
+        self._classes = frozenset(class_names if labels is None else labels)
+        self.num_classes, self.train = len(class_names), train
+        self.batch_size, self.progress = batch_size, progress
+
+    @classmethod
+    def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
+        """Takes --class_names and --train_limit."""
+        super().from_flags(task, flags)
+        if flags.class_names:
+            task["class_names"] = flags.class_names
+        if flags.train_limit:
+            task["train_limit"] = flags.train_limit
+
+    @classmethod
+    def check_task(cls, task: Mapping[str, Any]) -> None:
+        super().check_task(task)
+        inputs.check(task)
+
+    @classmethod
+    def train_data(cls, task: Mapping[str, Any]) -> dict[str, Any]:
+        """The data entry that it learns from."""
+        return dict(task.get("train") or dict(task["data"], split="train"))
+
+    @classmethod
+    def more_data(cls, task: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [*super().more_data(task), dict(dict(split="test"), **cls.train_data(task))]
+
+    @classmethod
+    def check_data(cls, task: Mapping[str, Any]) -> None:
+        """Refuses to learn from what is scored."""
+        check_apart(task, cls.train_data(task), "learned from")
+
+    @classmethod
+    def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Probe:
+        """task: train, a data entry to learn from, by default the split 'train' of the same data;
+        train_limit; class_names."""
+        train = cls.train_data(task)
+        names, labels = inputs.names_and_labels(dict(task, data=train))
+        found = Records(train, task.get("train_limit", 0), need=cls.needs)
+        limits = [task.get("limit", 0), task.get("train_limit", 0)]
+        some = [task.get("known_only", False), task.get("candidates"), task.get("class_names")]
+        of_data = json.dumps(["features", train, task["data"], limits, some], sort_keys=True)
+        cache = setting.shared.setdefault(of_data, {})
+        how = dict(setting.common(), labels=labels, cache=cache)
+        probe = cls(task["name"], names, found, **how)
+        probe.further = (found,)
+        return probe
+
+    @abc.abstractmethod
+    def scores(
+        self, test: np.ndarray, train: np.ndarray, classes: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """(scores [N, C], not below 0; what was chosen on the way, by metric), of test features
+        [N, W] by training features [M, W] and their classes int [M]."""
+
+    def run(self, predict: Any, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
+        """Yields what `ZeroShot.run` does, num_train, and l2 of a linear probe.
+
+        predict.features: N images -> float32 [N, W]. records can be gone through more than once,
+        and have `image` and `labels`; of several labels the first that is a class is learned, and
+        a training record with none is left out, as a warning says. Afterwards `examples` and
+        `classes` are as those of ZeroShot. Raises ValueError for a test record with none, before
+        anything is learned.
+        """
+        tally = self._new_tally()
+
+        def refuse(batch: Sequence[Record]) -> Sequence[Record]:
+            for record in batch:
+                tally.true_classes(record)
+            return batch
+
+        # What is learned from is mostly the larger part: what is wrong with the other comes first.
+        test_x = self._features(predict.features, records, "test", refuse)
+        train_x = self._features(predict.features, self.train, "train", self._learned)
+        told = self._cache["labels of train"]
+        train_y = np.array([tally.true_classes(record)[0] for record in told])
+        scores, chosen = self.scores(test_x, train_x, train_y)
+        scores /= scores.sum(1, keepdims=True)
+        start = 0
+        for batch in in_batches(records, self.batch_size):
+            tally.add(scores[start : start + len(batch)], batch)
+            start += len(batch)
+        yield from ((f"{self.name}/{metric}", value) for metric, value in chosen.items())
+        yield from tally.results()
+        yield f"{self.name}/num_train", float(len(train_x))
+        self.examples, self.classes = tally.examples(), tally.classes()
+
+    def _learned(self, batch: Sequence[Record]) -> Sequence[Record]:
+        """The records of a batch that have a class."""
+        return [one for one in batch if not self._classes.isdisjoint(one["labels"])]
+
+    def _features(
+        self, encode: Encode, records: Iterable[Record], which: str, kept: Kept
+    ) -> np.ndarray:
+        """Of the records that `kept` keeps of a batch, before they are encoded; their labels stay
+        too: to read a million images once more for those takes as long as to read them once."""
+        if which in self._cache:
+            return self._cache[which]
+        told: list[dict[str, Any]] = []
+        show = f"{self.name} {which} images" if self.progress else ""
+        parts, left = [], list[Record]()
+        for batch in in_batches(records, self.batch_size, show=show):
+            some = kept(batch)
+            if len(some) < len(batch):
+                here = set(map(id, some))
+                left += [_labels(one) for one in batch if id(one) not in here]
+            if not some:
+                continue
+            found = np.asarray(encode(stack_images(some)), np.float32)
+            parts.append(check_finite(found, "image embeddings"))
+            told += map(_labels, some)
+        if left:
+            line = (
+                f"{len(left)} of {len(left) + len(told)} examples to learn from have none of the "
+                f"{self.num_classes} classes, as {left[0].get('key', 'one')} with "
+                f"{list(left[0]['labels'])[:3]}, and are left out"
+            )
+            if not told:
+                raise ValueError(f"{self.name}: {line}; give data of these classes")
+            warn(self.name, line)
+        if not parts:
+            raise ValueError(f"{self.name} has no record; check the data set and its split")
+        self._cache[f"labels of {which}"] = told
+        self._cache[which] = np.concatenate(parts)
+        return self._cache[which]
+
+
+def _labels(record: Record) -> dict[str, Any]:
+    return {k: record[k] for k in ("key", "labels") if k in record}
+
+
+class LinearProbe(Probe):
+    """By multinomial logistic regression."""
+
+    kind, order, title = "linear_probe", 70, "Linear probe"
+    metrics = METRICS | {"l2": Metric("L2 weight chosen", Scale.PLAIN)}
+
+    def scores(
+        self, test: np.ndarray, train: np.ndarray, classes: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Those of the classes' probabilities."""
+        from coca_jax.evaluation.metrics import (
+            linear,  # JAX and SciPy, which declarations do without
+        )
+
+        # Features of unit variance: one sweep of L2 weights then fits every model.
+        mean, std = train.mean(0), np.maximum(train.std(0), 1e-6)
+        l2, weights = linear.choose_l2((train - mean) / std, classes, self.num_classes)
+        logits = linear.linear_scores((test - mean) / std, weights)
+        return np.exp(logits - logits.max(1, keepdims=True)), dict(l2=l2)
+
+
+class NearestNeighbours(Probe):
+    """By the votes of the nearest training images."""
+
+    kind, order, title = "knn", 80, "Nearest neighbours"
+
+    def scores(
+        self, test: np.ndarray, train: np.ndarray, classes: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """The votes."""
+        from coca_jax.evaluation.metrics import linear
+
+        return linear.knn_scores(test, train, classes, self.num_classes), {}

@@ -1,0 +1,1 @@
+"""Metric functions over NumPy arrays."""

@@ -1,1 +1,0 @@
-"""Where things are kept: a path's file or object, folders to write into, files with checksums."""

@@ -1,0 +1,1 @@
+"""Device mesh, logical axes and shardings."""

@@ -1,5 +1,0 @@
-"""`python -m coca_jax.report`."""
-
-from coca_jax import cli
-
-cli.command("report")

@@ -1,1 +1,0 @@
-"""Embeddings of many pictures kept in a folder: made, searched, grouped."""

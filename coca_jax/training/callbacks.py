@@ -1,0 +1,415 @@
+"""What happens beside the steps of the loop: logging, evaluation, a profiler's trace."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from coca_jax.checkpoints.manager import Checkpoints, SaveFailed
+from coca_jax.evaluation import history
+from coca_jax.evaluation.evaluators import base
+from coca_jax.runtime import goodput, storage
+from coca_jax.runtime.goodput import Goodput
+from coca_jax.runtime.metric_log import MetricWriter, Progress
+from coca_jax.training import guard, trackers
+from coca_jax.training.best_checkpoint import Best
+from coca_jax.training.feed import Feed
+from coca_jax.training.losses import OBJECTIVES
+from coca_jax.training.setup import Run
+from coca_jax.training.state import TrainState, merge
+from coca_jax.training.train_step import Metrics
+
+if typing.TYPE_CHECKING:
+    from coca_jax import inference
+
+
+SHOWN = ("loss", *(name for loss in OBJECTIVES for name in loss.shown), "learning_rate")
+
+
+class Log:
+    """Shows and writes the metrics of a step, one step late: the device has work while we wait.
+
+    Only process 0 shows and writes; the others read the same values.
+    """
+
+    def __init__(self, run: Run, start: int, feed: Feed, batches: Any, good: Goodput):
+        config, self._say = run.config, run.say
+        self._writer = open_writer(run, start) if run.main_process else None
+        self._progress = Progress(
+            run.steps,
+            start_step=start,
+            pairs=run.mixture.pairs,
+            enabled=run.main_process,
+        )
+        self._every, self._steps, self._buckets = config.log.every_steps, run.steps, run.buckets
+        self._feed, self._batches, self._good = feed, batches, good
+        self._pending: tuple[int, Metrics] | None = None
+        self._previous: jax.Array | None = None
+        self._compiling = run.buckets.seconds("compile")
+        self._late = False  # whether the last call has shown the step before its own
+
+    def __call__(self, step: int, values: Metrics) -> None:
+        """Keeps the metrics of `step`, which may still run, and shows those kept before."""
+        with self._buckets("step"):
+            before, self._compiling = self._compiling, self._buckets.seconds("compile")
+            if self._compiling > before:
+                self._progress.compiled(step, self._compiling - before)
+            self._late = self._pending is not None
+            self._show()
+            if step % self._every == 0 or step == self._steps:
+                self._pending = (step, values)
+            if self._previous is not None:
+                jax.block_until_ready(self._previous)  # one step ahead: batches do not pile up
+            self._previous = values["loss"]
+            self._good.first_step()
+
+    def flush(self) -> None:
+        """Shows and writes what is kept: afterwards the files hold all rows so far."""
+        self._show(at_once=self._late)
+        if self._writer is not None:
+            try:
+                self._writer.flush()
+            except OSError as error:  # nothing is lost: the next flush writes all of it
+                self._say(f"warning: metrics are not written ({error}); they are tried again")
+
+    def _show(self, at_once: bool = False) -> None:
+        if self._pending is None:
+            return
+        step, values = self._pending
+        self._pending = None
+        numbers = {k: float(v) for k, v in jax.device_get(values).items()}
+        shown = {k: numbers[k] for k in SHOWN if k in numbers}
+        waited = self._feed.take_waited()
+        rate = self._progress.update(step, shown, waited, at_once=at_once)
+        numbers |= {"pairs_per_second": rate, "data_wait_seconds": waited}
+        numbers["processor_time"] = self._buckets.take_processor()
+        numbers |= self._batches.progress(step)
+        if self._writer is not None:
+            times = {k: v for k, v in self._buckets.take().items() if k != "data_wait_seconds"}
+            self._writer.write(step, {**numbers, **times, **self._good.shares()})
+            self._good.note(step)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what trains nothing: the steps before it have ended, the files hold their rows,
+        and the time inside is none of theirs."""
+        self.flush()
+        with self._buckets("step"):
+            if self._previous is not None:
+                jax.block_until_ready(self._previous)
+        with self._progress.paused():
+            yield
+
+    def close(self) -> None:
+        """Shows what is kept and closes the files."""
+        self.flush()
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._good.close()
+
+
+def open_writer(run: Run, start: int) -> MetricWriter:
+    """metrics.jsonl and the trackers that the config names, from step `start` on."""
+    told = trackers.open_all(run.config.log.trackers, run.workdir, start, run.config.to_dict())
+    return MetricWriter(run.workdir, start_step=start, trackers=told)
+
+
+class Evaluation:
+    """Scores of config.eval.tasks each config.eval.every_steps steps, and when it is asked.
+
+    The state that it is given is saved, or its save is under way, or no step has changed it.
+    """
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, best: Best | None = None):
+        self._run, self._checkpoints, self._best = run, checkpoints, best
+        self._model: inference.CoCaModel | None = None  # of all evaluations: compiled once
+
+    def catch_up(self, step: int, state: TrainState) -> None:
+        """Evaluates after `step`, from which a run goes on, where it was left before or in that;
+        with a guard before the first step as well. Raises guard.LostTooMuch for a run that ended
+        so, and ValueError for tasks that this model cannot do."""
+        config, workdir = self._run.config.eval, self._run.workdir
+        self._check(state)
+        if config.guard and not step and not history.has(workdir, 0):
+            self(0, state)
+        if config.guard and step and not history.has(workdir, 0):
+            self._run.say(
+                "warning: eval.guard is silent: this run has no scores from before the first step"
+            )
+        if config.guard == "stop" and step:
+            for row in history.read(workdir):
+                if row["step"] == step and (line := guard.judge(workdir, config, **row)):
+                    raise guard.LostTooMuch(line, workdir)
+        if step and self.due(step) and not history.has(self._run.workdir, step):
+            self(step, state)
+
+    def forget_after(self, step: int) -> None:
+        """The run goes back to `step`: the scores of later ones are of weights that it gives up."""
+        if self._run.main_process:
+            history.drop_after(self._run.workdir, step)
+        if self._best is not None:
+            self._best.forget_after(step)
+
+    def _check(self, state: TrainState) -> None:
+        if not self._run.config.eval.tasks:
+            return
+        from coca_jax.evaluation import runner
+
+        model = self._model_of(state)
+        runner.check(model, self._run.config.eval.tasks)
+        model.set_params({})
+
+    def due(self, step: int) -> bool:
+        """Whether the loop evaluates after `step`. The last evaluation comes after the loop."""
+        return evaluation_due(self._run, step)
+
+    def __call__(self, step: int, state: TrainState) -> dict[str, float]:
+        """Scores by name, also written to workdir/eval.json.
+
+        An evaluation inside the run that cannot be written, on a full disk, does not end it.
+        Raises guard.LostTooMuch.
+        """
+        run = self._run
+        if not run.config.eval.tasks:
+            return {}
+        try:
+            scores = self._evaluate(step, state)
+        except OSError as error:
+            # Of several processes all hear of what process 0 could not write, of nothing else.
+            if step == run.steps or not (run.stop.alone or isinstance(error, base.NotWritten)):
+                raise
+            run.say(f"warning: step {step} is not evaluated ({error}); the run goes on")
+            return {}
+        if self._best is not None:
+            self._best.note(step, scores)
+        line = guard.judge(run.workdir, run.config.eval, step, scores)
+        if line and run.config.eval.guard == "stop":
+            raise guard.LostTooMuch(line, run.workdir)
+        if line:
+            run.say(f"warning: {line}")
+        return scores
+
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        run = self._run
+
+        def kept() -> None:
+            if step:  # what no step has changed is not saved: the next start makes it again
+                self._checkpoints.wait_for(step)
+
+        run.say(f"evaluating step {step} ...")
+        with run.buckets("eval"), run.stop.saved("evaluating", kept):
+            from coca_jax.evaluation import runner
+
+            model = self._model_of(state)
+            try:
+                return runner.run_tasks(model, run.config.eval.tasks, run.workdir, step=step)
+            finally:
+                model.set_params({})  # the next steps have the memory
+
+    def _model_of(self, state: TrainState) -> inference.CoCaModel:
+        from coca_jax import inference
+
+        params, run = state.params, self._run
+        if state.ema is not None:
+            params = merge(params, state.ema)
+        if self._model is None:
+            self._model = inference.CoCaModel(
+                run.config,
+                params,
+                run.vocabulary,
+                batch_size=max(64, 16 * jax.device_count()),
+                class_names=run.class_names,
+            )
+        else:
+            self._model.set_params(params)
+        return self._model
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether there is something to evaluate after `step`, inside the loop."""
+    every = run.config.eval.every_steps if run.config.eval.tasks else 0
+    return bool(every) and step % every == 0 and step < run.steps
+
+
+class Trace:
+    """Traces the steps [first, last] of config.log.profile_steps into workdir/profile; of a run
+    that goes on from `start` those that are to come. Where none is, and none was traced before, it
+    says so."""
+
+    def __init__(self, run: Run, start: int):
+        first, last = run.config.log.profile_steps or (0, 0)
+        self._first, self._last = max(int(first), start + 1) if last else 0, int(last)
+        self._main, self._folder = run.main_process, storage.place(run.workdir) / "profile"
+        self._open = contextlib.ExitStack()
+        behind = 0 < self._last <= start < run.steps
+        if behind and self._main and not self._folder.exists():  # else they were traced
+            run.say(
+                f"warning: log.profile_steps={run.config.log.profile_steps} is behind step {start},"
+                " from which the run goes on, and traces nothing; name steps to come"
+            )
+
+    def __call__(self, step: int) -> None:
+        """To be called before each step."""
+        if step == self._first <= self._last and self._main:
+            jax.profiler.start_trace(self._open.enter_context(storage.local_folder(self._folder)))
+            self._open.callback(jax.profiler.stop_trace)  # before what is there goes to a bucket
+        elif step == self._last + 1:
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace under way."""
+        self._open.close()
+
+
+# When a run saves, and what it does when a save fails.
+
+
+RETRY = (30.0, 60.0, 120.0, 300.0)  # seconds before another try, in the loop; the last one repeats
+LAST_RETRY = (2.0, 10.0, 30.0)  # seconds before another try, when the run is about to end
+FIRST = 20  # steps before the first save of checkpoint.every='auto', which measures
+
+
+class Interval:
+    """The steps between two saves, config.checkpoint.every_steps or by what a save takes here."""
+
+    def __init__(self, run: Run, start: int):
+        given = run.config.checkpoint
+        self._run, self._auto, self._start = run, given.every == "auto", start
+        self._between = 3600 * given.mean_hours_between_failures
+        self._steps = FIRST if self._auto else given.every_steps
+        self._said = 0
+        self._since: tuple[int, float] | None = None  # a step, and when it was seen
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be saved."""
+        if not self._auto:
+            return step % self._steps == 0
+        if self._since is None and step > self._start + 1:  # the first step was compiled
+            self._since = (step, time.perf_counter())
+        return step - self._start >= self._steps
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A save of `step` has held the steps up for so long. All processes call it."""
+        if not self._auto:
+            return
+        if self._since is not None and step > self._since[0]:
+            passed = time.perf_counter() - seconds - self._since[1]
+            one = max(passed / (step - self._since[0]), 1e-6)
+            best = goodput.best_interval(max(seconds, 1e-3), self._between)
+            steps = np.int32(min(max(1, round(best / one)), 1_000_000_000))
+            if jax.process_count() > 1:  # each has other times
+                steps = multihost_utils.broadcast_one_to_all(steps)
+            self._steps = int(steps)
+            if not self._said / 2 < self._steps < self._said * 2:
+                self._said = self._steps
+                self._run.say(
+                    f"a checkpoint every {self._steps} steps: a save takes {seconds:.2f} s, a step "
+                    f"{one:.3g} s, and the run fails every {self._between / 3600:g} h"
+                )
+        self.begin(step)
+
+    def begin(self, step: int) -> None:
+        """The interval is counted from `step` on."""
+        self._start, self._since = step, None
+
+
+class Save:
+    """Saves the state as often as `Interval` says, at the end, and before an
+    evaluation: so scores belong to a state that is kept, and the evaluation may be left.
+
+    A save that fails is said and tried again; the run goes on with its earlier checkpoints. A state
+    that learned nothing since the last save (all steps skipped) takes no checkpoint's place.
+    """
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, state: TrainState, start: int):
+        self._run, self._checkpoints = run, checkpoints
+        self._kept = self._begun = (start, int(state.skipped))  # of whole saves, of the last one
+        self._interval = Interval(run, start)
+        self._failures, self._retry_at, self._why = 0, float("inf"), ""
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` is to be kept."""
+        due = self._interval.due(step)
+        if due or step == self._run.steps or evaluation_due(self._run, step):
+            return True
+        return self._run.stop.alone and self._try_again()
+
+    def _try_again(self) -> bool:
+        """Whether an earlier save has failed and it is time to try again."""
+        if self._begun != self._kept and not self._checkpoints.busy():
+            self._settle()
+        return time.monotonic() >= self._retry_at
+
+    def _settle(self) -> None:
+        """Waits for the save under way and notes how it ended."""
+        try:
+            self._checkpoints.wait()
+            self._kept = self._begun
+        except SaveFailed as error:
+            self._note(error)
+
+    def __call__(self, step: int, state: TrainState, *, last: bool = False) -> int:
+        """Starts the save, which goes on behind the next steps; `last` waits for it.
+
+        Returns the step that a run which goes on would begin from. Raises SaveFailed when the last
+        save has failed several times.
+        """
+        begin = time.perf_counter()
+        with self._run.buckets("save"):
+            self._settle()
+            skipped = int(state.skipped)
+            before, skipped_before = self._kept
+            if skipped - skipped_before == step - before > 0:
+                self._run.say(f"step {step} is not saved: every step since {before} was skipped")
+                self._interval.begin(step)  # else every later step would be due
+                return before
+            waits = iter(LAST_RETRY if last else ())
+            while not self._try((step, skipped), state, wait=last):
+                pause = next(waits, None)
+                if pause is None:
+                    break
+                time.sleep(pause)
+        if last and self._kept[0] != step:
+            newest = f"step {before} is the newest" if before else "no step is kept"
+            raise SaveFailed(
+                f"step {step} could not be saved in {self._run.workdir} ({self._why}); {newest}; "
+                "once that is mended, the same command goes on"
+            )
+        self._interval.saved(step, time.perf_counter() - begin)
+        return step
+
+    def _try(self, this: tuple[int, int], state: TrainState, wait: bool) -> bool:
+        """Whether the save has begun, or with `wait` has succeeded. this: (step, skipped)."""
+        try:
+            self._checkpoints.save(this[0], state)
+            self._begun = this
+            if wait:
+                self._checkpoints.wait_for(this[0])
+                self._kept = this
+            self._retry_at = float("inf")
+            return True
+        except SaveFailed as error:
+            self._note(error)
+            return False
+
+    def _note(self, error: SaveFailed) -> None:
+        self._begun, self._why = self._kept, error.why
+        pause = RETRY[min(self._failures, len(RETRY) - 1)]
+        self._failures += 1
+        self._retry_at = time.monotonic() + pause
+        kept = self._kept[0]  # 0: the beginning, of which there is no checkpoint
+        newest = f"step {kept} stays the newest" if kept else "no step is kept yet"
+        self._run.say(f"warning: {error}; {newest}; it is tried again")
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        with self._run.buckets("save"):
+            self._checkpoints.close()

@@ -1,0 +1,124 @@
+"""A frozen image encoder runs once over the data: its tokens are kept, and batches read them."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from coca_jax.checkpoints import verify
+from coca_jax.data import feature_cache
+from coca_jax.data.feature_cache import Features
+from coca_jax.data.pixels import Pixels
+from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.source import read_all
+from coca_jax.data.texts import Draw
+from coca_jax.models import param_groups
+from coca_jax.models.image_encoder import normalise_pixels
+from coca_jax.parallel import sharding
+from coca_jax.runtime import activity
+from coca_jax.training.setup import Run
+from coca_jax.training.state import TrainState
+
+BLOCK = 64  # images of a call on each part of the batch
+SAY_SECONDS = 20.0
+
+
+def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
+    """The kept tokens of each source of a run with data.features, computed now where they are not
+    there; () for a run without. It can be left at any moment, and goes on at the next start.
+
+    Raises ValueError for a folder that is too small for all, or a damaged one; OSError where the
+    disk is full.
+    """
+    config = run.config
+    if not config.data.features:
+        return ()
+    encoder = param_groups.select(state.params, lambda part: part.serves == "image")
+    sums = verify.of_tree(encoder)
+    pixels = Pixels(config)
+    found: list[Features] = []
+    for number, source in enumerate(run.mixture.sources):  # all, before hours go into the first
+        rows = len(source) * feature_cache.augmentations(config)
+        about = feature_cache.about(config, source, number, sums)
+        before = sum(kept.to_come for kept in found)
+        found.append(Features(config.data.features, about, rows, config, before))
+    for number, kept in enumerate(found):
+        missing = kept.missing()
+        if len(missing):
+            name = run.mixture.sources[number].name
+            run.begin(f"computing features of {name} ({len(missing)} of {kept.rows} images)")
+            reads = run.mixture.stages[-1].seen(run.steps)[number]
+            if reads < len(missing):
+                run.say(
+                    f"features: this run reads {reads} of these at most, and all are kept, for "
+                    "other runs too; `limit` of the source, or data.features='', does with fewer"
+                )
+            _Filling(run, encoder, pixels, number, kept).fill(missing)
+    pixels.close()
+    return tuple(found)
+
+
+class _Filling:
+    """Computes the tokens of one source, a block read ahead."""
+
+    def __init__(self, run: Run, encoder: Any, pixels: Pixels, number: int, kept: Features):
+        self._run, self._encoder, self._pixels, self._kept = run, encoder, pixels, kept
+        self._number, self._source = number, run.mixture.sources[number]
+        self._count = feature_cache.augmentations(run.config)
+        model, config = run.model, run.config
+
+        def encode(params: Any, image: jax.Array) -> jax.Array:
+            pixels = normalise_pixels(image, config.model)
+            found: Any = model.apply({"params": params}, pixels, method="encode_pixels")
+            return found.astype(config.model.dtype)
+
+        self._encode = jax.jit(encode)
+
+    def fill(self, missing: np.ndarray) -> None:
+        """Computes and keeps the rows `missing`."""
+        size = BLOCK * sharding.batch_parts(self._run.mesh)
+        blocks = [missing[start : start + size] for start in range(0, len(missing), size)]
+        began, done = time.monotonic(), 0
+        said = began
+        with ThreadPoolExecutor(1, "features") as ahead:
+            coming = ahead.submit(self._read, blocks[0])
+            for number, rows in enumerate(blocks):
+                records, image, failed = coming.result()
+                if number + 1 < len(blocks):
+                    coming = ahead.submit(self._read, blocks[number + 1])
+                self._keep(rows, records, image, failed, size)
+                activity.alive()
+                done += len(rows)
+                now = time.monotonic()
+                if now - said > SAY_SECONDS and done < len(missing):
+                    left = (now - began) / done * (len(missing) - done)
+                    told = f"features: {done} of {len(missing)} images"
+                    self._run.say(f"{told}, {max(1, round(left / 60))} min left")
+                    said = now
+
+    def _read(self, rows: np.ndarray) -> tuple[list[Record], np.ndarray, dict[int, str]]:
+        records, _ = read_all(self._source, rows // self._count)
+        draw = Draw(self._run.config.seed, self._number, rows)
+        return records, *self._pixels.render(records, self._pixels.drawn(records, draw))
+
+    def _keep(
+        self,
+        rows: np.ndarray,
+        records: list[Record],
+        image: np.ndarray,
+        failed: dict[int, str],
+        size: int,
+    ) -> None:
+        padded = np.zeros((size, *image.shape[1:]), image.dtype)
+        padded[: len(image)] = image
+        placed = sharding.place_batch(self._run.mesh, {"image": padded})
+        tokens = np.asarray(self._encode(self._encoder, placed["image"]))
+        bad = np.array(sorted(failed), np.int64)
+        good = np.setdiff1d(np.arange(len(rows)), bad)
+        self._kept.write(rows[good], [records[i] for i in good], tokens[good])
+        told = [i for i in bad.tolist() if records[i].image]  # others could not be read at all
+        self._kept.write_bad(rows[told], [records[i] for i in told])
