@@ -12,7 +12,7 @@ echo "demo: setting up the environment" >&2
 source launch/env.sh ""
 "$VENV/bin/python" -m coca_jax.train --config=configs/demo.py --workdir="$workdir" "$@"
 "$VENV/bin/python" -c \
-  'import sys; from coca_jax.data import scenes; scenes.write_folder(sys.argv[1], 12)' \
+  'import sys; from coca_jax.data import synthetic_source; synthetic_source.write_folder(sys.argv[1], 12)' \
   "$workdir/images"
 "$VENV/bin/python" -m coca_jax.cli.caption --checkpoint="$workdir" --out="$workdir/captions.jsonl" \
   "$workdir/images"

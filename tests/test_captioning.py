@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from evaluator_cases import Fake, picture
 
-from coca_jax.data import scenes
+from coca_jax.data import scenes, synthetic_source
 from coca_jax.evaluation.evaluators import caption_match, captioning, collapse
 from coca_jax.evaluation.evaluators.base import Writing
 from coca_jax.inference.explain import Explanation, Word
 
 
 def test_captioning_of_scenes_scores_attributes_and_perplexity():
-    records = scenes.Scenes("heldout", objects=(1,)).read(np.arange(20))
+    records = synthetic_source.Scenes("heldout", objects=(1,)).read(np.arange(20))
     captions = [scenes.canonical_caption(r["scene"]) for r in records]
     for i in (3, 8):
         captions[i] = "a large purple hexagon"

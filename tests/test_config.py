@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-import coca_jax
 from coca_jax.checkpoints import config_file, manager
 from coca_jax.config import Config, Entry, Mesh, checks, docs, keys, read, typed
 from coca_jax.data import augment
@@ -258,30 +257,6 @@ def test_every_key_says_what_it_is():
 def test_names_of_the_config_are_those_of_what_they_name(key, known):
     rule = dict(keys(Config))[key].metadata["rule"]
     assert all(map(rule.holds, known)) and rule.words.count("'") == 2 * len(known)
-
-
-EDGES = {
-    "config/__init__.py": "typed() takes what a recipe gave",
-    "config/fields.py": "knows one where it sees it",
-    "inherit.py": "fills what a recipe left to its weights",
-    "recipes.py": "evaluates recipes and defines their flags",
-    "apps/fit.py": "writes a recipe",
-}
-
-
-def test_inside_a_configuration_is_no_mapping():
-    """ConfigDicts end at the edge; no function takes a configuration without a type."""
-    root = pathlib.Path(coca_jax.__file__).parent
-    bags = re.compile(r"ml_collections|ConfigDict\b|\bconfig: Any|\bmodel_config: Any")
-    reads = re.compile(r"\bconfig(\.\w+)+(\.get\(|\[\")")
-    found = [
-        f"{path.relative_to(root)}: {line.strip()}"
-        for path in sorted(root.rglob("*.py"))
-        if str(path.relative_to(root)) not in EDGES and "configs" not in path.parts
-        for line in path.read_text().splitlines()
-        if bags.search(line) or reads.search(line)
-    ]
-    assert not found
 
 
 def test_weights_may_start_below_the_bound_of_the_temperature():

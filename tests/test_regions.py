@@ -13,7 +13,7 @@ from quick_start import drawn_by_numpy  # noqa: F401
 
 import coca_jax
 from coca_jax.config import Entry, typed
-from coca_jax.data import filters, scenes, supervision, texts
+from coca_jax.data import filters, supervision, synthetic_source, texts
 from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare import prepare
@@ -85,7 +85,7 @@ def test_what_is_no_region_is_a_line(bad):
 
 
 def test_scenes_know_where_their_objects_are():
-    source = scenes.Scenes("train", "region")
+    source = synthetic_source.Scenes("train", "region")
     records = source.read(np.arange(120))
     assert [r["extra"] for r in source.read_texts(np.arange(5))] == [
         r["extra"] for r in records[:5]
@@ -109,7 +109,7 @@ def test_scenes_know_where_their_objects_are():
             wanted = np.concatenate([hit.min(0), hit.max(0) + 1]) / 64
             assert np.abs(wanted - found[0].box).max() <= 2 / 64
     assert max(sizes["small"]) < min(max(sizes["large"]), 0.35) and min(sizes["large"]) > 0.3
-    assert scenes.Scenes("train").read([0])[0]["extra"] == {}
+    assert synthetic_source.Scenes("train").read([0])[0]["extra"] == {}
 
 
 def test_each_visit_trains_on_a_region_in_one_of_two_forms():

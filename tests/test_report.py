@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from coca_jax.cli import report
-from coca_jax.data import scenes
+from coca_jax.data import scenes, synthetic_source
 from coca_jax.evaluation import history, report_charts, report_data
 from coca_jax.evaluation.evaluators import caption_match, captioning, results, retrieval, zero_shot
 from coca_jax.runtime import metric_log
@@ -87,11 +87,11 @@ def make_run(folder):
         values |= {"pairs_per_second": 900 + step % 70, "temperature": 0.07 - step * 1e-5}
         writer.write(step, values | {"step_seconds": 0.9, "data_wait_seconds": 0.02})
     writer.close()
-    one = scenes.Scenes("heldout", objects=(1,)).read(np.arange(120))
+    one = synthetic_source.Scenes("heldout", objects=(1,)).read(np.arange(120))
     for record in one:
         o = record["scene"]["objects"][0]
         record["labels"] = [f"{o['colour']} {o['shape']}"]
-    many = scenes.Scenes("heldout").read(np.arange(200))
+    many = synthetic_source.Scenes("heldout").read(np.arange(200))
     for evaluator, records in (
         (zero_shot.ZeroShot("scenes_heldout", scenes.class_names()), one),
         (retrieval.Retrieval("scenes_heldout"), many),

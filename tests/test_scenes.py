@@ -6,27 +6,27 @@ import itertools
 import numpy as np
 import pytest
 
-from coca_jax.data import scenes
+from coca_jax.data import scenes, synthetic_source
 from coca_jax.data.scenes import drawing, world
 
 
 def test_records_are_a_function_of_split_and_index():
-    source = scenes.Scenes("train")
+    source = synthetic_source.Scenes("train")
     together = source.read(np.asarray([5, 199_999, 7]))
-    alone = scenes.Scenes("train").read(np.asarray([199_999]))[0]
+    alone = synthetic_source.Scenes("train").read(np.asarray([199_999]))[0]
     np.testing.assert_array_equal(together[1]["image"], alone["image"])
     assert together[1]["text"] == alone["text"] and together[1]["key"] == alone["key"]
     assert together[0]["image"].shape == (64, 64, 3) and together[0]["image"].dtype == np.uint8
     assert [r["text"] for r in source.read_texts([5, 199_999, 7])] == [r["text"] for r in together]
-    other = scenes.Scenes("test").read([5])[0]
+    other = synthetic_source.Scenes("test").read([5])[0]
     assert (other["image"] != together[0]["image"]).any()
 
 
 def test_first_captions_stay_as_published():
     """A change here changes every published score: raise the stream's version when it is meant."""
-    texts = [r["text"] for r in scenes.Scenes("train").read_texts(range(2))]
+    texts = [r["text"] for r in synthetic_source.Scenes("train").read_texts(range(2))]
     assert texts[1].startswith("a small cross at the top left, a small cross on the right and a")
-    labels = scenes.Scenes("train", "label").read([0])[0]["labels"]
+    labels = synthetic_source.Scenes("train", "label").read([0])[0]["labels"]
     assert labels == ["cross"]
 
 
@@ -35,31 +35,31 @@ def test_heldout_compositions_never_occur_in_training():
     assert {c for c, _ in scenes.HELDOUT_PAIRS} == set(scenes.COLOURS)
     assert {s for _, s in scenes.HELDOUT_PAIRS} == set(scenes.SHAPES)
     for split, kind in itertools.product(("train", "test"), ("caption", "label")):
-        source = scenes.Scenes(split, kind)
+        source = synthetic_source.Scenes(split, kind)
         for record in source.read(np.arange(1500)):
             assert not scenes.has_heldout(record["scene"])
             text = record["text"] or ", ".join(record["labels"])
             assert not any(pair in text for pair in pairs), text
     for kind in ("caption", "label"):
-        heldout = scenes.Scenes("heldout", kind).read(np.arange(500))
+        heldout = synthetic_source.Scenes("heldout", kind).read(np.arange(500))
         assert all(scenes.has_heldout(r["scene"]) for r in heldout)
     by_relation = [
         r
-        for r in scenes.Scenes("heldout").read(np.arange(500))
+        for r in synthetic_source.Scenes("heldout").read(np.arange(500))
         if not any((o["colour"], o["shape"]) in scenes.HELDOUT_PAIRS for o in r["scene"]["objects"])
     ]
     assert len(by_relation) > 20
 
 
 def test_training_shows_every_attribute_evenly():
-    records = scenes.Scenes("train", objects=(1,)).read(np.arange(3000))
+    records = synthetic_source.Scenes("train", objects=(1,)).read(np.arange(3000))
     objects = [r["scene"]["objects"][0] for r in records]
     pairs = collections.Counter((o["colour"], o["shape"]) for o in objects)
     assert len(pairs) == 56 and min(pairs.values()) > 25
     assert min(collections.Counter(o["place"] for o in objects).values()) > 250
     assert len({r["text"] for r in records}) > 2000
     counts = collections.Counter(
-        len(r["scene"]["objects"]) for r in scenes.Scenes("train").read(np.arange(2000))
+        len(r["scene"]["objects"]) for r in synthetic_source.Scenes("train").read(np.arange(2000))
     )
     assert counts[1] == pytest.approx(800, abs=80) and counts[4] == pytest.approx(300, abs=60)
 
@@ -68,7 +68,7 @@ def test_varied_and_unseen_scenery_share_nothing_but_the_scenes():
     """Scenes and texts of an index stay; hues and grain of the one are not those of the other."""
     index = np.arange(300)
     plain, varied, unseen = (
-        scenes.Scenes("test", scenery=kind).read(index) for kind in scenes.SCENERY
+        synthetic_source.Scenes("test", scenery=kind).read(index) for kind in scenes.SCENERY
     )
     for a, b, c in zip(plain, varied, unseen):
         assert a["scene"]["objects"] == b["scene"]["objects"] == c["scene"]["objects"]
@@ -78,7 +78,7 @@ def test_varied_and_unseen_scenery_share_nothing_but_the_scenes():
         assert (a["image"] != c["image"]).any()
     named = sum(r["scene"]["background"] is not None for r in varied)
     assert 100 < named < 200
-    again = scenes.Scenes("test", scenery="varied")
+    again = synthetic_source.Scenes("test", scenery="varied")
     np.testing.assert_array_equal(again.read([7])[0]["image"], varied[7]["image"])
     assert again.read_texts([7])[0]["text"] == varied[7]["text"]
     draws = [world.Draws(1, i, []) for i in range(400)]
@@ -87,13 +87,13 @@ def test_varied_and_unseen_scenery_share_nothing_but_the_scenes():
         assert any(low <= drawing.hue("unseen", d) <= high for d in draws)
     assert drawing.GRAIN["varied"][1] < drawing.GRAIN["unseen"][0]
     with pytest.raises(ValueError, match="scenery='unseen' is for evaluation alone"):
-        scenes.Scenes("train", scenery="unseen")
+        synthetic_source.Scenes("train", scenery="unseen")
     with pytest.raises(ValueError, match="scenery is 'forest'; use one of plain, varied, unseen"):
-        scenes.Scenes("test", scenery="forest")
+        synthetic_source.Scenes("test", scenery="forest")
 
 
 def test_canonical_and_full_captions_say_everything():
-    for record in scenes.Scenes("heldout").read(np.arange(800)):
+    for record in synthetic_source.Scenes("heldout").read(np.arange(800)):
         scene = record["scene"]
         said = scenes.parse_caption(scenes.canonical_caption(scene))
         assert said == scenes.described_attributes(scene)
@@ -104,7 +104,7 @@ def test_canonical_and_full_captions_say_everything():
 
 def test_noisy_captions_are_true_and_mostly_complete():
     """A quarter of the listings leave colour out, all else is rarely missing or wrong."""
-    records = scenes.Scenes("train").read(np.arange(3000))
+    records = synthetic_source.Scenes("train").read(np.arange(3000))
     coloured = [r for r in records if "'? " not in str(scenes.parse_caption(r["text"]))]
     assert 0.7 < len(coloured) / len(records) < 0.85
     scores = [scenes.score_caption(r["text"], r["scene"]) for r in coloured]
@@ -117,14 +117,14 @@ def test_noisy_captions_are_true_and_mostly_complete():
 
 
 def test_labels_always_name_the_shape_and_in_evaluation_the_pair():
-    train = scenes.Scenes("train", "label").read(np.arange(1000))
+    train = synthetic_source.Scenes("train", "label").read(np.arange(1000))
     pairs = 0
     for record in train:
         (o,) = record["scene"]["objects"]
         assert o["shape"] in record["labels"]
         pairs += f"{o['colour']} {o['shape']}" in record["labels"]
     assert pairs == pytest.approx(700, abs=50)
-    for record in scenes.Scenes("heldout", "label").read(np.arange(200)):
+    for record in synthetic_source.Scenes("heldout", "label").read(np.arange(200)):
         (o,) = record["scene"]["objects"]
         assert record["labels"] == [o["shape"], f"{o['colour']} {o['shape']}"]
 
@@ -170,11 +170,11 @@ def test_score_caption_counts_errors():
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="split is 'val'; use one of train, test, heldout"):
-        scenes.Scenes("val")
+        synthetic_source.Scenes("val")
     says = "^builtin='scenes' draws nothing for kind='question', but for 'caption', 'label'"
     with pytest.raises(ValueError, match=says):  # as of the task 'answers', which names no kind
-        scenes.Scenes("test", "question")
+        synthetic_source.Scenes("test", "question")
     with pytest.raises(ValueError, match="counts from 1 to 4"):
-        scenes.Scenes("train", objects=(5,))
+        synthetic_source.Scenes("train", objects=(5,))
     with pytest.raises(IndexError):
-        scenes.Scenes("test").read([2_000])
+        synthetic_source.Scenes("test").read([2_000])

@@ -133,9 +133,10 @@ def test_python_that_is_stuck_in_c_is_ended_too(tmp_path):
 RECIPE = """
 import time
 from coca_jax.recipes import tiny
+from coca_jax.data import synthetic_source
 from coca_jax.data import scenes
 
-read, calls = scenes.Scenes.read, []
+read, calls = synthetic_source.Scenes.read, []
 
 def stall(self, indices):
     calls.append(1)
@@ -143,7 +144,7 @@ def stall(self, indices):
         time.sleep(600)
     return read(self, indices)
 
-scenes.Scenes.read = stall
+synthetic_source.Scenes.read = stall
 
 def get_config():
     config = tiny.get_config()

@@ -14,7 +14,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -28,10 +28,9 @@ from coca_jax.checkpoints import steps as saved_steps
 from coca_jax.checkpoints.items import first_line
 from coca_jax.checkpoints.verify import Damaged
 from coca_jax.config import StoredConfig, read
-from coca_jax.data import images
-from coca_jax.data.sources import files
+from coca_jax.data.sources import files, media
+from coca_jax.models import param_groups
 from coca_jax.runtime import activity, json_files, multihost, notes, storage
-from coca_jax.training.state import TrainState, merge
 
 # Where the processes of a run meet while a checkpoint is written behind the steps.
 #
@@ -45,6 +44,19 @@ from coca_jax.training.state import TrainState, merge
 SKIPPED = ("async_write_complete", "async_commit_complete")
 
 _managers = itertools.count()  # which all processes open in one order
+
+
+class State(Protocol):
+    """A pytree that a checkpoint stores as named items (`training.state.TrainState`)."""
+
+    def items(self) -> dict[str, Any]:
+        """Name of each item -> its pytree."""
+
+    def from_items(self, items: dict[str, Any]) -> Self:
+        """A state of the same type from what `items` gave."""
+
+
+S = TypeVar("S", bound=State)
 
 
 class FailedElsewhere(RuntimeError):
@@ -214,14 +226,14 @@ class Checkpoints:
         """The whole steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: State) -> None:
         """Starts writing `state` as `step`; returns when the device arrays may change again.
 
         Call `wait` first: it says how the save before ended. Raises SaveFailed.
         """
         if step in self._manager.all_steps():
             return
-        trees = _items(state)
+        trees = state.items()
         items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in trees.items()}
         record = verify.make(trees, self._run)
         items[verify.ITEM] = ocp.args.JsonSave(record)
@@ -266,9 +278,7 @@ class Checkpoints:
             self._manager.close()
         self._open()
 
-    def restore_newest(
-        self, abstract: TrainState, shardings: TrainState
-    ) -> tuple[TrainState, int, list[str]] | None:
+    def restore_newest(self, abstract: S, shardings: S) -> tuple[S, int, list[str]] | None:
         """(state, step, what was wrong with newer ones), whatever mesh wrote it; None without any.
 
         The state is read straight into the given shardings. Damaged steps are set aside under
@@ -292,12 +302,12 @@ class Checkpoints:
             "of one in its place, or move the folder away to begin at step 0"
         )
 
-    def _try(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
+    def _try(self, step: int, target: S) -> tuple[S | None, str | None]:
         """(state, None), or (None, what is wrong with its contents)."""
         folder = self.directory / str(step)
         try:
             with activity.doing(f"reading {folder}"):
-                parts = _items(target).items()
+                parts = target.items().items()
                 found = {name: items.restore(folder, name, x) for name, x in parts}
         except Damaged as error:
             problem: str | None = str(error)
@@ -310,8 +320,7 @@ class Checkpoints:
                 items.check(folder, name, tree)
         except Damaged as error:
             return None, str(error)
-        counters = found.pop("counters")
-        return TrainState(**counters, **({"ema": None} | found)), None
+        return target.from_items(found), None
 
     def _set_aside(self, problems: dict[int, str], used: int) -> list[str]:
         """Renames damaged steps; returns the lines that say so."""
@@ -345,17 +354,6 @@ class Checkpoints:
         """Waits for writes under way on every process."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """The parts of a state, or of an abstract one, as they are stored."""
-    items = {
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "counters": {"step": state.step, "skipped": state.skipped},
-    }
-    optional = {"ema": state.ema, "estimates": state.estimates}
-    return items | {name: item for name, item in optional.items() if item is not None}
 
 
 def _agree(fine: bool) -> bool:
@@ -403,7 +401,9 @@ def find_steps(path: str) -> tuple[epath.Path, list[int]]:
 def _holds_images(path: str) -> bool:
     """Whether images are among the first files of a folder and the folders in it."""
     names = itertools.chain.from_iterable(files.walk(path)) if files.exists(path) else ()
-    return any(name.lower().endswith(images.SUFFIXES) for name in itertools.islice(names, 1000))
+    return any(
+        name.lower().endswith(media.IMAGE_SUFFIXES) for name in itertools.islice(names, 1000)
+    )
 
 
 def find_step(path: str) -> tuple[epath.Path, int]:
@@ -495,7 +495,7 @@ def _params(folder: epath.Path, shardings: Any) -> Any:
         return read("params")
     ema = read("ema")  # of what the run trains: all, or the head alone
     count = len(jax.tree.leaves(items.metadata(folder, "params")))
-    return ema if len(jax.tree.leaves(ema)) == count else merge(read("params"), ema)
+    return ema if len(jax.tree.leaves(ema)) == count else param_groups.merge(read("params"), ema)
 
 
 def _part_of(tree: Any, like: Any) -> Any:

@@ -53,6 +53,7 @@ def define_flags() -> None:
         "margin",
         Request.margin,
         "With --text=better, how much higher a caption must score than the text it replaces.",
+        lower_bound=0,
     )
     flags.DEFINE_float("min_score", None, "Leave out texts of a lower cosine similarity.")
     flags.DEFINE_float("quantile", 0.0, "Leave out this share of what --text chooses, by score.")

@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags
 
+from coca_jax.cli import main as cli
 from coca_jax.evaluation.report import check_out, write_comparison, write_report
 
 __all__ = ["define_flags", "main", "write_comparison", "write_report"]
@@ -62,3 +63,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         path = write_comparison(folders, out)
     print(f"wrote {path} ({path.stat().length / 1024:,.0f} KiB)")
     return {"report": str(path)}
+
+
+if __name__ == "__main__":
+    cli.command("report")

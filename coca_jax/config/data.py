@@ -31,6 +31,7 @@ _OF_PLACES = {
     "scenery": ("builtin",),
     "image_field": ("path", "tfds", "seqio"),
 }
+KINDS = ("caption", "label", "question", "region")  # of supervision, see data/supervision.py
 _OF_KINDS = {
     "captions": "caption",
     "synthetic": "caption",
@@ -53,7 +54,7 @@ class Entry(Section):
     split: str = key("", TEXT, "'': train in training, test in evaluation")
     kind: str = key(
         "caption",
-        choice("caption", "label", "question", "region"),
+        choice(*KINDS),
         "what trains: texts, class names, each text as a question that the labels answer, or boxes "
         "and what is in them",
     )

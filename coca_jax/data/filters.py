@@ -26,9 +26,8 @@ from coca_jax.data.sources.field_texts import (
     values_of,
     wanted_values,
 )
-from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.records import Record, json_text
 from coca_jax.data.sources.source import Indices, Source
-from coca_jax.data.texts import json_text
 from coca_jax.runtime import activity
 from coca_jax.runtime.storage import write_bytes
 

@@ -6,8 +6,8 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 
-from coca_jax.data import images, videos
-from coca_jax.data.sources import files, formats, own_folders
+from coca_jax.data import images
+from coca_jax.data.sources import files, formats, media, own_folders
 from coca_jax.runtime import storage
 
 
@@ -20,9 +20,9 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
 
     Raises FileNotFoundError for a path that does not exist, ValueError when there is no image.
     """
-    extensions = set(images.SUFFIXES)
+    extensions = set(media.IMAGE_SUFFIXES)
     if video:
-        extensions |= {f".{suffix}" for suffix in videos.SUFFIXES}
+        extensions |= {f".{suffix}" for suffix in media.VIDEO_SUFFIXES}
     found: dict[str, None] = {}
     for path in map(storage.plain_path, paths):
         for name, within in _below(path):
@@ -57,7 +57,7 @@ def refuse_others(paths: Sequence[str]) -> None:
 
 def without_videos(paths: Sequence[str], named: Sequence[str]) -> list[str]:
     """Those of the paths that `find` would have found without videos, or that are named."""
-    suffixes = tuple(images.SUFFIXES)
+    suffixes = tuple(media.IMAGE_SUFFIXES)
     return [path for path in paths if path.lower().endswith(suffixes) or path in named]
 
 

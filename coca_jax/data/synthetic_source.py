@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from coca_jax.config import Entry
-from coca_jax.data import images, scenes, supervision
+from coca_jax.data import images, supervision
 from coca_jax.data.scenes.drawing import SCENERY, SIDE, boxes, draw, render
 from coca_jax.data.scenes.language import full_caption, label_names, names, noisy_caption
 from coca_jax.data.scenes.world import SPLIT_SIZES, Draws, draw_scene, hash_uniform, stream
@@ -30,7 +30,7 @@ def open_entry(entry: Entry, split: str) -> Source:
     if name != "scenes":
         raise ValueError(f"data source builtin={name!r}: there is 'scenes'")
     kind, objects = entry.kind, entry.objects
-    drawn = scenes.Scenes(split, kind, objects, entry.scenery)
+    drawn = Scenes(split, kind, objects, entry.scenery)
 
     def record(scene: Mapping[str, Any]) -> Record:
         return Record(

@@ -118,11 +118,6 @@ def choose_labels(
     return [names[int(u * len(names))] if names else "" for names, u in zip(known, place)]
 
 
-def json_text(value: Any) -> str:
-    """A value of JSON as text; half a surrogate pair, which JSON may hold, becomes '?'."""
-    return str(value).encode("utf-8", "replace").decode()
-
-
 def text_hash(text: str) -> int:
     """64 bits that tell texts apart, as a signed integer."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

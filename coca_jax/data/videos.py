@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from coca_jax.data import gif_blocks, images
-from coca_jax.data.sources import files
+from coca_jax.data.sources import files, media
 from coca_jax.runtime import extras
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # frames of other formats are pages, layers or sizes
@@ -24,7 +24,6 @@ ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # frames of other formats are pages
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg"
 MAX_FRAMES = 100_000  # of a clip
 MAX_CLIP_PIXELS = 10_000_000_000  # of all its frames together: a minute or two of one core
-SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "ogv")
 
 
 def middles(num_frames: int) -> np.ndarray:
@@ -79,7 +78,7 @@ def _check_frames(count: int, width: int, height: int) -> None:
         )
 
 
-def sniff(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[int, int, int]:
+def sniff(data: bytes, max_pixels: int = media.MAX_PIXELS) -> tuple[int, int, int]:
     """(images.OTHER, height, width) of a clip's frames, upright, as `images.sniff` of an image.
 
     Of a video file the first frame is decoded. Raises ValueError: neither an image nor a video.
@@ -93,9 +92,7 @@ def sniff(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[int, int, i
     return images.OTHER, height, width
 
 
-def decode_rgba(
-    data: bytes, offsets: np.ndarray, max_pixels: int = images.MAX_PIXELS
-) -> np.ndarray:
+def decode_rgba(data: bytes, offsets: np.ndarray, max_pixels: int = media.MAX_PIXELS) -> np.ndarray:
     """Sampled frames of encoded bytes: uint8 [T, h, w, 3], with transparency [T, h, w, 4].
 
     Raises:
@@ -234,7 +231,7 @@ def _sample_video(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.
     raise ValueError(f"damaged video ({len(data)} bytes): {count} frames decode")
 
 
-def _open(data: bytes, max_pixels: int = images.MAX_PIXELS) -> tuple[Any, Any]:
+def _open(data: bytes, max_pixels: int = media.MAX_PIXELS) -> tuple[Any, Any]:
     """(container, its first video stream). Raises ValueError: damaged, or frames too large."""
     try:
         import av
@@ -269,7 +266,7 @@ def _count_packets(data: bytes) -> int:
     return max(count, 1)
 
 
-def _video_frames(data: bytes, max_pixels: int = images.MAX_PIXELS) -> Iterator[Any]:
+def _video_frames(data: bytes, max_pixels: int = media.MAX_PIXELS) -> Iterator[Any]:
     """PyAV's frames, in the order of showing."""
     container, stream = _open(data, max_pixels)
     left = MAX_CLIP_PIXELS

@@ -207,3 +207,11 @@ def narrow(params: dict) -> dict:
         return jnp.asarray(x, jnp.bfloat16) if narrow else jnp.asarray(x)
 
     return map_with_roles(one, params)
+
+
+def merge(params: dict, part: dict) -> dict:
+    """`params` with the parameters in `part` put in their place."""
+    merged = dict(params)
+    for key, value in part.items():
+        merged[key] = merge(params[key], value) if isinstance(value, dict) else value
+    return merged

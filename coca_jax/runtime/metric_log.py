@@ -12,15 +12,27 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import tqdm
 
 from coca_jax.runtime import growing_file, storage
-from coca_jax.training.trackers import Tracker
 
 BUCKETS = ("init", "compile", "data_wait", "step", "eval", "save")
 TRAINING = ("data_wait", "step")  # what a step is made of, once it is compiled
+
+
+class Tracker(Protocol):
+    """A place for metrics. Its package is imported when it is made."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a step; values may be NaN or infinite."""
+
+    def flush(self) -> None:
+        """Returns when what was written is where it belongs, as far as that can be waited for."""
+
+    def close(self) -> None:
+        """Nothing is written afterwards."""
 
 
 class TimeBuckets:
@@ -99,7 +111,7 @@ class MetricWriter:
       workdir: made when missing.
       start_step: the step that the run starts or resumes from. Lines of later steps, left by a run
         that was stopped after its last checkpoint, are dropped: each step occurs once.
-      trackers: see `trackers.open_all`.
+      trackers: see training/trackers.
     """
 
     def __init__(

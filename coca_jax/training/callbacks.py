@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from coca_jax.checkpoints.manager import Checkpoints, SaveFailed
 from coca_jax.evaluation import history
 from coca_jax.evaluation.evaluators import base
+from coca_jax.models import param_groups
 from coca_jax.runtime import goodput, storage
 from coca_jax.runtime.goodput import Goodput
 from coca_jax.runtime.metric_log import MetricWriter, Progress
@@ -23,7 +24,7 @@ from coca_jax.training.best_checkpoint import Best
 from coca_jax.training.feed import Feed
 from coca_jax.training.losses import OBJECTIVES
 from coca_jax.training.setup import Run
-from coca_jax.training.state import TrainState, merge
+from coca_jax.training.state import TrainState
 from coca_jax.training.train_step import Metrics
 
 if typing.TYPE_CHECKING:
@@ -219,7 +220,7 @@ class Evaluation:
 
         params, run = state.params, self._run
         if state.ema is not None:
-            params = merge(params, state.ema)
+            params = param_groups.merge(params, state.ema)
         if self._model is None:
             self._model = inference.CoCaModel(
                 run.config,

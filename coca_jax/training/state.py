@@ -37,6 +37,22 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any
     estimates: Any = None
 
+    def items(self) -> dict[str, Any]:
+        """The items of a checkpoint: name -> pytree."""
+        items = {
+            "params": self.params,
+            "opt_state": self.opt_state,
+            "counters": {"step": self.step, "skipped": self.skipped},
+        }
+        optional = {"ema": self.ema, "estimates": self.estimates}
+        return items | {name: item for name, item in optional.items() if item is not None}
+
+    @classmethod
+    def from_items(cls, items: dict[str, Any]) -> TrainState:
+        """The state whose `items` are these."""
+        rest = {name: item for name, item in items.items() if name != "counters"}
+        return cls(**items["counters"], **({"ema": None} | rest))
+
 
 def build_model(config: Config, mesh: Mesh | None, num_classes: int = 0) -> CoCa:
     """The module of `config` for the devices of `mesh`, None: those that there are; num_classes: of
@@ -109,14 +125,6 @@ def learning(config: Config) -> Set[str]:
     What is trained besides has no gradient."""
     words = frozenset().union(*(objective.serves for objective in losses.of(config)))
     return param_groups.with_pooling(words, heads.pooler_kind(config.model.pooler.kind))
-
-
-def merge(params: dict, part: dict) -> dict:
-    """`params` with the parameters in `part` put in their place."""
-    merged = dict(params)
-    for key, value in part.items():
-        merged[key] = merge(params[key], value) if isinstance(value, dict) else value
-    return merged
 
 
 def state_shardings(model: CoCa, config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:

@@ -34,7 +34,7 @@ from coca_jax.training.optimizer import (
     rate_factors,
     without_schedule,
 )
-from coca_jax.training.state import Alike, TrainState, learning, merge, trainable
+from coca_jax.training.state import Alike, TrainState, learning, trainable
 
 # The parts of a batch, over which losses and gradients add up.
 #
@@ -170,7 +170,7 @@ def value_and_gradients(
 
     def gradients_of(terms: tuple[Objective, ...], rows: Batch, key: jax.Array) -> Any:
         def objective(part: Any) -> tuple[jax.Array, Values]:
-            found = run_parts(model, config, merge(params, part), rows, key, parts)
+            found = run_parts(model, config, param_groups.merge(params, part), rows, key, parts)
             return evaluate(terms, found, totals, parts)
 
         return jax.grad(objective, has_aux=True)(trained)
@@ -422,7 +422,7 @@ def make_update(
         state = TrainState(
             step=state.step + 1,
             skipped=skipped,
-            params=merge(state.params, moved),
+            params=param_groups.merge(state.params, moved),
             opt_state=keep_finite(opt_state, state.opt_state),
             ema=ema,
             estimates=state.estimates,
@@ -498,7 +498,7 @@ def teacher_of(state: TrainState, model: CoCa, config: Config, batch: Batch) -> 
     hidden patches are learned: float32 [B, N, W], a micro-batch at a time."""
     if not config.loss.hidden_weight:
         return {}
-    params = merge(state.params, state.ema)
+    params = param_groups.merge(state.params, state.ema)
 
     def tokens(image: jax.Array) -> jax.Array:
         pixels = normalise_pixels(image, config.model)

@@ -223,9 +223,10 @@ def clock(work: pathlib.Path) -> str:
 
 STALL = """
 import time
+from coca_jax.data import synthetic_source
 from coca_jax.data import scenes
 
-read, calls = scenes.Scenes.read, []
+read, calls = synthetic_source.Scenes.read, []
 
 def stall(self, indices):
     calls.append(1)
@@ -233,7 +234,7 @@ def stall(self, indices):
         time.sleep(SECONDS)
     return read(self, indices)
 
-scenes.Scenes.read = stall
+synthetic_source.Scenes.read = stall
 """
 
 

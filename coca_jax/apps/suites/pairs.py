@@ -17,7 +17,7 @@ from PIL import Image
 
 from coca_jax.data import images
 from coca_jax.data.dedup import content_digest
-from coca_jax.data.sources import files
+from coca_jax.data.sources import files, media
 from coca_jax.runtime import bounded_json, storage
 
 SUGARCREPE = ("filename", "caption", "negative_caption")
@@ -120,7 +120,9 @@ def _read(place: Any, name: str) -> bytes:
         raise ValueError(f"{place}: image {name!r} is not a name")
     if "://" in name or ".." in name.split("/") or name.startswith("/"):
         raise ValueError(f"{place}: image {name!r} does not lie below the list's folder")
-    names = [name] if "." in name.rpartition("/")[2] else [f"{name}{s}" for s in images.SUFFIXES]
+    names = (
+        [name] if "." in name.rpartition("/")[2] else [f"{name}{s}" for s in media.IMAGE_SUFFIXES]
+    )
     for below in _BELOW:
         for one in names:
             file = place.parent / below / one

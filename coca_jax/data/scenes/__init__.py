@@ -36,7 +36,6 @@ from coca_jax.data.scenes.world import (
     class_names,
     has_heldout,
 )
-from coca_jax.data.synthetic_source import Scenes, write_folder
 
 __all__ = [
     "BACKGROUNDS",
@@ -49,7 +48,6 @@ __all__ = [
     "SPLIT_SIZES",
     "TEXTURES",
     "UNSEEN_HUES",
-    "Scenes",
     "canonical_caption",
     "class_names",
     "described_attributes",
@@ -60,5 +58,4 @@ __all__ = [
     "parse_caption",
     "score_caption",
     "true_attributes",
-    "write_folder",
 ]

@@ -18,11 +18,11 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax.data import images, videos
-from coca_jax.data.sources import files, own_folders
+from coca_jax.config.data import KINDS
+from coca_jax.data.sources import files, media, own_folders
 from coca_jax.runtime import bounded_json, json_files, storage
 
-MEDIA = images.SUFFIXES + tuple(f".{suffix}" for suffix in videos.SUFFIXES)
+MEDIA = media.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in media.VIDEO_SUFFIXES)
 # Of pictures that are not opened, and which phones and cameras write beside others.
 UNREAD_PICTURES = (
     *(".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2", ".cr3", ".nef"),
@@ -122,10 +122,8 @@ def guess(path: str) -> str:
 
 def _kind_behind(path: str) -> str:
     """What is said besides of a path that is there but for the kind that train takes behind one."""
-    from coca_jax.data import supervision  # takes a while, and only this wants it
-
     place, _, kind = path.rpartition(":")
-    if kind not in supervision.KINDS or not files.exists(place):
+    if kind not in KINDS or not files.exists(place):
         return ""
     return f"; {place} is there, and :{kind} is of train's --data and of fit alone"
 

@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from coca_jax.data import images
-from coca_jax.data.sources import files, formats
+from coca_jax.data.sources import files, formats, media
 from coca_jax.data.sources.field_texts import INNER_LABELS, strings
 from coca_jax.data.sources.references import Span
 
@@ -85,7 +84,7 @@ class Options:
     verify: bool = True
     min_side: int = 1
     max_aspect: float = 0.0
-    max_pixels: int = images.MAX_PIXELS
+    max_pixels: int = media.MAX_PIXELS
     max_image_bytes: int = 64 << 20
     min_text: int = 1
     max_text: int = 10_000

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from coca_jax.data.sources.records import Record
-from coca_jax.data.texts import json_text
+from coca_jax.data.sources.records import Record, json_text
 
 Asked = tuple[str, tuple[str, ...]]  # a question and its answers
 

@@ -125,3 +125,8 @@ def writing(path: str) -> Iterator[None]:
         raise OSError(
             f"{path} cannot be written: {why}; finished shards stay, the same command goes on"
         ) from None
+
+
+def json_text(value: Any) -> str:
+    """A value of JSON as text; half a surrogate pair, which JSON may hold, becomes '?'."""
+    return str(value).encode("utf-8", "replace").decode()

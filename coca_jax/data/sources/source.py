@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
-from coca_jax.data import supervision
 from coca_jax.data.sources.records import Record
 from coca_jax.runtime import activity
 
@@ -23,7 +23,7 @@ class Source:
 
     Attributes:
         name: for messages.
-        kind: which of its texts train.
+        kind: the supervision.Kind of its examples, set by `filters.open_source`.
         every: what each record is known to have, of what kinds want: 'text', 'label', 'region'.
         folder: where an index of it may be kept, '' where there is no such place.
         fingerprint: tells these records, in this order, from all others; '': unknown.
@@ -45,7 +45,7 @@ class Source:
         applied_fields: bool = False,
     ):
         self.name = name
-        self.kind: supervision.Kind = supervision.Caption()
+        self.kind: Any = None
         self.every = frozenset(every)
         self.folder, self.fingerprint = folder, fingerprint
         self.applied_fields = applied_fields

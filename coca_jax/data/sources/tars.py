@@ -9,8 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from coca_jax.data import images, videos
-from coca_jax.data.sources import files, formats, rows
+from coca_jax.data.sources import files, formats, media, rows
 from coca_jax.data.sources.items import (
     CHATS,
     LABEL_FIELDS,
@@ -154,8 +153,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
             raise BadEnd("more data behind the archive's end mark")
 
 
-IMAGE_SUFFIXES = (*(suffix[1:] for suffix in images.SUFFIXES), "img", "image")
-MEDIA_SUFFIXES = IMAGE_SUFFIXES + videos.SUFFIXES
+IMAGE_SUFFIXES = (*(suffix[1:] for suffix in media.IMAGE_SUFFIXES), "img", "image")
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + media.VIDEO_SUFFIXES
 PATTERNS = formats.PATTERNS["webdataset"]
 TEXT_SUFFIXES = ("txt", "cls", "json")
 

@@ -54,7 +54,7 @@ class Records:
             entry = dataclasses.replace(entry, kind=need)
         self.scenes = bool(entry.builtin)
         if self.scenes:
-            from coca_jax.data.scenes import Scenes
+            from coca_jax.data.synthetic_source import Scenes
 
             source: Any = Scenes(entry.split or "test", entry.kind, entry.objects, entry.scenery)
         else:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from absl import logging
 
 from coca_jax.runtime import bounded_json, extras, storage
+from coca_jax.runtime.metric_log import Tracker
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 UNASKED = "tensorboard"  # the default of a run: written where its package is there
@@ -29,19 +30,6 @@ _LONGEST = 100  # letters of a folder's name in an id, which has 128 at most
 
 class DamagedNames(ValueError):
     """The file that keeps what services call a run cannot be read."""
-
-
-class Tracker(Protocol):
-    """A place for metrics. Its package is imported when it is made."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the metrics of a step; values may be NaN or infinite."""
-
-    def flush(self) -> None:
-        """Returns when what was written is where it belongs, as far as that can be waited for."""
-
-    def close(self) -> None:
-        """Nothing is written afterwards."""
 
 
 def check(names: Sequence[str], *, asked: bool = False) -> None:
