@@ -14,7 +14,7 @@ source launch/env.sh ""
 "$VENV/bin/python" -c \
   'import sys; from coca_jax.data import synthetic_source; synthetic_source.write_folder(sys.argv[1], 12)' \
   "$workdir/images"
-"$VENV/bin/python" -m coca_jax.cli.caption --checkpoint="$workdir" --out="$workdir/captions.jsonl" \
+"$VENV/bin/python" -m coca_jax caption --checkpoint="$workdir" --out="$workdir/captions.jsonl" \
   "$workdir/images"
 echo "demo: report in $workdir/report.html, scores in $workdir/eval.json," \
   "captions in $workdir/captions.jsonl"

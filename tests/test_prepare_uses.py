@@ -86,7 +86,6 @@ def test_a_split_of_the_field_that_is_in_an_evaluation_set_is_left_out_with_a_li
         assert list(found["splits"]) == ["train"] and found["written"] == 5
         said = capsys.readouterr()
         assert f"{folder}: nothing is left of [test]: 1 in_evaluation\n" in said.err
-        assert "6 examples, by the field 'split': 5 -> [train]; " in said.out
     assert [one.texts for one in filters.open_source(str(tmp_path / "out"))] == [
         (f"train {n}",) for n in range(5)
     ]

@@ -89,7 +89,9 @@ def test_the_last_save_is_tried_several_times(run):
         with pytest.raises(manager.SaveFailed) as error:
             save(99, state_of(99), last=True)
         assert len(run.said) == 3  # at first, and after each pause of LAST_RETRY
-        begin = f"step 99 could not be saved in {run.workdir}; step 10 is the newest; once the "
+        begin = (
+            f"step 99 could not be saved in {run.workdir} (the disk is full); step 10 is the newest"
+        )
         assert str(error.value).startswith(begin)
         run.say = lambda line: (run.said.append(line), free())  # somebody deletes something
         assert save(100, state_of(100), last=True) == 100

@@ -183,19 +183,20 @@ def test_what_a_fit_reads_of_weights(tmp_path):
     given = {"model": config.model.to_dict(), "preprocess": {"resize": "crop"}}
     host, words = jax.device_get(params), tmp_path / "vocabulary.model"
     export_format.write_export(tmp_path / "export", host, given, words)
-    found = fit_choice.read(str(tmp_path / "export"))
+    into = tmp_path / "converted"
+    found = fit_choice.read(str(tmp_path / "export"), str(into))
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert found.model == typed(config).model and found.resize == "crop"
     assert found.path == str(tmp_path / "export")
     assert found.vocabulary == str(tmp_path / "export" / "vocabulary.model")
-    with pytest.raises(ValueError, match="vocabulary.model is a file: convert it first"):
-        fit_choice.read(str(words))
-    with pytest.raises(FileNotFoundError, match="absent: no such folder here; give a run"):
-        fit_choice.read(str(tmp_path / "absent"))
+    for name in ("vocabulary.model", "absent"):
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
+            fit_choice.read(str(tmp_path / name), str(into))
     given["preprocess"]["resize"] = "native"
     export_format.write_export(tmp_path / "native", host, given, words)
     with pytest.raises(ValueError, match="its images keep their aspect ratio"):
-        fit_choice.read(str(tmp_path / "native"))
+        fit_choice.read(str(tmp_path / "native"), str(into))
+    assert not into.exists()
 
 
 def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path, monkeypatch):
@@ -215,8 +216,8 @@ def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path,
             recipes.load(f"finetune_open_clip:{place}")
         with pytest.raises((ValueError, FileNotFoundError), match=f"^{line}$"):
             setup.check_start(tiny(init_from=place), "run")
-    with pytest.raises(ValueError, match="init_from=theirs is open_clip's: convert it first with"):
-        fit_choice.read("theirs")
+    with pytest.raises(ValueError, match="theirs"):  # `fit` converts it, but it has no weights
+        fit_choice.read("theirs", "converted")
     with pytest.raises(ValueError, match="no checkpoint under nowhere; give a run's workdir or"):
         recipes.load("finetune_open_clip:nowhere")
 

@@ -1,6 +1,6 @@
 """The command `coca-jax`, and how every sub-command starts and ends.
 
-`coca-jax NAME ...`, `python -m coca_jax NAME ...` and `python -m coca_jax.NAME ...` are the same.
+`coca-jax NAME ...` and `python -m coca_jax NAME ...` are the same; so is `python -m coca_jax.train`.
 A command is a module with `define_flags()` and `main(argv)`, and a line in `COMMANDS`. It may have
 `summary(result)`, the lines that a terminal shows of its result; see `show`.
 """

@@ -122,8 +122,8 @@ def check_place(path: str) -> None:
     if not place.exists():
         if ":" in path and not storage.is_remote(path):
             raise FileNotFoundError(
-                f"init_from={path} is no folder; weights by a name become one with python -m "
-                f"coca_jax.cli.convert --input={path} --out=DIR"
+                f"init_from={path} is no folder; weights by a name become one with "
+                f"coca-jax convert --input={path} --out=DIR"
             )
     elif not place.is_dir():
         what = "a file"
