@@ -216,7 +216,9 @@ def test_weights_that_have_to_be_converted_are_told_how_by_recipes_too(tmp_path,
             recipes.load(f"finetune_open_clip:{place}")
         with pytest.raises((ValueError, FileNotFoundError), match=f"^{line}$"):
             setup.check_start(tiny(init_from=place), "run")
-    with pytest.raises((ValueError, FileNotFoundError), match="theirs"):  # `fit` converts it, but it has no weights
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match="theirs"
+    ):  # `fit` converts it, but it has no weights
         fit_choice.read("theirs", "converted")
     with pytest.raises(ValueError, match="no checkpoint under nowhere; give a run's workdir or"):
         recipes.load("finetune_open_clip:nowhere")
