@@ -1,10 +1,8 @@
 """The documentation's site builds without a warning, and what it says of files is so."""
 
 import ast
-import importlib.util
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -40,19 +38,3 @@ def test_what_implements_the_paper_is_where_the_table_says(row):
         path, function = name.split("::")
         found = ast.parse((ROOT / path).read_text()).body
         assert function in {node.name for node in found if isinstance(node, ast.FunctionDef)}, name
-
-
-def test_the_figures_are_those_of_the_tables_and_their_files_exist():
-    path = ROOT / "docs/site/figures.py"
-    spec = importlib.util.spec_from_file_location("figures", path)
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
-    for name, title in figures.TABLES.items():
-        drawn = (ROOT / f"docs/images/{name}.svg").read_text()
-        assert drawn == figures.draw(title), f"run python {path.relative_to(ROOT)}"
-        stations = figures.stations(title)
-        assert len(stations) >= 8
-        for what, files in stations:
-            for file in re.split(r", | or ", files):
-                place = pathlib.Path("coca_jax") / file
-                assert (ROOT / place).exists(), f"{what}: {file}"
