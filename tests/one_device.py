@@ -5,6 +5,7 @@ import pytest
 from conftest import tiny_config
 
 from coca_jax.checkpoints import config_file
+from coca_jax.config import typed
 from coca_jax.parallel import sharding
 from coca_jax.runtime.metric_log import TimeBuckets
 from coca_jax.training.trainer import train_on
@@ -35,6 +36,7 @@ def smallest_run(bias=False):
 def train_alone(config, workdir):
     """`train` on one device, which compiles faster."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    config = typed(config)
     config_file.check(config)
     with jax.set_mesh(mesh):
         return train_on(mesh, config, str(workdir), TimeBuckets())

@@ -107,7 +107,11 @@ def test_scores_are_plain_figures_of_the_model(on_one, folder):
         assert scores[f"{kind}/c/num_examples"] == COUNT
     saved = json.loads((out / "eval.json").read_text())
     assert saved == scores
-    plain = {k for k in saved if not k.endswith(("_low", "_high", "_count"))}
+    companions = ("_low", "_high", "_count", "_chance", "_majority", "_references")
+    plain = {k for k in saved if not k.endswith(companions)}
+    assert saved["zero_shot/c/top1_chance"] == pytest.approx(sum(len(t) for t in truth) / 6 / COUNT)
+    chance = [saved[f"retrieval/c/text_to_image_r{k}_chance"] for k in (1, 5)]
+    assert 0 < chance[0] < chance[1] < 1
     assert {"captioning/c/bleu4", "captioning/c/cider_d", "captioning/c/rouge_l"} <= plain
     for key in plain:  # each with an interval and the number of its examples
         if "/num_" not in key:
@@ -202,7 +206,7 @@ class Reads:
     """A model that can do nothing but decode images."""
 
     num_frames, batch_size = 0, 64
-    preprocess = staticmethod(decode)
+    fit_image = staticmethod(decode)
     tokenize_with_mask = staticmethod(lambda texts, labels: [np.eye(len(texts))] * 2)
 
     def encode_text(self, texts, *, labels=False):
