@@ -27,7 +27,6 @@ from coca_jax.apps import benchmark
 from coca_jax.apps.benchmark import build, make_params, random_batch, timed
 from coca_jax.config import Config, typed
 from coca_jax.models.image_encoder import ConvStem, normalise_pixels
-from coca_jax.runtime import huge_pages
 from coca_jax.training import recipes
 
 
@@ -115,5 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.begin_again()
     main()

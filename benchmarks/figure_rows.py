@@ -69,7 +69,7 @@ CLOCK = (
         parts.huge_pages,
         1,
         "taskset -c 1 coca-jax benchmark train --config=emoji --repeats=9; again with "
-        "GLIBC_TUNABLES=glibc.malloc.hugetlb=0",
+        "GLIBC_TUNABLES=glibc.malloc.hugetlb=1",
         more=dict(unit="s"),
         clock=True,
         higher=("times",),
@@ -210,14 +210,6 @@ CLOCK = (
         clock=True,
         higher=("recall",),
         lower=("p50", "core_seconds", "megabytes"),
-    ),
-    Measurement(
-        tuple(f"versions/{row}" for row in faults.VERSIONS),
-        faults.versions,
-        40,
-        "python benchmarks/versions.py OLD_PYTHON OLD_CLONE NEW_PYTHON NEW_CLONE DIR",
-        more=dict(peer="version 0.1, da9a723, in turn"),
-        clock=True,
     ),
 )
 COUNTED = (

@@ -11,7 +11,6 @@ import sys
 from settings import config_of
 
 from coca_jax.cli.train import train
-from coca_jax.runtime import huge_pages
 
 
 def main(act: str, row: str, data: str, folder: str, steps: str, seed: str, workdir: str) -> None:
@@ -26,5 +25,4 @@ def main(act: str, row: str, data: str, folder: str, steps: str, seed: str, work
 
 
 if __name__ == "__main__":
-    huge_pages.begin_again()
     main(*sys.argv[1:])

@@ -18,8 +18,6 @@ import pictures
 from measuring import ROOT, Given, Rows, Values, environment
 from measuring_parts import jpegs
 
-OLD = "da9a723"  # version 0.1
-
 
 def recaption_kills(given: Given) -> Rows:
     """The demo's model captions pictures and is killed a hundred times, in either type."""
@@ -212,42 +210,3 @@ def whole_demo(given: Given) -> Rows:
     subprocess.run(["launch/demo.sh"], cwd=clone, check=True, capture_output=True)
     took = time.perf_counter() - start
     return {"demo/whole": dict(minutes=int(took // 60), seconds=round(took % 60))}
-
-
-def versions(given: Given) -> Rows:
-    """Version 0.1 and this one, each in an environment of its own, in turn."""
-    place = given.runs / "versions"
-    words = []
-    for name, commit in (("old", OLD), ("new", "HEAD")):
-        clone = place / name
-        if not (clone / "done").exists():
-            git = ["git", "clone", "-q", str(ROOT), str(clone)]
-            steps = [git, ["git", "-C", str(clone), "checkout", "-q", commit]]
-            steps.append([sys.executable, "-m", "venv", str(place / f"{name}_env")])
-            steps.append([str(place / f"{name}_env/bin/pip"), "install", "-q", str(clone)])
-            for step in steps:
-                subprocess.run(step, check=True)
-            (clone / "done").touch()
-        words += [str(place / f"{name}_env/bin/python"), str(clone)]
-    words.append(str(given.folder))
-    starts = given.script("versions.py", *words, "--times=2")
-    work = given.script("versions.py", *words, "--times=5", "--only=work")
-    found: Rows = {}
-    for row, key in VERSIONS.items():
-        told = work if key in work["old"] else starts
-        found[f"versions/{row}"] = {name: told[name][key] for name in ("old", "new")}
-    return found
-
-
-VERSIONS = dict(
-    start="start_seconds",
-    again="again_seconds",
-    start_memory="start_mib",
-    images="images",
-    images_memory="images_mib",
-    install="install_mib",
-    captions_1="captions_1",
-    captions_16="captions_16",
-    beams_6="beams_6",
-    encode="encode_16",
-)

@@ -8,10 +8,10 @@ import sys
 def main() -> None:
     """Runs `cli.main`. Whoever asks it to stop while that is imported is heard as well."""
     try:
-        from coca_jax.runtime import signals, startup
+        from coca_jax.runtime import signals
 
         if sys.argv[1:2] and sys.argv[1] in signals.SAVED:
-            startup.begin()
+            signals.install()
         from coca_jax.cli import main
 
         main.main()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # Signals are handled before the imports below: a request to stop may come at any moment.
-    from coca_jax.runtime import startup
+    from coca_jax.runtime import signals
 
-    startup.begin()
+    signals.install()
 
     from coca_jax.cli import main
 

@@ -47,10 +47,6 @@ case $command in
   *) fail "no command '$command'; there are all, create, install, run, stop, status, delete" ;;
 esac
 
-if [[ -n ${TRIES:-} ]]; then
-  echo "tpu_vm.sh: TRIES is now RESTARTS, of failures alone; the old name works until 0.3" >&2
-  RESTARTS=${RESTARTS:-$TRIES}
-fi
 [[ -n ${NAME:-} ]] || fail "set NAME, the name of the slice"
 [[ -n ${ZONE:-} ]] || fail "set ZONE, for example us-central2-b"
 place=(--zone="$ZONE")

@@ -3,12 +3,14 @@
 import atexit
 import functools
 import gc
+import importlib
 import importlib.metadata
 import os
 import pathlib
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import uuid
 
@@ -49,6 +51,25 @@ needs_bfloat16 = pytest.mark.skipif(
     not shutil.which("c++") or not build.multiplies_bfloat16(),
     reason="needs a C++ compiler and a processor with AVX512_BF16",
 )
+
+
+def flags_of(command: str, monkeypatch) -> set[str]:
+    """The names of a command's flags, which are defined apart from those of other commands."""
+    from absl import flags
+
+    monkeypatch.setattr(flags, "FLAGS", own := flags.FlagValues())
+    monkeypatch.setattr(sys, "argv", [command])
+    module = f"coca_jax.cli.{command}"
+    for name, define in list(vars(flags).items()):
+        if name.startswith("DEFINE_") and callable(define):
+            apart = functools.partial(_define_in, define, own, module)
+            monkeypatch.setattr(flags, name, apart)
+    importlib.import_module(module).define_flags()
+    return set(own)
+
+
+def _define_in(define, values, module, *args, **more):
+    return define(*args, **more | dict(flag_values=values, module_name=module))
 
 
 def tiny_config(**model) -> ConfigDict:

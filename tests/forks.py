@@ -99,10 +99,9 @@ def serve(place: str, blocked: Sequence[str] = ()) -> None:
     for name in blocked:
         sys.modules[name] = None  # type: ignore[assignment]
     from coca_jax.cli import main
-    from coca_jax.runtime import quiet
 
     if not blocked:
-        quiet.environment()
+        main.quiet_libraries()
         for name in main.COMMANDS:
             importlib.import_module(f"coca_jax.cli.{name}")
         for name in ("checkpoints.manager", "inference", "training.trainer", "data.prepare"):

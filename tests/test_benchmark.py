@@ -8,11 +8,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import flags_of, tiny_config
 from ml_collections import ConfigDict
 from PIL import Image
 from test_inference import random_params
-from test_version_0_1 import flags_of
 
 from coca_jax.apps import benchmark as input_rate
 from coca_jax.apps import benchmark as loss_costs
@@ -58,8 +57,7 @@ def test_rates_are_work_over_time(monkeypatch, capsys):
     result, _ = run("encode", "--batch_size=4")
     np.testing.assert_allclose(result["images_per_second"] * result["seconds"], 4)
     most = config.model.text.max_len - 1
-    result, said = run("caption", "--batch_size=2", "--tokens=0", "--beams=2")
-    assert "--num_beams" in said  # what the flag of 0.1 is called now
+    result, _ = run("caption", "--batch_size=2", "--tokens=0", "--num_beams=2")
     np.testing.assert_allclose(result["tokens_per_second"] * result["seconds"], 2 * most)
     quotient = result["late_token_seconds"] / result["early_token_seconds"]
     np.testing.assert_allclose(result["late_over_early"], quotient)

@@ -9,11 +9,11 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import flags_of
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_model_checksum import changed
 from test_search import encoded
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax.cli import caption

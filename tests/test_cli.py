@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import io
 import json
-import logging
 import os
 import pathlib
 import pty
@@ -13,18 +12,16 @@ import runpy
 import subprocess
 import sys
 import time
-import types
 
 import forks
 import pytest
 from absl import flags
+from conftest import flags_of
 from in_place_cases import write_tar
-from test_version_0_1 import flags_of
 
 from coca_jax.cli import convert, main
 from coca_jax.data.sources import manifest
 from coca_jax.inference.generation.config import Settings
-from coca_jax.runtime import quiet
 from coca_jax.training import recipes
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
@@ -111,50 +108,6 @@ def test_warnings_and_logs_are_plain_lines(commands, tmp_path):
     code += "cli.command('convert', [])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "warning: a file\nwarning: a text\nerror: no\n" and done.stdout == "{}\n"
-
-
-def test_a_save_or_restore_that_fails_is_the_run_s_line_and_not_orbax_s(monkeypatch):
-    absl, passed = logging.getLogger("absl"), []
-    monkeypatch.setattr(absl, "filters", [])
-    monkeypatch.setattr(sys, "unraisablehook", lambda found: passed.append(found.exc_value))
-    quiet.checkpoints()
-    errors = [RuntimeError("Event loop is closed"), RuntimeError("another")]
-    for error in errors:
-        args = dict(exc_type=RuntimeError, exc_value=error, object=None)
-        sys.unraisablehook(types.SimpleNamespace(**args))
-    assert passed == errors[1:]
-    for name, shown in (
-        ("x/orbax/checkpoint/_src/futures/future.py", False),
-        ("x/orbax/checkpoint/checkpoint_manager.py", False),
-        ("x/orbax/checkpoint/_src/handlers/pytree_checkpoint_handler.py", True),
-        ("x/mine/future.py", True),
-    ):
-        record = logging.LogRecord("absl", logging.ERROR, name, 1, "no space", (), None)
-        assert bool(absl.filter(record)) is shown
-
-
-def test_writes_that_fail_beside_the_first_are_no_records_of_asyncio(monkeypatch):
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    for name in ("absl", "asyncio"):
-        monkeypatch.setattr(logging.getLogger(name), "filters", [])
-    quiet.checkpoints()
-
-    def error_of(file):
-        try:
-            exec(compile("raise ValueError('no space')", file, "exec"))
-        except ValueError as error:
-            return type(error), error, error.__traceback__
-
-    ours, mine = error_of("x/orbax/checkpoint/serialization.py"), error_of("x/mine/writes.py")
-    for text, error, shown in (
-        ("_GatheringFuture exception was never retrieved", ours, False),
-        ("Task exception was never retrieved\nfuture: <Task>", ours, False),
-        ("Task exception was never retrieved\nfuture: <Task>", mine, True),
-        ("Task exception was never retrieved", None, True),
-        ("Exception in callback", ours, True),
-    ):
-        record = logging.LogRecord("asyncio", logging.ERROR, "events.py", 1, text, (), error)
-        assert bool(logging.getLogger("asyncio").filter(record)) is shown
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import types
 
 import jax
 import pytest
+from conftest import flags_of
 from test_own_data import by_class, captioned, picture, recipe, tar
-from test_version_0_1 import flags_of
 
 from coca_jax.checkpoints import config_file
 from coca_jax.cli import data_flags, train

@@ -8,9 +8,9 @@ import shutil
 import types
 
 import pytest
+from conftest import flags_of
 from in_place_cases import write_tar
 from test_own_data import by_class, captioned, recipe
-from test_version_0_1 import flags_of
 
 from coca_jax import inference
 from coca_jax.cli import evaluate, prepare
@@ -331,7 +331,7 @@ def test_flags_that_do_not_go_together_are_a_line(ask, given, says):
         ),
         (dict(tasks="zero_shot", train_limit=9), "--train_limit=9: it is of linear_probe and knn"),
         (dict(tasks="retrieval", attention=0), "--noattention: it is of captioning"),
-        (dict(templates="photo", data="texts"), "--templates=photo: .* are retrieval, captioning"),
+        (dict(prompts="photo", data="texts"), "--prompts=photo: .* are retrieval, captioning"),
     ],
 )
 def test_flags_that_no_task_reads_are_refused(ask, given, says, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from conftest import tiny_config
+from conftest import flags_of, tiny_config
 from docs_walk import ROOT
 from one_device import models_on_one  # noqa: F401
 from test_inference import (  # noqa: F401
@@ -23,7 +23,6 @@ from test_inference import (  # noqa: F401
     tiny_parts,
     words,
 )
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import inference

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import scenes_words
+from conftest import flags_of, scenes_words
 from one_device import models_on_one, train_alone  # noqa: F401
 from quick_start import drawn_by_numpy  # noqa: F401
 from test_inference import random_params, tiny_model, tiny_parts, words  # noqa: F401
 from test_train import tiny_run
-from test_version_0_1 import flags_of
 
 from coca_jax.checkpoints import config_file, manager
 from coca_jax.cli import blend, report

@@ -12,9 +12,8 @@ import conversion_cases
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import flags_of, tiny_config
 from PIL import Image, ImageDraw
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax.apps import fit as measure

@@ -1,6 +1,5 @@
 """Paths that begin with '~/', which a shell leaves as they are behind a flag's '='."""
 
-import gc
 import sys
 from types import SimpleNamespace
 
@@ -34,8 +33,7 @@ def test_a_flag_s_folder_is_in_the_home_folder(home, monkeypatch):
         raise ValueError("seen")
 
     monkeypatch.setattr(sys, "argv", ["coca-jax"])
-    monkeypatch.setattr(gc, "set_threshold", lambda *_: None)
-    monkeypatch.setattr(main.quiet, "environment", lambda: None)
+    monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     monkeypatch.setattr(
         main.importlib, "import_module", lambda name: SimpleNamespace(define_flags=stop)
     )

@@ -12,10 +12,10 @@ import hub_stand_in
 import numpy as np
 import open_clip_cases as cases
 import pytest
+from conftest import flags_of
 from one_device import models_on_one  # noqa: F401
 from quick_conversion import conversions_are_forks  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax.cli import convert, export

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from coca_jax.cli import main
 from coca_jax.data import filters, image_files, images, videos
 from coca_jax.data.sources import media
-from coca_jax.runtime import quiet
 
 
 def _scene(mode="RGB", size=(24, 16)):
@@ -203,7 +203,7 @@ def test_damage_is_a_value_error():
 
 def test_commands_say_one_line_of_a_large_picture(recwarn):
     """PIL warns from 89 million pixels on, in two lines."""
-    quiet.environment()
+    main.quiet_libraries()
     data = bytearray(_encode(_scene(), "PNG"))
     data[16:24] = struct.pack(">II", 13_000, 13_000)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -331,7 +331,7 @@ def test_a_large_picture_is_shrunk_by_the_flags_that_its_error_names(tmp_path):
     """144 megapixels, as a scanner or a phone of 200 megapixels writes them."""
     (tmp_path / "in").mkdir()
     Image.new("L", (12_000, 12_000), 200).save(tmp_path / "in/a.png")
-    quiet.environment()
+    main.quiet_libraries()
     with pytest.raises(ValueError, match="too many pixels: 12000 x 12000") as told:
         images.decode(str(tmp_path / "in/a.png"))
     flags = re.search(r"`coca-jax prepare (--max_pixels=\S+ --max_side=\S+)` does", str(told.value))

@@ -6,9 +6,9 @@ import pathlib
 
 import numpy as np
 import pytest
+from conftest import flags_of
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import embed, encoded, tree
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax.apps.search import index, nearest, parts

@@ -6,10 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import scenes_words
+from conftest import flags_of, scenes_words
 from one_device import smallest_run, train_alone
 from test_train import tiny_run
-from test_version_0_1 import flags_of
 
 from coca_jax.checkpoints import config_file, manager
 from coca_jax.cli import compile

@@ -4,9 +4,9 @@ import errno
 import os
 
 import pytest
+from conftest import flags_of
 from test_index_changes import call, folder  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
-from test_version_0_1 import flags_of
 
 from coca_jax.cli import recaption
 

@@ -4,9 +4,9 @@ import json
 
 import jax
 import pytest
+from conftest import flags_of
 from one_device import models_on_one  # noqa: F401
 from test_inference import model, no_compile_cache, words  # noqa: F401
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import inference

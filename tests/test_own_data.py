@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from absl import flags
+from conftest import flags_of
 from PIL import Image
-from test_version_0_1 import flags_of
 
 from coca_jax.cli import prepare
 from coca_jax.config import typed

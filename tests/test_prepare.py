@@ -19,10 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import tiny_config
+from conftest import flags_of, tiny_config
 from PIL import Image
 from prepare_cases import add_member, digests_of, encode, import_data, reasons_of, write_tar
-from test_version_0_1 import flags_of
 
 from coca_jax.cli import prepare as command
 from coca_jax.data import filters

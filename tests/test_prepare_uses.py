@@ -6,11 +6,10 @@ import threading
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import tiny_config
+from conftest import flags_of, tiny_config
 from fsspec.implementations.memory import MemoryFileSystem
 from prepare_cases import encode, import_data, write_tar
 from test_tables import split_table, texts_of
-from test_version_0_1 import flags_of
 
 from coca_jax.cli import prepare as command
 from coca_jax.data import filters, prepare, quarantine, vocabulary

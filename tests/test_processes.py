@@ -98,7 +98,6 @@ import jax, numpy as np
 from coca_jax.evaluation import evaluators; from coca_jax.parallel import sharding as partitioning
 from coca_jax.checkpoints import manager as checkpointing, verify as checksums
 from coca_jax.runtime import multihost as processes
-from coca_jax.runtime import quiet
 from coca_jax.evaluation.runner import Unfinished
 from coca_jax.evaluation.evaluators.base import NotWritten, Writing
 from coca_jax.config import typed
@@ -106,7 +105,7 @@ from coca_jax.recipes import tiny
 from coca_jax.inference import devices
 from coca_jax.training import setup
 from coca_jax.training.state import TrainState
-quiet.standard_output()
+processes.keep_gloo_off_standard_output()
 processes.start(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 there, params = devices.place({"scale": np.arange(6.0)}, jax.devices())
 rows = there.put(np.arange(5.0), there.bucket(5))

@@ -13,8 +13,8 @@ import threading
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import flags_of
 from test_recaption_inputs import asked, encoded, tars  # noqa: F401
-from test_version_0_1 import flags_of
 
 from coca_jax.apps.recaption import job as running
 from coca_jax.apps.recaption import job as whole

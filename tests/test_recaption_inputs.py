@@ -9,8 +9,8 @@ import tarfile
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import flags_of
 from test_search import encoded
-from test_version_0_1 import flags_of
 
 from coca_jax.apps.recaption import job, selection, shard, writers
 from coca_jax.apps.recaption import job as whole

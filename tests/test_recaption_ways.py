@@ -4,16 +4,25 @@ import threading
 
 import numpy as np
 import pytest
-from test_version_0_1 import unpacked
+from conversion_cases import small_weights, write_source
 
 from coca_jax.apps.recaption import job, selection, shard
 from coca_jax.apps.recaption.captioner import Captioner, Picture
 from coca_jax.apps.recaption.request import Request, way
+from coca_jax.cli import convert
 from coca_jax.data import prepare
 from coca_jax.data.sources.items import Options
 from coca_jax.inference.generation.config import Settings
 from coca_jax.inference.tokenization import without_halves
 from coca_jax.runtime import storage
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small model whose tokens are bytes: it writes halves of characters too."""
+    folder = tmp_path_factory.mktemp("weights")
+    source = write_source(folder / "open_clip", small_weights())
+    return convert.from_open_clip(str(source), str(folder / "model"))["out"]
 
 
 def test_ways_are_read_and_wrong_ones_are_told():
@@ -35,11 +44,10 @@ def test_ways_are_read_and_wrong_ones_are_told():
             way(text)
 
 
-def test_half_a_character_is_in_no_caption_that_is_kept(tmp_path):
+def test_half_a_character_is_in_no_caption_that_is_kept(weights):
     """The model's own are as its tokens are decoded; `prepare` takes such texts for damaged."""
     assert without_halves("a  red ring") == "a  red ring"
     assert without_halves("a \ufffd\ufffd red \N{CAT}\ufffd") == "a red \N{CAT}"
-    weights = str(unpacked("converted_0_1", tmp_path) / "converted_0_1")
     request = Request(
         *("", "webdataset", ""),
         checkpoints=(weights,),
@@ -66,8 +74,7 @@ def test_an_image_that_a_list_names_several_times_is_one():
     assert told == [[["collapsed"]]] * 12 + [[[]]] * 8  # the same of three images
 
 
-def test_what_a_model_gains_by_an_image_is_over_another_one(tmp_path):
-    weights = str(unpacked("converted_0_1", tmp_path) / "converted_0_1")
+def test_what_a_model_gains_by_an_image_is_over_another_one(weights):
     how: dict = dict(checkpoints=(weights,), ways=("greedy,max_tokens=6",), batch_size=4)
     captioner = Captioner(Request("", "webdataset", "", **how))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)

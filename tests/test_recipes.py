@@ -100,7 +100,7 @@ def test_every_recipe_of_the_package_loads_from_any_folder(name, elsewhere):
         ("own.py", "own.py, line 3: expected ':'"),
         ("needs.py", r"needs an argument: --config=needs.py:ARGUMENT"),
         ("tiny:weights", "takes no argument: leave out :weights"),
-        ("old.py", "old.py, line 1: ModuleNotFoundError: .*`from coca_jax.recipes import base`"),
+        ("gone.py", "gone.py, line 1: ModuleNotFoundError: No module named 'gone_for_good'"),
         ("fails.py", "fails.py, line 2: ZeroDivisionError: division by zero"),
         ("empty.py", r"it has no function get_config\(\)"),
         ("none.py", "gives NoneType, not a ConfigDict"),
@@ -110,7 +110,7 @@ def test_every_recipe_of_the_package_loads_from_any_folder(name, elsewhere):
 def test_a_recipe_that_cannot_be_had_is_one_line(value, message, elsewhere):
     (elsewhere / "own.py").write_text("x = 1\n\ndef get_config()\n    return 1\n")
     (elsewhere / "needs.py").write_text("def get_config(weights):\n    return weights\n")
-    (elsewhere / "old.py").write_text("from configs.gone import base\n")
+    (elsewhere / "gone.py").write_text("from gone_for_good import base\n")
     (elsewhere / "fails.py").write_text("def get_config():\n    return 1 / 0\n")
     (elsewhere / "empty.py").write_text("")
     (elsewhere / "none.py").write_text("def get_config():\n    pass\n")

@@ -8,9 +8,8 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import flags_of, tiny
 from test_checkpointing import assert_equal, restore, state_of
-from test_version_0_1 import flags_of
 
 from coca_jax.apps import fit as fitting
 from coca_jax.apps.ablating import running

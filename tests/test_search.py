@@ -10,9 +10,9 @@ import tarfile
 import numpy as np
 import pytest
 from absl import flags
+from conftest import flags_of
 from PIL import Image
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax.apps.search import index, nearest, parts

@@ -18,9 +18,9 @@ import jax
 import kept_models
 import numpy as np
 import pytest
+from conftest import flags_of
 from test_inference import no_compile_cache, tiny_model, tiny_parts, words  # noqa: F401
 from test_search import embed, encoded
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax import inference

@@ -15,7 +15,7 @@ import pytest
 from conftest import COMPILE_FAST
 
 from coca_jax.checkpoints import manager
-from coca_jax.runtime import quiet
+from coca_jax.cli import main
 from coca_jax.runtime.metric_log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -282,7 +282,7 @@ def test_a_signal_while_python_itself_ends_changes_nothing(number):
 
 def test_a_full_disk_under_standard_error_loses_lines_and_ends_nothing():
     with open("/dev/full", "w", buffering=1) as file:
-        said = quiet.Lasting(file)
+        said = main.LossyStream(file)
         with pytest.raises(OSError):
             print("a line", file=file)
         print("another", file=said, flush=True)

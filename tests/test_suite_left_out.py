@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import flags_of
 from test_suite_parts import Colours, png, tar_set
-from test_version_0_1 import flags_of
 
 from coca_jax import inference
 from coca_jax.apps.suites import tables

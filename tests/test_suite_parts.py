@@ -11,8 +11,8 @@ import types
 
 import numpy as np
 import pytest
+from conftest import flags_of
 from PIL import Image
-from test_version_0_1 import flags_of
 
 from coca_jax import inference
 from coca_jax.apps.suites import compare, folders, linear_probe, measuring, pairs, running, tables

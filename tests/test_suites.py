@@ -7,12 +7,11 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import flags_of, tiny_config
 from one_device import models_on_one  # noqa: F401
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from test_inference import random_params
-from test_version_0_1 import flags_of
 
 from coca_jax import inference
 from coca_jax.apps.suites import folders, measuring, metrics, pairs, running, tables

@@ -9,8 +9,8 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import flags_of
 from prepare_cases import encode, import_data, reasons_of
-from test_version_0_1 import flags_of
 
 from coca_jax.cli import prepare
 from coca_jax.config import typed

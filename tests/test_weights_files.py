@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import flags_of
 from conversion_cases import small_weights, write_source
 from PIL import Image
 from safetensors.numpy import save_file
-from test_version_0_1 import flags_of
 
 import coca_jax
 from coca_jax.cli import convert

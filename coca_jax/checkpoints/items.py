@@ -35,15 +35,10 @@ def restore(folder: epath.Path, item: str, target: Any) -> Any:
     Raises Misfit for another tree or other shapes, Damaged for what is no item, OSError where
     storage does not answer.
     """
-    record = verify.read_record(folder)
-    if record is not None and item not in record["items"]:
-        stored: dict[str, str] = {}
-    elif record is not None:
-        stored = {name: shape for name, (shape, _) in record["items"][item].items()}
-    else:
-        stored = verify.tree_shapes(metadata(folder, item))
+    arrays = verify.read_record(folder)["items"].get(item, {})
+    stored = {name: shape for name, (shape, _) in arrays.items()}
     verify.check_fits(folder, item, stored, target)
-    _ignore_late_answers()
+    ignore_late_answers()
     with _reading(folder / item) as handler:
         tree = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
         jax.block_until_ready(tree)
@@ -53,15 +48,14 @@ def restore(folder: epath.Path, item: str, target: Any) -> Any:
 def check(folder: epath.Path, item: str, tree: Any) -> None:
     """Raises Damaged, on all processes or on none, where values are not those that were saved. All
     processes call it: the checksum of an array that is spread over them is computed by all."""
-    record = verify.read_record(folder)
-    if record is not None:
-        verify.check_contents(folder, item, record, tree)
+    verify.check_contents(folder, item, verify.read_record(folder), tree)
 
 
 @functools.cache
-def _ignore_late_answers() -> None:
-    """When one array of many cannot be read, Orbax leaves; what the others then find is printed by
-    the interpreter as tracebacks that it ignores. From now on these alone are not printed."""
+def ignore_late_answers() -> None:
+    """When one array of many cannot be read or written, Orbax closes its event loop; the others
+    then fail, and the interpreter prints a traceback for each. From now on it prints none of
+    these."""
     former = sys.unraisablehook
 
     def hook(found: Any) -> None:

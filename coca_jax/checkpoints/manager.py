@@ -201,6 +201,7 @@ class Checkpoints:
         newest = ocp.checkpoint_managers.LatestN(keep)
         self._stay = [newest] if best is None else [newest, best]
         enable()
+        items.ignore_late_answers()
         self._open()
 
     def _open(self) -> None:
@@ -438,7 +439,7 @@ def read_run(workdir: str) -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError, ValueError):
             directory, step = find_step(workdir)
             record = verify.read_record(directory / str(step))
-            if record is not None and record["config"]:
+            if record["config"]:
                 logging.warning("%s; the config kept with step %d is used", error, step)
                 return record["config"]
         raise
@@ -489,9 +490,7 @@ def _params(folder: epath.Path, shardings: Any) -> Any:
         )
         return items.read_item(folder, item, target)
 
-    record = verify.read_record(folder)
-    averaged = (folder / "ema").is_dir() if record is None else "ema" in record["items"]
-    if not averaged:
+    if "ema" not in verify.read_record(folder)["items"]:
         return read("params")
     ema = read("ema")  # of what the run trains: all, or the head alone
     count = len(jax.tree.leaves(items.metadata(folder, "params")))

@@ -9,7 +9,6 @@ to one.
 
 from __future__ import annotations
 
-import json
 from types import ModuleType
 from typing import Any
 
@@ -114,8 +113,7 @@ def _bits(x: Any, xp: ModuleType) -> Any:
 
 # What a checkpoint says of itself: its format, the run's config, a checksum of every array.
 #
-# The record is written with the checkpoint and appears with it, so a checkpoint that counts has one.
-# Those of version 0.1 have none: they are read as they are.
+# The record is written with the checkpoint and appears with it: a complete checkpoint has one.
 
 
 FORMAT = 1
@@ -146,14 +144,12 @@ def make(items: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     return json_files.seal({"format": FORMAT, "config": run, "items": trees})
 
 
-def read_record(folder: epath.Path) -> dict[str, Any] | None:
-    """The record of a checkpoint, None for one of version 0.1.
+def read_record(folder: epath.Path) -> dict[str, Any]:
+    """The record of a checkpoint.
 
-    Raises Damaged when it is not whole, Misfit for a format that this version does not know.
+    Raises Damaged when it is missing or incomplete, Misfit for another format.
     """
     file = folder / ITEM / FILE
-    if not file.exists() and not (folder / ITEM).exists() and not _promised(folder):
-        return None
     try:
         record = json_files.read_sealed(file)
         number, _, _ = record["format"], record["items"], record["config"]
@@ -165,27 +161,18 @@ def read_record(folder: epath.Path) -> dict[str, Any] | None:
         raise
     except ValueError as error:
         raise Damaged(str(error)) from None
-    if number > FORMAT:
+    if number != FORMAT:
         raise Misfit(
-            f"checkpoint {folder} has format {number}, this version reads up to {FORMAT}; "
+            f"checkpoint {folder} has format {number}, this version reads format {FORMAT}; "
             "update coca_jax"
         )
     return record
 
 
-def _promised(folder: epath.Path) -> bool:
-    """Whether Orbax's list of what the checkpoint holds names a record."""
-    try:
-        listed = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
-        return ITEM in listed
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def check_fits(folder: epath.Path, item: str, stored: dict[str, str], wanted: Any) -> None:
     """Raises Misfit naming the first array that the model and the checkpoint do not share.
 
-    stored: {path: shape}, from the record or Orbax's metadata. wanted: a tree of abstract arrays.
+    stored: {path: shape}, from the record. wanted: a tree of abstract arrays.
     """
     shapes = tree_shapes(wanted)
     for name in sorted(stored.keys() | shapes.keys()):

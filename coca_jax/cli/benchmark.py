@@ -22,8 +22,7 @@ from typing import Any
 from absl import flags
 
 from coca_jax.cli import main as cli
-from coca_jax.config import renamed, typed
-from coca_jax.runtime import startup
+from coca_jax.config import typed
 from coca_jax.training import recipes
 
 KINDS = ("train", "encode", "caption", "input", "losses")
@@ -48,7 +47,6 @@ def define_flags() -> None:
         "tokens", 0, "Tokens a caption, without an end symbol; 0: 60, or the model's most.", 0
     )
     flags.DEFINE_integer("num_beams", 1, "Beams in caption.", lower_bound=1)
-    flags.DEFINE_integer("beams", None, "What --num_beams was called in 0.1.", lower_bound=1)
     flags.DEFINE_float("seconds", 10.0, "How long `input` reads.", 0.01)
     flags.DEFINE_float(
         "memory_every", 0.0, "Seconds between `input`'s looks at its memory; 0: none.", 0
@@ -75,9 +73,6 @@ def measure(kind: str) -> dict[str, Any]:
 
     args = flags.FLAGS
     config, batch, beams = typed(args.config), args.batch_size or 16, args.num_beams
-    if args.beams is not None:
-        renamed.say("--beams", "--num_beams")
-        beams = args.beams
     if kind == "input":
         return benchmark.read_input(
             config, args.seconds, args.memory_every, args.repeats, args.peer
@@ -103,8 +98,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if kind != "losses" and flags.FLAGS.config is None:
         raise ValueError(f"benchmark {kind} needs --config=NAME")
     _check_flags(kind)
-    if kind == "train" and not flags.FLAGS.peer:  # the peer would have them too, as nowhere else
-        startup.with_huge_pages()
     cli.say(f"benchmark {kind}: starting JAX")
     import jax
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import gc
 import importlib
 import importlib.util
 import json
+import logging as py_logging
 import os
+import pathlib
 import re
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import app, flags, logging
 
@@ -30,10 +32,9 @@ from coca_jax.runtime import (
     activity,
     extras,
     machine,
+    multihost,
     notes,
-    quiet,
     signals,
-    startup,
     storage,
     text_tables,
     workers,
@@ -62,9 +63,6 @@ CHECKPOINT = (  # what --checkpoint takes
 )
 FOLDERS = ("workdir", "out")  # flags that name where a command writes
 HELP_FLAGS = ("-h", "-help", "--help", "--helpshort")
-# Python looks for garbage after 700 new objects, or 2,000. A traced model is some hundred thousand
-# that stay, and to look through them again and again takes a tenth of a start.
-NEW_OBJECTS = 50_000
 
 
 def main() -> None:
@@ -107,8 +105,8 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     """
     said: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if name in signals.SAVED:
-        startup.begin()  # again, or at last: `coca-jax fit` comes straight here
-        said = contextlib.redirect_stderr(quiet.Lasting(sys.stderr))  # type: ignore[type-var]
+        signals.install()  # again, or at last: `coca-jax fit` comes straight here
+        said = contextlib.redirect_stderr(LossyStream(sys.stderr))  # type: ignore[type-var]
     else:
         signals.end_on_interrupt()
     try:
@@ -125,8 +123,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
     wants_help = any(argument in HELP_FLAGS for argument in before)
     # absl and config_flags read the command line themselves; help needs the flags, not a recipe.
     sys.argv = [f"coca-jax {name}", *([] if wants_help else given)]
-    gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
-    quiet.environment()
+    quiet_libraries()
     check_platforms(os.environ.get("JAX_PLATFORMS", ""))
     if name != "compile":  # it says how long the compiler took
         machine.use()
@@ -145,14 +142,10 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
         return
 
     def run(argv: Sequence[str]) -> None:
-        # Libraries log every step of a save at INFO; --verbosity=0 brings that back.
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
-            quiet.checkpoints()
-        quiet.plain_warnings()
+        set_up_logging(flags.FLAGS["verbosity"].present)
         # One process that was given a coordinator speaks through Gloo too.
         if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 0:
-            quiet.standard_output()
+            multihost.keep_gloo_off_standard_output()
         try:
             with _pipe_may_close():
                 result = module.main(argv)
@@ -168,6 +161,73 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
             fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {error}")
 
     app.run(run, flags_parser=lambda argv: parse_flags(argv, module))
+
+
+class LossyStream:
+    """Standard error of a run of days. A full disk or a closed pipe loses its lines and does not
+    end the run."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Writes what can be written."""
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes what can be written."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def quiet_libraries() -> None:
+    """Settings that libraries read when they are imported. Values that a user set stay."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow reports every GPU it misses
+    # images.py has its own limit and its own line on large pictures.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
+    # Meant for programs, once a call. A command makes one call for each batch.
+    warnings.filterwarnings("ignore", r"\d+ of \d+ texts are cut: ")
+    machine.skip_absent_tpu()
+
+
+def set_up_logging(verbose: bool = False) -> None:
+    """Logs and warnings are plain lines on standard error from now on. verbose: with the lines at
+    INFO and the tracebacks of the libraries, as --verbosity=0 asks for."""
+    handler = logging.get_absl_handler()
+    handler.setFormatter(PlainFormatter())
+    if not verbose:
+        logging.set_verbosity(logging.WARNING)
+        # Orbax logs hundreds of lines of tracebacks when a disk is full. The exception that it
+        # raises is reported in one line.
+        handler.addFilter(
+            lambda record: (
+                record.levelno < py_logging.ERROR
+                or "orbax" not in pathlib.PurePath(record.pathname).parts
+            )
+        )
+    former = warnings.formatwarning
+
+    def plain(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
+        if category is UserWarning:  # ours; those of libraries name their place
+            return f"warning: {message}\n"
+        return former(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+
+
+class PlainFormatter(py_logging.Formatter):
+    """'warning: text' in place of absl's prefix with a time, a thread and a source line."""
+
+    def format(self, record: py_logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < py_logging.WARNING or text.startswith(("warning: ", "error: ")):
+            return text
+        return f"{'error' if record.levelno >= py_logging.ERROR else 'warning'}: {text}"
 
 
 def wants_json() -> bool:

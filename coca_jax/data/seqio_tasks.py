@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.runtime import extras, quiet
+from coca_jax.runtime import extras
 
 try:
-    with quiet.importing():
-        import seqio
-        import tensorflow as tf
+    import seqio
+    import tensorflow as tf
 except ImportError as missing:
     raise ValueError(
         f"seqio Tasks need seqio and TensorFlow ({missing}): {extras.remedy('seqio')}"

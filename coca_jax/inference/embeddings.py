@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.config import Config, StoredConfig, checks, heads, renamed
+from coca_jax.config import Config, StoredConfig, checks, heads
 from coca_jax.config.shapes import Size
 from coca_jax.data import navit
 from coca_jax.data import prompts as prompt_sets
@@ -196,7 +196,6 @@ class Encoders:
         class_names: Sequence[str],
         prompts: str | Sequence[str] | None = None,
         *,
-        templates: Sequence[str] | None = None,
         progress: bool = False,
     ) -> np.ndarray:
         """Probability of every class for every image: float32 [N, C], rows sum to 1.
@@ -205,9 +204,7 @@ class Encoders:
         hold '{}' once, and one may stand alone, or the name of a set in `data.prompts.SETS`;
         default: 'photo'. The probabilities use the model's temperature. Raises ValueError for a
         prompt without '{}', fewer than two classes, or a name that is no text.
-        templates: the old name of prompts.
         """
-        prompts = renamed.one_of(prompts, "prompts", templates, "templates")
         if isinstance(prompts, str):  # no file: `serve` hands on what strangers write
             prompts = prompt_sets.SETS.get(prompts, (prompts,))
         prompts = prompt_sets.check(prompt_sets.PHOTO if prompts is None else prompts)

@@ -6,7 +6,7 @@
     vocabulary.*         the tokenizer's file
 
 The configuration is written last: a folder that has one is complete. It carries checksums of itself
-and of every file, and reading compares them; folders of older versions have none.
+and of every file, and reading compares them.
 
 In the layout of the hub (see inference/hub_folder.py) the parameters are called model.safetensors
 and config.json says that they are of this library.

@@ -1,1 +1,1 @@
-"""The process and its machine: signals, leases, multi-host startup, console, storage, metrics."""
+"""The process and its machine: signals, leases, multi-host startup, storage, metrics."""

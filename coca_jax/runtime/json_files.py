@@ -28,9 +28,9 @@ def write_sealed(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
 
 
 def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What was written, without the checksum; files of older versions have none.
+    """What was written, without the checksum.
 
-    Raises ValueError when the file is no JSON object or its checksum is another one.
+    Raises ValueError for a file that is not a JSON object, or whose checksum does not match.
     """
     try:
         data = bounded_json.loads(storage.place(path).read_bytes())
@@ -44,23 +44,13 @@ def unseal(data: Any, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{name} is damaged: it is no JSON object")
     data = dict(data)
-    sealed = data.pop(SEAL_KEY, None) or _renamed_seal(data)
+    sealed = data.pop(SEAL_KEY, None)
     if sealed is not None and sealed != _seal_of(data):
         raise ValueError(
             f"{name} is damaged, or was changed by hand: its checksum does not match (if the "
             f"change is meant, delete the line {SEAL_KEY!r})"
         )
     return data
-
-
-def _renamed_seal(data: dict[str, Any]) -> str | None:
-    """Something that is no checksum of anything, where a checksum of the rest stands under another
-    name: it is KEY that was damaged."""
-    for key, value in data.items():
-        if isinstance(value, str) and len(value) == 64:
-            if value == _seal_of({name: data[name] for name in data if name != key}):
-                return "damaged"
-    return None
 
 
 def _seal_of(data: dict[str, Any]) -> str:
@@ -71,7 +61,7 @@ def _seal_of(data: dict[str, Any]) -> str:
 # Files beside a configuration that says what they hold: damage is never taken for contents.
 #
 # The configuration has `{"files": {name: {"bytes": ..., "crc32": ...}}}` and is sealed itself (see
-# sealed_json.py). CRC-32 sees every damage of up to 32 bits in a row for sure and one of 2^32 others
+# above). CRC-32 sees every damage of up to 32 bits in a row for sure and one of 2^32 others
 # not; it reads 3 GB a second, SHA-256 a tenth to a quarter of it. It protects from accidents, not
 # from people: those can write a checksum too.
 
@@ -100,8 +90,8 @@ def listed_files(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_files(folder: str | os.PathLike[str], config: dict[str, Any], name: str) -> None:
-    """Compares a file of the folder with what the configuration says; one of an older version, or
-    of somebody else, says nothing.
+    """Compares a file of the folder with what the configuration says. The configuration of a folder
+    that another program wrote says nothing.
 
     Raises:
         FileNotFoundError: the file is missing.

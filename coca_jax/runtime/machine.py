@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import importlib.util
 import math
 import os
 import pathlib
@@ -59,6 +61,25 @@ def _shares() -> Iterator[float]:
         time, period = ((GROUPS / "cpu" / name).read_text() for name in names)
         if int(time) > 0:
             yield int(time) / int(period)
+
+
+ACCELERATORS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*")
+GOOGLE = "0x1ae0"  # vendor of TPUs on the PCI bus
+
+
+def has_accelerator() -> bool:
+    """Whether this machine seems to have a TPU or a GPU, by its devices."""
+    if "JAX_FORCE_TPU_INIT" in os.environ or any(glob.glob(name) for name in ACCELERATORS):
+        return True
+    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
+    return any(pathlib.Path(path).read_text().strip() == GOOGLE for path in vendors)
+
+
+def skip_absent_tpu() -> None:
+    """Has JAX use the CPU where libtpu, which `compile` needs, is installed on a machine without an
+    accelerator. JAX would start it, wait ten seconds for a TPU and print errors."""
+    if importlib.util.find_spec("libtpu") and not has_accelerator():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 # Where compiled programs are kept between starts.

@@ -30,6 +30,18 @@ class KnownToAll(ValueError):
     """Bad input that every process of the run raises at the same place."""
 
 
+def keep_gloo_off_standard_output() -> None:
+    """Sends what is not Python's own from standard output to nowhere, for the rest of the process.
+
+    Gloo, through which CPU processes speak, prints a line for every connection there.
+    """
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes of this run, before anything touches a device.
 

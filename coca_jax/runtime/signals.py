@@ -233,15 +233,13 @@ class Stop:
 
 
 _current: Stop | None = None
-_standard_error = 2
 
 
 def install() -> Stop:
     """For a command that trains, before its imports: watches the signals of this process."""
-    global _current, _standard_error
+    global _current
     if _current is not None:
         return _current
-    _standard_error = os.dup(2)  # file 2 is held back while noisy libraries are imported
     _current = Stop()
     _current.install()
     return _current
@@ -281,15 +279,10 @@ def current() -> Stop:
     return _current or Stop()
 
 
-def standard_error() -> int:
-    """The number of the file that `say` writes to."""
-    return _standard_error
-
-
 def say(line: str) -> None:
     """Writes a line to standard error from any thread, whatever the others are writing."""
     with contextlib.suppress(OSError):  # closed, or nobody reads it
-        os.write(_standard_error, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode())
 
 
 _farewells: list[Callable[[], object]] = []

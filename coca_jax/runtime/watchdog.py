@@ -88,9 +88,7 @@ class Watchdog:
             now, doing = time.monotonic(), self._buckets.now
             bound = self._seconds * (LONGER if doing in LONG else 1)
             # Says it without Python's help where this thread gets no turn for so long.
-            faulthandler.dump_traceback_later(
-                bound + STUCK, exit=True, file=signals.standard_error()
-            )
+            faulthandler.dump_traceback_later(bound + STUCK, exit=True, file=2)
             if (seen := self._seen()) != before:
                 if warned:
                     self._say(f"going on after {now - since:.0f} s")

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import coca_jax.recipes
-from coca_jax.config import Config, Recipe, read, renamed
+from coca_jax.config import Config, Recipe, read
 from coca_jax.config.fields import is_value, nearest, whole_dict
 from coca_jax.training import inherit, trackers
 
@@ -124,14 +124,7 @@ def load(value: str, workdir: str = "") -> ConfigDict:
             raise ValueError("a recipe is a Python file; its name ends in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != "configs":
-                raise
-            renamed.say(f"`configs`, which {path} imports,", "`coca_jax.recipes`")
-            sys.modules["configs"] = coca_jax.recipes
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
             raise ValueError("it has no function get_config()")
@@ -208,8 +201,6 @@ def _one_line(value: str, path: pathlib.Path) -> Iterator[None]:
         cause = str(error)
         if not isinstance(error, (ValueError, OSError)):
             cause = f"{type(error).__name__}: {cause}"
-        if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "configs":
-            cause += "; import recipes as `from coca_jax.recipes import base`"
         raise ValueError(f"--config={value}:{where} {cause}") from None
 
 

@@ -25,7 +25,7 @@ from coca_jax.data.sources.items import (
 )
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source
-from coca_jax.runtime import extras, quiet
+from coca_jax.runtime import extras
 
 
 def package() -> Any:
@@ -35,8 +35,7 @@ def package() -> Any:
         ValueError: it is not installed; the text names the extra.
     """
     try:
-        with quiet.importing():
-            import tensorflow_datasets
+        import tensorflow_datasets
     except ImportError as error:
         raise ValueError(
             f"data of tensorflow-datasets needs that package ({error}): {extras.remedy('tfds')}"
@@ -48,8 +47,7 @@ def package() -> Any:
 def _keep_tensorflow_off_gpus() -> None:
     """TensorFlow would take nearly all memory of every GPU at its first operation; JAX needs it."""
     try:
-        with quiet.importing():
-            import tensorflow
+        import tensorflow
     except ImportError:  # prepared data sets are read without it
         return
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.config import fields, renamed
+from coca_jax.config import fields
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.evaluation.evaluators import (
     LIKELIHOOD_TIE,
@@ -29,7 +29,6 @@ from coca_jax.evaluation.metrics.intervals import with_interval
 
 FLAGS = (
     Flag("prompts", "", "Prompt set or text file for classification."),
-    Flag("templates", "", "The old name of --prompts."),
     inputs.FLAG,
 )
 _TEXTS_AT_ONCE = 256  # class texts whose decoder states are held at the same time
@@ -100,7 +99,7 @@ class ByPrompts(Evaluator):
     """What classifies by texts made of class names."""
 
     needs, flags, metrics, headlines = "label", FLAGS, METRICS, HEADLINES
-    options = dict(class_names=inputs.RULE, prompts=fields.TEXT, templates=fields.TEXT)
+    options = dict(class_names=inputs.RULE, prompts=fields.TEXT)
     default_prompts = "photo"
     several_batches = True
     class_names: list[str]
@@ -117,16 +116,12 @@ class ByPrompts(Evaluator):
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
         """Takes --prompts and --class_names."""
         super().from_flags(task, flags)
-        prompts = renamed.one_of(flags.prompts, "--prompts", flags.templates, "--templates")
-        task |= dict(prompts=prompts, class_names=flags.class_names)
+        task |= dict(prompts=flags.prompts, class_names=flags.class_names)
 
     @classmethod
     def prompts_of(cls, task: Mapping[str, Any]) -> Sequence[str]:
-        """Raises ValueError for a set that there is not, or both names of the option."""
-        prompts = renamed.one_of(
-            task.get("prompts", ""), "a task's prompts", task.get("templates", ""), "templates"
-        )
-        return prompt_sets.load(prompts or cls.default_prompts)
+        """Raises ValueError for an unknown set."""
+        return prompt_sets.load(task.get("prompts") or cls.default_prompts)
 
     @classmethod
     def check_task(cls, task: Mapping[str, Any]) -> None:
