@@ -149,7 +149,7 @@ def test_a_head_is_scored_on_what_has_a_label_and_data_without_any_are_refused(t
     assert scores["classification/c/unknown_labels"] == 0
     assert "classification/c: 2 examples have no label and are left" in capsys.readouterr().err
     task["data"]["split"] = "train"
-    with pytest.raises(ValueError, match="no example has a label, and this task needs one"):
+    with pytest.raises(ValueError, match="no example has a label; give "):
         runner.run_task(Head(), task, setting)
 
 

@@ -24,10 +24,10 @@ from coca_jax.config import Entry, typed
 from coca_jax.data import filters, images, prompts, texts
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.batches import Batches, open_stream
+from coca_jax.data.evaluation_data import Records
 from coca_jax.data.mixture import Mixture, class_names, nearest_shares, shares
 from coca_jax.data.sources import items
 from coca_jax.evaluation.evaluators import base
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.training import run_vocabulary
 
 

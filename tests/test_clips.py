@@ -19,8 +19,8 @@ from coca_jax import inference
 from coca_jax.cli import prepare
 from coca_jax.data import videos
 from coca_jax.data.batches import open_stream
+from coca_jax.data.evaluation_data import Records
 from coca_jax.evaluation import runner
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.inference import caption_files, preprocess
 from coca_jax.models import coca
 from coca_jax.models.image_encoder import shrink

@@ -17,12 +17,12 @@ from test_inference import no_compile_cache, tiny_parts  # noqa: F401
 from coca_jax import inference
 from coca_jax.cli import prepare
 from coca_jax.data import evaluation_data, vocabulary
+from coca_jax.data.evaluation_data import Records
 from coca_jax.data.images import decode
 from coca_jax.data.sources.items import Options
 from coca_jax.evaluation import runner
 from coca_jax.evaluation.evaluators import inputs
 from coca_jax.evaluation.evaluators.base import Setting, Writing
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.interop import export_format
 
 ROOT = pathlib.Path(__file__).parent.parent

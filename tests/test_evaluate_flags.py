@@ -17,11 +17,11 @@ from coca_jax.cli import evaluate, prepare
 from coca_jax.config import typed
 from coca_jax.data import evaluation_data, filters, leakage, source_index
 from coca_jax.data import prepare as splits
+from coca_jax.data.evaluation_data import Records
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.sources import formats
 from coca_jax.evaluation import runner as evaluation
 from coca_jax.evaluation.evaluators import base, inputs
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.training import data_flag
 
 

@@ -21,7 +21,6 @@ from coca_jax.data.mixture import Mixture
 from coca_jax.data.sources import files, formats
 from coca_jax.data.sources.items import Options
 from coca_jax.evaluation.evaluators import base as declarations
-from coca_jax.evaluation.evaluators import inputs
 from coca_jax.recipes import base
 from coca_jax.training import data_flag
 
@@ -396,9 +395,9 @@ def test_tasks_need_captions_or_labels(tmp_path):
     with pytest.raises(
         ValueError, match=r"texts \[test\]: no example has a label, .* --label_field"
     ):
-        inputs.Records(texts, need="label")
+        evaluation_data.Records(texts, need="label")
     with pytest.raises(ValueError, match="no example has a caption, .* --tasks=zero_shot"):
-        inputs.Records(labels, need="caption")
+        evaluation_data.Records(labels, need="caption")
     # A run says so before it trains.
     task = dict(kind="zero_shot", name="x", data=texts)
     with pytest.raises(
@@ -411,6 +410,6 @@ def test_tasks_need_captions_or_labels(tmp_path):
     prepare.prepare("imagefolder", str(mixed), str(tmp_path / "p"), progress=False)
     for path in (str(mixed), str(tmp_path / "p")):
         entry = dict(path=path, split="train")
-        found = inputs.Records(entry, need="label")
+        found = evaluation_data.Records(entry, need="label")
         assert (len(found), found.left_out) == (2, 2)
-        assert len(inputs.Records(entry, need="caption")) == 4
+        assert len(evaluation_data.Records(entry, need="caption")) == 4

@@ -17,11 +17,11 @@ from coca_jax.cli.prepare import prepare
 from coca_jax.config import typed
 from coca_jax.data import filters, mixture, supervision, vocabulary
 from coca_jax.data.batches import open_stream
+from coca_jax.data.evaluation_data import Records
 from coca_jax.data.sources import questions
 from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import base
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.runtime import json_files
 from coca_jax.training import data_flag, run_vocabulary
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from coca_jax.config import typed
 from coca_jax.data import evaluation_data
+from coca_jax.data.evaluation_data import Records
 from coca_jax.evaluation.evaluators import base
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.training import recipes
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.data.evaluation_data import Records
 from coca_jax.inference.devices import Devices
 from coca_jax.runtime import activity, watchdog
 from coca_jax.runtime.metric_log import TimeBuckets

@@ -25,6 +25,7 @@ from coca_jax.config import Config, Section, keys
 from coca_jax.data import feature_cache, prepare, source_index, supervision, vocabulary
 from coca_jax.data.batch_schedule import rest
 from coca_jax.data.batches import open_stream
+from coca_jax.data.evaluation_data import Records
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.data.sources import files
 from coca_jax.data.sources.array_record import read_manifest
@@ -32,7 +33,6 @@ from coca_jax.data.sources.items import Options, read_class_names
 from coca_jax.data.sources.manifest import MANIFEST
 from coca_jax.data.vocabulary import load
 from coca_jax.evaluation import report_data, verdict
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.evaluation.verdict import FEW_IMAGES, PRETRAINED
 from coca_jax.inference import export_programs
 from coca_jax.parallel import sharding

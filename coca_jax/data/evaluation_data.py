@@ -11,11 +11,13 @@ import contextlib
 import contextvars
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
+
 from coca_jax.config import Entry
-from coca_jax.data import filters, holdout, mixture, quarantine, source_index
+from coca_jax.data import filters, holdout, mixture, quarantine, source_index, supervision
 from coca_jax.data.sources import (
     array_record,
     files,
@@ -29,6 +31,7 @@ from coca_jax.data.sources import tfds as tfds_source
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source
+from coca_jax.runtime import activity
 
 _ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
 
@@ -282,3 +285,124 @@ def _record(item: Item, path: str) -> Record:
     texts, labels = (tuple(found) for found in quarantine.texts_and_labels(item))
     extra = items.plain_json(item.extra)
     return Record(item.image, texts, labels, item.key, extra, item.second)
+
+
+# The records that an evaluation goes through: those of a data set that have what it needs.
+
+_PART = 256  # records read at a time
+
+
+class Records:
+    """The records of a data entry in their stored order, read as one goes through them.
+
+    Args:
+      data: an entry as in config.data.sources with `split`; `path` may be a plain imagefolder, and
+        `tfds` any set that the user has.
+      limit: at most so many of those that count; 0: all.
+      known: only records one of whose texts is among these; None: all.
+      need: what a record must have to count, the name of a kind of source ('caption', 'label');
+        '': nothing.
+
+    Attributes: left_out, the number of records without what is needed, up to the last that counts.
+
+    A record has image (encoded bytes; of drawn scenes uint8 [64, 64, 3]), second (the other image
+    of a pair), text, labels, key and extra; drawn scenes have `scene`. Raises ValueError or
+    FileNotFoundError for bad data, or data none of which has what is needed.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        limit: int = 0,
+        known: set[str] | None = None,
+        need: str = "",
+    ):
+        entry = Entry.of(data)
+        if need and not _suits(entry, need):
+            entry = dataclasses.replace(entry, kind=need)
+        self.scenes = bool(entry.builtin)
+        if self.scenes:
+            from coca_jax.data.synthetic_source import Scenes
+
+            source: Any = Scenes(entry.split or "test", entry.kind, entry.objects, entry.scenery)
+        else:
+            source = open_source(entry, "test")
+        self._source = source
+        self._indices = np.arange(len(source))
+        self._given = 0
+        self.left_out = 0
+        # Going through a TFDS set costs as much as evaluating on it.
+        if self.scenes or source.complete or entry.tfds:
+            need = ""
+        if need or known is not None:
+            self._choose(limit or len(source), known, need)
+            if need and not len(self._indices) and self.left_out == len(source):
+                remedy = supervision.KINDS[need].remedy()
+                raise ValueError(f"data {source.name}: no example has a {need}; give {remedy}")
+        elif limit:
+            self._indices = self._indices[:limit]
+
+    def _choose(self, limit: int, known: set[str] | None, need: str) -> None:
+        """Leaves the first `limit` records that count. Those behind the last are not read."""
+        has = supervision.KINDS[need]().trains if need else None
+        kept: list[int] = []
+        for part in self._parts():
+            for index, record in zip(part, self._source.read_texts(part)):
+                if has is not None and not has(record):
+                    self.left_out += 1
+                elif known is None or not known.isdisjoint(self._texts(record)):
+                    kept.append(index)
+                    if len(kept) == limit:
+                        break
+            if len(kept) == limit:
+                break
+        self._indices = np.array(kept, np.int64)
+
+    def _texts(self, record: Any) -> Sequence[str]:
+        return [record["text"]] if self.scenes else record.texts
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._indices), _PART):
+            yield self._indices[start : start + _PART]
+            activity.alive()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._given = 0
+        for part in self._parts():
+            self._given += len(part)
+            if self.scenes:
+                yield from self._source.read(part)
+                continue
+            for record in self._source.read(part):
+                yield dict(
+                    image=record.image,
+                    text=list(record.texts),
+                    labels=list(record.labels),
+                    key=record.key,
+                    extra=record.extra,
+                    second=record.second,
+                )
+
+    def unreadable(self, read: Callable[[bytes], Any], last: int) -> str:
+        """The key of the first of the `last` records given whose image `read` refuses, and why; ''
+        where there is none. Only those are looked at: images are decoded as they are needed."""
+        if self.scenes or not self._given:
+            return ""
+        first = max(0, self._given - last - _PART)  # of the last part some may not be given yet
+        for record in self._source.read(self._indices[first : self._given]):
+            try:
+                read(record.image)
+            except ValueError as error:
+                return f"{record.key}: {error}"
+        return ""
+
+
+def _suits(entry: Entry, need: str) -> bool:
+    """Whether the records of an entry, as its kind reads them, have what is needed."""
+    wanted, kind = supervision.KINDS[need].wanted, supervision.of(entry)
+    if not entry.builtin:
+        return wanted in kind.gives
+    return wanted == kind.wanted or (wanted == "text" and kind.drawn == "captions")

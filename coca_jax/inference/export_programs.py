@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from coca_jax.config import Model, read, shapes, typed
-from coca_jax.evaluation.evaluators.inputs import Records
+from coca_jax.data.evaluation_data import Records
 from coca_jax.inference import export_folder
 from coca_jax.inference import tokenization as text_arrays
 from coca_jax.inference.model import CoCaModel

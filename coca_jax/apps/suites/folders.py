@@ -24,8 +24,8 @@ import numpy as np
 
 from coca_jax.apps.suites import pairs
 from coca_jax.data import evaluation_data, prompts
+from coca_jax.data.evaluation_data import Records
 from coca_jax.data.sources import files, tars
-from coca_jax.evaluation.evaluators.inputs import Records
 from coca_jax.runtime import bounded_json, storage
 
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -287,7 +287,7 @@ def lacks(name: str, evaluator: type[Evaluator]) -> str:
     return missing(name, evaluator.needs, evaluator.kind)
 
 
-def missing(name: str, need: str, task: str = "this task") -> str:
+def missing(name: str, need: str, task: str) -> str:
     """Why data without any caption or label cannot be scored, and what to do."""
     return (
         f"data {name}: no example has a {need}, and {task} needs one; give "

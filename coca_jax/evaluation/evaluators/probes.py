@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from coca_jax.data.evaluation_data import Records
 from coca_jax.evaluation.evaluators import (
     Record,
     check_finite,
@@ -28,7 +29,6 @@ from coca_jax.evaluation.evaluators.base import (
     check_apart,
 )
 from coca_jax.evaluation.evaluators.classification import HEADLINES, METRICS, Tally
-from coca_jax.evaluation.evaluators.inputs import Records
 
 Encode = Callable[[Any], np.ndarray]
 Kept = Callable[[Sequence[Record]], Sequence[Record]]

@@ -10,6 +10,7 @@ import numpy as np
 
 from coca_jax.config import fields
 from coca_jax.data.dedup import content_digest
+from coca_jax.data.evaluation_data import Records
 from coca_jax.evaluation.evaluators import (
     LIKELIHOOD_TIE,
     Predictor,
@@ -31,7 +32,7 @@ from coca_jax.evaluation.evaluators.base import (
     check_apart,
 )
 from coca_jax.evaluation.evaluators.baselines import among_first
-from coca_jax.evaluation.evaluators.inputs import Records, candidates
+from coca_jax.evaluation.evaluators.inputs import candidates
 from coca_jax.evaluation.evaluators.results import POINTS, PictureMap, picture
 from coca_jax.evaluation.metrics import querybank
 from coca_jax.evaluation.metrics.intervals import (
