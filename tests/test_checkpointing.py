@@ -6,8 +6,10 @@ import importlib
 import json
 import pathlib
 import random
+import re
 import resource
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -330,6 +332,36 @@ def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_succeeds(workdir
     assert step == 8
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "5", "8"]
     assert_equal(state, state_of(8))
+
+
+FULL_DISK = """
+import resource, signal, sys
+import jax.numpy as jnp
+from coca_jax.checkpoints import manager
+from coca_jax.cli import main
+
+class State:
+    def items(self):
+        return {"params": {str(n): jnp.arange(100_000.0) + n for n in range(40)}}
+
+main.set_up_logging()
+checkpoints = manager.Checkpoints(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(1, State())
+    checkpoints.wait_for(1)
+except manager.SaveFailed as error:
+    print(error)
+"""
+
+
+def test_a_save_on_a_full_disk_is_one_line(tmp_path):
+    """Orbax logs some 500 lines of tracebacks."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert re.fullmatch("could not [^\n]*\n", done.stdout), done.stdout + done.stderr
+    assert done.stderr == ""
 
 
 def test_what_a_killed_save_left_is_removed(workdir):

@@ -15,9 +15,8 @@ data.scenes data.sources models
 data.vocabulary
 data
 checkpoints interop
-inference.generation
+evaluation.metrics inference.generation
 inference
-evaluation.metrics
 evaluation.evaluators
 evaluation
 training.trackers

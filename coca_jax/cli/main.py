@@ -198,18 +198,10 @@ def quiet_libraries() -> None:
 def set_up_logging(verbose: bool = False) -> None:
     """Logs and warnings are plain lines on standard error from now on. verbose: with the lines at
     INFO and the tracebacks of the libraries, as --verbosity=0 asks for."""
-    handler = logging.get_absl_handler()
-    handler.setFormatter(PlainFormatter())
+    logging.get_absl_handler().setFormatter(PlainFormatter())
     if not verbose:
         logging.set_verbosity(logging.WARNING)
-        # Orbax logs hundreds of lines of tracebacks when a disk is full. The exception that it
-        # raises is reported in one line.
-        handler.addFilter(
-            lambda record: (
-                record.levelno < py_logging.ERROR
-                or "orbax" not in pathlib.PurePath(record.pathname).parts
-            )
-        )
+        py_logging.getLogger("absl").addFilter(_no_error_of_orbax)
     former = warnings.formatwarning
 
     def plain(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
@@ -218,6 +210,13 @@ def set_up_logging(verbose: bool = False) -> None:
         return former(message, category, filename, lineno, line)
 
     warnings.formatwarning = plain
+
+
+def _no_error_of_orbax(record: py_logging.LogRecord) -> bool:
+    """Orbax logs hundreds of lines of tracebacks when a disk is full; the exception that it raises
+    is reported in one line."""
+    of_orbax = "orbax" in pathlib.PurePath(record.pathname).parts
+    return not of_orbax or record.levelno < py_logging.ERROR
 
 
 class PlainFormatter(py_logging.Formatter):
