@@ -415,6 +415,7 @@ def test_a_record_that_is_not_whole_is_damage(workdir):
     assert verify.read_record(folder)["config"] == RUN
     for bad in (
         "{",
+        text.replace(json_files.SEAL_KEY, "sha256_of_the_rset"),
         text.replace("abc", ""),
     ):
         assert bad != text

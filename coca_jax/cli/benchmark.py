@@ -30,7 +30,8 @@ READ_BY = {  # by flag: the benchmarks that it says something to
     "config": ("train", "encode", "caption", "input", "input --peer"),
     "repeats": ("train", "encode", "caption", "input --peer", "losses"),
     "batch_size": ("encode", "caption"),
-    **dict.fromkeys(("tokens", "num_beams", "beams"), ("caption",)),
+    "tokens": ("caption",),
+    "num_beams": ("caption",),
     "seconds": ("input", "input --peer"),
     "memory_every": ("input",),
     "peer": ("train", "encode", "caption", "input --peer"),
@@ -72,7 +73,7 @@ def measure(kind: str) -> dict[str, Any]:
     from coca_jax.apps import benchmark
 
     args = flags.FLAGS
-    config, batch, beams = typed(args.config), args.batch_size or 16, args.num_beams
+    config, batch = typed(args.config), args.batch_size or 16
     if kind == "input":
         return benchmark.read_input(
             config, args.seconds, args.memory_every, args.repeats, args.peer
@@ -81,7 +82,7 @@ def measure(kind: str) -> dict[str, Any]:
         return benchmark.train(config, args.repeats, args.peer, args.texts)
     if kind == "encode":
         return benchmark.encode(config, batch, args.repeats, args.peer)
-    return benchmark.caption(config, batch, args.tokens, beams, args.repeats, args.peer)
+    return benchmark.caption(config, batch, args.tokens, args.num_beams, args.repeats, args.peer)
 
 
 def summary(result: dict[str, Any]) -> list[str]:

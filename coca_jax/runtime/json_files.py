@@ -44,13 +44,23 @@ def unseal(data: Any, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{name} is damaged: it is no JSON object")
     data = dict(data)
-    sealed = data.pop(SEAL_KEY, None)
+    sealed = data.pop(SEAL_KEY, None) or _renamed_seal(data)
     if sealed is not None and sealed != _seal_of(data):
         raise ValueError(
             f"{name} is damaged, or was changed by hand: its checksum does not match (if the "
             f"change is meant, delete the line {SEAL_KEY!r})"
         )
     return data
+
+
+def _renamed_seal(data: dict[str, Any]) -> str | None:
+    """A value that no checksum equals, if a checksum of the rest stands under another name: the
+    damage is in SEAL_KEY itself."""
+    for key, value in data.items():
+        if isinstance(value, str) and len(value) == 64:
+            if value == _seal_of({name: data[name] for name in data if name != key}):
+                return "damaged"
+    return None
 
 
 def _seal_of(data: dict[str, Any]) -> str:
