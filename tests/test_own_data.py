@@ -393,7 +393,7 @@ def test_tasks_need_captions_or_labels(tmp_path):
     assert declarations.suited(usual, texts) == ["retrieval", "captioning"]
     assert declarations.suited(usual, labels) == ["zero_shot"]
     with pytest.raises(
-        ValueError, match=r"texts \[test\]: no example has a label, .* --label_field"
+        ValueError, match=r"texts \[test\]: no example has a label; give --label_field"
     ):
         evaluation_data.Records(texts, need="label")
     with pytest.raises(ValueError, match="no example has a caption, .* --tasks=zero_shot"):
