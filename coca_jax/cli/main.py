@@ -142,7 +142,7 @@ def _start(name: str, arguments: Sequence[str] | None) -> None:
         return
 
     def run(argv: Sequence[str]) -> None:
-        set_up_logging(flags.FLAGS["verbosity"].present)
+        set_up_logging(verbose=bool(flags.FLAGS["verbosity"].present))
         # One process that was given a coordinator speaks through Gloo too.
         if "num_processes" in flags.FLAGS and flags.FLAGS.num_processes > 0:
             multihost.keep_gloo_off_standard_output()
