@@ -236,7 +236,7 @@ class Predictor:
         found: np.ndarray = self._model.encode_text(self._texts(texts), normalize=True).numpy()
         return found
 
-    def tokenize(
+    def tokenize_with_mask(
         self, texts: Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """As of coca_jax.load."""
