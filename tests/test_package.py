@@ -105,8 +105,11 @@ def test_the_wheel_holds_the_package_its_data_and_the_recipes(wheel):
     package = {f"coca_jax/{name}" for name in files_of(ROOT / "coca_jax")}
     assert package - found == set()
     assert {f"coca_jax/recipes/{name}" for name in files_of(ROOT / "configs")} <= found
-    assert {"coca_jax/py.typed", "coca_jax/ops/cpu/decode_kernels.cc"} <= found
-    assert {"coca_jax/ops/cpu/conv_kernels.cc", "coca_jax/ops/cpu/team.h"} <= found
+    assert {"coca_jax/py.typed", "coca_jax/ops/cpu_kernels/decode_kernels.cc"} <= found
+    assert {
+        "coca_jax/evaluation/templates/report.html",
+        "coca_jax/apps/serve/page/serve.js",
+    } <= found
     assert {name.split("/")[0] for name in found if ".dist-info" not in name} == {"coca_jax"}
 
 

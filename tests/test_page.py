@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
-PAGE = HERE.parent / "coca_jax/serving/page"
+PAGE = HERE.parent / "coca_jax/apps/serve/page"
 
 if not shutil.which("node"):
     pytest.skip("needs Node", allow_module_level=True)

@@ -44,7 +44,7 @@ def test_train_evaluate_load_caption(tmp_path):
 import pathlib
 from conftest import tiny_config
 import coca_jax
-from coca_jax import caption, train
+from coca_jax.training import trainer
 root = pathlib.Path({str(tmp_path)!r})
 config = tiny_config(bias=False)
 config.steps, config.batch_size = 2, 8
@@ -55,7 +55,7 @@ sources = (dict(path=str(root / "a")), dict(path=str(root / "b"), kind="label"),
            dict(builtin="scenes"), dict(path=str(root / "c"), captions="all", where=dict(group=1)))
 config.data.sources = sources
 config.eval.tasks = (dict(kind="retrieval", name="a", data=dict(sources[0], split="train")),)
-summary = train.train(config, str(root / "run"))
+summary = trainer.train(config, str(root / "run"))
 assert summary["retrieval/a/num_images"] == 23, summary
 model = coca_jax.load(str(root / "run"))
 pictures = sorted(map(str, (root / "raw" / "a").glob("*.png")))[:3]
@@ -73,7 +73,7 @@ def test_what_needs_them_names_the_extra(tmp_path):
     out = run(f"""
 import pathlib
 from conftest import tiny_config
-from coca_jax import train
+from coca_jax.training import trainer
 from coca_jax.recipes import coca_2b, coca_base, coca_large
 from coca_jax.data import batches as loaders, filters as sources; from coca_jax.training import run_vocabulary
 from coca_jax.data import evaluation_data as unprepared
@@ -84,7 +84,7 @@ config = tiny_config()
 config.data.sources, config.data.loader = (dict(path=str(root / "a")),), "seqio"
 config.model.text.vocab_size = 400
 for call in (
-    lambda: train.train(config, str(root / "run")),
+    lambda: trainer.train(config, str(root / "run")),
     lambda: loaders.open_stream(config, run_vocabulary.load_or_train(config, root)),
     lambda: sources.open_source(dict(seqio="mine")),
     lambda: sources.open_source(dict(tfds="mnist")),
