@@ -27,8 +27,12 @@ import coca_jax
 from coca_jax.interop import hub
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}
-# Few steps of a small model; a fit of its own choice would train for minutes.
-FEW = ("--config.steps=2",)
+# Few steps of a model with little to compile; a fit of its own choice would train for minutes.
+FEW = (
+    *("--config.steps=2", "--config.text_lengths=()", "--config.text_parts=1"),
+    *("--config.model.image.conv_widths=()", "--config.model.image.conv_depths=()"),
+    *("--config.model.bias=False", "--config.optimizer.name=adamw"),
+)
 BARE = (
     ("train", "--config=tiny", "--workdir=runs/demo", *FEW),
     ("caption", "--checkpoint=runs/demo", "photos/"),
