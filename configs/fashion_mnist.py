@@ -44,8 +44,6 @@ def get_config() -> ConfigDict:
     # No crop: it would show clothes larger in training than they are in the test.
     config.data.update(prompts="plain", flip=True)
     test = dict(path=path, split="test", kind="label")
-    config.eval.tasks = (
-        dict(kind="zero_shot", name="fashion_mnist", data=test, templates="plain"),
-    )
+    config.eval.tasks = (dict(kind="zero_shot", name="fashion_mnist", data=test, prompts="plain"),)
     config.checkpoint.every_steps = 500
     return config

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from coca_jax.config import Entry, Loss
-from coca_jax.data import scored, teachers
+from coca_jax.data import scored, supervision, teachers
 from coca_jax.data.sources import source as random_access
 from coca_jax.data.sources.records import Record
 
@@ -17,9 +17,11 @@ def test_one_record_with_a_teacher_s_embeddings_is_enough():
 
     def named(name, text):
         taught = Record(b"", (text,), (), "key", json.dumps(made))
-        return random_access.Source(
+        source = random_access.Source(
             name, 600, lambda rows: [taught if r == 599 else plain for r in rows]
         )
+        source.kind = supervision.Caption()
+        return source
 
     entries = [Entry(path="mine")] * 2
     loss = Loss(affinity_weight=0.5, teacher_width=4)
