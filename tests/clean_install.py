@@ -31,7 +31,7 @@ COLORS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}
 FEW = (
     *("--config.steps=2", "--config.text_lengths=()", "--config.text_parts=1"),
     *("--config.model.image.conv_widths=()", "--config.model.image.conv_depths=()"),
-    *("--config.model.bias=False", "--config.optimizer.name=adamw"),
+    "--config.optimizer.name=adamw",
 )
 BARE = (
     ("train", "--config=tiny", "--workdir=runs/demo", *FEW),
