@@ -4,11 +4,8 @@ import jax
 import pytest
 from conftest import tiny_config
 
-from coca_jax.checkpoints import config_file
-from coca_jax.config import typed
 from coca_jax.parallel import sharding
-from coca_jax.runtime.metric_log import TimeBuckets
-from coca_jax.training.trainer import train_on
+from coca_jax.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,8 +32,11 @@ def smallest_run(bias=False):
 
 def train_alone(config, workdir):
     """`train` on one device, which compiles faster."""
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    config = typed(config)
-    config_file.check(config)
-    with jax.set_mesh(mesh):
-        return train_on(mesh, config, str(workdir), TimeBuckets())
+    real = sharding.make_mesh
+
+    def one(data, fsdp, tensor, devices=None):
+        return real(data, fsdp, tensor, devices or jax.devices()[:1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", one)
+        return Trainer(config, str(workdir)).fit()

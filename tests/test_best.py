@@ -11,7 +11,7 @@ from quick_start import drawn_by_numpy  # noqa: F401
 from coca_jax.checkpoints import manager
 from coca_jax.config import typed
 from coca_jax.evaluation import history, runner
-from coca_jax.training import bad_steps, best_checkpoint
+from coca_jax.training import bad_steps, best_checkpoint, callbacks
 
 NAME = "retrieval/s/mean_recall"
 TASK = dict(kind="retrieval", name="s", data=dict(builtin="scenes", split="test", kind="caption"))
@@ -48,7 +48,7 @@ def test_scores_behind_a_spike_go_with_the_steps(tmp_path, monkeypatch):
 
     def looked(self, found):
         if found and found[0] in spike:
-            raise bad_steps.WentUp(spike.pop(), 9.0, 1.0)
+            raise callbacks.LossSpike(spike.pop(), 9.0, 1.0)
 
     def scored(*_):
         value = next(scores)
@@ -56,7 +56,7 @@ def test_scores_behind_a_spike_go_with_the_steps(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return {NAME: value}
 
-    monkeypatch.setattr(bad_steps.Spikes, "_look", looked)
+    monkeypatch.setattr(bad_steps.LossSpikes, "_look", looked)
     monkeypatch.setattr(runner, "run_task", scored)
     with pytest.raises(KeyboardInterrupt):
         train_alone(config, tmp_path)

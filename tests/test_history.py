@@ -116,7 +116,7 @@ def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(whole, tmp_pat
         raise Killed
 
     place, number = {
-        "before the first task": ((callbacks.Evaluation, "_model_of"), 1),
+        "before the first task": ((callbacks.Evaluate, "_load_model"), 1),
         "between tasks": ((runner, "run_task"), 2),
         "before the history": ((history, "add"), 1),
     }[kill]
@@ -144,8 +144,8 @@ def test_a_stop_in_an_evaluation_says_what_is_lost(tmp_path, monkeypatch, step, 
     stop, left = signals.Stop(), []
     monkeypatch.setattr(signals, "leave", lambda *line: left.append(line))
     monkeypatch.setattr(
-        callbacks.Evaluation,
-        "_model_of",
+        callbacks.Evaluate,
+        "_load_model",
         lambda *of: types.SimpleNamespace(set_params=lambda params: None),
     )
     monkeypatch.setattr(runner, "run_tasks", lambda *of, **how: stop._leave("stopped") or {})
@@ -157,10 +157,11 @@ def test_a_stop_in_an_evaluation_says_what_is_lost(tmp_path, monkeypatch, step, 
         stop=stop,
         say=lambda line: None,
         buckets=TimeBuckets(),
+        best=None,
+        checkpoints=manager.Checkpoints(str(tmp_path)),
     )
-    checkpoints = manager.Checkpoints(str(tmp_path))
-    callbacks.Evaluation(run, checkpoints)(step, None)
-    checkpoints.close()
+    callbacks.Evaluate(run).evaluate(step)
+    run.checkpoints.close()
     line = f"stopped while evaluating: {told}; {signals.AGAIN}"
     assert left == [(line, signals.EXIT_AGAIN)]
 

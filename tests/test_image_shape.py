@@ -27,7 +27,7 @@ from coca_jax.parallel import sharding
 from coca_jax.recipes import base
 from coca_jax.runtime import json_files
 from coca_jax.training import warm_start
-from coca_jax.training.trainer import restore_or_begin
+from coca_jax.training.trainer import Trainer
 
 
 def test_a_size_is_a_number_or_height_and_width():
@@ -287,19 +287,16 @@ def test_a_run_starts_from_weights_of_another_shape(data, one_device_mesh):
     other = config.copy_and_resolve_references()
     other.model.image_size, other.image_sizes = (16, 16), ()
     other.init_from = str(workdir)
-    begun = types.SimpleNamespace(  # as much of a run as its beginning looks at
-        config=typed(other),
-        model=coca.build(other.model),
-        mesh=one_device_mesh,
-        class_names=(),
-        begin=lambda _: None,
-    )
-    state, _ = restore_or_begin(begun, types.SimpleNamespace(steps=lambda: []))
+    begun = Trainer(other, "new")
+    begun.mesh, begun.class_names = one_device_mesh, ()
+    begun.model = coca.build(begun.config.model)
+    begun.checkpoints = types.SimpleNamespace(steps=lambda: [])
+    begun.restore_or_init()
     old = warm_start.read(str(workdir))
     assert old[2] == (2, 4)
     table = np.asarray(old[0]["image_encoder"]["positions"]["value"])
     wanted = warm_start.resize_positions(table, 8, (2, 4), (4, 2))
-    params = sharding.unbox(state.params)
+    params = sharding.unbox(begun.state.params)
     found = np.asarray(params["image_encoder"]["positions"]["value"])
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert np.abs(table - found).max() > 5e-3

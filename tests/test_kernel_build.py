@@ -18,9 +18,7 @@ from coca_jax.config import typed
 from coca_jax.ops.cpu import Cpu
 from coca_jax.ops.cpu_kernels import build
 from coca_jax.parallel import sharding
-from coca_jax.runtime import signals
-from coca_jax.runtime.metric_log import TimeBuckets
-from coca_jax.training import setup
+from coca_jax.training import setup, trainer
 
 
 @pytest.mark.long
@@ -239,8 +237,9 @@ def test_a_run_says_that_it_waits_for_them(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             Cpu, "begin_kernels", lambda _, *of, **how: asked.append((of, how)) or [compiled]
         )
-        mesh = sharding.make_mesh(8, 1, 1)
-        setup.prepare(mesh, config, workdir, TimeBuckets(), signals.current())
+        run = trainer.Trainer(config, workdir)
+        run.mesh = sharding.make_mesh(8, 1, 1)
+        run.open_data()
         assert compiled.done()
         return capsys.readouterr().err.splitlines()
 

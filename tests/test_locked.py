@@ -1,6 +1,5 @@
 """A captioner on a locked encoder: what is taken, what moves, and tokens that are kept."""
 
-import contextlib
 import json
 import os
 import resource
@@ -28,10 +27,8 @@ from coca_jax.interop import export_format
 from coca_jax.models import coca, two_towers
 from coca_jax.models.image_encoder import normalise_pixels
 from coca_jax.parallel import sharding
-from coca_jax.runtime import activity, signals
-from coca_jax.runtime.metric_log import TimeBuckets
-from coca_jax.training import feature_extraction, optimizer, setup, warm_start
-from coca_jax.training import trainer as training_run
+from coca_jax.runtime import activity
+from coca_jax.training import feature_extraction, optimizer, setup, trainer, warm_start
 from coca_jax.training.state import trainable
 from coca_jax.training.train_step import loss_and_metrics
 
@@ -99,10 +96,12 @@ def of_place(config, workdir):
     """(the run, its state before the first step, the kept tokens)."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        run = setup.prepare(mesh, typed(config), str(workdir), TimeBuckets(), signals.current())
+        run = trainer.Trainer(config, str(workdir))
+        run.mesh = mesh
+        run.open_data()
         state = first_state(run.model, run.config, mesh)
-        state = warm_start.apply(state, run.config.init_from, parts="image")
-        return run, state, feature_extraction.keep(run, state)
+        run.state = warm_start.apply(state, run.config.init_from, parts="image")
+        return run, run.state, feature_extraction.keep(run)
 
 
 def places(folder):
@@ -255,22 +254,18 @@ def test_augmentations_that_are_all_the_same_are_kept_once():
     assert read["row"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_warnings_are_told_before_hours_go_into_tokens(monkeypatch):
+def test_warnings_are_told_before_hours_go_into_tokens(monkeypatch, tmp_path, capsys):
     class Begun(Exception):
         pass
 
-    said, config = [], typed(locked_run("", augment="none", augmentations=8))
-    run = types.SimpleNamespace(
-        config=config,
-        mixture=types.SimpleNamespace(
-            num_examples=1000, remark_small=str, remark_uneven=lambda: "uneven"
-        ),
-        buckets=lambda name: contextlib.nullcontext(),
-        say=said.append,
+    run = trainer.Trainer(locked_run("", augment="none", augmentations=8), str(tmp_path))
+    run.mixture = types.SimpleNamespace(
+        num_examples=1000, remark_small=str, remark_uneven=lambda: "uneven"
     )
     monkeypatch.setattr(feature_extraction, "keep", mock.Mock(side_effect=Begun))
     with pytest.raises(Begun):
-        training_run.steps_from(run, *[None] * 6, types.SimpleNamespace(left_out=()))
+        run.open_batches()
+    said = capsys.readouterr().err.splitlines()
     assert [line[:43] for line in said] == ["warning: data.augmentations=8 has no effect", "uneven"]
 
 

@@ -137,12 +137,13 @@ def test_a_run_s_rows_leave_out_the_steps_that_were_compiled(monkeypatch, tmp_pa
         progress=lambda step: {}, shares=dict, first_step=lambda: None, note=lambda *a: None
     )
     beside.close = lambda: None
-    log = callbacks.Log(run, 0, feed, beside, beside)
+    run.step, run.feed, run.batches, run.goodput = 0, feed, beside, beside
+    log = callbacks.Log(run)
     for step in range(1, 11):
         with buckets("compile" if step in (1, 8) else "step"):
             now[0] += {1: 50.0, 6: 0.0, 7: 4.0, 8: 50.0}.get(step, 2.0)  # 6 is done in 7
-        log(step, {"loss": np.float32(1)})
-    log.close()
+        log.after_step(step, {"loss": np.float32(1)})
+    log.at_end(None)
     rates = [row["pairs_per_second"] for row in metric_log.read_metrics(tmp_path)]
     assert rates == pytest.approx([4, 4])
 
@@ -176,15 +177,17 @@ def test_a_run_that_goes_on_traces_the_steps_that_are_to_come(tmp_path, monkeypa
         config=config, workdir=tmp_path, main_process=True, steps=40, say=said.append
     )
     for start, steps in ((40, []), (30, []), (0, [20, 23]), (20, [21, 23]), (21, [22, 23])):
-        trace = callbacks.Trace(run, start)
+        run.step = start
+        profile = callbacks.Profile(run)
         for at[0] in range(start + 1, 41):
-            trace(at[0])
-        trace.close()
+            profile.before_step(at[0])
+        profile.at_end(None)
         assert traced == steps
         traced.clear()
     assert said == [
         "warning: log.profile_steps=(20, 22) is behind step 30, from which the run goes on, and "
         "traces nothing; name steps to come"
     ]
-    callbacks.Trace(run, 30)  # the same command again, once they are traced
+    run.step = 30
+    callbacks.Profile(run)  # the same command again, once they are traced
     assert len(said) == 1

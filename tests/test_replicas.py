@@ -12,10 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coca_jax.parallel import sharding
+from coca_jax.runtime import signals
 from coca_jax.runtime.metric_log import TimeBuckets
-from coca_jax.training import programs, replicas
+from coca_jax.training import programs, replicas, setup
 from coca_jax.training.recipes import typed
-from coca_jax.training.replicas import Corrupted, Replicas, computed_twice
+from coca_jax.training.replicas import CompareReplicas, Corrupted, computed_twice
 
 
 @pytest.fixture
@@ -50,13 +51,31 @@ def flip(array, devices, bit=1):
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
-def test_replicas_that_agree_are_left_alone(mesh):
+def compared(mesh, every):
+    """`compare(step, state)` as a run does it that compares so often."""
+    faults = types.SimpleNamespace(compare_every_steps=every)
+    trainer = types.SimpleNamespace(mesh=mesh, config=types.SimpleNamespace(faults=faults))
+    found = CompareReplicas(trainer)
+
+    def compare(step, state, saving=False):
+        trainer.state = state
+        found.after_step(step, {})
+        if saving:
+            found.before_save(step)
+
+    return compare
+
+
+def test_replicas_are_compared_when_due_and_before_a_save(mesh):
     state = state_on(mesh)
-    found = Replicas(mesh, 10)
-    found(10, state)
-    found(20, jax.tree.map(lambda x: x + 1, state))
-    assert [found.due(step, False) for step in (9, 10, 11)] == [False, True, False]
-    assert found.due(9, True) and not Replicas(mesh, 0).due(9, True)
+    compare, wrong = compared(mesh, 10), state | {"whole": flip(state["whole"], {3})}
+    compare(10, state)
+    compare(20, jax.tree.map(lambda x: x + 1, state), saving=True)
+    compare(21, wrong)  # not due
+    compared(mesh, 0)(20, wrong, saving=True)  # never
+    for step, saving in ((30, False), (31, True)):
+        with pytest.raises(Corrupted):
+            compare(step, wrong, saving)
 
 
 class State(NamedTuple):
@@ -69,15 +88,15 @@ class State(NamedTuple):
 def test_parts_of_one_array_are_not_taken_for_replicas_of_another(mesh):
     arrays = state_on(mesh)
     state = State(arrays["whole"], arrays["split"])
-    Replicas(mesh, 1)(1, state)
+    compared(mesh, 1)(1, state)
     with pytest.raises(Corrupted, match="cpu:3 .process 0. hold.s. other values of whole than the"):
-        Replicas(mesh, 1)(1, state._replace(whole=flip(state.whole, {3})))
+        compared(mesh, 1)(1, state._replace(whole=flip(state.whole, {3})))
 
 
 @pytest.mark.parametrize("name", ["whole", "split", "step"])
 def test_one_bit_on_one_device_names_it(mesh, name):
     state = state_on(mesh)
-    found = Replicas(mesh, 10)
+    found = compared(mesh, 10)
     found(10, state)
     for device in (0, 5):
         wrong = state | {name: flip(state[name], {device})}
@@ -92,10 +111,10 @@ def test_several_arrays_and_an_even_split(mesh):
     state = state_on(mesh)
     wrong = state | {"whole": flip(state["whole"], {3}), "split": flip(state["split"], {3})}
     with pytest.raises(Corrupted, match="other values of split and 1 more arrays"):
-        Replicas(mesh, 10)(30, wrong)
+        compared(mesh, 10)(30, wrong)
     even = state | {"whole": flip(state["whole"], {0, 1, 2, 3})}
     with pytest.raises(Corrupted) as error:  # nobody can say which half is right
-        Replicas(mesh, 10)(30, even)
+        compared(mesh, 10)(30, even)
     assert all(str(device) in str(error.value) for device in jax.devices()[:8])
 
 
@@ -133,9 +152,8 @@ def test_a_step_in_so_many_is_computed_twice(monkeypatch):
     config.faults.recheck_every_steps = 3
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
     said = []
-    run = types.SimpleNamespace(model=None, config=typed(config), mesh=one, steps=9)
-    run.buckets, run.say, run.begin = TimeBuckets(), said.append, said.append
-    step_fn = programs.Programs(run)
+    monkeypatch.setattr(setup, "say", said.append)
+    step_fn = programs.Programs(typed(config), None, one, 9, TimeBuckets(), signals.Stop())
     monkeypatch.setattr(programs.jax, "jit", jit)
     batch = {"tokens": np.zeros((4, 8))}, (8, 8)
     ran = []

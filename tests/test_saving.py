@@ -45,7 +45,9 @@ def run(tmp_path, monkeypatch):
     config = tiny(**{"checkpoint.every_steps": 10, "steps": 100})
     return types.SimpleNamespace(
         config=config,
+        step=0,
         steps=100,
+        state=state_of(0),
         buckets=TimeBuckets(),
         stop=types.SimpleNamespace(alone=True),
         said=said,
@@ -55,6 +57,12 @@ def run(tmp_path, monkeypatch):
     )
 
 
+def saved(run, save, step, state, **how):
+    """`save.save` of a state, which the run then has."""
+    run.state = state
+    return save.save(step, **how)
+
+
 def settle(run):
     """Waits as long as steps would that come behind a save."""
     while run.checkpoints.busy():
@@ -62,87 +70,88 @@ def settle(run):
 
 
 def test_a_full_disk_costs_no_step_and_the_next_one_is_saved_when_there_is_room(run):
-    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
+    save = callbacks.Save(run)
     assert [step for step in range(1, 101) if save.due(step)] == [*range(10, 101, 10)]
-    assert save(10, state_of(10)) == 10
+    assert saved(run, save, 10, state_of(10)) == 10
     settle(run)
     with full_disk():
-        save(20, state_of(20))
+        saved(run, save, 20, state_of(20))
         settle(run)
         assert save.due(21)  # at once, by RETRY above, and not ten steps later
     (line,) = run.said
     assert line.startswith("warning: could not ") and "step 10 stays the newest" in line
-    assert save(21, state_of(21)) == 21
+    assert saved(run, save, 21, state_of(21)) == 21
     settle(run)
     assert not save.due(22) and save.due(30)
-    save.close()
+    save.at_end(None)
     state, step, _ = restore(run.workdir)
     assert step == 21 and run.checkpoints.steps() == [10, 21]
     assert_equal(state, state_of(21))
 
 
 def test_the_last_save_is_tried_several_times(run):
-    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
-    save(10, state_of(10), last=True)
+    save = callbacks.Save(run)
+    saved(run, save, 10, state_of(10), last=True)
     with full_disk() as free:
         with pytest.raises(manager.SaveFailed) as error:
-            save(99, state_of(99), last=True)
+            saved(run, save, 99, state_of(99), last=True)
         assert len(run.said) == 3  # at first, and after each pause of LAST_RETRY
         begin = (
             f"step 99 could not be saved in {run.workdir} (the disk is full); step 10 is the newest"
         )
         assert str(error.value).startswith(begin)
         run.say = lambda line: (run.said.append(line), free())  # somebody deletes something
-        assert save(100, state_of(100), last=True) == 100
+        assert saved(run, save, 100, state_of(100), last=True) == 100
     assert len(run.said) == 4 and run.checkpoints.steps() == [10, 100]
-    save.close()
+    save.at_end(None)
 
 
 def test_a_run_without_a_save_is_not_told_of_step_0(run):
-    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
+    save = callbacks.Save(run)
     with full_disk(), pytest.raises(manager.SaveFailed, match="; no step is kept; once"):
-        save(9, state_of(9), last=True)
+        saved(run, save, 9, state_of(9), last=True)
     assert all("; no step is kept yet; it is tried again" in line for line in run.said)
-    save.close()
+    save.at_end(None)
 
 
 def test_a_step_that_is_not_saved_begins_an_interval_that_is_measured_too(run):
     run.config = run.config.change({"checkpoint.every": "auto"})
     skipping_all = [types.SimpleNamespace(skipped=step) for step in range(60)]
-    save, asked = callbacks.Save(run, run.checkpoints, skipping_all[0], 0), []
+    run.state = skipping_all[0]
+    save, asked = callbacks.Save(run), []
     for step in range(1, 60):
         if save.due(step):
             asked.append(step)
-            assert save(step, skipping_all[step]) == 0
+            assert saved(run, save, step, skipping_all[step]) == 0
     assert asked == [callbacks.FIRST, 2 * callbacks.FIRST] and len(run.said) == 2
 
 
 def test_a_state_that_learned_nothing_takes_no_checkpoint_s_place(run):
-    save = callbacks.Save(run, run.checkpoints, state_of(0), 0)
-    save(10, state_of(10), last=True)
+    save = callbacks.Save(run)
+    saved(run, save, 10, state_of(10), last=True)
     skipped = state_of(20).replace(skipped=state_of(10).skipped + 10)
-    assert save(20, skipped) == 10
+    assert saved(run, save, 20, skipped) == 10
     assert run.said == ["step 20 is not saved: every step since 10 was skipped"]
     one = skipped.replace(skipped=jnp.int32(skipped.skipped - 1))
-    assert save(20, one, last=True) == 20 and run.checkpoints.steps() == [10, 20]
+    assert saved(run, save, 20, one, last=True) == 20 and run.checkpoints.steps() == [10, 20]
     assert int(np.asarray(restore(run.workdir, state_of(0))[0].skipped)) == int(one.skipped)
-    save.close()
+    save.at_end(None)
 
 
 def test_what_spikes_are_seen_by_is_written_when_there_is_room_again(run, caplog):
     faults = run.config.change({"faults.spike_deviations": 6.0}).faults
-    found, file = bad_steps.Spikes(str(run.workdir), faults), run.workdir / bad_steps.FILE
+    found, file = bad_steps.LossSpikes(str(run.workdir), faults), run.workdir / bad_steps.FILE
     with full_disk():
         for step in (10, 20):
-            found(step, {"loss": np.float32(2.0)})
-            found.settle(step)
+            found.after_step(step, {"loss": np.float32(2.0)})
+            found.before_save(step)
         assert not file.exists() and caplog.text.count("spikes.json is not written") == 1
         with pytest.raises(OSError):  # a run that goes back must be able to after a kill too
-            found.plan(bad_steps.WentUp(999, 9.0, 2.0), [10])
-    found.settle(30)
+            found.plan(callbacks.LossSpike(999, 9.0, 2.0), [10])
+    found.before_save(30)
     assert {"10", "30"} <= json_files.read_sealed(file)["detector"].keys()
     with full_disk():
-        found.settle(40)
+        found.before_save(40)
     assert caplog.text.count("spikes.json is not written") == 2
 
 
@@ -151,11 +160,13 @@ def test_a_run_that_diverges_on_a_full_disk_still_says_so(run):
     config = run.config.change({"data.sources": (scenes,)})
     run.main_process, run.mixture = True, Mixture(config, str(run.workdir))
     limit = run.config.checkpoint.max_skipped
-    state = state_of(0)
-    check = bad_steps.Skipping(run, state)
+    run.spikes = types.SimpleNamespace(left_out=())
+    check = bad_steps.NonFiniteSteps(run)
     with full_disk(), pytest.raises(bad_steps.Diverged) as error:
         for step in range(1, limit + 2):
-            check(step, dict(skipped_steps=state.skipped + step, loss=np.float32("nan")))
+            check.after_step(
+                step, dict(skipped_steps=run.state.skipped + step, loss=np.float32("nan"))
+            )
     told = str(error.value)
     assert f"of {limit} steps in a row (1 to {limit}) are not finite; step 1 was made of" in told
     assert "skipped_step_1.json with all of them is not written: [Errno 27]" in told
@@ -163,17 +174,17 @@ def test_a_run_that_diverges_on_a_full_disk_still_says_so(run):
 
 
 BREAKS = """
-from coca_jax.training import recipes
-from coca_jax.training import trainer as run
+from coca_jax.training import bad_steps, recipes
 
-def breaks(state, start, steps, *, save, **parts):
-    save(2, state)
-    raise ValueError("a shard is damaged")
+def breaks(self, step, metrics):
+    if step == 3:
+        raise ValueError("a shard is damaged")
 
-run.loop.run = breaks
+bad_steps.NonFiniteSteps.after_step = breaks
 
 def get_config():
     config = recipes.load("tiny")
+    config.checkpoint.every_steps = 2
     config.model.text.mlp_dim = 65536  # whose save takes a while
     return config
 """

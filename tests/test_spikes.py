@@ -18,8 +18,9 @@ from coca_jax.config import typed
 from coca_jax.data.mixture import Mixture
 from coca_jax.runtime import json_files, signals
 from coca_jax.runtime.metric_log import read_metrics
-from coca_jax.training import bad_steps, skipped_batches, train_step, trainer
-from coca_jax.training.bad_steps import Detector, Diverged, Spikes, WentUp
+from coca_jax.training import bad_steps, skipped_batches, train_step
+from coca_jax.training.bad_steps import Detector, Diverged, LossSpikes
+from coca_jax.training.callbacks import LossSpike
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -103,9 +104,9 @@ def watch(found, losses, start=0, stop=None):
     found.begin(start)
     try:
         for step in range(start + 1, (stop or len(losses)) + 1):
-            found(step, dict(loss=np.float32(losses[step - 1])))
-        found.settle(stop or len(losses))
-    except WentUp as error:
+            found.after_step(step, dict(loss=np.float32(losses[step - 1])))
+        found.before_save(stop or len(losses))
+    except LossSpike as error:
         return error.step
     return None
 
@@ -119,12 +120,12 @@ def test_a_larger_batch_is_no_spike_and_a_spike_after_it_is(tmp_path, config):
     losses[500:] += 2  # larger images
     losses[1000:] += 2  # larger batches, of which more are as unlike
     faults = config.faults
-    assert watch(Spikes(str(tmp_path / "none"), faults), losses) == 503
+    assert watch(LossSpikes(str(tmp_path / "none"), faults), losses) == 503
 
     def run_in(workdir):
         run = types.SimpleNamespace(config=config, mixture=Mixture(config), steps=2000)
         run.workdir, run.main_process = str(tmp_path / workdir), True
-        return Spikes.of(run)
+        return LossSpikes.of(run)
 
     assert watch(run_in("whole"), losses) is None
     # The same, stopped where a stage ends, and after it before it was watched for long.
@@ -143,57 +144,61 @@ def test_batches_that_are_left_out_bring_the_next_stage_nearer(tmp_path, config)
     """With 10 of them step 191, the first to see a loss of 9, has batch 200."""
     config.faults.spike_deviations, config.faults.spike_batches = 6.0, 10
     losses = np.where(np.arange(400) < 190, 4.0, 9.0) + 0.1 * np.sin(np.arange(400))
-    found = Spikes(str(tmp_path), typed(config).faults, batches_grow=[0, 200])
-    found.plan(WentUp(150, 9.0, 1.0), [])
+    found = LossSpikes(str(tmp_path), typed(config).faults, batches_grow=[0, 200])
+    found.plan(LossSpike(150, 9.0, 1.0), [])
     found.gone_back()
     assert found.left_out == ((140, 149),)
     assert watch(found, losses) is None
-    assert watch(Spikes(str(tmp_path), typed(config).faults, batches_grow=[0, 210]), losses) == 193
+    assert (
+        watch(LossSpikes(str(tmp_path), typed(config).faults, batches_grow=[0, 210]), losses) == 193
+    )
 
 
 def test_too_many_spikes_end_the_run(tmp_path, config):
     config.faults.spike_deviations, config.faults.spike_batches = 6.0, 5
-    found = Spikes(str(tmp_path), typed(config).faults)
+    found = LossSpikes(str(tmp_path), typed(config).faults)
     for n in range(bad_steps.MOST):
-        assert found.plan(WentUp(100 + 10 * n, 9.0, 1.0), [60 + 10 * n, 80 + 10 * n]) == 80 + 10 * n
+        assert (
+            found.plan(LossSpike(100 + 10 * n, 9.0, 1.0), [60 + 10 * n, 80 + 10 * n]) == 80 + 10 * n
+        )
         found.gone_back()
     with pytest.raises(ValueError, match="spike 11; lower optimizer.learning_rate"):
-        found.plan(WentUp(300, 9.0, 1.0), [280])
+        found.plan(LossSpike(300, 9.0, 1.0), [280])
 
 
 def test_no_checkpoint_is_given_up_where_an_earlier_one_was_rotated_away(tmp_path, config):
     """120 saves, of which the detector is kept at 50; and steps that were not watched."""
     faults = typed(config).faults
     faults = dataclasses.replace(faults, spike_deviations=6.0, spike_batches=70)
-    found = Spikes(str(tmp_path), faults)
+    found = LossSpikes(str(tmp_path), faults)
     found.begin(0)
-    assert Spikes(str(tmp_path / "new"), faults).plan(WentUp(120, 9.0, 1.0), []) == 0
+    assert LossSpikes(str(tmp_path / "new"), faults).plan(LossSpike(120, 9.0, 1.0), []) == 0
     for number in range(1, 120):
-        found.settle(number)
+        found.before_save(number)
     with pytest.raises(Diverged, match="no checkpoint from before step 51 is left; raise check"):
-        found.plan(WentUp(120, 9.0, 1.0), [117, 118, 119])
-    again = Spikes(str(tmp_path), faults)
+        found.plan(LossSpike(120, 9.0, 1.0), [117, 118, 119])
+    again = LossSpikes(str(tmp_path), faults)
     again.begin(119)
     with pytest.raises(Diverged, match="no checkpoint from before step 60"):
-        again.plan(WentUp(129, 9.0, 1.0), [119])
-    unwatched = Spikes(str(tmp_path / "other"), faults)
+        again.plan(LossSpike(129, 9.0, 1.0), [119])
+    unwatched = LossSpikes(str(tmp_path / "other"), faults)
     unwatched.begin(10_000)
     with pytest.raises(Diverged, match="no checkpoint from before"):
-        unwatched.plan(WentUp(10_060, 9.0, 1.0), [10_050])
-    late = Spikes(str(tmp_path / "late"), faults)
+        unwatched.plan(LossSpike(10_060, 9.0, 1.0), [10_050])
+    late = LossSpikes(str(tmp_path / "late"), faults)
     late.begin(0)
-    late.settle(60)
-    assert late.plan(WentUp(100, 9.0, 1.0), [60]) == 0  # nothing was saved before step 31
+    late.before_save(60)
+    assert late.plan(LossSpike(100, 9.0, 1.0), [60]) == 0  # nothing was saved before step 31
 
 
 def test_a_run_that_was_killed_while_it_went_back_knows(tmp_path, config):
     config.faults.spike_batches = 10
     faults = typed(config).faults
-    Spikes(str(tmp_path), faults).plan(WentUp(50, 9.0, 1.0), [20, 40, 45])
-    again = Spikes(str(tmp_path), faults)
+    LossSpikes(str(tmp_path), faults).plan(LossSpike(50, 9.0, 1.0), [20, 40, 45])
+    again = LossSpikes(str(tmp_path), faults)
     assert again.back == 40 and again.left_out == ((40, 49),)
     again.gone_back()
-    assert Spikes(str(tmp_path), faults).back is None
+    assert LossSpikes(str(tmp_path), faults).back is None
 
 
 @pytest.fixture
@@ -202,7 +207,7 @@ def spiking(monkeypatch):
     monkeypatch.setattr(bad_steps, "WARM", 6)
     monkeypatch.setattr(bad_steps, "DECAY", 0.8)
     shown = []
-    look = Spikes._look
+    look = LossSpikes._look
 
     def see(self, found):
         if found is not None:
@@ -212,7 +217,7 @@ def spiking(monkeypatch):
                 found = (found[0], dict(found[1], loss=np.float32(1000)))
         look(self, found)
 
-    monkeypatch.setattr(Spikes, "_look", see)
+    monkeypatch.setattr(LossSpikes, "_look", see)
     config = tiny_run(steps=24)
     config.data.vocabulary = scenes_words()
     config.loss.captioning_weight = 0.0  # half as much to compile
@@ -257,5 +262,4 @@ def test_a_spike_is_left_out_and_a_kill_changes_nothing(spiking, tmp_path, monke
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
     params = [manager.load_params(str(tmp_path / n))[0] for n in ("calm", "stopped")]
     jax.tree.map(np.testing.assert_array_equal, *params)
-    assert trainer.Batches is skipped_batches.Batches
     assert len(traced) == 1

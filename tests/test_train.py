@@ -24,9 +24,9 @@ from coca_jax.config import typed
 from coca_jax.data import vocabulary
 from coca_jax.data.prepare import prepare
 from coca_jax.parallel import sharding
-from coca_jax.runtime import goodput, metric_log, notes, signals
+from coca_jax.runtime import goodput, notes, signals
 from coca_jax.runtime.metric_log import read_metrics
-from coca_jax.training import losses, setup, trainer
+from coca_jax.training import losses, memory, setup, trainer
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -217,11 +217,9 @@ def test_a_refused_run_removes_its_files_and_leaves_what_was_there(tmp_path, mon
     def refuse(*of):
         raise refused
 
-    for place in ("memory.check", "callbacks.Evaluation.catch_up", "open_batches"):
+    for place in ("memory.check", "callbacks.Evaluate.catch_up", "trainer.Trainer.open_batches"):
         with monkeypatch.context() as patch:
-            owner, _, name = place.rpartition(".")
-            owner = f"coca_jax.training.{owner}" if owner else "coca_jax.training.trainer"
-            patch.setattr(f"{owner}.{name}", refuse)
+            patch.setattr(f"coca_jax.training.{place}", refuse)
             with pytest.raises(ValueError, match="refused"):
                 trainer.train(typed(config), str(tmp_path / "run"))
         assert not (tmp_path / "run").exists(), place
@@ -311,7 +309,7 @@ def test_what_is_advised_where_memory_ends_is_a_run_that_can_be(changes, advice)
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     config = typed(tiny_run()).change({"text_lengths": (8,)} | changes)
     config_file.check_batch(config, 1)
-    told = trainer.less_memory(config, mesh)
+    told = memory.less(config, mesh)
     assert told.startswith(advice) and told.endswith("or a smaller batch_size")
     given = re.findall(r"accumulate_steps=(\d+)", told)
     for number in map(int, given):
@@ -365,15 +363,13 @@ def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):
         dict(path=(tmp_path / "my data").as_uri(), kind="caption", limit=5),
         dict(builtin="scenes"),
     )
-    workdir, mesh = (
-        str(tmp_path / "run"),
-        sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]),
-    )
+    workdir = str(tmp_path / "run")
 
     def started():
-        return setup.prepare(
-            mesh, typed(config), workdir, metric_log.TimeBuckets(), signals.current()
-        )
+        found = trainer.Trainer(config, workdir)
+        found.mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        found.open_data()
+        return found
 
     told = started().mixture.data_told
     assert told[0]["examples"] == 12 and told[1] is None

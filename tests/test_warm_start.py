@@ -160,19 +160,25 @@ def test_what_a_helping_loss_left_in_weights_is_left_out(tmp_path, one_device_me
         warm_start.apply(state, place)
 
 
-def test_a_run_starts_from_weights_as_its_keys_say(monkeypatch):
+def test_a_run_starts_from_weights_as_its_keys_say(monkeypatch, tmp_path, capsys):
     config = tiny_config()
     config.init_from, config.init_positions, config.init_parts = "weights", "interpolate", "image"
     monkeypatch.setattr(trainer, "init_state", lambda *_: "fresh")
     monkeypatch.setattr(warm_start, "apply", lambda *given: given)
     monkeypatch.setattr(warm_start, "remark", lambda config: f"warning: {config.init_from}")
-    of = types.SimpleNamespace(config=typed(config), model=None, mesh=None, class_names=("cat",))
-    said: list[str] = []
-    of.begin, of.say = (lambda text: None), said.append
-    none = types.SimpleNamespace(steps=lambda: [])
-    given, start = trainer.restore_or_begin(of, none)
-    assert start == 0 and said == ["warning: weights"]
-    assert given == ("fresh", "weights", ("cat",), "interpolate", "image", (2, 2))
+    run = trainer.Trainer(config, str(tmp_path))
+    run.model, run.mesh, run.class_names = None, None, ("cat",)
+    run.checkpoints = types.SimpleNamespace(steps=lambda: [])
+    run.restore_or_init()
+    assert capsys.readouterr().err == "making the model ...\nwarning: weights\n"
+    assert run.step == 0 and run.state == (
+        "fresh",
+        "weights",
+        ("cat",),
+        "interpolate",
+        "image",
+        (2, 2),
+    )
 
 
 def test_what_a_fit_reads_of_weights(tmp_path):

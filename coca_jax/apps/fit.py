@@ -50,7 +50,7 @@ from coca_jax.training import data_flag, memory, recipes, setup
 from coca_jax.training import trainer as training
 from coca_jax.training.feed import Feed
 from coca_jax.training.programs import Programs
-from coca_jax.training.state import init_state
+from coca_jax.training.state import build_model, init_state
 
 # What a fit keeps in its workdir, so that the same command goes on after a kill: fit.json.
 
@@ -378,29 +378,21 @@ def measure(config: Config, *, least_seconds: float) -> Speed:
     with jax.set_mesh(mesh):
         mixture = Mixture(config)
         classes = head_classes(config, mixture)
-        run = setup.Run(
-            config=config,
-            workdir="",
-            mesh=mesh,
-            mixture=mixture,
-            vocabulary=load(config.data.vocabulary),
-            class_names=classes,
-            steps=100 * (config.optimizer.warmup_steps + 10),  # longer than any warm-up
-            model=setup.build_model(config, mesh, len(classes)),
-            buckets=buckets,
-            stop=signals.current(),
-        )
-        run.begin("making the model, to see how long a step takes")
-        state = init_state(run.model, config, mesh)
+        steps = 100 * (config.optimizer.warmup_steps + 10)  # longer than any warm-up
+        model = build_model(config, mesh, len(classes))
+        stop = signals.current()
+        setup.begin(stop, "making the model, to see how long a step takes")
+        state = init_state(model, config, mesh)
         kept: Any = [Blank(config)] * len(mixture.sources) if config.data.features else ()
-        batches = open_stream(config, run.vocabulary, mixture, class_names=classes, features=kept)
+        words = load(config.data.vocabulary)
+        batches = open_stream(config, words, mixture, class_names=classes, features=kept)
         feed = Feed(batches, config, mesh, buckets)
-        step_fn = Programs(run)
+        step_fn = Programs(config, model, mesh, steps, buckets, stop)
         total = 0.0
         try:
             batch = next(feed)
             start = time.perf_counter() - begun
-            for share, step in stages(config, run.steps):
+            for share, step in stages(config, steps):
                 times: list[float] = []
                 compiled = buckets.total()["compile_seconds"]
                 while len(times) < 4 or sum(times) < least_seconds:
@@ -526,7 +518,7 @@ def fit(
         dry_run: ends with the recipe.
         say: takes lines for people.
 
-    Returns workdir and recipe, and unless it is a dry run export and what `training.run.train`
+    Returns workdir and recipe, and unless it is a dry run export and what `training.trainer.train`
     returns. Raises ValueError or OSError for data that cannot be read or cannot train, and for a
     workdir that holds something else; Preempted when it was asked to stop and saved.
     """

@@ -180,7 +180,7 @@ def inspect_run(workdir: str, step: int) -> dict[str, Any]:
     setup.check_seen(config.data.sources, workdir)
     mixture = Mixture(config, workdir)
     config_file.check_data(mixture.data_told, config, old, workdir)
-    left_out = bad_steps.Spikes(workdir, config.faults, write=False).left_out
+    left_out = bad_steps.LossSpikes(workdir, config.faults, write=False).left_out
     return _inspect(config, mixture, step, left_out)
 
 

@@ -1,6 +1,6 @@
 """Trains a recipe in a workdir: `coca-jax train --config=NAME --workdir=DIR`.
 
-Runs the acts in order: processes, mesh, data, model, state, restore, loop, evaluation (see
+A run goes through processes, mesh, data, model, checkpoint, steps and evaluation in this order (see
 training/trainer.py). Running the same command again resumes where the last whole checkpoint stands,
 bit for bit. DIR then holds config.json, metrics.jsonl, checkpoints/, eval.json, report.html and
 the vocabulary.
@@ -34,7 +34,7 @@ from coca_jax.training import recipes
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
-    """Trains by `config` in `workdir`, as the command does; see `training.run.train`."""
+    """Trains by `config` in `workdir`, as the command does; see `training.trainer.Trainer`."""
     from coca_jax.training import trainer  # JAX and the rest take seconds to import
 
     return trainer.train(recipes.typed(config, workdir), workdir)

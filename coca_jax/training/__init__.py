@@ -1,1 +1,1 @@
-"""A training run: its acts (run), its loop, the hooks of the loop, batches on the way, stopping."""
+"""Training: the Trainer, its callbacks, the train step, batches on their way to the devices."""

@@ -1,10 +1,12 @@
-"""A run whose steps change nothing is stopped: its gradients are not finite, step after step."""
+"""Steps that do harm or nothing: a run stops when its gradients are not finite step after step, and
+goes back to an earlier checkpoint when its loss spikes; the batches of a spike are left out."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +15,12 @@ from absl import logging
 
 from coca_jax.data import batch_schedule
 from coca_jax.runtime import json_files, storage
-from coca_jax.training.setup import Run
+from coca_jax.training.callbacks import Callback, LossSpike
 from coca_jax.training.skipped_batches import Ranges, leave_out, number_of
-from coca_jax.training.state import TrainState
 from coca_jax.training.train_step import Metrics
+
+if typing.TYPE_CHECKING:
+    from coca_jax.training.trainer import Trainer
 
 
 class Diverged(ValueError):
@@ -31,36 +35,37 @@ def told(skipped: int, steps: int) -> str:
     return f"{skipped:,} of {steps:,} steps changed nothing, as their gradients are not finite"
 
 
-class Skipping:
-    """`skipping(step, metrics)` after each step: raises Diverged, one step late, after
-    config.checkpoint.max_skipped skipped steps in a row (0: never). All processes do at one step.
+class NonFiniteSteps(Callback):
+    """Raises Diverged, one step late, after config.checkpoint.max_skipped steps in a row whose
+    gradients are not finite and which so changed nothing (0: never). All processes do at one step.
     """
 
-    def __init__(self, run: Run, state: TrainState, left_out: Ranges = ()):
-        self._left_out = left_out
-        self._run, self._limit = run, run.config.checkpoint.max_skipped
-        self._skipped, self._in_a_row = int(state.skipped), 0
+    def __init__(self, trainer: Trainer):
+        self._trainer, self._limit = trainer, trainer.config.checkpoint.max_skipped
+        self._skipped, self._in_a_row = int(trainer.state.skipped), 0
         self._previous: tuple[int, Metrics] | None = None
 
-    def __call__(self, step: int, values: Metrics) -> None:
-        previous, self._previous = self._previous, (step, values)
+    def after_step(self, step: int, metrics: Metrics) -> None:
+        """Looks at the step before: the device stays busy."""
+        previous, self._previous = self._previous, (step, metrics)
         if previous is None or not self._limit:
             return
-        step, values = previous
-        skipped = int(np.asarray(values["skipped_steps"]))
+        step, metrics = previous
+        skipped = int(np.asarray(metrics["skipped_steps"]))
         self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
         self._skipped = skipped
         if self._in_a_row >= self._limit:
-            raise Diverged(self._explain(step, float(np.asarray(values["loss"]))))
+            raise Diverged(self._explain(step, float(np.asarray(metrics["loss"]))))
 
     def _explain(self, step: int, loss: float) -> str:
         first = step - self._in_a_row + 1
         text = (
             f"the gradients of {self._in_a_row} steps in a row ({first} to {step}) are not finite"
         )
-        if self._run.main_process:
-            rows = self._run.mixture.step_examples(number_of(first - 1, self._left_out))
-            file = storage.place(self._run.workdir) / f"skipped_step_{first}.json"
+        if self._trainer.main_process:
+            number = number_of(first - 1, self._trainer.spikes.left_out)
+            rows = self._trainer.mixture.step_examples(number)
+            file = storage.place(self._trainer.workdir) / f"skipped_step_{first}.json"
             names = ", ".join(f"{row['source']} {row['key']}" for row in rows[:3])
             where = f"all in {file}"
             try:
@@ -68,7 +73,7 @@ class Skipping:
             except OSError as error:  # the run has diverged, whatever the disk is like
                 where = f"{file} with all of them is not written: {error}"
             text += f"; step {first} was made of {names}, ... ({where})"
-        rate = self._run.config.optimizer.learning_rate
+        rate = self._trainer.config.optimizer.learning_rate
         return (
             f"{text}; the loss is {loss:.4g}. The run stops and its last checkpoint stays: lower "
             f"optimizer.learning_rate={rate}, or look at these examples"
@@ -97,14 +102,6 @@ MOST = 10  # spikes of a run; the next one ends it
 KEPT = 50  # checkpoints whose detector is kept, more than a run keeps
 
 
-class WentUp(Exception):
-    """The loss has spiked. step: the last one of the spike, counted from 1."""
-
-    def __init__(self, step: int, loss: float, usual: float):
-        super().__init__(f"the loss is {loss:.4g} at step {step} and was {usual:.4g} before")
-        self.step = step
-
-
 @dataclasses.dataclass
 class Detector:
     """The running mean and variance of the loss, without its highs."""
@@ -117,7 +114,7 @@ class Detector:
     def add(self, loss: float, deviations: float) -> bool:
         """Takes the loss of a step; whether it is the last one of a spike."""
         if not math.isfinite(loss):
-            return False  # such a step changes nothing, see skipping.py
+            return False  # such a step changes nothing, see NonFiniteSteps
         away = loss - self.mean
         if self.count >= WARM and away > deviations * math.sqrt(self.variance):
             self.high += 1
@@ -129,8 +126,8 @@ class Detector:
         return False
 
 
-class Spikes:
-    """`spikes(step, metrics)` after each step raises WentUp, one step late; see `settle`.
+class LossSpikes(Callback):
+    """Raises LossSpike, one step late, and before a save at that step; the run then goes back.
 
     Args:
         workdir: of the run.
@@ -167,16 +164,16 @@ class Spikes:
         self._first_save: int | None = found.get("first_save")
 
     @classmethod
-    def of(cls, run: Run) -> Spikes:
+    def of(cls, trainer: Trainer) -> LossSpikes:
         """The detector of a run, with what its workdir knows."""
-        config = run.config
+        config = trainer.config
         image_shares = [share for share, _ in config.image_sizes]
         return cls(
-            run.workdir,
+            trainer.workdir,
             config.faults,
-            write=run.main_process,
-            batches_grow=[stage.first for stage in run.mixture.stages],
-            images_grow=batch_schedule.starts(image_shares, config.stage_steps or run.steps),
+            write=trainer.main_process,
+            batches_grow=[stage.first for stage in trainer.mixture.stages],
+            images_grow=batch_schedule.starts(image_shares, config.stage_steps or trainer.steps),
         )
 
     def begin(self, step: int) -> None:
@@ -187,15 +184,15 @@ class Spikes:
         mean, variance, count, high = self._known.get(str(step), (0.0, 0.0, 0, 0))
         self._detector = Detector(mean, variance, int(count), int(high))
 
-    def __call__(self, step: int, values: Metrics) -> None:
+    def after_step(self, step: int, metrics: Metrics) -> None:
         """Looks at the step before: the device stays busy."""
         if self._deviations:
-            before, self._pending = self._pending, (step, values)
+            before, self._pending = self._pending, (step, metrics)
             self._look(before)
 
-    def settle(self, step: int) -> None:
-        """Before `step` is saved: looks at it too, and notes what is known then, at the next save
-        where the disk is full."""
+    def before_save(self, step: int) -> None:
+        """Looks at `step` too, and notes what is known then, at the next save where the disk is
+        full."""
         if not self._deviations:
             return
         before, self._pending = self._pending, None
@@ -222,7 +219,7 @@ class Spikes:
             self._detector = Detector()
         loss, usual = float(np.asarray(values["loss"])), self._detector.mean
         if self._detector.add(loss, self._deviations):
-            raise WentUp(step, loss, usual)
+            raise LossSpike(step, loss, usual)
 
     def _begins_a_stage(self, step: int) -> bool:
         """Whether `step`, from 1, has another size of batches or of images than the one before."""
@@ -233,7 +230,7 @@ class Spikes:
             before < first <= now for first in self._batches_grow
         )
 
-    def plan(self, spike: WentUp, saved: Sequence[int]) -> int:
+    def plan(self, spike: LossSpike, saved: Sequence[int]) -> int:
         """The step to go back to, 0 for the beginning; from there on the batches are left out.
 
         saved: the steps of the checkpoints. Raises Diverged after too many spikes, or where no

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,28 +21,29 @@ from coca_jax.models import param_groups
 from coca_jax.models.image_encoder import normalise_pixels
 from coca_jax.parallel import sharding
 from coca_jax.runtime import activity
-from coca_jax.training.setup import Run
-from coca_jax.training.state import TrainState
+
+if typing.TYPE_CHECKING:
+    from coca_jax.training.trainer import Trainer
 
 BLOCK = 64  # images of a call on each part of the batch
 SAY_SECONDS = 20.0
 
 
-def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
+def keep(trainer: Trainer) -> tuple[Features, ...]:
     """The kept tokens of each source of a run with data.features, computed now where they are not
     there; () for a run without. It can be left at any moment, and goes on at the next start.
 
     Raises ValueError for a folder that is too small for all, or a damaged one; OSError where the
     disk is full.
     """
-    config = run.config
+    config = trainer.config
     if not config.data.features:
         return ()
-    encoder = param_groups.select(state.params, lambda part: part.serves == "image")
+    encoder = param_groups.select(trainer.state.params, lambda part: part.serves == "image")
     sums = verify.of_tree(encoder)
     pixels = Pixels(config)
     found: list[Features] = []
-    for number, source in enumerate(run.mixture.sources):  # all, before hours go into the first
+    for number, source in enumerate(trainer.mixture.sources):  # all, before hours go into the first
         rows = len(source) * feature_cache.augmentations(config)
         about = feature_cache.about(config, source, number, sums)
         before = sum(kept.to_come for kept in found)
@@ -49,15 +51,15 @@ def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
     for number, kept in enumerate(found):
         missing = kept.missing()
         if len(missing):
-            name = run.mixture.sources[number].name
-            run.begin(f"computing features of {name} ({len(missing)} of {kept.rows} images)")
-            reads = run.mixture.stages[-1].seen(run.steps)[number]
+            name = trainer.mixture.sources[number].name
+            trainer.begin(f"computing features of {name} ({len(missing)} of {kept.rows} images)")
+            reads = trainer.mixture.stages[-1].seen(trainer.steps)[number]
             if reads < len(missing):
-                run.say(
+                trainer.say(
                     f"features: this run reads {reads} of these at most, and all are kept, for "
                     "other runs too; `limit` of the source, or data.features='', does with fewer"
                 )
-            _Filling(run, encoder, pixels, number, kept).fill(missing)
+            _Filling(trainer, encoder, pixels, number, kept).fill(missing)
     pixels.close()
     return tuple(found)
 
@@ -65,11 +67,11 @@ def keep(run: Run, state: TrainState) -> tuple[Features, ...]:
 class _Filling:
     """Computes the tokens of one source, a block read ahead."""
 
-    def __init__(self, run: Run, encoder: Any, pixels: Pixels, number: int, kept: Features):
-        self._run, self._encoder, self._pixels, self._kept = run, encoder, pixels, kept
-        self._number, self._source = number, run.mixture.sources[number]
-        self._count = feature_cache.augmentations(run.config)
-        model, config = run.model, run.config
+    def __init__(self, trainer: Trainer, encoder: Any, pixels: Pixels, number: int, kept: Features):
+        self._trainer, self._encoder, self._pixels, self._kept = trainer, encoder, pixels, kept
+        self._number, self._source = number, trainer.mixture.sources[number]
+        self._count = feature_cache.augmentations(trainer.config)
+        model, config = trainer.model, trainer.config
 
         def encode(params: Any, image: jax.Array) -> jax.Array:
             pixels = normalise_pixels(image, config.model)
@@ -80,7 +82,7 @@ class _Filling:
 
     def fill(self, missing: np.ndarray) -> None:
         """Computes and keeps the rows `missing`."""
-        size = BLOCK * sharding.batch_parts(self._run.mesh)
+        size = BLOCK * sharding.batch_parts(self._trainer.mesh)
         blocks = [missing[start : start + size] for start in range(0, len(missing), size)]
         began, done = time.monotonic(), 0
         said = began
@@ -97,12 +99,12 @@ class _Filling:
                 if now - said > SAY_SECONDS and done < len(missing):
                     left = (now - began) / done * (len(missing) - done)
                     told = f"features: {done} of {len(missing)} images"
-                    self._run.say(f"{told}, {max(1, round(left / 60))} min left")
+                    self._trainer.say(f"{told}, {max(1, round(left / 60))} min left")
                     said = now
 
     def _read(self, rows: np.ndarray) -> tuple[list[Record], np.ndarray, dict[int, str]]:
         records, _ = read_all(self._source, rows // self._count)
-        draw = Draw(self._run.config.seed, self._number, rows)
+        draw = Draw(self._trainer.config.seed, self._number, rows)
         return records, *self._pixels.render(records, self._pixels.drawn(records, draw))
 
     def _keep(
@@ -115,7 +117,7 @@ class _Filling:
     ) -> None:
         padded = np.zeros((size, *image.shape[1:]), image.dtype)
         padded[: len(image)] = image
-        placed = sharding.place_batch(self._run.mesh, {"image": padded})
+        placed = sharding.place_batch(self._trainer.mesh, {"image": padded})
         tokens = np.asarray(self._encode(self._encoder, placed["image"]))
         bad = np.array(sorted(failed), np.int64)
         good = np.setdiff1d(np.arange(len(rows)), bad)

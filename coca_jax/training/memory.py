@@ -11,9 +11,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -230,6 +231,31 @@ def fitting(config: Config, mesh: Mesh, room: int) -> dict[str, Any]:
             return dict(remat="named", batch_size=at_a_time * unit)
         at_a_time //= 2
     return {}
+
+
+@contextlib.contextmanager
+def explained(config: Config, mesh: Mesh) -> Iterator[None]:
+    """Turns the error of a step that runs out of memory inside into a ValueError with advice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"out of memory in a step of batch_size={config.batch_size} "
+            f"({str(error).splitlines()[0]}); give {less(config, mesh)}"
+        ) from None
+
+
+def less(config: Config, mesh: Mesh) -> str:
+    """Flags of the same run in less memory: at least twice as many micro-batches, if the batches
+    split into these, and remat."""
+    rows = math.gcd(*batch_schedule.sizes(config)) // (
+        sharding.batch_parts(mesh) * config.text_parts
+    )
+    more = (n for n in range(2 * config.accumulate_steps, rows + 1) if rows % n == 0)
+    parts = "".join(f"--config.accumulate_steps={n} " for n in [*more][:1])
+    return f"{parts}--config.remat=named, or a smaller batch_size"
 
 
 def _bytes_or_all(config: Config, mesh: Mesh) -> int:

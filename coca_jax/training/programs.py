@@ -17,10 +17,11 @@ from coca_jax.data.mixture import head_classes
 from coca_jax.models.coca import CoCa
 from coca_jax.parallel import sharding
 from coca_jax.parallel import sharding as partitioning
-from coca_jax.training import feed, replicas
+from coca_jax.runtime.metric_log import TimeBuckets
+from coca_jax.runtime.signals import Stop
+from coca_jax.training import feed, replicas, setup
 from coca_jax.training.feed import Measured
 from coca_jax.training.optimizer import make_schedule
-from coca_jax.training.setup import Run
 from coca_jax.training.state import Alike, TrainState, build_model, state_shardings
 from coca_jax.training.train_step import Metrics, of_step, shared_train_step, size_at
 
@@ -58,16 +59,21 @@ class Programs:
     A program's first run is awaited and counted as 'compile'.
     """
 
-    def __init__(self, run: Run):
-        self._run = run
-        self._config, self._steps, self._buckets = run.config, run.steps, run.buckets
-        self._recheck = run.config.faults.recheck_every_steps
+    def __init__(
+        self,
+        config: Config,
+        model: CoCa,
+        mesh: Mesh,
+        steps: int,
+        buckets: TimeBuckets,
+        stop: Stop,
+    ):
+        self._config, self._steps, self._buckets, self._stop = config, steps, buckets, stop
+        self._recheck = config.faults.recheck_every_steps
         # Kept here too, for a run may have more of them than are kept beside it.
-        self._program = functools.cache(
-            functools.partial(program, run.model, of_step(run.config), run.mesh)
-        )
-        schedule = make_schedule(run.config.optimizer, run.steps)
-        self._schedule = sharding.replicate(run.mesh, schedule)
+        self._program = functools.cache(functools.partial(program, model, of_step(config), mesh))
+        schedule = make_schedule(config.optimizer, steps)
+        self._schedule = sharding.replicate(mesh, schedule)
         self._compiled: set[Shape] = set()
 
     def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:
@@ -88,15 +94,13 @@ class Programs:
 
     def _say(self, shape: Shape) -> None:
         if not self._compiled:
-            self._run.begin("compiling the train step")
+            setup.begin(self._stop, "compiling the train step")
             return
         size, lengths, rows, twice = shape
         of = f"batches of {rows}, " if self._config.batch_sizes else ""
         again = "that computes all twice " if twice else ""
         pixels = f"{of}{shapes.words(size)} px"
-        self._run.say(
-            f"compiling the step for {pixels} and captions of {lengths} tokens {again}..."
-        )
+        setup.say(f"compiling the step for {pixels} and captions of {lengths} tokens {again}...")
 
 
 # The train step of a config as abstract arrays, for compiling without data or devices.

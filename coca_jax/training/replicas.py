@@ -9,6 +9,7 @@ the parts of it, which does see that.
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import jax
@@ -19,34 +20,43 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from coca_jax.checkpoints import verify
+from coca_jax.training.callbacks import Callback
+from coca_jax.training.train_step import Metrics
+
+if typing.TYPE_CHECKING:
+    from coca_jax.training.trainer import Trainer
 
 
 class Corrupted(RuntimeError):
     """Devices that should hold the same values do not."""
 
 
-class Replicas:
-    """`replicas(step, state)` raises Corrupted on all processes where replicas differ.
-
-    Args:
-        mesh: of the run.
-        every: steps between two comparisons; 0: never.
+class CompareReplicas(Callback):
+    """Compares replicas each config.faults.compare_every_steps steps (0: never) and before a save, so
+    that what is kept was compared. Raises Corrupted on all processes where they differ.
     """
 
-    def __init__(self, mesh: Mesh, every: int):
-        self._mesh, self._every = mesh, every
+    def __init__(self, trainer: Trainer):
+        self._trainer, self._every = trainer, trainer.config.faults.compare_every_steps
+        self._compared = 0  # the last step that was
         self._sums: Any = None
 
-    def due(self, step: int, saving: bool) -> bool:
-        """Whether to compare after `step`: also before a save, so what is kept was compared."""
-        return bool(self._every) and (saving or step % self._every == 0)
+    def after_step(self, step: int, metrics: Metrics) -> None:
+        if self._every and step % self._every == 0:
+            self.compare(step)
 
-    def __call__(self, step: int, state: Any) -> None:
-        arrays = verify.by_path(state)
+    def before_save(self, step: int) -> None:
+        if self._every and self._compared != step:
+            self.compare(step)
+
+    def compare(self, step: int) -> None:
+        """Compares the trainer's state, which is the one after `step`."""
+        self._compared = step
+        arrays = verify.by_path(self._trainer.state)
         if self._sums is None:
-            self._sums = sums_on_devices(arrays, self._mesh)
+            self._sums = sums_on_devices(arrays, self._trainer.mesh)
         found = np.asarray(multihost_utils.process_allgather(self._sums(arrays), tiled=True))
-        wrong = differing(arrays, found, self._mesh)
+        wrong = differing(arrays, found, self._trainer.mesh)
         if not wrong:
             return
         names = sorted({name for _, name in wrong})

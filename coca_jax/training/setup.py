@@ -1,4 +1,4 @@
-"""What a run is before it has a state: its config, mesh, vocabulary, classes, steps and model."""
+"""What is checked before a run reads its data, and before it trains on them."""
 
 from __future__ import annotations
 
@@ -15,55 +15,15 @@ from jax.sharding import Mesh
 from coca_jax import ops
 from coca_jax.checkpoints import config_file, manager, steps
 from coca_jax.config import Config, Entry
-from coca_jax.data import scored, source_index, teachers, vocabulary
+from coca_jax.data import source_index, vocabulary
 from coca_jax.data.batches import check_loader
-from coca_jax.data.mixture import Mixture, head_classes
+from coca_jax.data.mixture import Mixture
 from coca_jax.data.sources import files
-from coca_jax.evaluation.evaluators import base
-from coca_jax.models import coca
 from coca_jax.parallel import sharding
-from coca_jax.runtime import metric_log, out_folder, storage
+from coca_jax.runtime import out_folder, storage
 from coca_jax.runtime.signals import Stop
 from coca_jax.training import best_checkpoint, guard, replicas, run_vocabulary, trackers, warm_start
 from coca_jax.training.optimizer import orthogonalises
-from coca_jax.training.state import build_model
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What all acts of a run share.
-
-    mixture: the data, opened. class_names: of the task head, () without one. steps: where the run
-    ends. buckets: where the time goes. stop: whether it was asked to stop. steps_before: where it
-    was to end when it ran last; as `steps`, unless it is trained longer.
-    """
-
-    config: Config
-    workdir: str
-    mesh: Mesh
-    mixture: Mixture
-    vocabulary: vocabulary.Vocabulary
-    class_names: Sequence[str]
-    steps: int
-    model: coca.CoCa
-    buckets: metric_log.TimeBuckets
-    stop: Stop
-    steps_before: int = 0
-
-    @property
-    def main_process(self) -> bool:
-        """Whether this process writes and speaks for the run."""
-        return jax.process_index() == 0
-
-    def begin(self, work: str) -> None:
-        """Says on standard error what takes the time that follows ('reading data'). It can be left
-        at any moment."""
-        begin(self.stop, work)
-
-    def say(self, line: str) -> None:
-        """A line on standard error, on the main process."""
-        if self.main_process:
-            print(line, file=sys.stderr, flush=True)
 
 
 def _goes_on(workdir: str) -> bool:
@@ -181,52 +141,6 @@ def check_started(config: Config) -> None:
         )
 
 
-def prepare(
-    mesh: Mesh, config: Config, workdir: str, buckets: metric_log.TimeBuckets, stop: Stop
-) -> Run:
-    """Reads the data's sizes and classes, and the vocabulary, which is trained where there is none.
-
-    Raises ValueError when the data or what `workdir` holds does not fit the config.
-    """
-    kernels = begin_kernels(config, mesh.devices.flat[0].platform)
-    begin(stop, "reading data")
-    base.check(config.eval.tasks)  # not only at the end of the run
-    process = jax.process_index()
-    mixture = Mixture(config, workdir, process_index=process, process_count=jax.process_count())
-    config = with_examples(config, mixture)
-    teachers.check(mixture.sources, mixture.entries, config.loss)
-    scored.check(mixture.sources, mixture.entries)
-    class_names, steps_before = head_classes(config, mixture), 0
-    if (storage.place(workdir) / "config.json").exists():
-        old = manager.read_run(workdir)
-        # First: other data have other classes and numbers of examples, which say less.
-        config_file.check_data(mixture.data_told, config, old, workdir)
-        config_file.check_resumable(config, old, workdir, class_names)
-        check_vocabulary(config, old, workdir)
-        count = mixture.num_examples
-        longer, steps_before = config_file.continue_longer(config, old, count, workdir)
-        if longer != config:  # its stages
-            config = longer
-            mixture = Mixture(config, workdir, process, jax.process_count())
-    steps = config_file.num_steps(config, mixture.num_examples)
-    words = run_vocabulary.load_or_train(config, workdir, mixture, process_index=process)
-    model = build_model(config, mesh, len(class_names))
-    wait_for_kernels(kernels, stop)
-    return Run(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        mixture=mixture,
-        vocabulary=words,
-        class_names=class_names,
-        steps=steps,
-        model=model,
-        buckets=buckets,
-        stop=stop,
-        steps_before=steps_before,
-    )
-
-
 def with_examples(config: Config, mixture: Mixture) -> Config:
     """The config with how many examples the data have, where the loss against all of them asks.
 
@@ -286,7 +200,13 @@ def wait_for_kernels(kernels: Kernels, stop: Stop) -> None:
 
 
 def begin(stop: Stop, work: str) -> None:
-    """See `Run.begin`."""
+    """Says on standard error what takes the time that follows ('reading data'). A request to stop
+    can leave it at any moment."""
     stop.stage(work)
+    say(f"{work} ...")
+
+
+def say(line: str) -> None:
+    """Prints a line on standard error, on the main process."""
     if jax.process_index() == 0:
-        print(f"{work} ...", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)

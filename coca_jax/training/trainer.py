@@ -1,22 +1,24 @@
-"""A run from its config to its report: mesh, data, model, state, restore, loop, evaluation."""
+"""One training run, from its config to its report."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from coca_jax.checkpoints import config_file, manager
 from coca_jax.config import Config, Recipe, shapes, typed
-from coca_jax.data import batch_schedule, prepare, source_index
-from coca_jax.data.feature_cache import Features
+from coca_jax.data import batch_schedule, prepare, scored, source_index, teachers
+from coca_jax.data.mixture import Mixture, head_classes
+from coca_jax.data.vocabulary import Vocabulary
+from coca_jax.evaluation.evaluators import base
+from coca_jax.models import coca
 from coca_jax.parallel import sharding
 from coca_jax.runtime import (
-    goodput,
     lease,
     metric_log,
     notes,
@@ -25,390 +27,424 @@ from coca_jax.runtime import (
     storage,
     watchdog,
 )
-from coca_jax.runtime.signals import Preempted, Stop
+from coca_jax.runtime.goodput import Goodput, age_before
 from coca_jax.training import (
     bad_steps,
-    callbacks,
     feature_extraction,
     guard,
     memory,
     multihost_checks,
+    run_vocabulary,
     setup,
+    warm_start,
 )
-from coca_jax.training.bad_steps import Skipping, Spikes, WentUp
 from coca_jax.training.best_checkpoint import Best
-from coca_jax.training.callbacks import Evaluation, Log, Save
+from coca_jax.training.callbacks import EXPECTED, Callback, Evaluate, Log, Profile, Save
 from coca_jax.training.feed import Feed
 from coca_jax.training.optimizer import learning_rate, make_schedule
 from coca_jax.training.programs import Programs
-from coca_jax.training.replicas import Replicas
-from coca_jax.training.setup import Run
-from coca_jax.training.skipped_batches import Batches, Ranges
-from coca_jax.training.state import TrainState, init_state, state_shardings, trainable
-
-# The loop over the steps of a run.
-
-
-def run_loop(
-    state: TrainState,
-    start: int,
-    steps: int,
-    *,
-    feed: Feed,
-    step_fn: Programs,
-    log: Log,
-    check: Skipping,
-    spikes: Spikes,
-    replicas: Replicas,
-    save: Save,
-    evaluate: Evaluation,
-    stop: Stop,
-    trace: Callable[[int], None],
-) -> TrainState:
-    """The state after `steps` steps, from that after `start`.
-
-    Raises Preempted after a save, when the run is asked to stop; Diverged when it learns nothing;
-    WentUp when the loss has spiked; Corrupted when devices differ that must not.
-    """
-    for step in range(start + 1, steps + 1):
-        trace(step)
-        batch = next(feed)
-        state, values = step_fn(step, state, batch)
-        log(step, values)  # reads the step before last: the device stays busy
-        check(step, values)
-        spikes(step, values)
-        stopping = stop.reached(step)
-        saving = stopping or save.due(step)
-        if replicas.due(step, saving):
-            replicas(step, state)
-        if saving:
-            spikes.settle(step)
-            last = stopping or step == steps
-            with log.paused():
-                saved = save(step, state, last=last)
-        if stopping:
-            raise Preempted(saved)
-        if evaluate.due(step):
-            with log.paused():
-                evaluate(step, state)
-    return state
+from coca_jax.training.replicas import CompareReplicas
+from coca_jax.training.skipped_batches import Batches
+from coca_jax.training.state import (
+    TrainState,
+    build_model,
+    init_state,
+    state_shardings,
+    trainable,
+)
 
 
 def train(config: Recipe, workdir: str) -> dict[str, Any]:
-    """Trains by `config` in `workdir`, resuming what is there; returns the summary that it prints.
+    """Trains by `config` in `workdir`, resuming what is there. See `Trainer.fit`."""
+    return Trainer(config, workdir).fit()
 
-    Raises ValueError for bad configuration or data before any long work, Preempted after a save.
+
+class Trainer:
+    """A training run and all that belongs to it. `Trainer(config, workdir).fit()` trains.
+
+    The methods stand in the order in which a run calls them. Each step does, in this order:
+
+    1. `before_step` of every callback: the profiler starts or stops.
+    2. The next batch is taken; a thread reads and places it up to two batches ahead.
+    3. The compiled train step makes the new state.
+    4. `after_step` of every callback, in the order of `make_callbacks`:
+       - Log writes the metrics of the step before, so that the device never waits for the host;
+       - NonFiniteSteps and LossSpikes look at that step's metrics too, and may end or rewind;
+       - CompareReplicas compares devices, where this step is one of those that are compared;
+       - Save saves when it is due or the run was asked to stop. Before that it calls `before_save`
+         of every callback, so that nothing unchecked is saved. Then a stopping run ends;
+       - Evaluate scores the state, which is saved at that point, so a kill costs no evaluation.
+
+    When the loop ends, for whatever reason, `at_end` of every callback is called.
+
+    Attributes:
+        config: typed; completed by what the data say.
+        buckets: where the time goes.
+        stop: whether the run was asked to stop (Ctrl-C, SIGTERM).
+        mixture, vocabulary, class_names: the data; classes are () without a task head.
+        steps: where the run ends. steps_before: where it was to end when it ran last; 0 for a new
+            run, and another number than `steps` when it is trained longer.
+        state, step: the state, and the number of steps that it has seen.
+        evaluate, spikes: callbacks that live as long as the run; the others are made anew when it
+            goes back to an earlier checkpoint.
     """
-    buckets, workdir = metric_log.TimeBuckets(), storage.plain_path(str(workdir))
-    with out_folder.gone_if_refused(workdir):
-        with buckets("init"):
-            config = typed(config)
-            multihost_checks.on_command(config, workdir)
-            mesh = setup.check(config, workdir)
-            with prepare.within("--workdir", workdir):
-                first = jax.process_index() == 0
-                config = source_index.of_sources(config, workdir, main_process=first)
-        with jax.set_mesh(mesh):
-            return train_on(mesh, config, workdir, buckets)
 
+    mesh: Mesh
+    mixture: Mixture
+    vocabulary: Vocabulary
+    class_names: Sequence[str]
+    steps: int
+    model: coca.CoCa
+    best: Best | None
+    checkpoints: manager.Checkpoints
+    evaluate: Evaluate
+    spikes: bad_steps.LossSpikes
+    state: TrainState
+    goodput: Goodput
+    train_step: Programs
+    batches: Batches
+    feed: Feed
+    log: Log
+    callbacks: list[Callback]
 
-def train_on(
-    mesh: jax.sharding.Mesh, config: Config, workdir: str, buckets: metric_log.TimeBuckets
-) -> dict[str, Any]:
-    """`train` once the config is checked and the mesh is set."""
-    stop = signals.current()
-    stop.joined(jax.process_count())
-    # A program that calls `train` is not ended from here.
-    hang = 60 * config.faults.hang_minutes if stop.watched else 0
-    watching = watchdog.Watchdog(workdir, buckets, hang, process=jax.process_index())
-    first = jax.process_index() == 0
-    with lease.held(workdir), contextlib.closing(watching):
-        watching.start()
-        with out_folder.cleaned_if_refused(workdir, first):
-            return train_alone(mesh, config, workdir, buckets, stop)
+    def __init__(self, config: Recipe, workdir: str):
+        self.buckets = metric_log.TimeBuckets()
+        self.workdir = storage.plain_path(str(workdir))
+        self.config: Config = typed(config)
+        self.stop = signals.current()
+        self.step = self.steps_before = 0
 
+    @property
+    def main_process(self) -> bool:
+        """Whether this process writes and speaks for the run."""
+        return jax.process_index() == 0
 
-def train_alone(
-    mesh: jax.sharding.Mesh,
-    config: Config,
-    workdir: str,
-    buckets: metric_log.TimeBuckets,
-    stop: signals.Stop,
-) -> dict[str, Any]:
-    """`train_on` once no other process trains in `workdir`."""
-    with buckets("init"):
-        run = setup.prepare(mesh, config, workdir, buckets, stop)
-        config = run.config  # which the data may have completed
-        memory.check(config, mesh, run.say)
-        told = (run.vocabulary, run.class_names, run.mixture.data_told)
-        contents = config_file.contents(config, workdir, *told)
-        multihost_checks.on_data(contents, workdir, run.mixture.num_examples)
-        best = Best(config, workdir) if config.checkpoint.best else None
-        checkpoints = manager.Checkpoints(
-            workdir, keep=config.checkpoint.keep, best=best, run=contents
+    def say(self, line: str) -> None:
+        """Prints a line on standard error, on the main process."""
+        setup.say(line)
+
+    def begin(self, work: str) -> None:
+        """Says on standard error what takes the time that follows ('reading data'). A request to
+        stop can leave it at any moment."""
+        setup.begin(self.stop, work)
+
+    def fit(self) -> dict[str, Any]:
+        """Trains, evaluates and reports; resumes what is in the workdir. Returns the summary.
+
+        Raises ValueError for bad configuration or data before any long work, and Preempted once the
+        state is saved when the run is asked to stop.
+        """
+        with out_folder.gone_if_refused(self.workdir):
+            with self.buckets("init"):
+                self.check()
+            with jax.set_mesh(self.mesh), self.owning_workdir():
+                with self.buckets("init"):
+                    self.open_data()
+                    self.open_checkpoints()
+                    self.restore_or_init()
+                    self.begin_run()
+                try:
+                    with memory.explained(self.config, self.mesh):
+                        self.evaluate.catch_up()
+                        self.train()
+                        return self.finish()
+                except guard.LostTooMuch:
+                    self.goodput.close()
+                    self.report()
+                    raise
+
+    # Before anything is written.
+
+    def check(self) -> None:
+        """Refuses a config that cannot be, and makes the mesh and the indexes of the sources."""
+        multihost_checks.on_command(self.config, self.workdir)
+        self.mesh = setup.check(self.config, self.workdir)
+        with prepare.within("--workdir", self.workdir):
+            self.config = source_index.of_sources(
+                self.config, self.workdir, main_process=self.main_process
+            )
+
+    @contextlib.contextmanager
+    def owning_workdir(self) -> Iterator[None]:
+        """Inside, no other process trains in the workdir, and one that hangs is ended."""
+        self.stop.joined(jax.process_count())
+        # A program that calls `train` is not ended from here.
+        hang = 60 * self.config.faults.hang_minutes if self.stop.watched else 0
+        watching = watchdog.Watchdog(self.workdir, self.buckets, hang, process=jax.process_index())
+        with lease.held(self.workdir), contextlib.closing(watching):
+            watching.start()
+            with out_folder.cleaned_if_refused(self.workdir, self.main_process):
+                yield
+
+    # What the run works with: data, model, checkpoints, state.
+
+    def open_data(self) -> None:
+        """Reads the data's sizes and classes and the vocabulary, which is trained where there is
+        none, and builds the model for them.
+
+        Raises ValueError when the data or what the workdir holds does not fit the config.
+        """
+        # Compiled in processes of their own while the data are read.
+        kernels = setup.begin_kernels(self.config, self.mesh.devices.flat[0].platform)
+        self.begin("reading data")
+        base.check(self.config.eval.tasks)  # not only at the end of the run
+        mixture = self._open_mixture(self.config)
+        config = setup.with_examples(self.config, mixture)
+        teachers.check(mixture.sources, mixture.entries, config.loss)
+        scored.check(mixture.sources, mixture.entries)
+        self.class_names = head_classes(config, mixture)
+        if (storage.place(self.workdir) / "config.json").exists():
+            old = manager.read_run(self.workdir)
+            # First: other data have other classes and numbers of examples, which say less.
+            config_file.check_data(mixture.data_told, config, old, self.workdir)
+            config_file.check_resumable(config, old, self.workdir, self.class_names)
+            setup.check_vocabulary(config, old, self.workdir)
+            longer, self.steps_before = config_file.continue_longer(
+                config, old, mixture.num_examples, self.workdir
+            )
+            if longer != config:  # the stages of a run that is trained longer stay where they were
+                config, mixture = longer, self._open_mixture(longer)
+        self.config, self.mixture = config, mixture
+        self.steps = config_file.num_steps(config, mixture.num_examples)
+        self.vocabulary = run_vocabulary.load_or_train(
+            config, self.workdir, mixture, process_index=jax.process_index()
         )
-        evaluate, spikes = callbacks.Evaluation(run, checkpoints, best), Spikes.of(run)
-        if spikes.back is not None:  # killed while it went back
-            give_up_after(spikes.back, evaluate, checkpoints, spikes)
-        state, start = restore_or_begin(run, checkpoints)
-        if run.main_process:  # only now: a config that fails must not claim the workdir
-            config_file.write(contents, workdir)
-        announce(run, state, start)
-        before = goodput.age_before(buckets) if stop.watched else 0.0
-        good = goodput.Goodput(workdir, buckets, start, before=before, write=run.main_process)
-    try:
+        self.model = build_model(config, self.mesh, len(self.class_names))
+        setup.wait_for_kernels(kernels, self.stop)
+
+    def _open_mixture(self, config: Config) -> Mixture:
+        return Mixture(config, self.workdir, jax.process_index(), jax.process_count())
+
+    def open_checkpoints(self) -> None:
+        """Opens the checkpoints, and finishes going back to one if the last start was killed in
+        it."""
+        memory.check(self.config, self.mesh, self.say)
+        contents = self._config_contents()
+        multihost_checks.on_data(contents, self.workdir, self.mixture.num_examples)
+        checkpoint = self.config.checkpoint
+        self.best = Best(self.config, self.workdir) if checkpoint.best else None
+        self.checkpoints = manager.Checkpoints(
+            self.workdir, keep=checkpoint.keep, best=self.best, run=contents
+        )
+        self.evaluate = Evaluate(self)
+        self.spikes = bad_steps.LossSpikes.of(self)
+        if self.spikes.back is not None:
+            self._forget_after(self.spikes.back)
+
+    def _config_contents(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        known = (self.vocabulary, self.class_names, self.mixture.data_told)
+        return config_file.contents(self.config, self.workdir, *known)
+
+    def restore_or_init(self) -> None:
+        """Sets the state and its step: the newest checkpoint's, else a fresh one, which starts from
+        the weights at config.init_from where one is given."""
+        steps = self.checkpoints.steps()
+        if steps:
+            self.begin(f"restoring step {steps[-1]}")
+            target = state_shardings(self.model, self.config, self.mesh)
+            found = self.checkpoints.restore_newest(*target)
+            if found is not None:
+                self.state, self.step, lines = found
+                if lines:
+                    line = f"warning: {'; '.join(lines)}"
+                    self.say(line)
+                    notes.add(line)  # with the result, too
+                return
+        self.begin("making the model")
+        config = self.config
+        self.state, self.step = init_state(self.model, config, self.mesh), 0
+        if config.init_from:
+            if line := warm_start.remark(config):
+                self.say(line)
+            grid = shapes.grid(config.model.image_size, config.model.patch_size)
+            how = (config.init_positions, config.init_parts, grid)
+            self.state = warm_start.apply(self.state, config.init_from, self.class_names, *how)
+
+    def begin_run(self) -> None:
+        """Writes config.json, says what is about to run and begins to account for its time."""
+        if self.main_process:  # only now: a config that fails must not claim the workdir
+            config_file.write(self._config_contents(), self.workdir)
+        self._announce()
+        # Of a command, its imports count as well.
+        before = age_before(self.buckets) if self.stop.watched else 0.0
+        self.goodput = Goodput(
+            self.workdir, self.buckets, self.step, before=before, write=self.main_process
+        )
+
+    def _announce(self) -> None:
+        count = sum(x.size for x in jax.tree.leaves(self.state.params))
+        trained = jax.tree.leaves(trainable(self.state.params, self.config))
+        moving = sum(x.size for x in trained)
+        part = "" if moving == count else f" ({moving / 1e6:.2f}M trained)"
+        shape = " x ".join(f"{k} {v}" for k, v in self.mesh.shape.items())
+        platform = self.mesh.devices.flat[0].platform
+        self.say(
+            f"{count / 1e6:.1f}M parameters{part} on {self.mesh.size} {platform} device(s) "
+            f"({shape}); batch {batch_schedule.words(self.config)}, "
+            f"steps {self.step} to {self.steps}"
+        )
+        if 0 < self.step < self.steps and self.steps_before not in (0, self.steps):
+            optimizer = self.config.optimizer
+            old, new = (
+                float(learning_rate(optimizer.schedule, make_schedule(optimizer, n), self.step))
+                for n in (self.steps_before, self.steps)
+            )
+            self.say(
+                f"training longer: {self.steps} steps, {self.steps_before} before. The learning "
+                f"rate follows the schedule of {self.steps} steps: {new:.3g} at step {self.step}, "
+                f"where the schedule of {self.steps_before} has {old:.3g}"
+            )
+
+    # The steps.
+
+    def train(self) -> None:
+        """Takes all steps, going back to an earlier checkpoint when the loss spikes.
+
+        Raises Preempted after a save, Diverged when the run learns nothing, and Corrupted when
+        devices differ that must not.
+        """
+        self.train_step = Programs(
+            self.config, self.model, self.mesh, self.steps, self.buckets, self.stop
+        )
+        while True:
+            self.spikes.begin(self.step)
+            try:
+                return self.run_steps()
+            except bad_steps.LossSpike as error:
+                spike = error.with_traceback(None)  # whose frames hold arrays
+            self.go_back(spike)
+
+    def run_steps(self) -> None:
+        """All steps from the state's on; the class docstring says what each does. Raises LossSpike
+        besides."""
+        with self.buckets("init"):
+            self.open_batches()
+        self.callbacks = self.make_callbacks()
+        ended: BaseException | None = None
+        self.stop.listen()
         try:
-            evaluate.catch_up(start, state)
-            state = steps(run, state, start, checkpoints, evaluate, good, spikes)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise ValueError(
-                f"out of memory in a step of batch_size={config.batch_size} "
-                f"({str(error).splitlines()[0]}); give {less_memory(config, mesh)}"
-            ) from None
-        if line := bad_steps.told(int(state.skipped), run.steps):
-            run.say(f"warning: {line}")
-        stop.end("evaluating")
-        scores = evaluate(run.steps, state)
-    except guard.LostTooMuch:
-        good.close()
-        report(run)
-        raise
-    if best is not None:
-        run.say(best.line(checkpoints.steps(), checkpoints.directory))
-    summary = {"workdir": str(workdir), "steps": run.steps, "skipped_steps": int(state.skipped)}
-    good.note(run.steps, now=True)
-    return summary | good.summary() | scores | report(run)
+            for step in range(self.step + 1, self.steps + 1):
+                for callback in self.callbacks:
+                    callback.before_step(step)
+                batch = next(self.feed)
+                self.state, metrics = self.train_step(step, self.state, batch)
+                self.step = step
+                for callback in self.callbacks:
+                    callback.after_step(step, metrics)
+        except BaseException as error:
+            ended = error
+            raise
+        finally:
+            self.feed.close()
+            self.batches.close()
+            self.stop.close()
+            self._end_callbacks(ended)
 
-
-def less_memory(config: Config, mesh: jax.sharding.Mesh) -> str:
-    """Flags of the same run in less memory: at least twice as many micro-batches, if the batches
-    split into these, and remat."""
-    rows = math.gcd(*batch_schedule.sizes(config)) // (
-        sharding.batch_parts(mesh) * config.text_parts
-    )
-    more = (n for n in range(2 * config.accumulate_steps, rows + 1) if rows % n == 0)
-    parts = "".join(f"--config.accumulate_steps={n} " for n in [*more][:1])
-    return f"{parts}--config.remat=named, or a smaller batch_size"
-
-
-def steps(
-    run: Run,
-    state: TrainState,
-    start: int,
-    checkpoints: manager.Checkpoints,
-    evaluate: callbacks.Evaluation,
-    good: goodput.Goodput,
-    spikes: Spikes,
-) -> TrainState:
-    """All steps from `start` on, going back where the loss spikes.
-
-    Raises Preempted after a save, when asked to stop.
-    """
-    step_fn = Programs(run)
-    while True:
-        spikes.begin(start)
-        try:
-            return steps_from(run, state, start, step_fn, checkpoints, evaluate, good, spikes)
-        except WentUp as error:
-            spike = error.with_traceback(None)  # whose frames hold the state
-        del state
-        state, start = go_back(run, spike, checkpoints, evaluate, good, spikes)
-
-
-def go_back(
-    run: Run,
-    spike: WentUp,
-    checkpoints: manager.Checkpoints,
-    evaluate: callbacks.Evaluation,
-    good: goodput.Goodput,
-    spikes: Spikes,
-) -> tuple[TrainState, int]:
-    """The state of the newest checkpoint from before a spike, and its step."""
-    with contextlib.suppress(manager.SaveFailed):
-        checkpoints.wait()
-    step = spikes.plan(spike, checkpoints.steps())
-    first = max(1, spike.step - run.config.faults.spike_batches + 1)
-    run.say(
-        f"warning: {spike}; going back to step {step} and leaving out the batches of the steps "
-        f"{first} to {spike.step}"
-    )
-    give_up_after(step, evaluate, checkpoints, spikes)
-    good.go_back(step)
-    with run.buckets("init"):
-        return restore_or_begin(run, checkpoints)
-
-
-def give_up_after(
-    step: int,
-    evaluate: callbacks.Evaluation,
-    checkpoints: manager.Checkpoints,
-    spikes: Spikes,
-) -> None:
-    """Removes what is there of later steps than `step`, to which the run goes back."""
-    evaluate.forget_after(step)  # before the checkpoints go, at which the processes meet
-    checkpoints.drop_after(step)
-    spikes.gone_back()
-
-
-def steps_from(
-    run: Run,
-    state: TrainState,
-    start: int,
-    step_fn: Programs,
-    checkpoints: manager.Checkpoints,
-    evaluate: callbacks.Evaluation,
-    good: goodput.Goodput,
-    spikes: Spikes,
-) -> TrainState:
-    """All steps from `start` on. Raises WentUp besides."""
-    with run.buckets("init"):
-        remarks = config_file.remarks(run.config, run.mixture.num_examples)
-        remarks += [run.mixture.remark_small(), run.mixture.remark_uneven()]
+    def open_batches(self) -> None:
+        """Opens the stream of batches from the state's step on. Where the tokens of a frozen image
+        encoder are kept (data.features), they are computed first."""
+        remarks = config_file.remarks(self.config, self.mixture.num_examples)
+        remarks += [self.mixture.remark_small(), self.mixture.remark_uneven()]
         for remark in filter(None, remarks):
-            run.say(remark)  # before hours go into tokens that are kept
-        batches = open_batches(run, start, spikes.left_out, feature_extraction.keep(run, state))
-        run.say(run.mixture.describe())
-        feed = Feed(batches, run.config, run.mesh, run.buckets)
-    log = callbacks.Log(run, start, feed, batches, good)
-    save = callbacks.Save(run, checkpoints, state, start)
-    trace = callbacks.Trace(run, start)
-    ended: signals.Preempted | WentUp | guard.LostTooMuch | None = None
-    run.stop.listen()
-    try:
-        state = run_loop(
-            state,
-            start,
-            run.steps,
-            feed=feed,
-            step_fn=step_fn,
-            log=log,
-            check=bad_steps.Skipping(run, state, spikes.left_out),
-            spikes=spikes,
-            replicas=Replicas(run.mesh, run.config.faults.compare_every_steps),
-            save=save,
-            evaluate=evaluate,
-            stop=run.stop,
-            trace=trace,
+            self.say(remark)  # before hours go into tokens that are kept
+        features = feature_extraction.keep(self)
+        reader, readers = sharding.readers(self.mesh)
+        self.batches = Batches(
+            self.spikes.left_out,
+            self.step,
+            self.config,
+            self.vocabulary,
+            self.mixture,
+            class_names=self.class_names,
+            features=features,
+            process_index=reader,
+            process_count=readers,
         )
-    except (signals.Preempted, WentUp, guard.LostTooMuch) as error:
-        ended = error
-    except Exception:
-        finish(run, log, save)
-        raise
-    finally:
-        trace.close()
-        feed.close()
-        batches.close()
-        run.stop.close()
-    log.close()
-    if isinstance(ended, WentUp):
-        raise ended
-    save.close()
-    if ended is not None:
-        raise ended
-    return state
+        self.say(self.mixture.describe())
+        self.feed = Feed(self.batches, self.config, self.mesh, self.buckets)
 
+    def make_callbacks(self) -> list[Callback]:
+        """The callbacks of a run from the state's step on, in the order in which they are called.
 
-def finish(run: Run, log: callbacks.Log, save: callbacks.Save) -> None:
-    """Of a run that an error ends: its rows are written and a save under way is waited for, else it
-    would be lost with the process. Not with several processes, where others may not come to it."""
-    for close in (log.close, save.close) if run.stop.alone else (log.close,):
+        The log comes first, so that the rows of a step are shown before what ends or rewinds the
+        run; what inspects a state comes before what saves it, and that before evaluation.
+        """
+        self.log = Log(self)
+        return [
+            Profile(self),
+            self.log,
+            bad_steps.NonFiniteSteps(self),
+            self.spikes,
+            CompareReplicas(self),
+            Save(self),
+            self.evaluate,
+        ]
+
+    def _end_callbacks(self, ended: BaseException | None) -> None:
+        """`at_end` of all callbacks. The error of one does not hide that which ends the run."""
+        for callback in self.callbacks:
+            try:
+                callback.at_end(ended)
+            except Exception as late:
+                if ended is None or isinstance(ended, EXPECTED):
+                    raise
+                self.say(f"warning: {late}")
+
+    def go_back(self, spike: bad_steps.LossSpike) -> None:
+        """Restores the newest checkpoint from before a spike, whose batches are then left out."""
+        with contextlib.suppress(manager.SaveFailed):
+            self.checkpoints.wait()
+        step = self.spikes.plan(spike, self.checkpoints.steps())
+        first = max(1, spike.step - self.config.faults.spike_batches + 1)
+        self.say(
+            f"warning: {spike}; going back to step {step} and leaving out the batches of the steps "
+            f"{first} to {spike.step}"
+        )
+        self._forget_after(step)
+        self.goodput.go_back(step)
+        del self.state  # two would not fit the memory
+        with self.buckets("init"):
+            self.restore_or_init()
+
+    def _forget_after(self, step: int) -> None:
+        """Removes the scores and checkpoints of later steps than `step`, which the run gives up."""
+        self.evaluate.forget_after(step)  # before the checkpoints go, at which the processes meet
+        self.checkpoints.drop_after(step)
+        self.spikes.gone_back()
+
+    # After the last step.
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluates the last state and writes the report; returns the summary."""
+        skipped = int(self.state.skipped)
+        if line := bad_steps.told(skipped, self.steps):
+            self.say(f"warning: {line}")
+        self.stop.end("evaluating")
+        scores = self.evaluate.evaluate(self.steps)
+        if self.best is not None:
+            self.say(self.best.line(self.checkpoints.steps(), self.checkpoints.directory))
+        self.goodput.note(self.steps, now=True)
+        summary = {"workdir": str(self.workdir), "steps": self.steps, "skipped_steps": skipped}
+        return summary | self.goodput.summary() | scores | self.report()
+
+    def report(self) -> dict[str, Any]:
+        """Writes seconds.json and report.html on process 0; returns what the summary says of it.
+
+        The page comes last and all that it shows is kept, so where it fails the run is told why and
+        stays done.
+        """
+        if not self.main_process:
+            return {}
+        from coca_jax.evaluation import report as reports
+
+        seconds = {k: round(v, 1) for k, v in self.buckets.total().items()}
+        storage.write_text(storage.place(self.workdir) / "seconds.json", json.dumps(seconds))
         try:
-            close()
-        except Exception as late:  # the error that ends the run is the one to tell
-            run.say(f"warning: {late}")
-
-
-def open_batches(
-    run: Run, start: int, left_out: Ranges, features: Sequence[Features] = ()
-) -> Batches:
-    """The batches of this process from step `start` on, without those that are left out; features:
-    the kept tokens of each source, see locked.py."""
-    reader, readers = sharding.readers(run.mesh)
-    return Batches(
-        left_out,
-        start,
-        run.config,
-        run.vocabulary,
-        run.mixture,
-        class_names=run.class_names,
-        features=features,
-        process_index=reader,
-        process_count=readers,
-    )
-
-
-def restore_or_begin(run: Run, checkpoints: manager.Checkpoints) -> tuple[TrainState, int]:
-    """(state, the steps that it has seen): the newest checkpoint's, else a fresh one, which starts
-    from the weights at config.init_from where one is given."""
-    steps = checkpoints.steps()
-    if steps:
-        run.begin(f"restoring step {steps[-1]}")
-        target = state_shardings(run.model, run.config, run.mesh)
-        found = checkpoints.restore_newest(*target)
-        if found is not None:
-            state, start, lines = found
-            if lines:
-                line = f"warning: {'; '.join(lines)}"
-                run.say(line)
-                notes.add(line)  # with the result, too
-            return state, start
-    run.begin("making the model")
-    state = init_state(run.model, run.config, run.mesh)
-    if run.config.init_from:
-        from coca_jax.training import warm_start
-
-        config, model = run.config, run.config.model
-        if line := warm_start.remark(config):
-            run.say(line)
-        grid = shapes.grid(model.image_size, model.patch_size)
-        how = (config.init_positions, config.init_parts, grid)
-        state = warm_start.apply(state, config.init_from, run.class_names, *how)
-    return state, 0
-
-
-def report(run: Run) -> dict[str, Any]:
-    """Writes report.html and seconds.json on process 0; returns what the summary says of it. The
-    page comes last and all that it shows is kept, so that where it fails the run is told why and
-    stays done."""
-    if not run.main_process:
-        return {}
-    from coca_jax.evaluation import report as reports
-
-    seconds = {k: round(v, 1) for k, v in run.buckets.total().items()}
-    storage.write_text(storage.place(run.workdir) / "seconds.json", json.dumps(seconds))
-    try:
-        return {"report": str(reports.write_report(run.workdir))}
-    except Exception as error:
-        run.say(
-            f"report.html was not written ({type(error).__name__}: {error}); all else of the run "
-            f"is saved, and `coca-jax report {run.workdir}` writes it again"
-        )
-        return {}
-
-
-def announce(run: Run, state: TrainState, start: int) -> None:
-    """Says on standard error what is about to run."""
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    trained = jax.tree.leaves(trainable(state.params, run.config))
-    moving = sum(x.size for x in trained)
-    part = "" if moving == count else f" ({moving / 1e6:.2f}M trained)"
-    shape = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())
-    devices = f"{run.mesh.size} {run.mesh.devices.flat[0].platform} device(s) ({shape})"
-    run.say(
-        f"{count / 1e6:.1f}M parameters{part} on {devices}; batch {batch_schedule.words(run.config)}, "
-        f"steps {start} to {run.steps}"
-    )
-    if start and start < run.steps and run.steps_before not in (0, run.steps):
-        kind = run.config.optimizer.schedule
-        old, new = (
-            float(learning_rate(kind, make_schedule(run.config.optimizer, steps), start))
-            for steps in (run.steps_before, run.steps)
-        )
-        run.say(
-            f"training longer: {run.steps} steps, {run.steps_before} before. The learning rate "
-            f"follows the schedule of {run.steps} steps: {new:.3g} at step {start}, where the "
-            f"schedule of {run.steps_before} has {old:.3g}"
-        )
+            return {"report": str(reports.write_report(self.workdir))}
+        except Exception as error:
+            self.say(
+                f"report.html was not written ({type(error).__name__}: {error}); all else of the "
+                f"run is saved, and `coca-jax report {self.workdir}` writes it again"
+            )
+            return {}

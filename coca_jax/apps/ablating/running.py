@@ -196,7 +196,7 @@ def with_data(table: Table, named: Sequence[str], out: str, fields: Mapping[str,
 
 
 def one_run(config: Config, place: pathlib.Path) -> float:
-    """Trains, notes what came out and returns its minutes. Raises as `training.run.train`."""
+    """Trains, notes what came out and returns its minutes. Raises as `training.trainer.train`."""
     summary = training.train(config, str(place))
     rows = metric_log.read_metrics(place)
     scores = {name: value for name, value in summary.items() if "/" in name}
