@@ -173,17 +173,10 @@ def test_nothing_is_indexed_into_a_run_of_other_data_or_another_config(tars, tmp
     setup.check(config, workdir)  # as the key says it, before it is an index
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 16}, r"weights \[3.0, 2.0\] gives shares \[9.6, 6.4\], not whole"),
-        ({"faults.recheck_every_steps": 5}, "TPUs alone, and these are cpu devices"),
-    ],
-)
-def test_what_needs_no_data_is_refused_before_they_are_indexed(changes, message, tars, tmp_path):
+def test_what_needs_no_data_is_refused_before_they_are_indexed(tars, tmp_path):
     sources = [dict(path=f"{tars}/000.tar", weight=weight) for weight in (3.0, 2.0)]
-    config = typed(data_config(*sources, batch=40)).change(RUNS | changes)
-    with pytest.raises(ValueError, match=message):
+    config = typed(data_config(*sources, batch=40)).change(RUNS | {"batch_size": 16})
+    with pytest.raises(ValueError, match=r"weights \[3.0, 2.0\] .* shares \[9.6, 6.4\], not whole"):
         trainer.train(config, f"file://{tmp_path}/run")
     assert not (tmp_path / "run").exists()
 

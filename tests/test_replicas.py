@@ -7,16 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from coca_jax.parallel import sharding
-from coca_jax.runtime import signals
-from coca_jax.runtime.metric_log import TimeBuckets
-from coca_jax.training import programs, replicas, setup
-from coca_jax.training.recipes import typed
-from coca_jax.training.replicas import CompareReplicas, Corrupted, computed_twice
+from coca_jax.training.replicas import CompareReplicas, Corrupted
 
 
 @pytest.fixture
@@ -116,51 +111,3 @@ def test_several_arrays_and_an_even_split(mesh):
     with pytest.raises(Corrupted) as error:  # nobody can say which half is right
         compared(mesh, 10)(30, even)
     assert all(str(device) in str(error.value) for device in jax.devices()[:8])
-
-
-class Chip:
-    """A device by name."""
-
-    platform = "tpu"
-
-    def __init__(self, kind):
-        self.device_kind = kind
-
-
-def test_only_tpus_compute_twice():
-    with pytest.raises(ValueError, match="TPUs alone, and these are cpu devices; .*compare_every"):
-        computed_twice(jax.devices()[0])
-    pair, one = computed_twice(Chip("TPU v4")), computed_twice(Chip("TPU v5 lite"))
-    assert "xla_tpu_sdc_replicate_llo" in one and "xla_tpu_sdc_replicate_llo" not in pair
-    assert one["xla_tpu_enable_sdc_checker"] and pair["xla_tpu_enable_sdc_checker"]
-
-
-@pytest.mark.usefixtures("nothing_kept")
-def test_a_step_in_so_many_is_computed_twice(monkeypatch):
-    """Which program a step runs, and with what it was compiled."""
-    options = []
-
-    def jit(step, *, compiler_options, **_):
-        options.append(compiler_options)
-        return lambda state, arrays, schedule: (state, {"loss": np.zeros(())})
-
-    monkeypatch.setattr(programs.operations, "compiler_options", lambda *_: {})
-    monkeypatch.setattr(programs, "state_shardings", lambda *_: (None, None))
-    monkeypatch.setattr(programs, "shared_train_step", lambda *_: None)
-    monkeypatch.setattr(replicas, "computed_twice", lambda device: {"twice": True})
-    config = tiny_config()
-    config.faults.recheck_every_steps = 3
-    one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    said = []
-    monkeypatch.setattr(setup, "say", said.append)
-    step_fn = programs.Programs(typed(config), None, one, 9, TimeBuckets(), signals.Stop())
-    monkeypatch.setattr(programs.jax, "jit", jit)
-    batch = {"tokens": np.zeros((4, 8))}, (8, 8)
-    ran = []
-    for step in range(1, 8):
-        before = len(options)
-        step_fn(step, 0, batch)
-        ran.append(len(options) - before)
-    assert ran == [1, 0, 1, 0, 0, 0, 0]  # compiled once each
-    assert ["twice" in given for given in options] == [False, True]
-    assert "computes all twice" in said[1]

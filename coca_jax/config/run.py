@@ -233,11 +233,6 @@ class Faults(Section):
         whole(0, 1_000_000_000, "steps, 0 being never"),
         "and before each save: checksums of what several devices hold alike",
     )
-    recheck_every_steps: int = key(
-        0,
-        whole(0, 1_000_000_000, "steps, 0 being never"),
-        "TPUs alone: such a step computes everything twice, and XLA compares",
-    )
 
 
 # Kinds of tasks, and the score of each, that `eval.guard` watches.

@@ -19,35 +19,25 @@ from coca_jax.parallel import sharding
 from coca_jax.parallel import sharding as partitioning
 from coca_jax.runtime.metric_log import TimeBuckets
 from coca_jax.runtime.signals import Stop
-from coca_jax.training import feed, replicas, setup
+from coca_jax.training import feed, setup
 from coca_jax.training.feed import Measured
 from coca_jax.training.optimizer import make_schedule
 from coca_jax.training.state import Alike, TrainState, build_model, state_shardings
 from coca_jax.training.train_step import Metrics, of_step, shared_train_step, size_at
 
-# Image size, lengths of captions, rows, whether all is computed twice.
-Shape = tuple[Size, feed.Lengths, int, bool]
+Shape = tuple[Size, feed.Lengths, int]  # image size, lengths of captions, rows
 
 
 @functools.lru_cache(maxsize=8)
-def program(
-    model: CoCa,
-    alike: Alike,
-    mesh: Mesh,
-    size: Size,
-    lengths: feed.Lengths,
-    twice: bool,
-) -> Any:
+def program(model: CoCa, alike: Alike, mesh: Mesh, size: Size, lengths: feed.Lengths) -> Any:
     """The jitted train step, the same one for all runs of a process whose steps are alike, so that
     the next run neither traces nor compiles it. alike: by `of_step`. The state is donated."""
-    device = mesh.devices.flat[0]
     _, shardings = state_shardings(model, alike.config, mesh)
-    again = replicas.computed_twice(device) if twice else {}
     return jax.jit(
         shared_train_step(model, alike, size, lengths),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=operations.compiler_options(device.platform, mesh.size) | again,
+        compiler_options=operations.compiler_options(mesh.devices.flat[0].platform, mesh.size),
     )
 
 
@@ -69,7 +59,6 @@ class Programs:
         stop: Stop,
     ):
         self._config, self._steps, self._buckets, self._stop = config, steps, buckets, stop
-        self._recheck = config.faults.recheck_every_steps
         # Kept here too, for a run may have more of them than are kept beside it.
         self._program = functools.cache(functools.partial(program, model, of_step(config), mesh))
         schedule = make_schedule(config.optimizer, steps)
@@ -79,15 +68,14 @@ class Programs:
     def __call__(self, step: int, state: TrainState, batch: Measured) -> tuple[TrainState, Metrics]:
         arrays, lengths = batch
         size, rows = size_at(self._config, step - 1, self._steps), len(arrays["tokens"])
-        twice = bool(self._recheck) and step % self._recheck == 0
-        shape = size, lengths, rows, twice
+        shape = size, lengths, rows
         first = shape not in self._compiled
         if first:
             self._say(shape)
             self._compiled.add(shape)
         with self._buckets("compile" if first else "step"):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, values = self._program(size, lengths, twice)(state, arrays, self._schedule)
+                state, values = self._program(size, lengths)(state, arrays, self._schedule)
             if first:
                 jax.block_until_ready(values)
         return state, values
@@ -96,11 +84,10 @@ class Programs:
         if not self._compiled:
             setup.begin(self._stop, "compiling the train step")
             return
-        size, lengths, rows, twice = shape
+        size, lengths, rows = shape
         of = f"batches of {rows}, " if self._config.batch_sizes else ""
-        again = "that computes all twice " if twice else ""
         pixels = f"{of}{shapes.words(size)} px"
-        setup.say(f"compiling the step for {pixels} and captions of {lengths} tokens {again}...")
+        setup.say(f"compiling the step for {pixels} and captions of {lengths} tokens ...")
 
 
 # The train step of a config as abstract arrays, for compiling without data or devices.

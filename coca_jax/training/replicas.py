@@ -3,8 +3,7 @@
 A device that computes wrongly without an error (Hochschild et al. 2021, "Cores that don't count")
 shows where arrays are kept several times: after the same update of the same gradients their bits
 must be the same on every replica. What is wrong in a gradient before it is summed over the devices
-reaches all of them alike and is not seen so. On TPUs XLA can compute a program twice and compare
-the parts of it, which does see that.
+reaches all of them alike and is not seen.
 """
 
 from __future__ import annotations
@@ -68,27 +67,6 @@ class CompareReplicas(Callback):
             "replicas: silent data corruption. The last checkpoint was compared and stays; take "
             "the device out and run the same command to go on"
         )
-
-
-def computed_twice(device: jax.Device) -> dict[str, Any]:
-    """Options of XLA's compiler for a program whose every computation is done again and compared,
-    and which ends with an error where they differ: the checker of TPUs, as AXLearn sets it.
-
-    Raises ValueError for another kind of device.
-    """
-    if device.platform != "tpu":
-        raise ValueError(
-            f"config.faults.recheck_every_steps: XLA computes twice on TPUs alone, and these are "
-            f"{device.platform} devices; config.faults.compare_every_steps works everywhere"
-        )
-    two_cores = device.device_kind in ("TPU v4", "TPU v5", "TPU v5p")
-    own = "checker_alternate_megacore_cores" if two_cores else "replicate_llo"
-    return {
-        "xla_tpu_enable_sdc_checker": True,
-        "xla_tpu_sdc_check_halt_on_detection": True,
-        "xla_tpu_sdc_check_repeat_count": 1,
-        f"xla_tpu_sdc_{own}": True,  # else the same core would do the same in the same way
-    }
 
 
 def sums_on_devices(arrays: dict[str, jax.Array], mesh: Mesh) -> Any:

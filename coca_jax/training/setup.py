@@ -22,7 +22,7 @@ from coca_jax.data.sources import files
 from coca_jax.parallel import sharding
 from coca_jax.runtime import out_folder, storage
 from coca_jax.runtime.signals import Stop
-from coca_jax.training import best_checkpoint, guard, replicas, run_vocabulary, trackers, warm_start
+from coca_jax.training import best_checkpoint, guard, run_vocabulary, trackers, warm_start
 from coca_jax.training.optimizer import orthogonalises
 
 
@@ -94,8 +94,6 @@ def check_devices(config: Config) -> Mesh:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config_file.check_batch(config, sharding.batch_parts(mesh))
     sharding.readers(mesh)  # which processes read which rows, or why they cannot
-    if config.faults.recheck_every_steps:
-        replicas.computed_twice(mesh.devices.flat[0])
     check_features(config.data.features)
     check_started(config)
     return mesh
