@@ -385,7 +385,8 @@ class Evaluate(Callback):
         model.set_params({})
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Scores by name of the trainer's state, which is the one after `step`, also written to workdir/eval.json.
+        """Scores by name of the trainer's state, which is the one after `step`; also written to
+        workdir/eval.json.
 
         An evaluation inside the run that cannot be written, on a full disk, does not end it.
         Raises guard.LostTooMuch.
@@ -458,9 +459,8 @@ def evaluation_due(trainer: Trainer, step: int) -> bool:
 
 
 class Profile(Callback):
-    """Traces the steps [first, last] of config.log.profile_steps into workdir/profile; of a run
-    that goes on from `start` those that are to come. Where none is, and none was traced before, it
-    says so."""
+    """Traces the steps [first, last] of config.log.profile_steps into workdir/profile. A resumed run
+    traces those that are still to come, and says so when none is and none was traced before."""
 
     def __init__(self, trainer: Trainer):
         start = trainer.step
