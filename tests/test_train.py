@@ -1,6 +1,7 @@
 """The main job on the embedded data: it runs, resumes bit for bit, and refuses bad input early."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 import signal
 import tarfile
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -230,6 +232,24 @@ def test_a_refused_run_removes_its_files_and_leaves_what_was_there(tmp_path, mon
         trainer.train(typed(config), str(tmp_path / "kept"))
     assert os.listdir(tmp_path / "kept") == ["notes.txt"]
     assert "no run began here" not in caplog.text
+
+
+def test_a_run_that_is_over_frees_its_memory_at_once(tmp_path, monkeypatch):
+    """Of several runs of a process, the next one needs it."""
+    real = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes: real(*sizes, jax.devices()[:1]))
+    config = smallest_run()
+    config.steps, config.loss.captioning_weight = 2, 0.0
+    config.data.vocabulary = scenes_words()
+    run = trainer.Trainer(config, str(tmp_path))
+    run.fit()
+    state = weakref.ref(jax.tree.leaves(run.state.params)[0])
+    gc.disable()
+    try:
+        del run
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def test_a_workdir_refuses_another_config(whole):

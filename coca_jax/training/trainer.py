@@ -152,6 +152,11 @@ class Trainer:
                     self.goodput.close()
                     self.report()
                     raise
+                finally:
+                    # Callbacks refer back to the trainer. Without this cycle the memory of a run is
+                    # free as soon as nobody holds its trainer, before the next run needs it.
+                    for name in ("callbacks", "log", "evaluate"):
+                        vars(self).pop(name, None)
 
     # Before anything is written.
 
