@@ -16,8 +16,8 @@ def test_a_task_s_unknown_key_is_refused_with_the_nearest():
     known = [task for name in recipes.names() for task in typed(recipes.load(name)).eval.tasks]
     for task in known:
         base.check_keys(task, base.of(task["kind"]))
-    wrong = dict(kind="zero_shot", name="mine", data=dict(path="data/mine"), template="photo")
-    with pytest.raises(ValueError, match="zero_shot of mine: no key 'template'; did you .*'templa"):
+    wrong = dict(kind="zero_shot", name="mine", data=dict(path="data/mine"), prompt="photo")
+    with pytest.raises(ValueError, match="zero_shot of mine: no key 'prompt'; did you .*'prompts"):
         base.check([wrong])
     wrong = dict(kind="knn", name="mine", data=dict(path="data/mine"), xyz=1)
     with pytest.raises(ValueError, match="no key 'xyz'; it takes kind, name, .*, train_limit"):
