@@ -5,7 +5,7 @@ import pkgutil
 
 import pytest
 
-from coca_jax import configs
+from coca_jax import recipes
 from coca_jax.config import Config, keys, read
 from coca_jax.recipes import base
 
@@ -139,7 +139,7 @@ def _values(config, prefix=""):
 def test_every_key_has_a_range_and_every_recipe_is_in_it():
     rules = {key: field.metadata["rule"] for key, field in keys(Config)}
     assert not [key for key in _values(base.get_config()) if key not in rules]
-    for module in pkgutil.iter_modules(configs.__path__):
+    for module in pkgutil.iter_modules(recipes.__path__):
         if module.name != "__init__":
             recipe = importlib.import_module(f"coca_jax.recipes.{module.name}")
             read(Config, recipe.get_config())

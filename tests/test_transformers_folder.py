@@ -17,7 +17,7 @@ from PIL import Image
 from test_inference import TEXTS, random_params
 
 import coca_jax
-from coca_jax import configs, inference
+from coca_jax import inference, recipes
 from coca_jax.cli import convert
 from coca_jax.config import heads, typed
 from coca_jax.data import videos, vocabulary
@@ -63,7 +63,7 @@ for folder in sys.argv[1:]:
 
 RECIPES = sorted(
     name
-    for _, name, _ in pkgutil.iter_modules(configs.__path__)
+    for _, name, _ in pkgutil.iter_modules(recipes.__path__)
     if name not in ("base", "adapt")  # what recipes are made from
 )
 LAYOUTS = {  # options that no recipe has, on the model of tiny.py

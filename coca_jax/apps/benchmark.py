@@ -629,9 +629,7 @@ def ours(config: Config) -> Callable[[Batch], Any]:
         with jax.set_mesh(mesh):
             if lengths not in compiled:
                 size = config.model.image_size
-                compiled[lengths] = programs.program(
-                    model, of_step(config), mesh, size, lengths, False
-                )
+                compiled[lengths] = programs.program(model, of_step(config), mesh, size, lengths)
             placed = sharding.place_batch(mesh, batch)
             state, metrics = compiled[lengths](state, placed, schedule)
         return metrics
