@@ -7,7 +7,7 @@ import pytest
 from clip_cases import RED, animation, numbered, numbers_of
 from PIL import Image
 
-from coca_jax.data import gif_blocks, images, quarantine, videos
+from coca_jax.data import images, quarantine, videos
 from coca_jax.data.sources.items import Item, Options
 
 # ---- Sampling
@@ -195,17 +195,11 @@ def test_too_many_frames_are_refused_before_any_is_decoded(format, monkeypatch):
     assert videos.verify(data) == 6
 
 
-def test_frames_of_a_gif_are_counted_by_its_blocks():
-    for count in (1, 2, 7):
-        data = animation(numbered(count), "GIF")
-        assert gif_blocks.count_frames(data, 100) == count
-        assert gif_blocks.count_frames(data[:-20], 100) >= count - 1
-    assert gif_blocks.count_frames(data, 3) == 4
+def test_a_gif_of_very_many_frames_is_refused():
     frame = b"\x2c" + bytes(4) + b"\1\0\1\0\0" + b"\2\2\x44\1\0"
     many = b"GIF89a\1\0\1\0\x80\0\0" + bytes(6) + frame * (videos.MAX_FRAMES + 1) + b";"
     with pytest.raises(ValueError, match="too many frames: more than 100000 of 1 x 1"):
         videos.verify(many)
-    assert gif_blocks.count_frames(b"GIF89a", 9) == gif_blocks.count_frames(b"", 9) == 0
 
 
 # ---- Video files

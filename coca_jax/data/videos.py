@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coca_jax.data import gif_blocks, images
+from coca_jax.data import images
 from coca_jax.data.sources import files, media
 from coca_jax.runtime import extras
 
@@ -54,8 +54,6 @@ def is_animation(image: Image.Image, data: bytes = b"") -> bool:
     """
     if image.format not in ANIMATIONS:
         return False
-    if image.format == "GIF" and data:  # PIL counts frames by going through all of them
-        _check_frames(gif_blocks.count_frames(data, MAX_FRAMES), image.width, image.height)
     try:
         count = getattr(image, "n_frames", 1)
     except Exception as error:  # PIL's decoders raise all sorts on damaged data
