@@ -221,7 +221,7 @@ class Save(Callback):
 
     def __init__(self, trainer: Trainer):
         self._trainer, self._checkpoints = trainer, trainer.checkpoints
-        # (step, skipped steps): of the last save that is whole, and of the last that was begun.
+        # (step, skipped steps) of the last completed save and of the last started save.
         self._kept = self._begun = (trainer.step, int(trainer.state.skipped))
         self._interval = Interval(trainer)
         self._failures, self._retry_at, self._why = 0, float("inf"), ""
@@ -349,9 +349,12 @@ class Evaluate(Callback):
                 self.evaluate(step)
 
     def catch_up(self) -> None:
-        """Evaluates after the step from which a run goes on, where it was left before or in that;
-        with a guard before the first step as well. Raises guard.LostTooMuch for a run that ended
-        so, and ValueError for tasks that this model cannot do."""
+        """Runs the evaluation that the previous start did not finish, and, with a guard, the one
+        before the first step.
+
+        Raises guard.LostTooMuch if the guard has already ended this run, and ValueError for tasks
+        that this model cannot do.
+        """
         trainer, step = self._trainer, self._trainer.step
         config, workdir = trainer.config.eval, trainer.workdir
         self._check()
@@ -397,12 +400,12 @@ class Evaluate(Callback):
         try:
             scores = self._evaluate(step)
         except OSError as error:
-            # Of several processes all hear of what process 0 could not write, of nothing else.
+            # With several processes, only a failed write of process 0 is known to all of them.
             if step == trainer.steps or not (
                 trainer.stop.alone or isinstance(error, base.NotWritten)
             ):
                 raise
-            trainer.say(f"warning: step {step} is not evaluated ({error}); the run goes on")
+            trainer.say(f"warning: step {step} is not evaluated ({error}); training continues")
             return {}
         if self._trainer.best is not None:
             self._trainer.best.note(step, scores)

@@ -181,7 +181,7 @@ class Trainer:
             with out_folder.cleaned_if_refused(self.workdir, self.main_process):
                 yield
 
-    # What the run works with: data, model, checkpoints, state.
+    # Data, model, checkpoints and state.
 
     def open_data(self) -> None:
         """Reads the data's sizes and classes and the vocabulary, which is trained where there is
@@ -271,7 +271,7 @@ class Trainer:
         if self.main_process:  # only now: a config that fails must not claim the workdir
             config_file.write(self._config_contents(), self.workdir)
         self._announce()
-        # Of a command, its imports count as well.
+        # A command's import time counts as part of the run.
         before = age_before(self.buckets) if self.stop.watched else 0.0
         self.goodput = Goodput(
             self.workdir, self.buckets, self.step, before=before, write=self.main_process
@@ -321,8 +321,10 @@ class Trainer:
             self.go_back(spike)
 
     def run_steps(self) -> None:
-        """All steps from the state's on; the class docstring says what each does. Raises LossSpike
-        besides."""
+        """Runs the remaining steps, in the order that the class docstring states.
+
+        Raises LossSpike, and what `train` raises.
+        """
         with self.buckets("init"):
             self.open_batches()
         self.callbacks = self.make_callbacks()
@@ -387,7 +389,7 @@ class Trainer:
         ]
 
     def _end_callbacks(self, ended: BaseException | None) -> None:
-        """`at_end` of all callbacks. The error of one does not hide that which ends the run."""
+        """Calls `at_end` of all callbacks. An error in one does not hide the error that ends the run."""
         for callback in self.callbacks:
             try:
                 callback.at_end(ended)
@@ -436,8 +438,8 @@ class Trainer:
     def report(self) -> dict[str, Any]:
         """Writes seconds.json and report.html on process 0; returns what the summary says of it.
 
-        The page comes last and all that it shows is kept, so where it fails the run is told why and
-        stays done.
+        The page is written last, from saved data. If that fails, the error is logged and the run
+        still counts as finished.
         """
         if not self.main_process:
             return {}
