@@ -27,7 +27,6 @@ from coca_jax.data.sources import (
     split_names,
     tfds,
 )
-from coca_jax.data.sources import tfds as tfds_source
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source
@@ -94,7 +93,7 @@ def class_names(entry: Given, split: str) -> list[str]:
     entry = Entry.of(entry)
     split = entry.split or split
     if entry.tfds:
-        units = tfds.plan(_tfds_path(entry), split, _options(entry))
+        units = tfds.plan(tfds.data_path(entry.tfds, entry.data_dir), split, _options(entry))
         declared = tfds.declared_classes(units[0], _options(entry))
         if declared:
             return declared
@@ -109,7 +108,7 @@ def splits(entry: Given) -> list[str]:
     files or folders or by a field `split`. The field tells none where `where` has values of it."""
     entry = Entry.of(entry)
     if entry.tfds:
-        return tfds.splits(_tfds_path(entry))
+        return tfds.splits(tfds.data_path(entry.tfds, entry.data_dir))
     found = told(entry)
     return sorted(array_record.read_manifest(entry.path)["splits"]) if found is None else found[0]
 
@@ -247,19 +246,9 @@ def _folder(entry: Entry, split: str) -> Source:
     )
 
 
-def _tfds_path(entry: Entry) -> str:
-    if not entry.data_dir:
-        return entry.tfds
-    tfds = tfds_source.package()
-    try:
-        return str(tfds.builder(entry.tfds, data_dir=entry.data_dir).data_path)
-    except Exception as error:  # TFDS has a type for each way to be absent
-        raise ValueError(f"data tfds={entry.tfds}: {error}") from None
-
-
 def _tfds(entry: Entry, split: str) -> Source:
     """Reads units of the split one after the other and holds the last one."""
-    path, options = _tfds_path(entry), _options(entry)
+    path, options = tfds.data_path(entry.tfds, entry.data_dir), _options(entry)
     whole = tfds.plan(path, split, options)
     rows = sum(unit.rows for unit in whole)
     units = items.split_units(whole[0].path, rows, _ROWS_PER_UNIT)

@@ -1,13 +1,17 @@
-"""TFDS data sets as sources. The one file that imports tensorflow-datasets, the extra 'tfds'."""
+"""Datasets of tensorflow-datasets (TFDS) by name, as prepared there; images keep their bytes.
+
+Training (`dict(tfds=NAME)` in config.data.sources) reads datasets in the random-access format
+`array_record`; `prepare` and `evaluate` read those of any format, in order. The one file that
+imports tensorflow-datasets, the extra 'tfds'.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 from absl import logging
 
 from coca_jax.config import Entry
@@ -20,6 +24,7 @@ from coca_jax.data.sources.items import (
     Unit,
     guarded,
     names,
+    plain_json,
     split_units,
     strings,
 )
@@ -27,9 +32,12 @@ from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source
 from coca_jax.runtime import extras
 
+ROWS_PER_UNIT = 4096
+_OWN = "tensorflow_datasets.core.features."
+
 
 def package() -> Any:
-    """The module tensorflow_datasets, its TensorFlow kept off GPUs.
+    """The module tensorflow_datasets, with its TensorFlow kept off GPUs.
 
     Raises:
         ValueError: it is not installed; the text names the extra.
@@ -40,117 +48,75 @@ def package() -> Any:
         raise ValueError(
             f"data of tensorflow-datasets needs that package ({error}): {extras.remedy('tfds')}"
         ) from None
-    _keep_tensorflow_off_gpus()
+    try:
+        import tensorflow
+
+        # TensorFlow would take nearly all memory of every GPU at its first operation.
+        tensorflow.config.set_visible_devices([], "GPU")
+    except ImportError:  # datasets in array_record are read without it
+        pass
+    except RuntimeError as error:  # this process has already used TensorFlow
+        logging.warning("TensorFlow may hold memory of the GPUs: %s", error)
     return tensorflow_datasets
 
 
-def _keep_tensorflow_off_gpus() -> None:
-    """TensorFlow would take nearly all memory of every GPU at its first operation; JAX needs it."""
-    try:
-        import tensorflow
-    except ImportError:  # prepared data sets are read without it
-        return
-    try:
-        tensorflow.config.set_visible_devices([], "GPU")
-    except RuntimeError as error:  # somebody has used TensorFlow in this process before
-        logging.warning("TensorFlow may hold memory of the GPUs: %s", error)
+class _Dataset(NamedTuple):
+    """A prepared dataset, the names of its image, text and label features ('': none), and the names
+    of its integer labels."""
+
+    builder: Any
+    image: str
+    text: str
+    label: str
+    classes: Sequence[str]
+
+    def examples(self, split: str) -> Any:
+        """The examples of a split such as 'train[0:10]': a sequence in the format array_record,
+        else an iterable."""
+        tfds = package()
+        decoders = {self.image: tfds.decode.SkipDecoding()}
+        if self.random_access:
+            return self.builder.as_data_source(split, decoders=decoders)
+        return tfds.as_numpy(self.builder.as_dataset(split, decoders=decoders, shuffle_files=False))
+
+    @property
+    def random_access(self) -> bool:
+        return self.builder.info.file_format == package().core.FileFormat.ARRAY_RECORD
+
+    def item(self, key: str, example: dict[str, Any]) -> Item:
+        """An example as an item. Other images and their masks are left out."""
+        values = {
+            name: _plain(value)
+            for name, value in example.items()
+            if name != self.image and getattr(value, "ndim", 0) < 3
+        }
+        item = Item(key, bytes(example[self.image]), strings(values.pop(self.text, None)))
+        try:
+            item.labels = names(values.pop(self.label, None), self.classes)
+        except ValueError as error:
+            item.problem, item.detail = "bad_label", str(error)
+        item.extra = values
+        return item
 
 
-def explain(error: Exception, name: str) -> str:
-    """What an error of TFDS for a name says in its first line; below stand all data sets that it
-    knows. Of the path of a folder it would speak of the part before the first slash alone."""
-    if "/" in name and os.path.isdir(name):
-        return f"{name} is a folder without the features.json of one"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(" :.")
-
-
-def open_entry(entry: Entry, split: str) -> Source:
-    """An entry dict(tfds=...) of config.data.sources: a TFDS data set that is already prepared in
-    the random-access format `array_record`.
-
-    Raises:
-        ValueError: not prepared, prepared in another format, without such fields, or
-            tensorflow-datasets is not installed.
-    """
-    tfds = package()
-    name, image_field = entry.tfds, entry.image_field or "image"
-    text_field, label_field = entry.text_field, entry.label_field or "label"
-    hint = "use `coca-jax prepare --format=tfds --input=NAME --out=DIR` and path=DIR"
-    try:
-        builder = tfds.builder(name, data_dir=entry.data_dir or None)
-        data = builder.as_data_source(
-            split=split, decoders={image_field: tfds.decode.SkipDecoding()}
-        )
-    except Exception as error:  # TFDS raises its own kinds for each way to be absent
-        raise ValueError(
-            f"data source tfds={name!r} [{split}]: {explain(error, name)}; {hint}"
-        ) from None
-    features = builder.info.features
-    for field in (image_field, text_field, label_field):
-        if field and field not in features and field != "label":
-            raise ValueError(
-                f"data source tfds={name!r}: no field {field!r}; it has {list(features)}"
-            )
-    names = getattr(features[label_field], "names", None) if label_field in features else None
-
-    def read(indices: Indices) -> list[Record]:
-        found = data.__getitems__([int(i) for i in indices])
-        return [
-            _record(e, i, image_field, text_field, label_field, names)
-            for i, e in zip(indices, found)
-        ]
-
-    return Source(f"tfds {name} [{split}]", len(data), read, applied_fields=True)
-
-
-def _record(
-    example: Mapping[str, Any],
-    index: int,
-    image_field: str,
-    text_field: str,
-    label_field: str,
-    names: Sequence[str] | None,
-) -> Record:
-    labels: tuple[str, ...] = ()
-    if label_field in example:
-        value = example[label_field]
-        if names is not None:
-            labels = tuple(names[i] for i in np.asarray(value).reshape(-1) if i >= 0)
-        else:
-            labels = feature_strings(value)
-    texts = feature_strings(example[text_field]) if text_field else ()
-    return Record(bytes(example[image_field]), texts, labels, str(index))
-
-
-def feature_strings(value: Any) -> tuple[str, ...]:
-    """A feature's value, one or an array of bytes, numbers or text, as texts but for blanks."""
-    values = np.asarray(value).reshape(-1).tolist()
-    texts = (v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
-    return tuple(text for text in texts if text.strip())
-
-
-# Data sets of tensorflow-datasets by name, as prepared there; images keep their bytes.
-
-
-ROWS_PER_UNIT = 4096
-_OWN = "tensorflow_datasets.core.features."
-
-
-def _builder(name: str) -> Any:
+def _builder(name: str, data_dir: str = "") -> Any:
+    """Raises ValueError: there is no such dataset."""
     tfds = package()
     name = name.removeprefix("tfds:")
-    folder = "/" in name and name.startswith((".", "/")) or "://" in name
+    folder = ("/" in name and name.startswith((".", "/"))) or "://" in name
     folder = folder or os.path.exists(os.path.join(name, "features.json"))
     if folder:
         _check_features(name)
+    elif "/" in name and os.path.isdir(name):
+        raise ValueError(f"tfds:{name} is a folder without the features.json of a TFDS dataset")
     try:
         if folder:
             return tfds.builder_from_directory(name)
-        return tfds.builder(name)
+        return tfds.builder(name, data_dir=data_dir or None)
     except Exception as error:  # TFDS has a type for each way to be absent
-        why = explain(error, name)
-        raise ValueError(f"tfds:{name}: tensorflow-datasets has no such data: {why}") from None
+        # The first line says what is wrong; below it TFDS lists all datasets that it knows.
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :.")
+        raise ValueError(f"tfds:{name}: tensorflow-datasets has no such dataset: {why}") from None
 
 
 def _check_features(folder: str) -> None:
@@ -170,11 +136,51 @@ def _check_features(folder: str) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _dataset(builder: Any, image: str, text: str, label: str, classes: Sequence[str]) -> _Dataset:
+    """Raises ValueError: no such feature, or none that is an image."""
+    features = builder.info.features
+
+    def chosen(wanted: str, usual: Sequence[str]) -> str:
+        if wanted and wanted not in features:
+            raise ValueError(f"tfds:{builder.name}: no field {wanted!r}; it has {list(features)}")
+        return wanted or next((name for name in usual if name in features), "")
+
+    image, text, label = (
+        chosen(image, ("image", "img")),
+        chosen(text, LISTED_TEXTS),
+        chosen(label, LABEL_FIELDS),
+    )
+    if not image:
+        raise ValueError(
+            f"tfds:{builder.name}: which feature is the image? --image_field of {list(features)}"
+        )
+    feature = features[label] if label else None
+    feature = getattr(feature, "feature", feature)  # of a sequence of labels
+    return _Dataset(builder, image, text, label, getattr(feature, "names", None) or classes)
+
+
+def _of_unit(unit: Unit, options: Options) -> tuple[_Dataset, str]:
+    """The dataset and the split of a unit."""
+    name, _, split = unit.path.rpartition("@")
+    fields = (options.image_field, options.text_field, options.label_field)
+    return _dataset(_builder(name), *fields, options.class_names), split
+
+
+def data_path(name: str, data_dir: str = "") -> str:
+    """The folder of a prepared dataset, or its name where the folder is the usual one."""
+    return str(_builder(name, data_dir).data_path) if data_dir else name
+
+
+def splits(path: str) -> list[str]:
+    """The names of a dataset's splits."""
+    return sorted(_builder(path).info.splits)
+
+
 def plan(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of a split: ranges of its examples. `path`: a name, or a folder of a prepared set.
+    """Units of a split: ranges of its examples. `path`: a name, or a folder of a prepared dataset.
 
     Raises:
-        ValueError: no such data set, or it has no such split.
+        ValueError: no such dataset, or it has no such split.
     """
     builder = _builder(path)
     if split not in builder.info.splits:
@@ -183,85 +189,67 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     return [Unit(f"{path}@{split}", unit.start, unit.stop, unit.rows) for unit in units]
 
 
-def splits(path: str) -> list[str]:
-    """The splits of a data set, by their names there."""
-    return sorted(_builder(path).info.splits)
-
-
-def _field(features: Any, wanted: str, usual: tuple[str, ...]) -> str:
-    return wanted or next((name for name in usual if name in features), "")
-
-
-def _names(features: Any, label: str, options: Options) -> Sequence[str]:
-    feature = features[label] if label in features else None
-    feature = getattr(feature, "feature", feature)  # of a sequence of labels
-    return getattr(feature, "names", None) or options.class_names
-
-
 def declared_classes(unit: Unit, options: Options) -> list[str]:
     """The class names of the label feature, in order."""
-    features = _builder(unit.path.rpartition("@")[0]).info.features
-    return list(_names(features, _field(features, options.label_field, LABEL_FIELDS), options))
+    return list(_of_unit(unit, options)[0].classes)
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a range of a split."""
-    tfds = package()
-    name, _, split = unit.path.rpartition("@")
-    builder = _builder(name)
-    features = builder.info.features
-    image = _field(features, options.image_field, ("image", "img"))
-    text = _field(features, options.text_field, LISTED_TEXTS)
-    label = _field(features, options.label_field, LABEL_FIELDS)
-    if image not in features:
-        raise ValueError(
-            f"tfds:{name}: which feature is the image? --image_field of {list(features)}"
-        )
-    classes = _names(features, label, options)
-    decoders = {image: tfds.decode.SkipDecoding()}
-    part = f"{split}[{unit.start}:{unit.stop}]"
-    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-        examples = builder.as_data_source(part, decoders=decoders)
-    else:
-        examples = tfds.as_numpy(builder.as_dataset(part, decoders=decoders, shuffle_files=False))
-    number, left = unit.start, iter(examples)
-    while number < unit.stop:
+    dataset, split = _of_unit(unit, options)
+    examples = iter(dataset.examples(f"{split}[{unit.start}:{unit.stop}]"))
+    for number in range(unit.start, unit.stop):
         key = f"{split}#{number}"
         try:
-            example = next(left)
+            example = next(examples)
         except Exception as error:  # TensorFlow and array_record have types of their own
             detail = f"{type(error).__name__}: {error}"
             yield Item(key, problem="damaged_archive", detail=detail)
             return
-        yield guarded(key, lambda: _item(key, example, (image, text, label), classes))  # noqa: B023
-        number += 1
+        yield guarded(key, lambda: dataset.item(key, example))  # noqa: B023
 
 
-def _item(
-    key: str, example: dict[str, Any], fields: tuple[str, str, str], classes: Sequence[str]
-) -> Item:
-    image, text, label = fields
-    values = {
-        name: _plain(value)
-        for name, value in example.items()
-        if name != image and getattr(value, "ndim", 0) < 3  # no other image, nor its mask
-    }
-    item = Item(key, bytes(example[image]), strings(values.pop(text, None)))
+def open_entry(entry: Entry, split: str) -> Source:
+    """The source of an entry dict(tfds=...) of config.data.sources.
+
+    Raises:
+        ValueError: not prepared, prepared in another format than array_record, without such fields,
+            or tensorflow-datasets is not installed.
+    """
+    where = f"data source tfds={entry.tfds!r} [{split}]"
     try:
-        item.labels = names(values.pop(label, None), classes)
-    except ValueError as error:
-        item.problem, item.detail = "bad_label", str(error)
-    item.extra = values
-    return item
+        builder = _builder(entry.tfds, entry.data_dir)
+        fields = (entry.image_field, entry.text_field, entry.label_field)
+        dataset = _dataset(builder, *fields, ())
+        if split not in builder.info.splits:
+            raise ValueError(f"no such split; it has {sorted(builder.info.splits)}")
+        if not dataset.random_access:
+            raise ValueError(f"its files are {builder.info.file_format.value}, not array_record")
+        examples = dataset.examples(split)
+    except Exception as error:  # TFDS has its own types
+        hint = "use `coca-jax prepare --format=tfds --input=NAME --out=DIR` and --data=DIR"
+        raise ValueError(f"{where}: {error}; {hint}") from None
+
+    def read_indices(indices: Indices) -> list[Record]:
+        rows = [int(index) for index in indices]
+        found = []
+        for row, example in zip(rows, examples.__getitems__(rows), strict=True):
+            item = dataset.item(str(row), example)
+            if item.problem:
+                raise ValueError(f"{where}: record {row}: {item.detail}")
+            texts, labels = tuple(item.texts), tuple(item.labels)
+            found.append(Record(item.image, texts, labels, item.key, plain_json(item.extra)))
+        return found
+
+    return Source(f"tfds {entry.tfds} [{split}]", len(examples), read_indices, applied_fields=True)
 
 
 def _plain(value: Any) -> Any:
+    """A feature's value with texts for bytes and lists for arrays, as JSON has them."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    return _plain_list(value.tolist()) if hasattr(value, "tolist") else value
-
-
-def _plain_list(value: Any) -> Any:
-    return [_plain_list(v) for v in value] if isinstance(value, list) else _plain(value)
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
