@@ -10,10 +10,9 @@ import platform
 import subprocess
 import time
 
-from measuring import ROOT
-
 import coca_jax
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = ("coca_jax", "configs")  # what a figure depends on
 PACKAGES = ("jax", "torch", "open_clip_torch", "numpy")
 

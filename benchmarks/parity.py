@@ -20,7 +20,9 @@ import collections
 import copy
 import gc
 import json
+import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -37,7 +39,6 @@ import open_clip_cases as cases
 import open_clip_oracle as oracle
 import torch
 from conversion_cases import as_tensors, each_loss, forward, relative
-from measuring import children, environment
 
 from coca_jax.cli import convert
 from coca_jax.config import Model
@@ -48,11 +49,19 @@ CONFIGS = {"small": cases.SMALL} | open_clip_config.RELEASED
 NAMES = ("image", "text", "logits")
 
 
+def child_seconds() -> float:
+    """Processor seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def converted(file: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
     """Converts by the command, watched: seconds of a core, and the most memory of its own, MiB."""
     command = [sys.executable, "-m", "coca_jax", "convert", f"--input={file}", f"--out={out}"]
-    before, most = children(), 0.0
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment())
+    before, most = child_seconds(), 0.0
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env={"JAX_PLATFORMS": "cpu"} | os.environ
+    )
     while running.poll() is None:
         try:
             status = pathlib.Path(f"/proc/{running.pid}/status").read_text()
@@ -63,7 +72,7 @@ def converted(file: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
         time.sleep(0.05)
     if running.wait():
         raise SystemExit(f"convert ended with status {running.returncode}")
-    return dict(convert_core_seconds=children() - before, convert_mib=most)
+    return dict(convert_core_seconds=child_seconds() - before, convert_mib=most)
 
 
 def outputs(model: Any, params: Any, pixels: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:

@@ -34,12 +34,6 @@ def test_the_table_is_that_of_the_results():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_runs_took_what_the_rules_say_of_the_minutes():
-    assert "foresee it within a third" in (ROOT / "README.md").read_text()
-    lines = [line for line in json.loads((ROOT / "results.json").read_text()) if line["minutes"]]
-    assert all(abs(line["cpu_minutes"] / line["minutes"] - 1) < 1 / 3 for line in lines)
-
-
 def test_a_table_shows_mean_and_range_of_seeds_and_leaves_trials_out():
     line = dict(row="coca_jax", data="fashion_mnist", minutes=10.0, pairs=1000, machine="one")
     line["cpu_minutes"] = 9.96

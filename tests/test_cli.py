@@ -28,7 +28,6 @@ from coca_jax.training import recipes
 STARTS = {
     "fit": ["photos", "--workdir=run"],
     "train": ["--config=tiny", "--workdir=run"],
-    "ablate": ["table.toml", "--out=out"],
     "evaluate": ["--checkpoint=weights", "--data=scenes"],
     "caption": ["--checkpoint=weights", "image.png"],
     "recaption": ["--checkpoint=weights", "--input=list.csv", "--out=better"],
@@ -132,7 +131,6 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     )
     words |= {"recaption": "list.csv: read as --format=csv"}
     words |= {"fit": "fitting photos in run: starting JAX"}
-    words |= {"ablate": "ablating table.toml in out"}
     words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
     words |= {"benchmark": "benchmark losses: starting JAX", "report": "error: workdir "}
     assert first.startswith(words[name])

@@ -355,7 +355,7 @@ def test_several_runs_are_laid_over_each_other(run, tmp_path):
     best = scores["captioning/scenes_heldout/perplexity"]
     assert f"<b>{best:.4g}</b>" in page and ">9 <small>" in page  # lower is better
     assert "batch_size 128 64" in text and "data:image" not in page
-    for name in ("a/seed0", "b/seed0"):  # as an ablation's runs lie
+    for name in ("a/seed0", "b/seed0"):  # runs of several seeds
         shutil.copytree(run, tmp_path / name)
     page = report.write_comparison(
         [tmp_path / "a/seed0", tmp_path / "b/seed0"], tmp_path / "seeds.html"

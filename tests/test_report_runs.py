@@ -9,7 +9,7 @@ from conftest import tiny_config
 
 from coca_jax.cli import report
 from coca_jax.evaluation import report_data
-from coca_jax.runtime import json_files, metric_log, out_folder
+from coca_jax.runtime import json_files, metric_log
 
 
 def make_run(folder, steps):
@@ -36,13 +36,6 @@ def test_a_run_that_is_given_twice_is_refused(tmp_path):
         with pytest.raises(ValueError, match="is given twice; give each run once"):
             report.write_comparison([run, again], tmp_path / "both.html")
     assert not (tmp_path / "both.html").exists()
-
-
-def test_the_folder_of_an_ablation_is_told_with_its_page_and_its_runs(tmp_path):
-    json_files.write_sealed(tmp_path / out_folder.PLAN, dict(minutes=0, variants={}))
-    line = f"is the folder of an ablation: its page is {tmp_path}/report.html; a run of it is "
-    with pytest.raises(ValueError, match=f"{line}{tmp_path}/VARIANT/seedN$"):
-        report.write_report(tmp_path)
 
 
 def test_what_a_long_run_logged_is_kept_by_columns(tmp_path):

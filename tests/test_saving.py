@@ -12,9 +12,8 @@ from conftest import flags_of, tiny
 from test_checkpointing import assert_equal, restore, state_of
 
 from coca_jax.apps import fit as fitting
-from coca_jax.apps.ablating import running
 from coca_jax.checkpoints import manager
-from coca_jax.cli import ablate, fit
+from coca_jax.cli import fit
 from coca_jax.data.mixture import Mixture
 from coca_jax.runtime import json_files, signals
 from coca_jax.runtime.metric_log import TimeBuckets
@@ -200,18 +199,13 @@ def test_a_save_under_way_is_finished_before_an_error_ends_the_run(commands, tmp
     manager.load_params(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["ablate", "fit"])
 @pytest.mark.parametrize(
     "error", [manager.SaveFailed("step 9 could not be saved"), replicas.Corrupted("after 8")]
 )
-def test_fit_and_ablate_end_with_a_line_as_train_does(name, error, tmp_path, monkeypatch):
+def test_fit_ends_with_a_line_as_train_does(error, tmp_path, monkeypatch):
     for function in ("define_overrides", "changes"):  # which read the command line of the tests
         monkeypatch.setattr(recipes, function, lambda *_: {})
-    flags_of(name, monkeypatch)
-    (tmp_path / "table.toml").write_text("config = 'tiny'\n[variants.a]\n")
-    command, folder, place = dict(
-        ablate=(ablate, "--out", f"{tmp_path}/table.toml"), fit=(fit, "--workdir", str(tmp_path))
-    )[name]
+    flags_of("fit", monkeypatch)
 
     def fail(*_, **__):
         raise error
@@ -219,8 +213,8 @@ def test_fit_and_ablate_end_with_a_line_as_train_does(name, error, tmp_path, mon
     def leave(line, status):
         raise SystemExit(f"{status} {line}")
 
-    monkeypatch.setattr(running if name == "ablate" else fitting, name, fail)
+    monkeypatch.setattr(fitting, "fit", fail)
     monkeypatch.setattr(signals, "leave", leave)
-    command.flags.FLAGS([name, f"{folder}={tmp_path}/out"])
+    fit.flags.FLAGS(["fit", f"--workdir={tmp_path}/out"])
     with pytest.raises(SystemExit, match=f"1 error: {error}"):
-        command.main([name, place])
+        fit.main(["fit", str(tmp_path)])

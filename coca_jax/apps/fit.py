@@ -110,7 +110,6 @@ class Kept:
                     f"--workdir={workdir} holds a run that fit did not begin; give another, or go "
                     "on with coca-jax train"
                 )
-            out_folder.check_run(workdir)
             storage.check_writable(workdir)
             return
         state = _read(self._path)

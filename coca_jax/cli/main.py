@@ -44,7 +44,6 @@ from coca_jax.training import recipes
 COMMANDS = {
     "fit": "from a folder of pictures to a trained model: looks, chooses, says why, trains",
     "train": "train a recipe in a workdir; go on from what is there",
-    "ablate": "train variants of a recipe with several seeds, and compare them",
     "evaluate": "score a model: zero-shot, retrieval, captions, probes",
     "caption": "caption image files and folders, one JSON line an image",
     "recaption": "data in, data with captions, scores and embeddings out",

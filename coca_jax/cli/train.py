@@ -103,7 +103,6 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     if flags.FLAGS.data and "data.sources" in recipes.changes():
         raise ValueError("--config.data.sources and --data both say what trains; give one of them")
     storage.check_slashes(flags.FLAGS.workdir)
-    out_folder.check_run(flags.FLAGS.workdir)
     refuse_data(flags.FLAGS.workdir)
     if storage.is_remote(flags.FLAGS.workdir):
         storage.check_writable(flags.FLAGS.workdir)  # before JAX starts and data are prepared

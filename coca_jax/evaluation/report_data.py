@@ -18,7 +18,7 @@ from coca_jax.evaluation import history
 from coca_jax.evaluation.evaluators import base, results
 from coca_jax.evaluation.evaluators.base import Metric, Scale
 from coca_jax.evaluation.metrics.intervals import COMPANIONS
-from coca_jax.runtime import bounded_json, goodput, json_files, metric_log, out_folder, storage
+from coca_jax.runtime import bounded_json, goodput, json_files, metric_log, storage
 
 # What the steps of a run logged, by columns: of millions of rows the dicts would be gigabytes.
 
@@ -149,11 +149,6 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         blend=_read_json(folder / "blend.json"),
     )
     if not found.logged and not found.scores:
-        if (folder / out_folder.PLAN).exists():
-            raise ValueError(
-                f"{workdir} is the folder of an ablation: its page is {folder / 'report.html'}; "
-                f"a run of it is {folder}/VARIANT/seedN"
-            )
         raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")
     return found
 

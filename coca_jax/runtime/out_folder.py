@@ -10,8 +10,6 @@ from typing import Any
 
 from coca_jax.runtime import bounded_json, storage
 
-PLAN = "plan.json"  # of an ablation, in its folder
-
 CARD = "---\nlibrary_name: coca_jax\n"  # how the README.md of a model's folder begins
 # What `export` and `convert` leave, and files of the file system's own.
 _OURS = re.compile(
@@ -77,16 +75,6 @@ def _is_ours(path: Any) -> bool:
         return {"model", "preprocess", "tokenizer"} <= bounded_json.parse(path.read_bytes()).keys()
     except (OSError, ValueError):
         return False
-
-
-def check_run(workdir: str | os.PathLike[str]) -> None:
-    """Raises ValueError where a workdir is the folder of an ablation, whose report a run would
-    write over, and which would be taken for a run then."""
-    if not storage.is_remote(workdir) and (storage.place(workdir) / PLAN).exists():
-        raise ValueError(
-            f"--workdir={workdir} is the folder of an ablation, whose runs are {workdir}/VARIANT/"
-            "seedN; give another one"
-        )
 
 
 def check_apart(workdir: str | os.PathLike[str], data: str) -> None:

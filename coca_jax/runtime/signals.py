@@ -36,7 +36,7 @@ SAME_KEY = 0.5
 AT_ONCE = 130  # the status of one that is ended by a second one, as a shell says of SIGINT
 
 
-SAVED = ("ablate", "fit", "train")  # commands that save what they did when they are asked to stop
+SAVED = ("fit", "train")  # commands that save what they did when they are asked to stop
 EXIT_AGAIN = 75  # EX_TEMPFAIL: the launchers start the run again
 GRACE = 2.0  # seconds that a command without anything to save may take to remove its files
 AGAIN = "run the same command to go on"

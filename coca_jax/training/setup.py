@@ -45,7 +45,6 @@ def check_start(config: Config, workdir: str) -> None:
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
     mesh = check_config(config)
-    out_folder.check_run(workdir)
     steps.check_writable(workdir)
     check_start(config, workdir)
     for source in config.data.sources:

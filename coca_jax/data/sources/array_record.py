@@ -57,7 +57,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"data source {path}: {what}; write it with "
             f"`coca-jax prepare --out={path}` (a recipe's first lines show how), or name data of "
-            "your own (--data= of train, ablate and evaluate)"
+            "your own (--data= of train and evaluate)"
         )
     raise ValueError(
         f"data source {path}: not prepared data (no {MANIFEST}); run `coca-jax prepare "

@@ -1,1 +1,0 @@
-"""Variants of a recipe beside each other: the table, its runs, what came out."""
