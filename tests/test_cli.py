@@ -36,7 +36,6 @@ STARTS = {
     "prepare": ["--format=csv", "--input=list.csv", "--out=data"],
     "convert": ["--input=weights.bin", "--out=out"],
     "compile": ["--config=tiny", "--topology=cpu:1"],
-    "blend": ["--base=weights", "--checkpoint=tuned", "--out=out"],
     "export": ["--checkpoint=weights", "--out=out"],
     "report": ["--workdir=run"],
     "benchmark": ["losses"],
@@ -126,9 +125,7 @@ def test_a_command_says_what_it_does_before_it_imports_jax(name, started):
     status, _, errors = started[name]
     first, *others = errors.splitlines()
     words = {"prepare": "reading list.csv", "convert": "converting weights.bin"}
-    words |= dict.fromkeys(
-        ("evaluate", "caption", "search", "serve", "export", "blend"), "loading weights"
-    )
+    words |= dict.fromkeys(("evaluate", "caption", "search", "serve", "export"), "loading weights")
     words |= {"recaption": "list.csv: read as --format=csv"}
     words |= {"fit": "fitting photos in run: starting JAX"}
     words |= {"train": "training in run: starting JAX", "compile": "compiling for cpu:1"}
@@ -158,7 +155,6 @@ OTHER_NAMES = {  # of flags, as other commands and programs have them; what is s
     "train --batch-size=64": "the key of the recipe is --config.batch_size=64",
     "convert --out_put=x": "did you mean --out?",
     "report --colour=red": "--help lists the flags",
-    "blend --compare=a,b": "--help lists the flags",
 }
 
 
@@ -280,7 +276,6 @@ def test_results_are_json_except_on_a_terminal(commands, tmp_path):
 WRITERS = {
     "export": ["--checkpoint=weights.bin", "--out=run"],
     "convert": ["--input=weights.bin", "--out=run"],
-    "blend": ["--base=weights.bin", "--checkpoint=weights.bin", "--out=run"],
 }
 
 

@@ -22,8 +22,12 @@ outputs out_0, ..., in the order above. decode_start gives what the decoder read
 then the state; decode_step takes both, the token and its place, and gives log probabilities and the
 state. onnxruntime runs each beside the model.
 
+With --base, the model that the checkpoint was tuned from, the weights are base + share x (tuned -
+base) (WiSE-FT).
+
 Examples:
   coca-jax export --checkpoint=runs/demo --out=exported
+  coca-jax export --checkpoint=runs/tuned --base=weights --share=0.6 --out=mixed
   coca-jax export --checkpoint=runs/demo --out=exported --platforms=cpu,tpu,cuda
   coca-jax export --checkpoint=runs/demo --out=exported --format=onnx --batch_size=8 --int8
   coca-jax export --checkpoint=runs/demo --out=for_hub --format=hub --push=me/demo
@@ -64,6 +68,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("int8", False, "With --format=onnx: also programs with weights of 8 bits.")
     flags.DEFINE_string("push", "", "org/name on the hub to upload to; with --format=hub.")
     flags.DEFINE_bool("private", False, "Makes a repository that --push creates private.")
+    flags.DEFINE_string("base", "", "What the checkpoint was tuned from, to interpolate with.")
+    flags.DEFINE_float("share", 0.5, "With --base: how far from it (0) to the tuned weights (1).")
     known = ", ".join(export_format.PLATFORMS)
     flags.DEFINE_list("platforms", ["cpu"], f"What the programs run on: {known}.")
 
@@ -85,13 +91,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--push={args.push}: only with --format=hub")
     if args.private and not args.push:
         raise ValueError("--private: only with --push=org/name")
+    if args["share"].present and not args.base:
+        raise ValueError(f"--share={args.share:g}: only with --base=DIR")
     if args.format == "onnx":
         _onnx().packages()
     out_folder.check_model(args.out)
     cli.say(f"loading {args.checkpoint}")
     model = coca_jax.load(args.checkpoint, narrow=False)  # its weights are written as they are
-    from coca_jax.inference import export_folder
+    from coca_jax.inference import export_folder, interpolation
 
+    if args.base:
+        cli.say(f"loading {args.base}")
+        base = coca_jax.load(args.base, narrow=False)
+        interpolation.interpolate(base, model, args.share)
     export_folder.check(model)
     export_format.refuse_other(args.out, model.params)
     if args.format == "hub":

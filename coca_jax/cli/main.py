@@ -52,7 +52,6 @@ COMMANDS = {
     "prepare": "turn a folder, tar, parquet or CSV of images into training data",
     "convert": "read open_clip weights, or write them",
     "compile": "compile a train step for devices that are not here, and say what it needs",
-    "blend": "mix a tuned model with its start, score the way between, keep the change apart",
     "export": "write a folder of weights and programs that run without this package",
     "report": "write the HTML report of a run",
     "benchmark": "time training, encoding, captioning, input or losses",

@@ -241,10 +241,7 @@ def write_report(
         verdict=verdict.of_run(run),
         headlines=report_data.headlines(run.scores, tasks),
         tables=report_data.tables(run.scores, tasks, run),
-        evaluations=[
-            *report_charts.evaluations([run]),
-            *report_charts.blended(run.blend.get("curve", [])),
-        ],
+        evaluations=report_charts.evaluations([run]),
         training=report_charts.training([run]),
         goodput=goodput(run),
         examples=sections(run.examples, layouts()),

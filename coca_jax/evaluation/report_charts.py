@@ -13,7 +13,6 @@ import fnmatch
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -111,34 +110,6 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
         better = "lower is better" if shown.lower else "higher is better"
         found.append(chart(title, unit + better, scaled))
     return found
-
-
-def blended(rows: Any) -> list[Markup]:
-    """A chart an evaluator of what `blend` scored between a model and its start: rows
-    [dict(share, scores)] of blend.json; [] for what are none."""
-    points: dict[str, Points] = {}
-    try:
-        for row in rows:
-            for name, value in row["scores"].items():
-                if is_number(value) and is_number(row["share"]):  # a score may not be finite
-                    points.setdefault(name, []).append((row["share"], value))
-    except (LookupError, TypeError, AttributeError):
-        return []
-    by_evaluator: dict[str, list[Curve]] = {}
-    for name, found in points.items():
-        evaluator, data, metric = report_data.split_name(name)
-        shown = report_data.metric_of(evaluator, metric, [value for _, value in found])
-        curves = by_evaluator.setdefault(evaluator, [])
-        if shown.scale is not Scale.PLAIN and len(found) > 1:
-            title = f"{shown.title} \u00b7 {data}"
-            scaled = [(share, 100 * value) for share, value in found]
-            curves.append(Curve(title, scaled, len(curves) % COLOURS, dots=True))
-    across = "share of the way from the start to the tuned model"
-    return [
-        chart(f"{report_data.title_of(evaluator)} between both models", "x 100", curves, across)
-        for evaluator, curves in by_evaluator.items()
-        if curves
-    ]
 
 
 def _curve(

@@ -80,7 +80,7 @@ class RunFiles:
     """A run's files, empty where they are missing.
 
     logged: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
-    goodput: as runtime/goodput.py keeps it over restarts; blend: what `blend` scored; steps: after
+    goodput: as runtime/goodput.py keeps it over restarts; steps: after
     which a task ('retrieval/x') was scored.
     """
 
@@ -91,7 +91,6 @@ class RunFiles:
     scores: dict[str, Any]
     examples: dict[str, Any]
     goodput: dict[str, Any]
-    blend: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
     parents: int = 0
 
@@ -146,7 +145,6 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         examples=_read_json(folder / "eval_examples.json"),
         steps=_steps(_read_json(folder / results.STEPS)),
         goodput=_goodput(folder / goodput.FILE),
-        blend=_read_json(folder / "blend.json"),
     )
     if not found.logged and not found.scores:
         raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")
