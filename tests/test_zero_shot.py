@@ -229,17 +229,3 @@ def test_texts_of_classes_take_the_memory_of_the_classes():
     assert most < 6 << 20  # all of their embeddings are 10 MB, and were there twice
     wanted = zero_shot.normalise(table).reshape(500, 10, 512).mean(1)
     np.testing.assert_array_equal(found, zero_shot.normalise(wanted))
-
-
-def test_what_is_said_of_several_models_is_said_once(capsys, caplog):
-    def say():
-        for line in ("a", "b", "a"):
-            evaluators.tell(line)
-            evaluators.warn("zero_shot/x", line)
-
-    with evaluators.each_once():
-        say()
-        say()
-    assert capsys.readouterr().err.split() == ["a", "b"] and len(caplog.records) == 2
-    say()  # of another evaluation
-    assert capsys.readouterr().err.split() == ["a", "b", "a"] and len(caplog.records) == 5

@@ -82,36 +82,13 @@ def warn(name: str, line: str) -> None:
     process of a run finds the same: the first says it."""
     import jax  # `--help` of a command that evaluates does without
 
-    if jax.process_index() == 0 and _is_new(f"{name}: {line}"):
+    if jax.process_index() == 0:
         logging.warning("%s: %s", name, line)
 
 
 def tell(line: str) -> None:
     """Says a line about the data on standard error."""
-    if _is_new(line):
-        print(line, file=sys.stderr)
-
-
-_said: set[str] | None = None
-
-
-def _is_new(line: str) -> bool:
-    if _said is None:
-        return True
-    new = line not in _said
-    _said.add(line)
-    return new
-
-
-@contextlib.contextmanager
-def each_once() -> Iterator[None]:
-    """Inside, `warn` and `tell` say the same line once: several models are scored on the same."""
-    global _said
-    _said = set()
-    try:
-        yield
-    finally:
-        _said = None
+    print(line, file=sys.stderr)
 
 
 def in_batches(records: Iterable[Any], size: int, *, show: str = "") -> Iterator[list[Any]]:
