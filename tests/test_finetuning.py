@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import flags
 from conftest import flags_of, scenes_words
 from one_device import models_on_one, train_alone  # noqa: F401
 from quick_start import drawn_by_numpy  # noqa: F401
@@ -221,12 +222,10 @@ def test_export_interpolates_between_the_base_and_the_tuned_model(words, tmp_pat
     call(f"--base={tmp_path}/base", "--share=0.25")
     found = export_format.read_export(tmp_path / "out")[0]["text_to_joint"]["kernel"]
     np.testing.assert_allclose(found, 1.5 * start, rtol=1e-2)
-    for given, says in (
-        (("--share=0.5",), "--share=0.5: only with --base"),
-        ((f"--base={tmp_path}/base", "--share=1.5"), "--share=1.5"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            call(*given)
+    with pytest.raises(ValueError, match="--share=0.5: only with --base"):
+        call("--share=0.5")
+    with pytest.raises(flags.IllegalFlagValueError, match="--share=1.5"):
+        call(f"--base={tmp_path}/base", "--share=1.5")
     with pytest.raises(FileExistsError, match="holds a model with other weights"):
         call(f"--base={tmp_path}/base", "--share=1")
 

@@ -69,7 +69,9 @@ def define_flags() -> None:
     flags.DEFINE_string("push", "", "org/name on the hub to upload to; with --format=hub.")
     flags.DEFINE_bool("private", False, "Makes a repository that --push creates private.")
     flags.DEFINE_string("base", "", "What the checkpoint was tuned from, to interpolate with.")
-    flags.DEFINE_float("share", 0.5, "With --base: how far from it (0) to the tuned weights (1).")
+    flags.DEFINE_float(
+        "share", 0.5, "With --base: how far from it (0) to the tuned weights (1).", 0.0, 1.0
+    )
     known = ", ".join(export_format.PLATFORMS)
     flags.DEFINE_list("platforms", ["cpu"], f"What the programs run on: {known}.")
 

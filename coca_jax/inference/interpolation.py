@@ -16,10 +16,8 @@ def interpolate(base: CoCaModel, tuned: CoCaModel, share: float) -> None:
     """Sets the tuned model's weights to base + share x (tuned - base), computed in float32.
 
     Raises:
-        ValueError: `share` is outside [0, 1], or the models differ in more than their weights.
+        ValueError: the models differ in more than their weights.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"--share={share:g}: give a number from 0 (the base) to 1 (the tuned)")
     _check_same_architecture(base, tuned)
     first, last = export_format.flatten(base.params), export_format.flatten(tuned.params)
     mixed = {}

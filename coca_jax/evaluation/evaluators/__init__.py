@@ -8,7 +8,6 @@ process of a run calls `run` with the same records, and every one gets the same 
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
