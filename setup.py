@@ -38,7 +38,7 @@ setuptools.setup(
             "inference/model_card.md",
             "interop/transformers_card.md",
         ],
-        "coca_jax.evaluation": ["templates/*", "templates/layouts/*"],
+        "coca_jax.evaluation": ["templates/*", "templates/layouts/*", "templates/uplot/*"],
         "coca_jax.apps.serve": ["page/*"],
     },
     entry_points={"console_scripts": ["coca-jax = coca_jax.__main__:main"]},

@@ -315,9 +315,8 @@ def write_comparison(
                 name=run.name,
                 summary=summary(run),
                 goodput=goodput(run),
-                line=report_charts.line_of(place),
             )
-            for place, run in enumerate(runs)
+            for run in runs
         ],
         tables=report_data.side_by_side(runs),
         evaluations=report_charts.evaluations(runs),

@@ -1,9 +1,6 @@
-"""Curves over steps as inline SVG.
+"""Curves over steps for the report, drawn in the browser by uPlot (MIT; templates/uplot).
 
-They are drawn here and by no chart library: the page then shows its curves without running a
-script (a mail's preview, a print), tests can read them, and 300 points a curve weigh less than
-the smallest library. The page's script (templates/charts.js) adds the values under the pointer,
-and zooms into up to 900 points a curve.
+A chart is a figure whose data-chart attribute holds its curves; templates/charts.js draws it.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ import fnmatch
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -23,13 +21,10 @@ from coca_jax.evaluation.report_data import RunFiles, headline_metrics, tasks_of
 
 Points = list[tuple[float, float]]
 
-WIDTH, HEIGHT = 560, 280
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 10, 44  # margins
-POINTS = 300  # of a curve as it is drawn; more would only weigh
-FINE = 900  # of a curve that is zoomed into
+POINTS = 900  # of a curve: more than a screen shows, so that it can be zoomed into
 COLOURS = 6
-DASHES, WEIGHTS = 4, 3  # of lines: one of each a run, so that twelve runs look different
-ROW = 34  # pixels of a row of `spread`
+DASHES = ((), (6, 4), (2, 3), (8, 3, 2, 3))  # one of each a run, with the widths, so that
+WIDTHS = (1.8, 3.4, 5)  # twelve runs look different
 
 TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
     ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss", "head_loss", "*_loss")),
@@ -52,7 +47,7 @@ TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """colour: 0 to COLOURS - 1, of a metric; run: 0, 1, .., which gives its line, see `line_of`."""
+    """colour: 0 to COLOURS - 1, of a metric; run: 0, 1, .., which gives its dashes and width."""
 
     name: str
     points: Points
@@ -74,7 +69,7 @@ def training(runs: Sequence[RunFiles]) -> list[Markup]:
                 points = list(run.logged.points(key))
                 if len(points) > 1:
                     name = key.replace("_", " ").replace("/", " \u00b7 ")
-                    curves.append(_curve(name, thin(points, FINE), colour, place, runs))
+                    curves.append(_curve(name, thin(points), colour, place, runs))
         charts += [chart(title, unit, curves)] if curves else []
     return charts
 
@@ -92,7 +87,7 @@ def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
                 values = [(row["step"], row["scores"].get(name)) for row in run.evaluations]
                 points = [(step, value) for step, value in values if is_number(value)]
                 if len(points) > 1:
-                    curve = _curve(data, thin(points, FINE), colour, place, runs, dots=True)
+                    curve = _curve(data, thin(points), colour, place, runs, dots=True)
                     charts.setdefault((evaluator, metric), []).append(curve)
     found = []
     for (evaluator, metric), curves in charts.items():
@@ -120,11 +115,6 @@ def _curve(
     return Curve(name, points, colour % COLOURS, run, dots)
 
 
-def line_of(run: int) -> str:
-    """The classes of style.css of the lines of a run: 0, 1, .."""
-    return f"d{run % DASHES} w{run // DASHES % WEIGHTS}"
-
-
 def thin(points: Points, most: int = POINTS) -> Points:
     """At most `most` points, means over neighbours."""
     size = math.ceil(len(points) / most)
@@ -132,142 +122,38 @@ def thin(points: Points, most: int = POINTS) -> Points:
     return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from low to high."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= min((1, 2, 5, 10), key=lambda m: abs((high - low) / (m * step) - count))
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def top(curves: Sequence[Curve]) -> float | None:
+    """Where the vertical axis of a whole chart ends if its first steps, as of a loss, are far off
+    the rest; None to show all."""
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys = sorted(y for curve in curves for _, y in curve.points)
+    begin = min(xs) + 0.05 * (max(xs) - min(xs))
+    rest = [y for curve in curves for x, y in curve.points if x > begin]
+    middle = ys[len(ys) // 2]
+    far = rest and 0 < middle <= ys[-1] / 20 and max(rest) < ys[-1]
+    return max(rest) if far else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """Where data lie on the drawing: x from x0 to x1, y from y0 to y1."""
-
-    x0: float
-    x1: float
-    y0: float
-    y1: float
-
-    @classmethod
-    def around(cls, curves: Sequence[Curve]) -> Frame:
-        """The frame that shows the curves; the first steps, far off the rest, may be cut."""
-        xs = [x for curve in curves for x, _ in curve.points]
-        ys = sorted(y for curve in curves for _, y in curve.points)
-        y1 = ys[-1]
-        # The first steps of a loss can be far off the rest: then the axis ends at the highest of
-        # the others, unless it is the rest that has grown.
-        begin = min(xs) + 0.05 * (max(xs) - min(xs))
-        rest = [y for curve in curves for x, y in curve.points if x > begin]
-        if rest and ys[len(ys) // 2] > 0 and y1 >= 20 * ys[len(ys) // 2]:
-            y1 = max(rest)
-        y0 = 0.0 if ys[0] >= 0 and ys[0] < 0.5 * y1 else ys[0]
-        if y1 - y0 < 1e-9 * max(1.0, abs(y1)):
-            y0, y1 = (y0 - 0.5 * abs(y0), y1 + 0.5 * abs(y1)) if y1 else (0.0, 1.0)
-        return cls(min(xs), max(xs), y0, y1 + 0.04 * (y1 - y0))
-
-    def px(self, x: float) -> float:
-        """Pixels from the left."""
-        return LEFT + (x - self.x0) / max(self.x1 - self.x0, 1e-12) * (WIDTH - LEFT - RIGHT)
-
-    def py(self, y: float) -> float:
-        """Pixels from the top."""
-        share = (min(y, self.y1) - self.y0) / (self.y1 - self.y0)
-        return TOP + (1 - share) * (HEIGHT - TOP - BOTTOM)
-
-    def axes(self, unit: str, across: str) -> list[str]:
-        """Grid, numbers and the titles of both axes."""
-        parts = ['<g class="ty">']
-        for y in ticks(self.y0, self.y1):
-            at = self.py(y)
-            parts.append(f'<line class="g" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" ')
-            parts.append(f'y2="{at:.1f}"/><text x="{LEFT - 8}" y="{at + 4:.1f}" ')
-            parts.append(f'text-anchor="end">{report_data.number(y)}</text>')
-        parts.append('</g><g class="tx">')
-        for x in ticks(self.x0, self.x1) if self.x1 > self.x0 else [self.x0]:
-            parts.append(f'<text x="{self.px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" ')
-            parts.append(f'text-anchor="middle">{report_data.number(x)}</text>')
-        parts.append("</g>")
-        middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
-        parts.append(f'<text class="axis" x="{middle[0]}" y="{HEIGHT - 6}" ')
-        parts.append(f'text-anchor="middle">{escape(across)}</text>')
-        parts.append(f'<text class="axis" transform="translate(12,{middle[1]}) rotate(-90)" ')
-        parts.append(f'text-anchor="middle">{escape(unit)}</text>')
-        return parts
-
-
-# Shown by the script, without which they would do nothing.
-_BUTTONS = "".join(
-    f'<button type="button" hidden data-zoom="{name}" title="{what}" aria-label="{what}">{sign}'
-    "</button>"
-    for name, what, sign in (
-        ("in", "Zoom in", "+"),
-        ("out", "Zoom out", "\u2212"),
-        ("left", "Earlier", "\u2039"),
-        ("right", "Later", "\u203a"),
-    )
-)
-
-
-def chart(title: str, unit: str, curves: Sequence[Curve], across: str = "step") -> Markup:
-    """A figure with its axes, curves and legend, and the points that the script reads."""
-    frame = Frame.around(curves)
-    parts, legend, data = frame.axes(unit, across), [], []
+def chart(title: str, unit: str, curves: Sequence[Curve]) -> Markup:
+    """A figure with its curves as JSON."""
+    drawn: list[dict[str, Any]] = []
     for curve in curves:
-        kind = f"s{curve.colour} {line_of(curve.run)}"
-        places = [(frame.px(x), frame.py(y)) for x, y in thin(curve.points)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline class="c {kind}" points="{path}"/>')
-        if curve.dots:
-            for x, y in places:
-                parts.append(f'<circle class="p {kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-        key = f'<svg class="k" viewBox="0 0 22 8"><path class="c {kind}" d="M0 4H22"/></svg>'
-        legend.append(f"<span>{key}{escape(curve.name)} <b></b></span>")
-        data.append([[float(f"{x:.7g}"), float(f"{y:.5g}")] for x, y in curve.points])
-    cursor = f'<rect class="cursor" y="{TOP}" height="{HEIGHT - TOP - BOTTOM}" x="-9" width="1"/>'
-    points = escape(json.dumps(data, separators=(",", ":")))
+        x, y = zip(*curve.points)
+        drawn.append(
+            dict(
+                name=curve.name,
+                x=[float(f"{value:.7g}") for value in x],
+                y=[float(f"{value:.5g}") for value in y],
+                colour=curve.colour,
+                dash=DASHES[curve.run % len(DASHES)],
+                width=WIDTHS[curve.run // len(DASHES) % len(WIDTHS)],
+                dots=curve.dots,
+            )
+        )
+    found = dict(unit=unit, top=top(curves), curves=drawn)
+    data = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
     return Markup(
-        f'<figure class="card chart" data-points="{points}" data-across="{escape(across)}">'
-        f"<figcaption>{escape(title)}<em></em>{_BUTTONS}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)} by {escape(across)}">{"".join(parts)}{cursor}</svg>'
-        f'<div class="legend">{"".join(legend)}</div></figure>'
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A row of `spread`: values, a dot each, and the interval of their mean where there is one."""
-
-    name: str
-    values: Sequence[float]
-    low: float | None = None
-    high: float | None = None
-
-
-def spread(title: str, across: str, rows: Sequence[Spread]) -> Markup:
-    """A figure with a row of dots for each of `rows`, and its interval as a bar behind them."""
-    ends = [x for row in rows for x in (*row.values, row.low, row.high) if x is not None]
-    frame = Frame.around([Curve("", [(x, 0.0) for x in (min(ends), max(ends))], 0)])
-    height = TOP + BOTTOM + ROW * len(rows)
-    parts = []
-    for x in ticks(frame.x0, frame.x1) if frame.x1 > frame.x0 else [frame.x0]:
-        at = f"{frame.px(x):.1f}"
-        parts.append(f'<line class="g" x1="{at}" x2="{at}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        parts.append(f'<text x="{at}" y="{height - BOTTOM + 18}" ')
-        parts.append(f'text-anchor="middle">{report_data.number(x)}</text>')
-    for place, row in enumerate(rows):
-        y, kind = TOP + ROW * (place + 0.65), f"s{place % COLOURS}"
-        parts.append(f'<text x="{LEFT}" y="{y - 9:.1f}">{escape(row.name)}</text>')
-        if row.low is not None and row.high is not None:
-            x0, x1 = frame.px(row.low), frame.px(row.high)
-            parts.append(f'<line class="c {kind}" x1="{x0:.1f}" x2="{x1:.1f}" y1="{y}" y2="{y}"/>')
-        for value in row.values:
-            parts.append(f'<circle class="p {kind}" cx="{frame.px(value):.1f}" cy="{y}" r="4"/>')
-    parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}" ')
-    parts.append(f'text-anchor="middle">{escape(across)}</text>')
-    return Markup(
-        f'<figure class="card spread"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(parts)}</svg></figure>"
+        f'<figure class="card chart" data-chart="{escape(data)}">'
+        f"<figcaption>{escape(title)}</figcaption>"
+        f'<div role="img" aria-label="{escape(title)} by step"></div></figure>'
     )
