@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coca_jax.apps.suites import tables
 from coca_jax.cli import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
@@ -19,7 +18,6 @@ sys.path.append(str(ROOT))
 
 import emoji  # noqa: E402
 import settings  # noqa: E402
-import suite_peer  # noqa: E402
 import table  # noqa: E402
 
 # By another name: tests/fuzz has a `run` too.
@@ -176,20 +174,6 @@ def test_the_reference_learns_names_of_drawings(tmp_path, monkeypatch):
     assert scores["retrieval/emoji_openmoji/num_images"] == 12
     assert 0 <= scores["captioning/emoji_openmoji/exact_match"] <= 1
     assert np.isfinite(scores["captioning/emoji_openmoji/perplexity"])
-
-
-def test_five_drawn_sets_are_a_suite(tmp_path):
-    suite_peer.write(tmp_path / "sets")
-    found, missing = tables.tasks("clip_benchmark", str(tmp_path / "sets"))
-    read = {one.key: (one.folder.kind, sum(1 for _ in one.folder.examples())) for one in found}
-    assert read == dict(
-        captions=("retrieval", 130),
-        colours=("classification", 400),
-        several=("multilabel", 400),
-        shapes=("classification", 400),
-        three_captions=("retrieval", 89),
-    )
-    assert missing == []
 
 
 def test_steps_follow_from_two_short_runs(monkeypatch, tmp_path):

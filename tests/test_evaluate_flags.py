@@ -277,31 +277,21 @@ def test_data_that_are_named_twice_have_one_index(tmp_path, capsys):
         (dict(data="scenes"), "give --checkpoint=DIR --data=PATH"),
         (dict(checkpoint="x"), "give --checkpoint=DIR --data=PATH"),
         (dict(checkpoint="hf-hub:a/b", data="scenes"), "=hf-hub:a/b is a name; give --out=DIR"),
-        (dict(suite="datacomp", checkpoint="x"), "give --suite=NAME with --checkpoint=DIR and --r"),
-        (dict(suite="datacomp", checkpoint="x", root="y", data="z"), "and --root=DIR, without --d"),
-        (dict(suite="datacomp", checkpoint="x", root="y", num_processes=2), "runs in one process"),
         (
-            dict(suite="datacomp", checkpoint="x", root="y", limit=3),
-            "--limit=3: a suite scores all",
+            dict(suite="wds/a", checkpoint="x"),
+            "give --suite=NAMES with --checkpoint=DIR and --root",
         ),
-        (
-            dict(suite="datacomp", checkpoint="x", root="y", rerank=5),
-            "--rerank=5: .*; leave it out",
-        ),
-        (
-            dict(suite="datacomp", checkpoint="x", root="y", attention=0),
-            "--noattention: a suite",
-        ),
-        (dict(suite="datacomp", checkpoint="x", root="y", where="a=b"), "^--where=a=b: a suite"),
-        (dict(checkpoint="x", data="scenes", csv="t.csv"), "--csv=t.csv: it is for --suite; leave"),
+        (dict(suite="wds/a", checkpoint="x", root="y", data="z"), "--root=DIR, without --data"),
+        (dict(suite="wds/a", checkpoint="x", root="y", num_processes=2), "runs in one process"),
+        (dict(suite="wds/a", checkpoint="x", root="y", limit=3), "--limit=3: CLIP_benchmark"),
+        (dict(suite="wds/a", checkpoint="x", root="y", rerank=5), "--rerank=5: .*; leave it out"),
+        (dict(checkpoint="x", data="scenes", root="t"), "--root=t: it is for --suite; leave"),
         (dict(checkpoint="x", data="scenes", where="site"), "--where=site: write field=value"),
         (
             dict(checkpoint="x", data="scenes", where="a=b"),
             "^--where=a=b: scenes are drawn, .* out$",
         ),
         (dict(checkpoint="x", data="scenes", text_field="t"), "--text_field=t: scenes are drawn"),
-        (dict(compare="one"), "--compare=one: give two folders or more, with a comma"),
-        (dict(compare="a,b", out="c"), "--out=c: --compare shows scores that are there, and wri"),
     ],
 )
 def test_flags_that_do_not_go_together_are_a_line(ask, given, says):

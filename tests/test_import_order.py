@@ -22,7 +22,7 @@ evaluation
 training.trackers
 training
 apps.search
-apps.serve apps.recaption apps.suites
+apps.serve apps.recaption
 apps estimate
 cli
 """

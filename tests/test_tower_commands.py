@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from test_openvision import OPENVISION, SQUASHED, in_open_clip, write_bert
 from test_pe_core import in_open_clip as pe_core
-from test_suites import write_tars
 from test_tower_texts import metaclip_2, siglip, siglip_2
 from test_towers import in_transformers, unit
 
@@ -44,23 +43,6 @@ def photos(tmp_path_factory):
             one = dict(file_name=f"{number}.png", text=text, label=CLASSES[number % 3])
             print(json.dumps(one), file=file)
     return folder
-
-
-@pytest.fixture(scope="module")
-def sets(photos, tmp_path_factory):
-    """The same six in CLIP_benchmark's layout, once with classes and once with captions."""
-    root = tmp_path_factory.mktemp("sets")
-    pictures = [(photos / f"{number}.png").read_bytes() for number in range(6)]
-    (root / "labelled").mkdir()
-    (root / "labelled/classnames.txt").write_text("\n".join(CLASSES) + "\n")
-    (root / "labelled/zeroshot_classification_templates.txt").write_text("a photo of {c}\n")
-    rows = [dict(png=p, cls=str(n % 3).encode()) for n, p in enumerate(pictures)]
-    write_tars(root / "labelled", "test", rows)
-    (root / "captions").mkdir()
-    (root / "captions/dataset_type.txt").write_text("retrieval\n")
-    rows = [dict(png=p, txt=text.encode()) for p, text in zip(pictures, CAPTIONS)]
-    write_tars(root / "captions", "test", rows)
-    return root
 
 
 def openvision(folder, monkeypatch):
@@ -129,7 +111,7 @@ def test_pictures_alone_are_nothing_to_score(commands, photos, tmp_path):
 @pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
 @pytest.mark.long
 def test_scores_and_finds_are_those_of_the_originals_embeddings(
-    make, commands, photos, sets, tmp_path, monkeypatch
+    make, commands, photos, tmp_path, monkeypatch
 ):
     image, text, numbers = make(tmp_path / "files", monkeypatch)
     pixels = np.stack([np.asarray(Image.open(photos / f"{n}.png")) for n in range(6)])
@@ -168,14 +150,6 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
 
     if make.__name__ not in EVERY_COMMAND:
         return
-    command = ["evaluate", "--checkpoint=weights", "--suite=clip_benchmark", f"--root={sets}"]
-    done = commands.run([*command, "--out=suite", THREE], tmp_path)
-    assert done.returncode == 0, done.stderr
-    suite = json.loads((tmp_path / "suite/eval.json").read_text())
-    assert suite["suite/labelled/acc1"] == pytest.approx(right.mean())
-    recall = (images @ texts.T).argmax(1) == np.arange(6)
-    assert suite["suite/captions/text_retrieval_recall@1"] == pytest.approx(recall.mean())
-
     command = ["search", "index", str(photos), "--checkpoint=weights", "--out=index"]
     done = commands.run([*command, THREE], tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["pictures"] == 6

@@ -8,8 +8,7 @@ Examples:
   coca-jax evaluate --checkpoint=runs/mine --data=data/mine
   coca-jax evaluate --checkpoint=runs/mine --data=data/mine --tasks=retrieval,captioning
   coca-jax evaluate --checkpoint=weights --data=photos/ --tasks=zero_shot --out=scores
-  coca-jax evaluate --checkpoint=weights --suite=clip_benchmark --root=sets --out=scores
-  coca-jax evaluate --compare=scores,other_scores
+  coca-jax evaluate --checkpoint=weights --suite=wds/vtab/pets --root='sets/{dataset}' --out=scores
 """
 
 from __future__ import annotations
@@ -35,17 +34,14 @@ from coca_jax.runtime import storage, text_tables
 
 # Flags of tasks alone, besides those of the evaluators, and flags of suites alone.
 OF_TASKS = ("tasks", "where", "text_field", "label_field", "image_field", "limit")
-OF_SUITES = ("root", "csv", "suite_probe")
+OF_SUITES = ("root",)
 
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     define_task_flags()
-    flags.DEFINE_string("suite", "", "clip_benchmark, datacomp, or a file of data sets' names.")
-    flags.DEFINE_string("root", "", "Folder below which the suite's data sets lie.")
-    flags.DEFINE_string("csv", "", "Table for the suite's row; default: suite.csv in --out.")
-    flags.DEFINE_bool("suite_probe", False, "Suite: the linear probe too, where there is a train.")
-    flags.DEFINE_list("compare", None, "Folders with scores of a suite; the first is the base.")
+    flags.DEFINE_list("suite", [], "Datasets or collections by CLIP_benchmark's names.")
+    flags.DEFINE_string("root", "", "Where they lie, as its --dataset_root: 'sets/{dataset}'.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
     flags.DEFINE_string("out", "", "Where eval.json goes; default: beside the checkpoint.")
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
@@ -82,12 +78,6 @@ def evaluator_flags() -> list[Flag]:
     """The flags of all evaluators, each once."""
     found = (flag for one in base.kinds().values() for flag in one.flags)
     return list(dict.fromkeys(found))
-
-
-def of_scores() -> list[str]:
-    """The flags of `define_task_flags` that say what is scored and how, but for --data."""
-    own = (*OF_TASKS, "split", "name", "num_frames", "batch_size")
-    return [*own, *(flag.name for flag in evaluator_flags())]
 
 
 def _define(flag: Flag) -> None:
@@ -239,82 +229,55 @@ def refuse_unused(kinds: Sequence[str]) -> None:
             cli.refuse_given([flag.name], why)
 
 
-def called(checkpoint: str) -> str:
-    """A model's name in tables: the last part of its place; of a step the run's before it."""
-    *before, last = [part for part in checkpoint.split("/") if part not in ("", "checkpoints")]
-    return "/".join([*before[-1:], last]) if last.isdecimal() else last
-
-
 def run_suite(args: Any) -> dict[str, float]:
-    """Scores the checkpoint on the data sets of --suite below --root."""
+    """Scores the checkpoint on the datasets of --suite, by CLIP_benchmark."""
     if not args.checkpoint or not args.root or args.data:
-        raise ValueError("give --suite=NAME with --checkpoint=DIR and --root=DIR, without --data")
+        raise ValueError("give --suite=NAMES with --checkpoint=DIR and --root=DIR, without --data")
     if args.num_processes > 1:
         raise ValueError(f"--num_processes={args.num_processes}: a suite runs in one process")
     cli.refuse_given(
-        [*OF_TASKS, "coordinator", "process_id", *(flag.name for flag in evaluator_flags())],
-        "a suite scores all of its data sets, each by its own definition",
+        [
+            *OF_TASKS,
+            "name",
+            "coordinator",
+            "process_id",
+            *(flag.name for flag in evaluator_flags()),
+        ],
+        "CLIP_benchmark scores all of its datasets, each by its own definition",
     )
-    from coca_jax.apps.suites import tables
-
-    tasks, missing = tables.tasks(args.suite, args.root, args.split or "test")
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        lacks = "not below --root"
-        if args.suite == "clip_benchmark":
-            lacks = f"without {args.split or 'test'}/nshards.txt"
-        cli.say(f"{lacks}, left out: {', '.join(missing[:5])}{more}")
-    if not args.out and hub.is_name(args.checkpoint):
-        raise ValueError(f"--checkpoint={args.checkpoint} is a name; give --out=DIR for eval.json")
     out = args.out or args.checkpoint
-    if not args.out and not storage.place(out).is_dir():
-        raise ValueError(f"--checkpoint={out} is no folder; give --out=DIR for eval.json")
+    if storage.is_remote(out) or not (args.out or storage.place(out).is_dir()):
+        raise ValueError(f"--checkpoint={args.checkpoint}: give --out=DIR, a local folder")
+    from coca_jax import inference
+    from coca_jax.evaluation import clip_benchmark
     from coca_jax.evaluation.evaluators import results
 
+    clip_benchmark.register()
     results.check_checkpoint(out, args.checkpoint)
-    from coca_jax.apps.suites import linear_probe
-
-    if args.suite_probe:
-        linear_probe.check()
     cli.say(f"loading {args.checkpoint}")
-    from coca_jax import inference
-    from coca_jax.apps.suites import running
-
     size = args.batch_size or 64
     how: dict[str, Any] = dict(dtype=args.dtype, num_frames=args.num_frames)
     model = inference.load(args.checkpoint, batch_size=size, **how)
-    name = args.name or called(args.checkpoint)
-    suite = args.suite if args.suite in tables.NAMES else posixpath.basename(args.suite)
-    suite = suite.partition(".")[0]
-    how = dict(suite=suite, name=name, table=args.csv, probe=args.suite_probe)
     results.save_checkpoint(out, args.checkpoint)
-    scores, lines = running.run(model, tasks, out, **how)
-    print("\n".join(lines))
+    split = args.split or "test"
+    scores = clip_benchmark.evaluate(
+        model, args.suite, args.root, out, split=split, batch_size=size
+    )
+    results.save_results(out, scores, model.step)
     return scores
 
 
-def compare(outs: Sequence[str]) -> dict[str, Any]:
-    """Lays the scores of a suite over each other: --compare."""
-    if len(outs) < 2:
-        raise ValueError(f"--compare={','.join(outs)}: give two folders or more, with a comma")
-    from coca_jax.apps.suites import compare
-
-    rows = compare.compare(outs[0], outs[1:])
-    for line in compare.left_out(outs[0], outs[1:]):
-        cli.say(line)
-    print("\n".join(compare.lines(rows, outs[0])))
-    return dict(base=outs[0], rows=rows)
-
-
 def summary(scores: dict[str, Any]) -> list[str]:
-    """The headline scores and where all are; --suite and --compare print tables of their own."""
-    args = flags.FLAGS
-    if args.suite or args.compare:
-        return []
+    """The headline scores and where all are."""
     from coca_jax.evaluation import report_terminal
 
+    args = flags.FLAGS
     out = args.out or args.checkpoint
-    lines = [*report_terminal.score_table(scores), f"all scores: {out.rstrip('/')}/eval.json"]
+    if args.suite:
+        lines = [f"{name.removeprefix('suite/'):60s} {value:.4f}" for name, value in scores.items()]
+    else:
+        lines = report_terminal.score_table(scores)
+    lines += [f"all scores: {out.rstrip('/')}/eval.json"]
     if (storage.place(out) / "metrics.jsonl").exists():
         lines += text_tables.next_commands(f"coca-jax report {shlex.quote(out)}")
     return lines
@@ -324,15 +287,11 @@ def summary(scores: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     args = flags.FLAGS
-    if args.compare:
-        others = ("checkpoint", "data", "suite", *OF_SUITES, *of_scores(), "dtype", "out")
-        cli.refuse_given(others, "--compare shows scores that are there, and writes nothing")
-        return compare(args.compare)
     if args.suite:
         return run_suite(args)
     if len(argv) > 1 or not args.checkpoint or not args.data:
         raise ValueError(
-            "give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else, or --suite=NAME "
+            "give --checkpoint=DIR --data=PATH [--tasks=...] and nothing else, or --suite=NAMES "
             "--root=DIR in place of --data"
         )
     cli.refuse_given(OF_SUITES, "it is for --suite")

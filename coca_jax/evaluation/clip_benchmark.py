@@ -11,6 +11,8 @@ From Python: `register()`, then `clip_benchmark.models.load_clip("coca_jax", ...
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -102,6 +104,79 @@ def register() -> None:
     models.TYPE2FUNC[MODEL_TYPE] = load
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
+
+
+def evaluate(
+    model: Any, datasets: Sequence[str], root: str, out: str, *, split: str, batch_size: int
+) -> dict[str, float]:
+    """Scores a model on datasets by CLIP_benchmark's own code, {suite/DATASET/METRIC: value}.
+
+    Args:
+        model: what `coca_jax.load` returns.
+        datasets: names of datasets or collections, as its flag --dataset takes them ('wds/' names
+            are folders of webdataset tars).
+        root: its --dataset_root: a folder or URL, in which {dataset} stands for the name.
+        out: local folder for its JSON file of each dataset, out/suite/DATASET.json.
+
+    Raises:
+        ValueError: CLIP_benchmark is not installed, or cannot read a dataset.
+    """
+    register()
+    benchmark: Any = importlib.import_module("clip_benchmark.cli")
+    builder: Any = importlib.import_module("clip_benchmark.datasets.builder")
+    models: Any = importlib.import_module("clip_benchmark.models")
+    os.makedirs(os.path.join(out, "suite"), exist_ok=True)
+    names = [one for name in datasets for one in builder.dataset_collection.get(name, [name])]
+    scores: dict[str, float] = {}
+    for name in names:
+        plain = name.removeprefix("wds/")
+        file = os.path.join(out, "suite", plain.replace("/", "_") + ".json")
+        # A text of a label has a token of its own where the model was trained so.
+        task = _task(builder, name, root, plain)
+        adapter = Adapter(model, labels=task == "zeroshot_classification")
+        models.TYPE2FUNC[MODEL_TYPE] = lambda *_, **__: (
+            adapter,  # noqa: B023
+            adapter.transform,  # noqa: B023
+            adapter.tokenizer,  # noqa: B023
+        )
+        # Its defaults are those of its command line.
+        flags = [
+            *("eval", f"--dataset={name}", f"--dataset_root={root}", f"--split={split}"),
+            *(f"--model_type={MODEL_TYPE}", "--model=coca_jax", "--pretrained=weights"),
+            *(f"--batch_size={batch_size}", f"--output={file}", f"--task={task}"),
+            *("--no_amp", "--num_workers=0", "--quiet", "--recall_k", "1", "5", "10"),
+        ]
+        given, sys.argv = sys.argv, ["clip_benchmark", *flags]
+        try:
+            args = benchmark.get_parser_args()[1]
+            args.dataset, args.model, args.pretrained, args.language = name, "coca_jax", "", "en"
+            benchmark.run(args)
+        except Exception as error:  # each dataset's reader has types of its own
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"--suite={name}: CLIP_benchmark cannot score it: {why}") from error
+        finally:
+            sys.argv = given
+            models.TYPE2FUNC[MODEL_TYPE] = load
+        with open(file) as found:
+            metrics = json.load(found)["metrics"]
+        scores |= {
+            f"suite/{plain.replace('/', '_')}/{metric}": float(value)
+            for metric, value in metrics.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+    return scores
+
+
+def _task(builder: Any, name: str, root: str, plain: str) -> str:
+    """What CLIP_benchmark measures on a dataset: a folder of tars may say it itself, in
+    dataset_type.txt."""
+    folder = root.format(dataset=plain, dataset_cleaned=plain.replace("/", "-"))
+    kind = os.path.join(folder, "dataset_type.txt")
+    if name.startswith("wds/") and os.path.exists(kind):
+        with open(kind) as file:
+            if file.read().strip() == "retrieval":
+                return "zeroshot_retrieval"
+    return builder.get_dataset_default_task(plain)
 
 
 def main() -> None:

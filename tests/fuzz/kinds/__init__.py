@@ -23,7 +23,7 @@ NAMES = {
     "overrides": "settings", "configs": "settings", "shards": "settings", "manifests": "settings",
     "indexes": "settings", "captions": "settings", "reports": "settings",
     "searches": "searches",
-    "suites": "scores", "towers": "scores",
+    "towers": "scores",
     "broken": "broken",  # a reader with every fault, to see that each is found
 }  # fmt: skip
 
