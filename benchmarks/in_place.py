@@ -98,8 +98,8 @@ def spent(work: Callable[[], Any]) -> float:
     return sum(after[:4]) - sum(before[:4])
 
 
-def imported(tars: list[pathlib.Path], out: pathlib.Path, verify: bool, in_place: bool) -> None:
-    options = Options(in_place=in_place, verify=verify)
+def imported(tars: list[pathlib.Path], out: pathlib.Path, check: bool, in_place: bool) -> None:
+    options = Options(in_place=in_place, check=check)
     path = str(tars[0]) if len(tars) == 1 else str(tars[0].parent)
     prepare("webdataset", path, str(out), options=options, processes=1, progress=False)
 
@@ -122,7 +122,7 @@ def rates(tars: list[pathlib.Path], pairs: int) -> dict[str, dict[str, float]]:
                         )
                     continue
                 out = pathlib.Path(scratch) / name
-                how = dict(verify="noverify" not in name, in_place=name.startswith("index"))
+                how = dict(check="noverify" not in name, in_place=name.startswith("index"))
                 seconds[name] += spent(lambda p=path, o=out, h=how: imported([p], o, **h))
                 shutil.rmtree(out)
     size = sum(path.stat().st_size for path in tars) / 1e6
@@ -210,7 +210,7 @@ def from_s3(tars: list[pathlib.Path], folder: pathlib.Path, steps: int) -> dict[
     """The same tars in a bucket and here: index and batches, by processor seconds of this process,
     the server's left out. first: nothing was read before; again: what the disk keeps of that."""
     with bucket(tars[0].parent, folder / "cache") as url:
-        options = dict(options=Options(in_place=True, verify=False), processes=1, progress=False)
+        options = dict(options=Options(in_place=True, check=False), processes=1, progress=False)
         there, here = str(folder / "of_s3"), str(folder / "of_disk")
         names = f"{{00000..{len(tars) - 1:05d}}}.tar"
         found: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from coca_jax.cli import prepare
 from coca_jax.config import Entry, typed
 from coca_jax.data import filters, images, prompts, texts
 from coca_jax.data import vocabulary as vocabularies
-from coca_jax.data.batches import Batches, open_stream
+from coca_jax.data.batches import open_stream
 from coca_jax.data.evaluation_data import Records
 from coca_jax.data.mixture import Mixture, class_names, nearest_shares, shares
 from coca_jax.data.sources import items
@@ -216,7 +216,7 @@ def test_undecodable_images_are_stepped_over(tmp_path):
         damage(folder / f"{index:04d}.png")
     out = str(tmp_path / "out")
     prepare.prepare(
-        "imagefolder", str(folder), out, options=items.Options(verify=False), progress=False
+        "imagefolder", str(folder), out, options=items.Options(check=False), progress=False
     )
     config = data_config(dict(path=out), max_bad_fraction=0.2)
     vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))
@@ -225,15 +225,12 @@ def test_undecodable_images_are_stepped_over(tmp_path):
     seen = np.concatenate([b["index"] for b in whole])
     assert set(seen.tolist()) == set(range(30)) - {3, 4, 20}
     epoch = seen[:30].tolist()
-    assert epoch.count(5) == 3 and epoch.count(21) == 2  # they stand in for what is before them
+    assert len(set(epoch)) == 27  # three of them twice, in the places of the damaged ones
     assert batches.skipped() == [3] and batches.progress(15)["bad_images"] == 3
     resumed = open_stream(config, vocabulary, start_step=7)
     assert all(equal(a, b) for a, b in zip(take(resumed, 3), whole[7:]))
     config.data.max_bad_fraction = 0.03
-    with pytest.raises(ValueError, match="n.: 2 undecodable images in a row, .*; first: '0003.png"):
-        [Batches(config, vocabulary).batch(step) for step in range(4)]
-    config.data.max_bad_fraction = 0.05
-    with pytest.raises(ValueError, match="max_bad_fraction"):
+    with pytest.raises(ValueError, match="n.: 3 of the 30 images .*max_bad_fraction=0.03"):
         take(open_stream(config, vocabulary), 15)
 
 

@@ -125,7 +125,7 @@ def test_jitter_is_a_function_of_seed_and_step(data):
 
 
 def test_an_undecodable_clip_is_replaced(data, tmp_path):
-    options = prepare.Options(where=(("split", ("train",)),), verify=False)
+    options = prepare.Options(where=(("split", ("train",)),), check=False)
     prepare.prepare(
         "imagefolder", str(data / "raw"), str(tmp_path), options=options, progress=False
     )

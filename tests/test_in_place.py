@@ -342,15 +342,15 @@ def test_a_holdout_goes_through_the_data_once(tars, tmp_path, monkeypatch):
     prepare(*where, str(tmp_path / "a"), split="test", options=held, **keywords)
     prepare(*where, str(tmp_path / "a"), options=options, **keywords)
     read: list[int] = []
-    read_items = shards.read_items
+    read_rows = shards.read_rows
 
     def dies_at_the_third(job):
         read.append(job.number)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return read_items(job)
+        return read_rows(job)
 
-    monkeypatch.setattr(shards, "read_items", dies_at_the_third)
+    monkeypatch.setattr(shards, "read_rows", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         prepare_with_holdout(*where, str(tmp_path / "b"), 0.2, options=options, **keywords)
     prepare_with_holdout(*where, str(tmp_path / "b"), 0.2, options=options, **keywords)

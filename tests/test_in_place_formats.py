@@ -386,7 +386,7 @@ def test_parquet_is_gone_on_with_where_the_unit_before_ended(tmp_path, monkeypat
 
     def texts(start, stop):
         unit = Unit(str(file), start, stop, stop - start)
-        return [int(item.texts[0]) for item in parquet.read(unit, Options(verify=False))]
+        return [int(item.texts[0]) for item in parquet.read(unit, Options(check=False))]
 
     with resuming_reads():
         for start, stop in ((0, 7), (7, 19), (23, 33), (33, 36)):

@@ -149,6 +149,7 @@ except ValueError as error:
     refused = str(error)
 evaluators.warn("scenes", "found by both")
 told = dict(batches=batches, unwritten=unwritten, refused=refused)
+told["gathered"] = processes.gathered("names", f"of {sys.argv[1]}")
 told["sums"] = checksums.of_tree(dict(split=weights, here=np.arange(5.0), everywhere=one))
 told["keeps_programs"] = jax.config.jax_enable_compilation_cache
 told |= dict(failures=failures, steps=checkpoints.steps())
@@ -225,6 +226,10 @@ def test_a_save_that_one_process_cannot_write_fails_on_both_and_the_next_succeed
         for process, (_, line) in zip((1, 0), one["failures"]):
             assert "the disk is full" in line
             assert (f"/checkpoints: process {process}: " in line) == (number != process)
+
+
+def test_each_process_hears_what_all_say(shares):
+    assert [one["gathered"] for one in shares] == [["of 0", "of 1"]] * 2
 
 
 def test_what_all_evaluators_find_is_said_once(shares):

@@ -44,7 +44,7 @@ def tars(tmp_path, monkeypatch):
 
 
 def asked(input="t", out="out", format="webdataset", **how) -> Request:
-    return Request(input, format=format, out=out, options=Options(verify=False), **how)
+    return Request(input, format=format, out=out, options=Options(check=False), **how)
 
 
 def read(request: Request) -> list[tuple[str, list[str]]]:
@@ -189,7 +189,7 @@ def test_what_becomes_of_the_members_of_a_tar_that_had_more(tmp_path):
     made = dict(originals=[], captions=[dict(text="new", flags=["cut"], score=0.5)], key="")
     kept = selection.texts(dict(made, originals=[dict(text="x", score=0.9)]), "synthetic")
     assert kept == [("new", 0.5)]  # unsound, and beside an original
-    items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(verify=False)))
+    items = list(webdataset.read(Unit(str(tmp_path / "in.tar")), Options(check=False)))
     assert [item.texts for item in items] == [["in json"], ["in txt"]]
     examples = (writers.Example(item.key[-1], item, kept, made) for item in items)
     told = dict(count=2, with_text=2, with_label=2, classes=["beetle", "moth"])
@@ -389,7 +389,7 @@ def test_a_work_that_can_write_nothing_says_why_and_may_begin_anew(tmp_path, mon
             " {}; the first: images/0.png: 'images/0.png' leads to "
         )
         assert "--allow_paths=FOLDER_OR_URL" in str(told.value) and os.listdir("out") == []
-    options = Options(verify=False, allow_paths=(str(tmp_path / "elsewhere"),))
+    options = Options(check=False, allow_paths=(str(tmp_path / "elsewhere"),))
     mended = dataclasses.replace(strict, options=options)
     assert read(mended) == [("images/0.png", []), ("images/1.png", [])]
     with pytest.raises(ValueError) as told:

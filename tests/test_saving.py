@@ -53,6 +53,7 @@ def run(tmp_path, monkeypatch):
         say=said.append,
         checkpoints=manager.Checkpoints(str(tmp_path)),
         workdir=tmp_path,
+        shared_quarantine=list,
     )
 
 

@@ -13,7 +13,7 @@ import functools
 import importlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
@@ -227,8 +227,9 @@ class Checkpoints:
         """The whole steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: State) -> None:
-        """Starts writing `state` as `step`; returns when the device arrays may change again.
+    def save(self, step: int, state: State, quarantine: Sequence[Sequence[Any]] = ()) -> None:
+        """Starts writing `state` as `step`, with the rows of the run's quarantine; returns when the
+        device arrays may change again.
 
         Call `wait` first: it says how the save before ended. Raises SaveFailed.
         """
@@ -236,7 +237,7 @@ class Checkpoints:
             return
         trees = state.items()
         items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in trees.items()}
-        record = verify.make(trees, self._run)
+        record = verify.make(trees, self._run, quarantine)
         items[verify.ITEM] = ocp.args.JsonSave(record)
         try:
             with activity.doing(f"writing {self.directory / str(step)}"):
@@ -246,6 +247,10 @@ class Checkpoints:
                 raise
             self._reopen()
             raise SaveFailed(f"could not save step {step}", first_line(error)) from error
+
+    def quarantine(self, step: int) -> list[Sequence[Any]]:
+        """The rows that were saved with a step. Raises as `verify.read_record`."""
+        return verify.read_record(self.directory / str(step)).get("quarantine", [])
 
     def busy(self) -> bool:
         """Whether a save is under way."""

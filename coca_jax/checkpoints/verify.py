@@ -9,6 +9,7 @@ to one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -135,13 +136,19 @@ class Misfit(ValueError):
     """A checkpoint is whole, but belongs to another model or a newer version."""
 
 
-def make(items: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """The record of {item: tree of arrays}; run: the contents of the run's config.json."""
+def make(
+    items: dict[str, Any], run: dict[str, Any], quarantine: Sequence[Sequence[Any]] = ()
+) -> dict[str, Any]:
+    """The record of {item: tree of arrays}; run: the contents of the run's config.json;
+    quarantine: the rows of data/quarantine.py that the run had found."""
     trees = {}
     for item, tree in items.items():
         sums = of_tree(tree)
         trees[item] = {k: [shape, sums[k]] for k, shape in tree_shapes(tree).items()}
-    return json_files.seal({"format": FORMAT, "config": run, "items": trees})
+    told = {"format": FORMAT, "config": run, "items": trees}
+    if quarantine:
+        told["quarantine"] = list(quarantine)
+    return json_files.seal(told)
 
 
 def read_record(folder: epath.Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _options() -> Options:
         image_field=flags.FLAGS.image_field,
         class_names=names,
         where=tuple(where),
-        verify=flags.FLAGS.verify,
+        check=flags.FLAGS.check,
         min_side=flags.FLAGS.min_side,
         max_aspect=flags.FLAGS.max_aspect,
         max_pixels=flags.FLAGS.max_pixels,
@@ -222,7 +222,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("processes", 0, "Parallel processes; 0: one per core.", 0)
     workers.define_flags()
     flags.DEFINE_integer("shards", 0, "Shards to write, at most; 0: by the size of the data.", 0)
-    flags.DEFINE_bool("verify", True, "Decode every image, not only its header.")
+    flags.DEFINE_bool(
+        "check",
+        True,
+        "Decode every image. --nocheck: read only headers; with --in_place read no image.",
+    )
     flags.DEFINE_integer("min_side", 1, "Quarantine images with a smaller side.", 0)
     flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.", 0)
     flags.DEFINE_integer(

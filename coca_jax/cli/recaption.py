@@ -105,7 +105,7 @@ def _request() -> Request:
         options=Options(
             text_field=args.text_field,
             image_field=args.image_field,
-            verify=False,
+            check=False,
             allow_paths=tuple(args.allow_paths),
         ),
         split=args.split,

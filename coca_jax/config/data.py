@@ -190,7 +190,7 @@ class Data(Section):
         False, FLAG, "sample anywhere in each segment of a clip, not its middle"
     )
     max_bad_fraction: float = key(
-        0.01, number(0, 1), "undecodable images tolerated before the run stops"
+        0.05, number(0, 1), "Largest share of damaged images among those read (at least 100)."
     )
     num_threads: int = key(0, whole(0, 4096, "threads"), "that decode; 0: one per core")
     features: str = key(

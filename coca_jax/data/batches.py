@@ -22,6 +22,7 @@ from coca_jax.data import pixels as pixel_work
 from coca_jax.data.examples import Examples, Lengths, Tally
 from coca_jax.data.feature_cache import Features
 from coca_jax.data.mixture import Mixture, Rows
+from coca_jax.data.quarantine import Bad, Quarantine
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.runtime import extras
 
@@ -95,10 +96,11 @@ def trained(batch: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarra
 
 
 class Made(NamedTuple):
-    """A batch, and what was bad in it: {index: why} of each source that has rows in it."""
+    """A batch, and what was bad in it: {index: which and why} of each source that has rows in
+    it."""
 
     arrays: dict[str, np.ndarray]
-    bad: dict[int, dict[int, str]]
+    bad: dict[int, dict[int, Bad]]
 
 
 class Batches:
@@ -113,8 +115,10 @@ class Batches:
         process_count: how many there are.
         class_names: of the task head, in the order of its outputs; () without one.
         features: with config.data.features the kept tokens of each source (training/feature_extraction.py).
+        quarantine: of the run; None: an empty one.
 
     Attributes:
+        quarantine: the examples that cannot be used.
         mixture: the data.
         rows: which rows of the global batch these are, in the last stage of config.batch_sizes.
         pixels: decodes the images, or reads their tokens.
@@ -136,8 +140,11 @@ class Batches:
         process_count: int = 1,
         class_names: Sequence[str] = (),
         features: Sequence[kept_features.Features] = (),
+        quarantine: Quarantine | None = None,
     ):
         self.mixture = mixture or Mixture(config)
+        self.quarantine = quarantine or Quarantine()
+        self.max_bad_fraction = config.data.max_bad_fraction
         here = process_index, process_count
         self._rows = [self.mixture.rows_of(stage, *here) for stage in self.mixture.stages]
         self.rows = self._rows[-1]
@@ -149,7 +156,15 @@ class Batches:
         self._names = tuple(fields(config))
         self._first = np.cumsum([0, *self.mixture.sizes])  # number of each source's first example
         self.examples = [
-            Examples(self.mixture, number, config, vocabulary, self.pixels, class_names)
+            Examples(
+                self.mixture,
+                number,
+                config,
+                vocabulary,
+                self.pixels,
+                class_names,
+                self.quarantine,
+            )
             for number in range(len(self.mixture.shares))
         ]
 
@@ -212,7 +227,11 @@ class Stream(abc.ABC):
     def __init__(self, batches: Batches, start_step: int = 0):
         self._batches, self.step = batches, start_step
         self._made: Made | None = None
-        self._tallies = [Tally(e.source, e.max_bad_fraction) for e in batches.examples]
+        seen = batches.mixture.stage(start_step).seen(start_step)
+        self._tallies = [
+            Tally(e.source, batches.quarantine, e.number, batches.max_bad_fraction, seen[e.number])
+            for e in batches.examples
+        ]
         self._lengths = [Lengths(e.source.name, e.max_len) for e in batches.examples]
 
     @abc.abstractmethod
@@ -235,12 +254,13 @@ class Stream(abc.ABC):
         return made.arrays
 
     def skipped(self) -> list[int]:
-        """How many undecodable images each source has shown since this start."""
-        return [len(tally.bad) for tally in self._tallies]
+        """How many examples of each source cannot be used, as far as they were read."""
+        quarantine = self._batches.quarantine
+        return [len(quarantine.of_source(e.number)) for e in self._batches.examples]
 
     def progress(self, step: int) -> dict[str, float]:
         """{epoch/0, epoch/1, ...: how often `step` batches have gone through each source of
-        config.data.sources; bad_images: undecodable ones seen by this process since its start}."""
+        config.data.sources; bad_images: those in quarantine, as far as this process knows}."""
         seen = self._batches.mixture.epochs(step)
         found = {f"epoch/{number}": value for number, value in enumerate(seen)}
         return found | {"bad_images": float(sum(self.skipped()))}
@@ -299,6 +319,7 @@ def open_stream(
     process_count: int = 1,
     class_names: Sequence[str] = (),
     features: Sequence[Features] = (),
+    quarantine: Quarantine | None = None,
 ) -> Stream:
     """The batches of this process, from step `start_step` on, without end; see `Batches`.
 
@@ -308,7 +329,7 @@ def open_stream(
     Raises:
         ValueError, FileNotFoundError: what `Batches` raises; an unknown loader, or one that is not
             installed; later, with the batch that it concerns, what `Batches.batch` raises, or more
-            undecodable images than `config.data.max_bad_fraction`.
+            damaged images than `config.data.max_bad_fraction` allows.
     """
     check_loader(config.data.loader)
     batches = Batches(
@@ -319,6 +340,7 @@ def open_stream(
         process_count=process_count,
         class_names=class_names,
         features=features,
+        quarantine=quarantine,
     )
     if config.data.loader == "direct":
         return DirectStream(batches, start_step)

@@ -29,7 +29,7 @@ from coca_jax.data.sources import (
 )
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
-from coca_jax.data.sources.source import Indices, Source
+from coca_jax.data.sources.source import Indices, Source, read_one
 from coca_jax.runtime import activity
 
 _ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
@@ -279,6 +279,8 @@ def _record(item: Item, path: str) -> Record:
 # The records that an evaluation goes through: those of a data set that have what it needs.
 
 _PART = 256  # records read at a time
+# Of each source without checks that was evaluated on, which records can be used.
+_sound: dict[str, dict[int, bool]] = {}
 
 
 class Records:
@@ -319,11 +321,12 @@ class Records:
         self._source = source
         self._indices = np.arange(len(source))
         self._given = 0
-        self.left_out = 0
+        self.left_out = self.damaged = 0
         # Going through a TFDS set costs as much as evaluating on it.
         if self.scenes or source.complete or entry.tfds:
             need = ""
-        if need or known is not None:
+        unchecked = not self.scenes and source.unchecked
+        if need or known is not None or unchecked:
             self._choose(limit or len(source), known, need)
             if need and not len(self._indices) and self.left_out == len(source):
                 remedy = supervision.KINDS[need].remedy()
@@ -340,12 +343,24 @@ class Records:
                 if has is not None and not has(record):
                     self.left_out += 1
                 elif known is None or not known.isdisjoint(self._texts(record)):
+                    if not self.scenes and self._source.unchecked and not self._is_sound(index):
+                        self.damaged += 1
+                        continue
                     kept.append(index)
                     if len(kept) == limit:
                         break
             if len(kept) == limit:
                 break
         self._indices = np.array(kept, np.int64)
+
+    def _is_sound(self, index: int) -> bool:
+        """Whether the images of a record of an index without checks can be read. An evaluation in a
+        run asks for the same ones each time."""
+        known = _sound.setdefault(f"{self._source.name} {self._source.fingerprint}", {})
+        if index not in known:
+            record, problem = read_one(self._source, index)
+            known[index] = not problem and not quarantine.problem_of(record)
+        return known[index]
 
     def _texts(self, record: Any) -> Sequence[str]:
         return [record["text"]] if self.scenes else record.texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,10 +14,13 @@ from coca_jax.data import teachers
 from coca_jax.data.feature_cache import Tokens
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
+from coca_jax.data.quarantine import Bad, Quarantine, undecodable
 from coca_jax.data.sources.records import Record
-from coca_jax.data.sources.source import UNREAD, Source, read_all, read_one
+from coca_jax.data.sources.source import UNREAD, Problem, Source, read_all, read_one
 from coca_jax.data.texts import Draw, Tokenizer
 from coca_jax.data.vocabulary import Vocabulary
+
+_MOST_TRIES = 500  # examples that are tried in the place of one
 
 
 class Examples:
@@ -29,12 +33,13 @@ class Examples:
         vocabulary: of the run.
         pixels: decodes its images.
         class_names: of the task head, in the order of its outputs; () without one.
+        quarantine: of the run.
 
     Attributes:
         source: the source.
         number: of it.
         pixels: decodes its images.
-        max_bad_fraction: of undecodable images that are tolerated.
+        quarantine: the examples that cannot be used.
         max_len: tokens that a text may have.
         reads_text: whether anything that trains reads the texts.
 
@@ -50,6 +55,7 @@ class Examples:
         vocabulary: Vocabulary,
         pixels: Pixels | Tokens,
         class_names: Sequence[str],
+        quarantine: Quarantine,
     ):
         if config.data.label_token and vocabulary.label_id is None:
             raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
@@ -60,7 +66,7 @@ class Examples:
         self._head = config.head.kind
         self._skip_unknown = config.head.unknown == "skip"
         self.teacher_width = config.loss.teacher_width
-        self.max_bad_fraction = config.data.max_bad_fraction
+        self.quarantine = quarantine
         self.max_len, self.reads_text = config.model.text.max_len, _reads_text(config)
         self._tokenize = Tokenizer(
             functools.partial(
@@ -75,6 +81,11 @@ class Examples:
         """The examples at these positions, int64 [n], of the source's stream."""
         indices = self._mixture.indices(self.number, positions)
         records, unread = read_all(self.source, indices)
+        for row, index in enumerate(indices.tolist()):
+            if found := self.quarantine.find(self.number, index):
+                # Decided once: also where the file has been repaired since.
+                self.quarantine.compare(self.source.name, found, records[row], row in unread)
+                records[row], unread[row] = UNREAD, Problem(found.reason, found.detail)
         return Part(self, self._mixture.draw(self.number, positions), indices, records, unread)
 
     def check_pairs(self, records: Sequence[Record]) -> None:
@@ -121,35 +132,41 @@ class Examples:
         )
 
     def stand_in(self, part: Part, row: int) -> np.ndarray:
-        """Replaces a row of `part` that cannot be read or decoded by the next good record of the
-        source, by index, and says so in `part.bad`: a function of the data and the row's place,
-        the same on all hosts and after each resume.
+        """Replaces a row of `part` that cannot be used by the example that stands at the same place
+        of the source's order in the next epoch, or of that which is sound in the epoch after it:
+        a function of the data and the row's place, the same on all hosts and after each resume.
+
+        What stood behind it in its own epoch would often be in the same batch already.
 
         Returns:
             The pixels of the row.
 
         Raises:
-            ValueError: so many follow one another that the source cannot be meant to be used.
+            ValueError: hundreds of examples in a row cannot be used.
         """
         place = Draw(part.draw.seed, part.draw.source, part.draw.positions[row : row + 1])
-        size, first = len(self.source), int(part.indices[row])
-        limit = self.max_bad_fraction * min(size, 10_000)
-        for step in range(1, size):
-            index = (first + step) % size
-            record, why = read_one(self.source, index)
-            if not why:
+        size = len(self.source)
+        for epoch in range(1, _MOST_TRIES):
+            positions = place.positions + epoch * size
+            index = int(self._mixture.indices(self.number, positions)[0])
+            if index in part.bad or self.quarantine.find(self.number, index):
+                continue
+            record, problem = read_one(self.source, index)
+            if not problem:
                 self.check_pairs([record])
                 plan = self.pixels.plan([record], place, np.array([index]))
                 pixels, failed = self.pixels.render([record], plan)
                 if not failed:
                     part.records[row], part.indices[row] = record, index
                     return pixels[0]
-                why = failed[0]
-            part.bad[index] = _named(record, index, why)
-            if step > limit:
-                what = f"{step + 1} undecodable images in a row"
-                raise too_many(self.source, what, part.bad[first], self.max_bad_fraction)
-        raise ValueError(f"data source {self.source.name}: no image in it can be decoded")
+                problem = undecodable(record, failed[0])
+            part.bad[index] = Bad(record.key, *problem)
+        self.quarantine.add(self.number, part.bad)
+        first = self.quarantine.of_source(self.number)[0]
+        raise ValueError(
+            f"data source {self.source.name}: {_MOST_TRIES} examples in a row cannot be used; "
+            f"first: {first.line()}. {self.quarantine.where()}"
+        )
 
 
 class Part:
@@ -160,7 +177,7 @@ class Part:
         indices: int64 [n], which record each is.
         records: n of them.
         plan: how each image is decoded (Pixels.plan).
-        bad: {index: name and why} of the records that could not be used so far.
+        bad: {index: which and why} of the records that could not be used so far.
     """
 
     def __init__(
@@ -169,19 +186,19 @@ class Part:
         draw: Draw,
         indices: np.ndarray,
         records: list[Record],
-        unread: Mapping[int, str],
+        unread: Mapping[int, Problem],
     ):
         self._examples = examples
         self.draw, self.indices, self.records = draw, indices, records
         examples.check_pairs(records)
         self.plan = examples.pixels.plan(records, draw, indices)
         self._unread = unread
-        self.bad: dict[int, str] = {}
+        self.bad: dict[int, Bad] = {}
 
     def replace(self, row: int, why: str) -> np.ndarray:
-        """Puts the next good record in the place of one that does not decode; its pixels."""
-        index = int(self.indices[row])
-        self.bad[index] = _named(self.records[row], index, self._unread.get(row, why))
+        """Puts a good record in the place of one that does not decode; its pixels."""
+        index, record = int(self.indices[row]), self.records[row]
+        self.bad[index] = Bad(record.key, *(self._unread.get(row) or undecodable(record, why)))
         return self._examples.stand_in(self, row)
 
     def fields(self) -> dict[str, np.ndarray]:
@@ -199,19 +216,6 @@ def _reads_text(config: Config) -> bool:
     head, weights = heads.head_kind(config.head.kind), config.loss.to_dict()
     of_texts = (weights[k] for k in weights if k.endswith("_weight") and k != "hidden_weight")
     return bool(head and head.reads_text) or any(of_texts)
-
-
-def _named(record: Record, index: int, why: str) -> str:
-    which = f"index {index}" if record is UNREAD else f"{record.key!r} (index {index})"
-    return f"{which}: {why}"
-
-
-def too_many(source: Source, what: str, first: str, fraction: float) -> ValueError:
-    """The error of a source with more bad images than a run tolerates; first: of them."""
-    return ValueError(
-        f"data source {source.name}: {what}, more than data.max_bad_fraction={fraction:g} allows; "
-        f"first: {first}"
-    )
 
 
 class Lengths:
@@ -244,32 +248,41 @@ class Lengths:
 
 
 class Tally:
-    """Counts the undecodable images that a source has shown since this start, batch after batch.
+    """Counts what a source has shown, batch after batch, and ends a run of damaged data.
 
-    Attributes:
-        bad: {index: name and why}.
+    Args:
+        source: the source.
+        quarantine: of the run, with what was found of this source before this start.
+        number: of the source.
+        max_fraction: of the images read that may be damaged.
+        seen: images that were read before this start, by all processes.
     """
 
-    def __init__(self, source: Source, max_fraction: float):
-        self._source, self._max_fraction = source, max_fraction
-        self._seen = 0  # since the first bad one
-        self.bad: dict[int, str] = {}
+    FIRST = 100  # images, before which nothing is judged
 
-    def add(self, rows: int, bad: Mapping[int, str]) -> None:
+    def __init__(
+        self, source: Source, quarantine: Quarantine, number: int, max_fraction: float, seen: int
+    ):
+        self._source, self._quarantine, self._number = source, quarantine, number
+        self._max_fraction, self._seen = max_fraction, seen
+
+    def add(self, rows: int, bad: Mapping[int, Bad]) -> None:
         """Counts a batch's rows of the source, and names its new bad ones in the log.
 
         Raises:
-            ValueError: more than the tolerated share of the images seen are bad.
+            ValueError: more than the tolerated share of the images read are damaged.
         """
-        for index, what in bad.items():
-            if index not in self.bad:
-                self.bad[index] = what
-                logging.warning("%s: skipping image %s", self._source.name, what)
-        if not self.bad:
-            return
+        for found in self._quarantine.add(self._number, bad):
+            logging.warning("%s: skipping %s", self._source.name, found.line())
         self._seen += rows + len(bad)
-        size = len(self._source)
-        allowed = self._max_fraction * min(size, max(self._seen, 10_000))
-        if len(self.bad) > allowed:
-            what = f"{len(self.bad)} undecodable images among {min(self._seen, size)} seen"
-            raise too_many(self._source, what, next(iter(self.bad.values())), self._max_fraction)
+        size, rows_bad = len(self._source), self._quarantine.of_source(self._number)
+        read = min(size, self._seen)
+        if read < min(self.FIRST, size) or len(rows_bad) <= self._max_fraction * read:
+            return
+        reasons = Counter(found.reason for found in rows_bad)
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        raise ValueError(
+            f"data source {self._source.name}: {len(rows_bad)} of the {read} images read so far "
+            f"cannot be used ({told}), more than data.max_bad_fraction={self._max_fraction:g}; "
+            f"first: {rows_bad[0].line()}. {self._quarantine.where()}"
+        )

@@ -334,7 +334,7 @@ class View:
             every=source.every | kind.gives | have,
             fingerprint=self._fingerprint(),
         )
-        found.class_names = index.class_names
+        found.class_names, found.unchecked = index.class_names, source.unchecked
         return found
 
 

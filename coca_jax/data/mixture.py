@@ -221,7 +221,7 @@ class Mixture:
                     epoch=int(at) // len(source),
                     index=int(index),
                     key=record.key,
-                    text=unread.get(n, text),
+                    text=unread[n].detail if n in unread else text,
                 )
         return result
 

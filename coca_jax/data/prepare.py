@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import importlib
@@ -28,7 +29,15 @@ from array_record.python import array_record_module
 from coca_jax.data import dedup, images, quarantine
 from coca_jax.data.sources import files, in_place, manifest, records
 from coca_jax.data.sources import manifest as metadata
-from coca_jax.data.sources.items import Drawn, Item, Options, Unit, named_classes, printable
+from coca_jax.data.sources.items import (
+    Drawn,
+    Item,
+    Options,
+    Rows,
+    Unit,
+    named_classes,
+    printable,
+)
 from coca_jax.data.sources.records import Record
 from coca_jax.runtime import activity, extras, machine, out_folder, progress, storage, unreachable
 from coca_jax.runtime.workers import Engine
@@ -52,6 +61,7 @@ _Answer = TypeVar("_Answer")
 _REPORT_EVERY = 64
 _ASKED_AT_ONCE = 16
 _MAX_CLASSES = 100_000
+_FEW_UNREAD, _ROWS_OF_ARCHIVE = 200_000, 5_000  # rows; a guess for archives, which do not tell
 _MAX_FIELDS = 8  # that are named
 
 
@@ -116,19 +126,35 @@ def joined(module: Any, units: Sequence[Unit]) -> Sequence[Unit]:
 def read_items(job: Job) -> Iterator[Item]:
     """The items of a job's units, in order. A file that cannot be opened is one problem item.
 
+    Raises as `read_rows`.
+    """
+    yield from _read(job, importer(job.format).read)
+
+
+def read_rows(job: Job) -> Iterator[Item | Rows]:
+    """`read_items`; of an index without checks some formats give many at once.
+
     Raises:
         Unreachable: the store of a file did not give it; what is behind the gap is not known.
         OSError: prepared data are no longer there.
     """
     module = importer(job.format)
-    for unit in joined(module, job.units):
-        items = module.read(unit, job.options)
+    read = module.read
+    if job.options.unread and hasattr(module, "index_rows"):
+        read = functools.partial(module.index_rows, root=job.root)
+    yield from _read(job, read)
+
+
+def _read(job: Job, read: Callable[[Unit, Options], Iterator[Any]]) -> Iterator[Any]:
+    for unit in joined(importer(job.format), job.units):
+        items = read(unit, job.options)
         while (item := _next_item(items, unit, job.format)) is not None:
-            item.key = printable(item.key)
+            if isinstance(item, Item):
+                item.key = printable(item.key)
             yield item
 
 
-def _next_item(items: Iterator[Item], unit: Unit, format: str) -> Item | None:
+def _next_item(items: Iterator[Any], unit: Unit, format: str) -> Any:
     """The next item of a unit, None after the last one. Raises Unreachable."""
     with unreachable.noting() as failures:
         try:
@@ -197,13 +223,18 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     read = 0
     with tempfile.TemporaryDirectory() as folder:
         parts = [_Part(one, folder) for one in (job.twin, job) if one is not None]
-        for number, item in enumerate(read_items(job)):
-            read += 1
-            if read % _REPORT_EVERY == 0:
-                report(_REPORT_EVERY)
+        reported = 0
+        for item in read_rows(job):
             for part in parts:
-                part.add(number, item)
-        report(read % _REPORT_EVERY)
+                if isinstance(item, Item):
+                    part.add(read, item)
+                else:
+                    part.add_rows(item)
+            read += 1 if isinstance(item, Item) else len(item.keys)
+            if read - reported >= _REPORT_EVERY:
+                report(read - reported)
+                reported = read
+        report(read - reported)
         return [part.finish(read) for part in parts][-1]
 
 
@@ -246,12 +277,44 @@ class _Part:
         self._counts["with_text"] += bool(record.texts)
         self._counts["with_label"] += bool(record.labels)
         self._counts["with_numbers_alone"] += quarantine.are_numbers(record.texts)
-        if self._job.options.verify:  # else no image is decoded
+        if self._job.options.check:  # else no image is decoded
             self._counts["with_lost_range"] += images.loses_range(item.image)
         if not record.texts and len(self._caption_like) < _MAX_FIELDS:
             self._caption_like |= quarantine.caption_like(item.extra)
         if len(self._classes) < _MAX_CLASSES:
             self._classes.update(record.labels)
+
+    def add_rows(self, rows: Rows) -> None:
+        """Writes those of many sound rows that the selection keeps."""
+        options = self._job.options
+        if options.where or options.sample < 1.0:
+            for key, texts, labels, extra, image in zip(*rows):
+                item = Item(key, texts=texts, labels=labels, extra=json.loads(extra))
+                left_out = quarantine.wanted(item, options)
+                if left_out:
+                    self._filtered[left_out] += 1
+                else:
+                    self._write_row(key, texts, labels, extra, image)
+            return
+        for key, texts, labels, extra, image in zip(*rows):
+            if options.holdout:
+                held = quarantine.is_held_out(key.encode(), options.holdout)
+                if held != options.held_out:
+                    self._filtered["held_out" if held else "not_held_out"] += 1
+                    continue
+            self._write_row(key, texts, labels, extra, image)
+        if rows.texts and not rows.texts[0] and len(self._caption_like) < _MAX_FIELDS:
+            self._caption_like |= quarantine.caption_like(json.loads(rows.extras[0]))
+
+    def _write_row(
+        self, key: str, texts: list[str], labels: tuple[str, ...], extra: str, image: bytes
+    ) -> None:
+        self._writer.write(records.serialize(Record(image, tuple(texts), labels, key, extra)))
+        self._counts["count"] += 1
+        self._counts["with_text"] += bool(texts)
+        self._counts["with_label"] += bool(labels)
+        if labels and len(self._classes) < _MAX_CLASSES:
+            self._classes.update(labels)
 
     def finish(self, read: int) -> dict[str, Any]:
         """Gives the shard its place and writes the account. read: the items that it was given."""
@@ -363,6 +426,10 @@ class Hands:
         known = all(unit.rows for job in jobs for unit in job.units)
         total = sum(unit.rows for job in jobs for unit in job.units) if known else None
         processes = self.processes or machine.count()
+        # Without reading an image this process is done before others have started.
+        rows = sum(unit.rows or _ROWS_OF_ARCHIVE for job in jobs for unit in job.units)
+        if rows < _FEW_UNREAD and all(job.options.unread for job in jobs):
+            processes = 1
         # In-memory files exist in this process only.
         if any("memory://" in path for job in jobs for path in (job.work, job.units[0].path)):
             processes = 1
@@ -723,6 +790,7 @@ def prepare(
             this split, or an unfinished import of it, of other options or of files changed since.
     """
     module, options = importer(format), options or Options()
+    _refuse_unread(options)
     out = storage.plain_path(str(out))
     check_place(str(input), out, split)
     if engine and engine.share and overwrite:  # a job that starts late would begin once more
@@ -745,6 +813,18 @@ def prepare(
         waiting = sum(account is None for account in found)
         return dict(split=split, out=str(out), shards=len(jobs), waiting=waiting)
     return _finish(out, split, work, jobs, [one for one in found if one], request, classes)
+
+
+def _refuse_unread(options: Options) -> None:
+    """Raises ValueError for what an index without checks cannot know."""
+    of_images = dict(
+        dedup=options.dedup != "none",
+        exclude=bool(options.exclude),
+        min_side=options.min_side > 1,
+        max_aspect=options.max_aspect > 0,
+    )
+    if options.unread and (flag := next((name for name, given in of_images.items() if given), "")):
+        raise ValueError(f"--{flag}: it needs every image, and --nocheck reads none; leave out one")
 
 
 def declared_classes(module: Any, unit: Unit, options: Options) -> list[str]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
+import json
 import os
 import posixpath
 import re
+import threading
 import types
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from coca_jax.data import filters, images, order, videos
@@ -27,6 +31,7 @@ from coca_jax.data.sources import (
     json_list,
     jsonl_list,
     own_folders,
+    references,
     regions,
     rows,
     split_names,
@@ -34,7 +39,8 @@ from coca_jax.data.sources import (
 from coca_jax.data.sources.field_texts import selected
 from coca_jax.data.sources.items import Item, Options, class_number, plain_json
 from coca_jax.data.sources.records import Record
-from coca_jax.runtime import activity
+from coca_jax.data.sources.source import Problem
+from coca_jax.runtime import activity, storage
 
 
 def wanted(item: Item, options: Options) -> str:
@@ -45,7 +51,8 @@ def wanted(item: Item, options: Options) -> str:
     its fields are known, with those that have the wanted values.
     """
     if options.holdout:
-        held = not item.problem and is_held_out(item.image, options.holdout, item.drawn.holdouts)
+        by = item.key.encode() if options.unread else item.image
+        held = not item.problem and is_held_out(by, options.holdout, item.drawn.holdouts)
         if held != options.held_out:
             return "held_out" if held else "not_held_out"
     for field, values in options.where:
@@ -64,8 +71,8 @@ def wanted(item: Item, options: Options) -> str:
 
 
 def is_held_out(image: bytes, share: float, earlier: int = 0) -> bool:
-    """Whether an encoded image is among the share that is held out: a function of its bytes, and of
-    how many holdouts there were before."""
+    """Whether an encoded image, or the key of one that is not read, is among the share that is held
+    out: a function of its bytes, and of how many holdouts there were before."""
     return place(image, earlier) < share
 
 
@@ -81,7 +88,11 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
     """The record of a good item, or the reason and detail of its quarantine."""
     if item.problem:
         return None, item.problem, item.detail
-    if not item.image:
+    size = len(item.image)
+    unread = not size and item.span is not None and item.span.crc == references.UNKNOWN
+    if unread and item.span and not item.span.page:
+        size = item.span.size
+    if not size and not unread:
         return None, "empty_image", "zero bytes"
     texts, labels = texts_and_labels(item)
     if any(len(text) > options.max_text for text in texts):
@@ -101,14 +112,20 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
         other = ", ".join(sorted(item.extra)[:8])
         other = f"; its other fields: {other}" if other else ""
         return None, "missing_text", f"neither a caption nor a class name{other}"
-    data, reason, detail = _checked(item.image, options)
+    if unread:  # what only its bytes tell is looked at when training reads it
+        second_size = item.second_span.size if item.second_span and not item.second_span.page else 0
+        size, data, reason, detail = max(size, second_size), b"", "", ""
+        if size > options.max_image_bytes:
+            reason, detail = "image_too_big", f"{size} bytes"
+    else:
+        data, reason, detail = _checked(item.image, options)
     if not reason and item.second:
         second, reason, detail = _checked(item.second, options)
     else:
         second = b""
     if reason:
         return None, reason, detail
-    extra = plain_json(dict(item.extra))
+    extra = plain_json(dict(item.extra)) if item.extra else "{}"
     return Record(data, tuple(texts), tuple(labels), item.key, extra, second), "", ""
 
 
@@ -149,11 +166,11 @@ def _checked(data: bytes, options: Options) -> tuple[bytes, str, str]:
         return data, "aspect", f"{width} x {height}"
     try:
         if image is None or videos.is_animation(image, data):  # never encoded again
-            if options.verify:
+            if options.check:
                 videos.verify(data)
         elif options.max_side and max(width, height) > options.max_side:
             data = _shrink(image, options.max_side)
-        elif options.verify:
+        elif options.check:
             if image.format == "JPEG":  # checks all the data, spares most of the arithmetic
                 image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
@@ -554,3 +571,125 @@ def of_split(
             "'a photo of the 0'; --class_names=FILE gives their names, one a line"
         )
     return lines
+
+
+# What training finds: examples that turn out not to be usable when they are read first.
+
+
+class Bad(NamedTuple):
+    """An example that cannot be used: its key, '' where it could not be read; a word for why, and
+    what is wrong with this one."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Row:
+    """`Bad` of the example `index` of source number `source`."""
+
+    source: int
+    index: int
+    key: str
+    reason: str
+    detail: str
+
+    def line(self) -> str:
+        """Which it is and what is wrong with it."""
+        which = f"{self.key!r} (index {self.index})" if self.key else f"index {self.index}"
+        return f"{which}: {self.detail}"
+
+
+def undecodable(record: Record, why: str) -> Problem:
+    """What is wrong with a record that training could not decode, as an import would say it."""
+    return Problem(problem_of(record) or "damaged_image", why)
+
+
+def problem_of(record: Record) -> str:
+    """Why the images of a record cannot be used, as an import would say it; '' where they can."""
+    found = (_checked(one, Options())[1] for one in (record.image, record.second) if one)
+    return next(filter(None, found), "") if record.image else "empty_image"
+
+
+class Quarantine:
+    """The examples of a run that cannot be used, as far as they were read. Thread-safe.
+
+    A batch is a function of the seed, the step and these rows. What is damaged says the data alone,
+    so that processes find the same; the rows of a checkpoint make a resumed run decide as before
+    where a file was repaired in between.
+
+    Args:
+        workdir: of the run, in which FILE lists them; '': no file.
+        recorded: rows of the checkpoint from which the run goes on.
+    """
+
+    FILE = "quarantine.jsonl"
+
+    def __init__(self, workdir: str = "", recorded: Sequence[Sequence[Any]] = ()):
+        self._path = files.join(workdir, self.FILE) if workdir else ""
+        self._rows: dict[tuple[int, int], Row] = {}
+        self._of_source: dict[int, list[Row]] = {}
+        self._told: set[tuple[int, int]] = set()
+        self._new: list[Row] = []
+        self._lock = threading.Lock()
+        self.merge(Row(*one) for one in recorded)
+
+    def find(self, source: int, index: int) -> Row | None:
+        """The row of an example; None of one that is not known to be bad."""
+        return self._rows.get((source, index)) if self._rows else None
+
+    def of_source(self, source: int) -> list[Row]:
+        """The rows of a source, in the order in which they were found."""
+        return self._of_source.get(source, [])
+
+    def add(self, source: int, bad: Mapping[int, Bad]) -> list[Row]:
+        """Adds what was found of a source; the rows that are new."""
+        found = self.merge(Row(source, index, *one) for index, one in bad.items())
+        self._new += found
+        return found
+
+    def merge(self, rows: Iterable[Row]) -> list[Row]:
+        """Adds rows, as another process has found; those that are new."""
+        with self._lock:
+            fresh = [row for row in rows if (row.source, row.index) not in self._rows]
+            for row in fresh:
+                self._rows[row.source, row.index] = row
+                self._of_source.setdefault(row.source, []).append(row)
+        return fresh
+
+    def take_new(self) -> list[Row]:
+        """What this process has found since the last call."""
+        with self._lock:
+            new, self._new = self._new, []
+        return new
+
+    def rows(self) -> list[Row]:
+        """All rows, by source and index."""
+        with self._lock:
+            return sorted(self._rows.values())
+
+    def compare(self, name: str, row: Row, record: Record, unread: bool) -> None:
+        """Warns once where an example in quarantine can be used by now."""
+        if unread or (row.source, row.index) in self._told:
+            return
+        self._told.add((row.source, row.index))
+        if not problem_of(record):
+            logging.warning(
+                "%s: %s was in quarantine and can be read now; this run goes on without it, so that "
+                "it stays the same run (a new --workdir uses it)",
+                name,
+                row.line(),
+            )
+
+    def write(self) -> None:
+        """Writes the file, where there is anything to list."""
+        rows = self.rows()
+        if self._path and rows:
+            lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows)
+            storage.write_bytes(self._path, ("\n".join(lines) + "\n").encode())
+
+    def where(self) -> str:
+        """Writes the file, and says where it is."""
+        self.write()
+        return f"They are listed in {self._path}." if self._path else "Check the data."

@@ -29,6 +29,7 @@ from coca_jax.data import batches as direct
 from coca_jax.data.batches import Batches, Field, Made, Stream
 from coca_jax.data.examples import Examples
 from coca_jax.data.mixture import Mixture
+from coca_jax.data.quarantine import Bad
 from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import Vocabulary
@@ -269,7 +270,7 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
         config: of the run.
         vocabulary: of the run.
         batches: that do the work.
-        found_bad: called with the number of a source and {index: name and why}.
+        found_bad: called with the number of a source and {index: which and why}.
     """
 
     PACKING_FEATURE_DTYPES: Mapping[str, Any] = {}
@@ -281,7 +282,7 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
         config: Config,
         vocabulary: Vocabulary,
         batches: Batches,
-        found_bad: Callable[[int, Mapping[int, str]], None],
+        found_bad: Callable[[int, Mapping[int, Bad]], None],
     ):
         super().__init__(pack=False)
         self._batches, self._found_bad, self._seed = batches, found_bad, config.seed
@@ -317,6 +318,10 @@ class CoCaFeatureConverter(seqio.FeatureConverter):
         draw = Draw(self._seed, block["source"], block["position"])
         pixels = self._batches.pixels
         image, failed = pixels.render(records, pixels.plan(records, draw))
+        places = zip(block["source"].tolist(), block["index"].tolist())
+        for row, place in enumerate(places):
+            if found := self._batches.quarantine.find(*place):  # also of a file repaired since
+                failed[row] = found.detail
         block = block | {"image": image}
         for row, why in sorted(failed.items()):
             number = int(block["source"][row])
@@ -343,7 +348,7 @@ class SeqioStream(Stream):
     ):
         super().__init__(batches, start_step)
         self._config, self._vocabulary = config, vocabulary
-        self._bad: collections.deque[tuple[int, Mapping[int, str]]] = collections.deque()
+        self._bad: collections.deque[tuple[int, Mapping[int, Bad]]] = collections.deque()
         self._iterator: Iterator[dict[str, np.ndarray]] | None = None
 
     def _make(self) -> Made:
@@ -356,7 +361,7 @@ class SeqioStream(Stream):
             if cause is None:
                 raise
             raise ValueError(cause[1]) from None
-        bad: dict[int, dict[int, str]] = {number: {} for number in np.unique(arrays["source"])}
+        bad: dict[int, dict[int, Bad]] = {number: {} for number in np.unique(arrays["source"])}
         while self._bad:  # also of the batches that are made ahead
             number, found = self._bad.popleft()
             bad.setdefault(number, {}).update(found)

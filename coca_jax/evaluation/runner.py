@@ -204,6 +204,11 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
                 f"{task['kind']}/{task['name']}: {some.left_out} examples{of} have no {need} "
                 "and are left out"
             )
+        if some.damaged and setting.main_process:
+            evaluators.tell(
+                f"{task['kind']}/{task['name']}: {some.damaged} examples{of} have an image that "
+                "cannot be read, and are left out"
+            )
     try:
         new = dict(evaluator.run(model, records))
     except ValueError as error:

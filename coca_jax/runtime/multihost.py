@@ -231,6 +231,16 @@ def agreed(name: str, line: str) -> str:
     return _wait(f"{key}/all", name, 0)
 
 
+def gathered(name: str, text: str) -> list[str]:
+    """What each process says, in their order, once all have come here; on each of them.
+
+    name: as of `from_first`. Raises as `agreed`.
+    """
+    key, me = f"coca_jax/{next(_rounds)}", _state().process_id
+    _state().client.key_value_set(f"{key}/{me}", json.dumps(text))
+    return [_wait(f"{key}/{n}", name, n) for n in range(_state().num_processes)]
+
+
 def meet(place: str, mine: Mapping[str, str], timeout_ms: int) -> dict[str, str]:
     """What the processes say, each once, as soon as all have come here: {who or what: text}.
 

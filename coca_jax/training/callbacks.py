@@ -7,6 +7,7 @@ nothing, loss spikes) and replicas.py (silent data corruption).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import typing
 from collections.abc import Iterator
@@ -276,6 +277,8 @@ class Save(Callback):
                 )
                 self._interval.begin(step)  # else every later step would be due
                 return before
+            rows = self._trainer.shared_quarantine()
+            self._quarantine = [dataclasses.astuple(row) for row in rows]
             waits = iter(LAST_RETRY if last else ())
             while not self._try((step, skipped), wait=last):
                 pause = next(waits, None)
@@ -294,7 +297,7 @@ class Save(Callback):
     def _try(self, this: tuple[int, int], wait: bool) -> bool:
         """Whether the save has begun, or with `wait` has succeeded. this: (step, skipped)."""
         try:
-            self._checkpoints.save(this[0], self._trainer.state)
+            self._checkpoints.save(this[0], self._trainer.state, self._quarantine)
             self._begun = this
             if wait:
                 self._checkpoints.wait_for(this[0])

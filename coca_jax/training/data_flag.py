@@ -348,7 +348,8 @@ def _prepared_of(
 ) -> str:
     """`prepared` of one of the data that go to `outs`, by the named fields."""
     with naming_one(named, len(outs)):
-        return prepared(path, out, Options(**named), wait=wait, or_whole=len(set(outs)) > 1)
+        options = Options(check=False, **named)
+        return prepared(path, out, options, wait=wait, or_whole=len(set(outs)) > 1)
 
 
 def _not_taken(fields: Mapping[str, str], path: str, split: str) -> dict[str, str]:
@@ -515,8 +516,7 @@ def bring_in(
                 found.input, out, lost, len(items) - len(lost)
             ) from None
         raise ValueError(
-            f"{found.input}: a share of {holdout:.3g} of the pictures, by their bytes, is held out "
-            f"for the scores, which leaves none of {error.read} for the split {error.split!r}"
+            f"{found.input}: a share of {holdout:.3g} of the pictures is held out for the scores, which leaves none of {error.read} for the split {error.split!r}"
             f"{error.why}; give more pictures, or what `coca-jax prepare --holdout=0.3 --out=DIR "
             f"--input={shlex.quote(found.input)}` writes"
         ) from None
@@ -542,7 +542,7 @@ def _bring_in(found: Layout, out: str, holdout: float, options: Options, or_whol
         except prepare.EmptySide as error:
             if not or_whole or error.split != "test":
                 raise
-            line = f"a share of {holdout:.3g} of its {error.read} pictures, by their bytes, is none"
+            line = f"a share of {holdout:.3g} of its {error.read} pictures is none"
             print(f"{found.input}: {line}: all train, and none is scored", file=sys.stderr)
             # In the place of what a kill left of a split without what is held out.
             prepare.prepare(*where, split="train", overwrite=True, **keywords)
@@ -559,7 +559,8 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     there = _is_there(found.input, out)
     if there:
         indexed = any("root" in split for split in there.values())
-        return dataclasses.replace(options, in_place=indexed)
+        made_by = next(iter(there.values()))["request"]["options"]
+        return dataclasses.replace(options, in_place=indexed, check=made_by["check"])
     units = []
     if found.format == "webdataset" or files.is_remote(found.input):
         units = prepare.importer(found.format).plan(found.input, "", options)
@@ -572,6 +573,11 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     unread = quarantine.unread(found.input, found.format)
     unread += quarantine.files_beside(found.input, found.format)
     unread += quarantine.other_kinds(found.input, found.format)
+    if not options.check and not found.held and not why:
+        unread += (
+            "; images are checked as training reads them, and the held-out share is chosen by their "
+            "names (`coca-jax prepare --holdout` checks all first and keeps equal images together)"
+        )
     lists = quarantine.lists_read(found.input, found.format)
     print(f"{line}{lists}{unread}", file=sys.stderr, flush=True)
     return dataclasses.replace(options, in_place=not why)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from coca_jax.checkpoints import config_file, manager
 from coca_jax.config import Config, Recipe, shapes, typed
 from coca_jax.data import batch_schedule, prepare, scored, source_index, teachers
 from coca_jax.data.mixture import Mixture, head_classes
+from coca_jax.data.quarantine import Quarantine, Row
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.evaluation.evaluators import base
 from coca_jax.models import coca
@@ -21,6 +23,7 @@ from coca_jax.parallel import sharding
 from coca_jax.runtime import (
     lease,
     metric_log,
+    multihost,
     notes,
     out_folder,
     signals,
@@ -100,6 +103,8 @@ class Trainer:
     evaluate: Evaluate
     spikes: bad_steps.LossSpikes
     state: TrainState
+    recorded: list[Sequence[Any]]  # quarantine of the checkpoint that the run resumes
+    quarantine: Quarantine
     goodput: Goodput
     train_step: Programs
     batches: Batches
@@ -251,6 +256,7 @@ class Trainer:
             found = self.checkpoints.restore_newest(*target)
             if found is not None:
                 self.state, self.step, lines = found
+                self.recorded = self.checkpoints.quarantine(self.step)
                 if lines:
                     line = f"warning: {'; '.join(lines)}"
                     self.say(line)
@@ -258,6 +264,7 @@ class Trainer:
                 return
         self.begin("making the model")
         config = self.config
+        self.recorded = []
         self.state, self.step = init_state(self.model, config, self.mesh), 0
         if config.init_from:
             if line := warm_start.remark(config):
@@ -357,6 +364,7 @@ class Trainer:
             self.say(remark)  # before hours go into tokens that are kept
         features = feature_extraction.keep(self)
         reader, readers = sharding.readers(self.mesh)
+        self.quarantine = Quarantine(self.workdir, self.recorded)
         self.batches = Batches(
             self.spikes.left_out,
             self.step,
@@ -365,11 +373,26 @@ class Trainer:
             self.mixture,
             class_names=self.class_names,
             features=features,
+            quarantine=self.quarantine,
             process_index=reader,
             process_count=readers,
         )
         self.say(self.mixture.describe())
         self.feed = Feed(self.batches, self.config, self.mesh, self.buckets)
+
+    def shared_quarantine(self) -> list[Row]:
+        """The examples that cannot be used, as all processes have found them by now; written to
+        the workdir. All processes call it."""
+        if jax.process_count() > 1:
+            new = json.dumps([dataclasses.astuple(row) for row in self.quarantine.take_new()])
+            for told in multihost.gathered("quarantine", new):
+                self.quarantine.merge(Row(*row) for row in json.loads(told))
+        if self.main_process:
+            try:
+                self.quarantine.write()
+            except OSError as error:  # as of a full disk, which the save says too
+                self.say(f"warning: the list of damaged examples is not written ({error})")
+        return self.quarantine.rows()
 
     def make_callbacks(self) -> list[Callback]:
         """The callbacks of a run from the state's step on, in the order in which they are called.

@@ -28,7 +28,7 @@ if typing.TYPE_CHECKING:
 
 PART = 1024  # pictures a part of an index: what a stop loses at most
 State = Literal["new", "failed", "done"]  # of a file: not in the index, not read so far, in it
-_OPTIONS = Options(verify=False)
+_OPTIONS = Options(check=False)
 _LISTS = ("csv", "jsonl", "json")  # formats whose rows name files
 
 

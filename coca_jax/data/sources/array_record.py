@@ -29,7 +29,7 @@ from coca_jax.data.sources import (
 )
 from coca_jax.data.sources.items import Drawn, Item, Options, Unit, names, split_units, strings
 from coca_jax.data.sources.records import Record
-from coca_jax.data.sources.source import UNREAD, Indices, Reader, Source, read_one
+from coca_jax.data.sources.source import UNREAD, Indices, Problem, Reader, Source, read_one
 from coca_jax.runtime import storage, unreachable
 
 HOLD_BYTES = 1 << 30  # data sets below this stay in memory once read
@@ -116,7 +116,7 @@ def open_split(path: str, split: str) -> Source:
     if "root" in splits[split]:  # an index of data that are read in place
         images = in_place.InPlace(read, _root(path, splits[split]["root"]))
         read, read_texts = images, images.without_images
-    return Source(
+    found = Source(
         f"{path} [{split}]",
         sum(counts),
         read,
@@ -125,6 +125,10 @@ def open_split(path: str, split: str) -> Source:
         folder=path,
         fingerprint=" ".join([split, *(shard["sha256"] for shard in shards)]),
     )
+    request = splits[split].get("request")
+    options = request.get("options") if isinstance(request, dict) else None
+    found.unchecked = isinstance(options, dict) and not options.get("check", True)
+    return found
 
 
 def _sizes(paths: list[str]) -> list[int | None]:
@@ -312,7 +316,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             if why:
                 item.key = item.key or f"{split}/{row}"
                 item.problem = "missing_image" if record is not UNREAD else "damaged_archive"
-                item.detail = why
+                item.detail = why.detail
             yield item
     if unit.stop >= len(source):
         _opened.cache_clear()  # it may hold a GiB of records
@@ -345,19 +349,19 @@ def _item(record: Record, options: Options) -> Item:
     return item
 
 
-def _records(source: Source, rows: range) -> Iterable[tuple[Record, str]]:
-    """Each record with ''; where one cannot be read, what an index says of it, or UNREAD, and why.
+def _records(source: Source, rows: range) -> Iterable[tuple[Record, Problem | None]]:
+    """Each record with None; where one cannot be read, what an index says of it, or UNREAD, and why.
     Raises as `read`."""
     try:
         with unreachable.required():
-            return [(record, "") for record in source.read(rows)]
+            return [(record, None) for record in source.read(rows)]
     except unreachable.Unreachable:
         raise
     except Exception:  # of one of them; of which its own read says
         return (_record(source, row) for row in rows)
 
 
-def _record(source: Source, row: int) -> tuple[Record, str]:
+def _record(source: Source, row: int) -> tuple[Record, Problem | None]:
     with unreachable.required():
         record, why = read_one(source, row)
         if why:

@@ -12,7 +12,7 @@ import re
 import socket
 import stat
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from coca_jax.data.sources import own_folders, split_names
@@ -396,13 +396,21 @@ def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
 def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
     """Matching files of a folder and below -> the split that their names within it tell, or ''."""
     start = plain.rstrip("/") + "/"
-    names = {_within(file, start): file for file in system.find(plain)}
+    names = {_within(file, start): file for file in _below(system, plain)}
+    matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
     return {
         names[name]: split_names.told(name)
         for name in own_folders.without_ours(names)
-        if not is_hidden(name)
-        and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
+        if matches(name.lower()) and not is_hidden(name)
     }
+
+
+def _below(system: Any, plain: str) -> Iterable[str]:
+    """The files of a folder and below. Of a local one nothing is asked of each file."""
+    if "file" not in system.protocol:
+        return system.find(plain)
+    top = plain.rstrip("/") or "/"
+    return (f"{folder}/{name}" for folder, _, names in os.walk(top) for name in names)
 
 
 def _within(file: str, start: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
-import dataclasses
 import itertools
 import os
 import posixpath
@@ -271,7 +271,7 @@ class Located:
 
     def load(self, unit: Unit, options: Options) -> Item:
         """The item with its image or images, unless it has a problem already."""
-        item = dataclasses.replace(self.item)
+        item = copy.copy(self.item)
         if not item.problem:
             load_image(item, self.folder, self.name, unit, options)
         if self.second and not item.problem:
@@ -295,13 +295,14 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
     elif kind.endswith(".csv"):
         yield from csv_located(unit, options)
     else:
+        folder = files.absolute(unit.path)
         for name in names_of(unit):
             item, label = Item(name), posixpath.dirname(name).replace("_", " ").replace("/", ", ")
             try:
                 item.labels = names(label, options.class_names)
             except ValueError as error:
                 item.problem, item.detail = "bad_label", str(error)
-            yield Located(item, unit.path, files.join(files.absolute(unit.path), name))
+            yield Located(item, unit.path, files.join(folder, name))
 
 
 def line_located(unit: Unit, options: Options) -> Iterator[Located]:

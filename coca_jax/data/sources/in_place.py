@@ -12,14 +12,17 @@ import io
 import os
 import posixpath
 import stat
+import struct
 import threading
 import zlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from coca_jax.data.sources import files, formats, range_cache, references, tars
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
-from coca_jax.data.sources.references import Reference
+from coca_jax.data.sources.references import PLAIN, UNKNOWN, Cell, Page, Reference
 from coca_jax.data.sources.source import Indices, Reader
 from coca_jax.runtime import extras, storage
 
@@ -38,7 +41,7 @@ class InPlace:
     def __init__(self, read: Reader, root: str):
         self._index, self._root = read, root
         self._local, self._remote = _LocalFiles(), range_cache.RemoteFiles()
-        self._pages = _Pages()
+        self._pages = _Pages(self._read)
 
     def __call__(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order.
@@ -64,18 +67,18 @@ class InPlace:
     def _images(self, wanted: Sequence[Reference]) -> list[bytes]:
         order = sorted(range(len(wanted)), key=lambda n: (wanted[n].path, wanted[n].start))
         ordered = [wanted[n] for n in order]
-        remote = [one for one in ordered if files.is_remote(one.path)]
-        fetched = iter(self._remote.read(remote))
+        fetched = iter(self._remote.read([one for one in ordered if files.is_remote(one.path)]))
         found: list[bytes] = [b""] * len(wanted)
         for number, one in zip(order, ordered):
-            if files.is_remote(one.path):
-                data = next(fetched)
-                found[number] = self._pages.unpack(one, lambda: data) if one.page else data  # noqa: B023
-            elif one.page:
-                found[number] = self._pages.unpack(one, lambda: self._local.read(one))  # noqa: B023
+            data = next(fetched) if files.is_remote(one.path) else None
+            if one.page:
+                found[number] = self._pages.image(one, data)
             else:
-                found[number] = self._local.read(one)
+                found[number] = self._local.read(one) if data is None else data
         return found
+
+    def _read(self, one: Reference) -> bytes:
+        return self._remote.read([one])[0] if files.is_remote(one.path) else self._local.read(one)
 
 
 class _LocalFiles:
@@ -118,37 +121,152 @@ def _opened(one: Reference) -> io.FileIO:
 
 
 def check_unchanged(one: Reference, data: bytes) -> None:
-    """Raises ValueError where bytes are not those that were indexed."""
-    if len(data) != one.size or zlib.crc32(data) != one.crc:
-        raise ValueError(
+    """Raises ValueError where bytes are not those that were indexed, as far as those are known."""
+    known = one.crc != references.UNKNOWN
+    if len(data) != one.size or (known and zlib.crc32(data) != one.crc):
+        raise references.Changed(
             f"{one.path}: the bytes from {one.start} on are not those that were indexed; index "
             "the data again where they were changed"
         )
 
 
 class _Pages:
-    """Unpacks pages of parquet columns; the last ones stay unpacked."""
+    """The images in pages of parquet columns; the last pages stay unpacked. Thread-safe.
 
-    def __init__(self) -> None:
-        self._kept: collections.OrderedDict[tuple[str, int], bytes] = collections.OrderedDict()
+    read: gives the bytes of a reference.
+    """
+
+    def __init__(self, read: Callable[[Reference], bytes]):
+        self._read = read
+        self._kept: collections.OrderedDict[tuple[str, int], tuple[bytes, _Places]] = (
+            collections.OrderedDict()
+        )
         self._bytes, self._lock = 0, threading.Lock()
 
-    def unpack(self, one: Reference, read: Callable[[], bytes]) -> bytes:
-        """The image of a reference in its page, which `read` gives. Raises what that raises, and
-        ValueError: it does not unpack."""
-        page, key = one.page, (one.path, one.start)
+    def image(self, one: Reference, data: bytes | None = None) -> bytes:
+        """The image of a reference. data: the bytes of its page, where they are there.
+
+        Raises what `read` raises, and ValueError: the page does not unpack, or has no such image.
+        """
+        page = one.page
+        if isinstance(page, Page):
+            return self._page(one, data)[0][page.start : page.start + page.size]
         assert page is not None
+        unpacked, places = self._page(one, data)
+        if places is None:
+            raise ValueError(f"{one.path}: the page at {one.start} is not one of images")
+        place = places[page.row]
+        if isinstance(place, int) and page.dictionary:
+            start, size, plain, codec = page.dictionary
+            values = Cell(codec, 0, plain, 0, 1, PLAIN, 0, False)  # read to the last one
+            told = Reference(one.path, one.file_bytes, start, size, UNKNOWN, values)
+            unpacked, places = self._page(told, None, all_values=True)
+            place = places[place] if places and place < len(places) else None
+        if not isinstance(place, tuple):
+            raise ValueError(f"{one.path}: row {page.row} of the page at {one.start} has no image")
+        return unpacked[place[0] : place[0] + place[1]]
+
+    def _page(
+        self, one: Reference, data: bytes | None, all_values: bool = False
+    ) -> tuple[bytes, _Places]:
+        key = one.path, one.start
         with self._lock:
-            whole = self._kept.get(key)
-        if whole is None:
-            whole = _unpacked(one, read())
-            with self._lock:
-                if key not in self._kept:
-                    self._bytes += len(whole)
-                self._kept[key] = whole
-                while self._bytes > _UNPACKED_BYTES and len(self._kept) > 1:
-                    self._bytes -= len(self._kept.popitem(last=False)[1])
-        return whole[page.start : page.start + page.size]
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        unpacked = _unpacked(one, self._read(one) if data is None else data)
+        places: _Places = None
+        if isinstance(one.page, Cell):
+            try:
+                places = _values(unpacked, 0) if all_values else _rows(unpacked, one.page)
+            except (IndexError, ValueError, struct.error) as error:
+                raise ValueError(
+                    f"{one.path}: the page at {one.start} is damaged: {error}"
+                ) from None
+        with self._lock:
+            if key not in self._kept:
+                self._bytes += len(unpacked)
+            self._kept[key] = unpacked, places
+            while self._bytes > _UNPACKED_BYTES and len(self._kept) > 1:
+                self._bytes -= len(self._kept.popitem(last=False)[1][0])
+        return unpacked, places
+
+
+# Where the images of a page's rows are: (start, size), or the number of a value of the dictionary;
+# None of a row without one.
+_Places = Sequence[tuple[int, int] | int | None] | None
+
+
+def _rows(data: bytes, cell: Cell) -> list[tuple[int, int] | int | None]:
+    """Where the images of an unpacked page's rows are. Raises IndexError, ValueError, struct.error
+    for a damaged page."""
+    start, there = cell.plain, np.ones(cell.rows, bool)
+    if cell.levels:
+        first, end = 0, cell.plain
+        if cell.prefixed:
+            first, end = 4, 4 + struct.unpack_from("<I", data)[0]
+            start = end
+        levels = _runs(data, first, end, cell.levels.bit_length(), cell.rows)
+        there = levels == cell.levels
+    count = int(there.sum())
+    values: Sequence[tuple[int, int] | int]
+    if cell.encoding == PLAIN:
+        values = _values(data, start, count)
+    else:
+        values = _runs(data, start + 1, len(data), data[start], count).tolist()
+    if count == cell.rows:
+        return list(values)
+    found: list[tuple[int, int] | int | None] = [None] * cell.rows
+    for row, value in zip(np.flatnonzero(there).tolist(), values):
+        found[row] = value
+    return found
+
+
+def _values(data: bytes, start: int, count: int = -1) -> list[tuple[int, int]]:
+    """(start, size) of values that follow one another, each behind its size; -1: to the end."""
+    found: list[tuple[int, int]] = []
+    while count < 0 and start < len(data) or len(found) < count:
+        size = struct.unpack_from("<I", data, start)[0]
+        if start + 4 + size > len(data):
+            raise ValueError("a value beyond its end")
+        found.append((start + 4, size))
+        start += 4 + size
+    return found
+
+
+def _runs(data: bytes, start: int, end: int, width: int, count: int) -> np.ndarray:
+    """Numbers of `width` bits as parquet packs them: runs of one, and runs of eight each."""
+    if not 0 <= width <= 32 or end > len(data):
+        raise ValueError("numbers of no possible width")
+    if not width:
+        return np.zeros(count, np.int64)
+    found: list[np.ndarray] = []
+    left = count
+    while left > 0:
+        head = shift = 0
+        while True:
+            byte = data[start]
+            start += 1
+            head |= (byte & 127) << shift
+            shift += 7
+            if byte < 128 or shift > 63:
+                break
+        if head & 1:
+            size = min((head >> 1) * width, end - start)
+            bits = np.frombuffer(data, np.uint8, size, start)
+            bits = np.unpackbits(bits, bitorder="little")
+            bits = bits[: len(bits) // width * width].reshape(-1, width)
+            numbers = bits[:left] @ (1 << np.arange(width, dtype=np.int64))
+        else:
+            size = -(-width // 8)
+            number = int.from_bytes(data[start : start + size], "little")
+            numbers = np.full(min(head >> 1, left), number, np.int64)
+        if not len(numbers):
+            raise ValueError("fewer numbers than rows")
+        start += size
+        left -= len(numbers)
+        found.append(numbers)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def _unpacked(one: Reference, data: bytes) -> bytes:
@@ -228,7 +346,8 @@ def referring(record: Record, item: Item, root: str) -> Record | None:
     if item.span is None or (record.second and item.second_span is None):
         return None
     image = references.dump(item.span, record.image, root)
-    if not record.second or item.second_span is None:
+    if item.second_span is None:
         return record._replace(image=image)
-    second = references.dump(item.second_span, record.second, root)
-    return record._replace(image=image, second=second)
+    return record._replace(
+        image=image, second=references.dump(item.second_span, record.second, root)
+    )

@@ -7,13 +7,15 @@ import contextvars
 import dataclasses
 import functools
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from coca_jax.data.sources import files, formats, media
 from coca_jax.data.sources.field_texts import INNER_LABELS, strings
-from coca_jax.data.sources.references import Span
+from coca_jax.data.sources.references import UNKNOWN, Span
 
 TEXT_FIELDS = ("text", "caption", "title")
 CHATS = ("conversations", "messages")  # of sets for chat models
@@ -21,7 +23,7 @@ LISTED_TEXTS = (  # in lists and tables: of sets on the hub, of Karpathy, of Fli
     *(*TEXT_FIELDS, "captions", "sentences", "comment", *CHATS),
 )
 # How the name of a column of captions ends: image_caption, altText, but not context.
-_CAPTION_COLUMN = re.compile(r"(?i:caption|description|(?<![a-z])text)$|(?<=[a-z])Text$")
+CAPTION_COLUMN = re.compile(r"(?i:caption|description|(?<![a-z])text)$|(?<=[a-z])Text$")
 LABEL_FIELDS = ("label", "labels")
 
 # Files that an importer leaves open for the unit that follows in them; None outside of
@@ -55,7 +57,8 @@ class Options:
             image_field 'left,right': examples are pairs of images.
         class_names: names of integer labels, in order.
         where: fields an example must have, as (name, allowed values).
-        verify: decode each image fully, not only its header.
+        check: read and decode each image. Without it a copy reads their headers alone, and an index
+            (in_place) none of them: they are checked when training first reads them.
         min_side, max_aspect: of images, in pixels and long side over short; 0: any.
         max_pixels: of an image; more is taken for a decompression bomb.
         max_image_bytes: of an encoded image.
@@ -81,7 +84,7 @@ class Options:
     image_field: str = ""
     class_names: tuple[str, ...] = ()
     where: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    verify: bool = True
+    check: bool = True
     min_side: int = 1
     max_aspect: float = 0.0
     max_pixels: int = media.MAX_PIXELS
@@ -100,6 +103,11 @@ class Options:
     yields_to: tuple[tuple[str, tuple[str, ...]], ...] = ()
     allow_paths: tuple[str, ...] = ()
     in_place: bool = False
+
+    @property
+    def unread(self) -> bool:
+        """Whether images are not read, where their places can be told without that."""
+        return self.in_place and not self.check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +161,17 @@ class Item:
     drawn: Drawn = Drawn()
 
 
+class Rows(NamedTuple):
+    """Examples of an index that are sound as far as they were read, column by column; of each its key,
+    texts, labels, further fields as JSON, and the reference to its image."""
+
+    keys: list[str]
+    texts: list[list[str]]
+    labels: list[tuple[str, ...]]
+    extras: list[str]
+    images: list[bytes]
+
+
 def split_units(path: str, rows: int, rows_per_unit: int, root: str = "") -> list[Unit]:
     """Cuts rows of a file into units."""
     return [
@@ -195,9 +214,13 @@ def guarded(key: str, make: Callable[[], Item]) -> Item:
 
 
 def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options) -> Item:
-    """Reads the file that a row names into its item, or says in the item why it may not."""
+    """Reads the file that a row names into its item, or says in the item why it may not. With
+    `options.unread` only the size of a local one is read."""
     roots = (unit.root or folder, *options.allow_paths)
     try:
+        if options.unread and (place := _regular_file(folder, name, roots)):
+            item.span = Span(place[0], place[1], 0, place[1], crc=UNKNOWN)
+            return item
         path = formats.resolve(folder, name, roots)
         item.image = files.read_bounded(path, options.max_image_bytes)
         item.span = Span(path, len(item.image), 0, len(item.image))
@@ -208,6 +231,28 @@ def load_image(item: Item, folder: str, name: Any, unit: Unit, options: Options)
     except Exception as error:  # file systems have types of their own
         item.problem, item.detail = "missing_image", f"{type(error).__name__}: {error}"
     return item
+
+
+def _regular_file(folder: str, name: Any, roots: Sequence[str]) -> tuple[str, int] | None:
+    """The path and size of a local file below one of the roots, without asking for each folder
+    above it once more; None for a link, for what is not there, and for an empty or remote file."""
+    if not isinstance(name, str) or files.is_remote(folder) or files.is_remote(name):
+        return None
+    path = os.path.join(folder, name)
+    try:
+        found = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    above, last = os.path.split(path)
+    place = os.path.join(_real_folder(above), last)
+    below = any(place.startswith(_real_folder(root).rstrip("/") + "/") for root in roots)
+    regular = stat.S_ISREG(found.st_mode) and found.st_size > 0
+    return (place, found.st_size) if regular and below else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(path: str) -> str:
+    return files.real(path)
 
 
 def only(value: Any) -> Any:
@@ -292,7 +337,7 @@ def text_column(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) ->
 
 def _is_caption_column(name: Any, value: Any) -> bool:
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, str) and bool(_CAPTION_COLUMN.search(str(name)))
+    return isinstance(first, str) and bool(CAPTION_COLUMN.search(str(name)))
 
 
 def is_field(fields: Mapping[str, Any], name: str) -> bool:
@@ -316,7 +361,9 @@ def without_bytes(value: Any) -> Any:
     return None if isinstance(value, bytes) else value
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str)
+
+
 def plain_json(value: Any) -> str:
     """Fields as JSON, with what JSON lacks turned into text."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-    return text.encode("utf-8", "replace").decode()
+    return _ENCODER.encode(value).encode("utf-8", "replace").decode()

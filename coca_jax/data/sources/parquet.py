@@ -50,6 +50,7 @@ _MAX_FOOTER, _MAX_HEADER = 100 << 20, 16 << 20  # bytes
 _MAX_PAGE = 128 << 20  # bytes of a page, packed or not; writers make them of about one MiB
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # kinds of pages
 _BYTE_ARRAY = 6
+_OPTIONAL, _REPEATED = 1, 2  # values of a column
 _OF_LISTS = ("list", "element", "item")  # of pyarrow's, by version
 _NEEDLE = 64  # bytes that are looked for before a whole value is compared
 _MAX_DEPTH, _MAX_ITEMS = 16, 10_000_000
@@ -140,6 +141,7 @@ class Columns:
         self._path = path
         self._handle: Any = None
         self._groups: list[Any] = []
+        self._schema: list[Any] = []
         self._bytes = 0  # of the file
 
     def close(self) -> None:
@@ -156,9 +158,52 @@ class Columns:
             if size > min(_MAX_FOOTER, end - 8):
                 return
             handle.seek(end - 8 - size)
-            self._groups = _Thrift(handle.read(size)).struct()[4]
+            footer = _Thrift(handle.read(size)).struct()
+            self._schema, self._groups = footer[2], footer[4]
         except (ValueError, IndexError, KeyError, struct.error):
             return
+
+    @property
+    def bytes(self) -> int:
+        """Of the file."""
+        return self._bytes
+
+    def chunk(self, group: int, field: Sequence[str]) -> dict[int, Any] | None:
+        """What the footer says of a group's column of bytes, by its path. Raises IndexError,
+        KeyError, TypeError, ValueError for a damaged footer."""
+        if self._handle is None:
+            self._open()
+        chunks = [chunk[3] for chunk in self._groups[group][1]]
+        told = [part.encode() for part in field]
+        return next((one for one in chunks if one[3] == told and one[1] == _BYTE_ARRAY), None)
+
+    def levels(self, field: Sequence[str]) -> int | None:
+        """The definition level of a value that is there; None of values in lists. Raises as
+        `chunk`."""
+        nodes, found = iter(self._schema[1:]), 0
+        for depth, part in enumerate(field):
+            for node in nodes:
+                if node[4] == part.encode():
+                    break
+                _skip(nodes, node)
+            if node.get(3) == _REPEATED or bool(node.get(5)) != (depth + 1 < len(field)):
+                return None
+            found += node.get(3) == _OPTIONAL
+        return found
+
+    def headers(self, chunk: dict[int, Any]) -> Iterator[tuple[int, dict[int, Any]]]:
+        """(where its bytes begin, its header) of each page of images, or of a dictionary of them.
+        Raises as `chunk`, and OSError."""
+        position = min(chunk[9], chunk.get(11) or chunk[9])
+        end = position + chunk[7]
+        while 0 <= position < end:
+            head, length = _header(self._handle, position, end)
+            position += length
+            if not 0 <= head[3] <= end - position:
+                raise ValueError("a page beyond its column")
+            if head[1] in (_DATA, _DICTIONARY, _DATA_2):
+                yield position, head
+            position += head[3]
 
     def values(self, group: int, name: str) -> Values:
         """The values of a column that the group has as bytes; a struct's field `bytes` counts as
@@ -175,6 +220,12 @@ class Columns:
         except (IndexError, KeyError, TypeError, ValueError, AttributeError):
             pass  # damaged, which the reader of the rows says
         return Values(iter(()), self._path, self._bytes)
+
+
+def _skip(nodes: Iterator[Any], node: dict[int, Any]) -> None:
+    """Goes behind what is below a node of a schema."""
+    for _ in range(node.get(5) or 0):
+        _skip(nodes, next(nodes))
 
 
 def _pages(handle: BinaryIO, chunk: dict[int, Any]) -> Iterator[_Part]:
@@ -481,6 +532,13 @@ def _rows(reader: _Reader, unit: Unit, options: Options) -> Iterator[Item]:
                     return
 
 
+def index_rows(unit: Unit, options: Options, root: str) -> Iterator[Any]:
+    """See `parquet_index.rows`."""
+    from coca_jax.data.sources import parquet_index  # which reads what is unusual by this module
+
+    yield from parquet_index.rows(unit, options, root)
+
+
 def column(unit: Unit, name: str) -> Iterator[Any]:
     """The values of a column in a range of rows, but for those behind damage; none where there is
     no such column."""
@@ -543,6 +601,21 @@ def _row(
         return Item(key, problem="bad_utf8", detail=str(error))
     first, _, second = options.image_field.partition(",")
     image, other = take(fields, first, IMAGE_FIELDS), take(fields, second, ())
+    item = described(key, fields, options, classes)
+    if item.problem:
+        return item
+    _load(item, image, unit, options)
+    if second and not item.problem:
+        found = _load(Item(key), other, unit, options)
+        item.second, item.problem, item.detail = found.image, found.problem, found.detail
+        item.second_span = found.span
+    return item
+
+
+def described(
+    key: str, fields: dict[str, Any], options: Options, classes: dict[str, list[str]]
+) -> Item:
+    """The item of a row but for its images, whose fields are taken already."""
     # Of an image that keeps no text the captions that it did not keep are none either.
     if _RECAPTIONED <= fields.keys():
         text = options.text_field or LISTED_TEXTS[0]
@@ -557,11 +630,6 @@ def _row(
         item.problem, item.detail = "bad_label", str(error)
         return item
     item.extra = without_bytes(fields)
-    _load(item, image, unit, options)
-    if second and not item.problem:
-        found = _load(Item(key), other, unit, options)
-        item.second, item.problem, item.detail = found.image, found.problem, found.detail
-        item.second_span = found.span
     return item
 
 

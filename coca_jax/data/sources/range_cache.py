@@ -2,7 +2,8 @@
 
 What was read of a remote file is kept in a sparse local file, at the same place as there, beside
 the copies of shard_cache.py and under the same bound. Whether a range is there its checksum tells,
-so that processes may share the files and be killed at any moment.
+so that processes may share the files and be killed at any moment. An index without checks has no
+checksums: those of what was read are then kept in a second sparse file, at the places of the ranges.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import collections
 import hashlib
 import io
 import os
+import struct
 import threading
 import time
 import zlib
@@ -19,7 +21,7 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax.data.sources import files, shard_cache
+from coca_jax.data.sources import files, references, shard_cache
 from coca_jax.data.sources.references import Reference
 from coca_jax.runtime import unreachable
 
@@ -28,6 +30,7 @@ MOST_BYTES = 8 << 20  # of a request for several ranges
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before another try
 _OPEN_FILES = 128  # that are kept open
 _ROOM_BYTES = 64 << 20  # that are written before the bound is looked at again
+_SUM = struct.Struct("<II")  # size and checksum of a range
 
 
 class Request(list[Reference]):
@@ -79,17 +82,20 @@ class RemoteFiles:
         for request, data in zip(requests, fetched(requests)):
             for one in request:
                 here = data[one.start - request.start : one.start - request.start + one.size]
-                if len(here) != one.size or zlib.crc32(here) != one.crc:
+                known = one.crc != references.UNKNOWN
+                if len(here) != one.size or (known and zlib.crc32(here) != one.crc):
                     raise changed(one, 0)
                 found[one] = here
                 self._kept.put(one, here)
         return [found[one] for one in wanted]
 
 
-def changed(one: Reference, there: int) -> ValueError:
+def changed(one: Reference, there: int) -> references.Changed:
     """The error of a file that is not the one that was indexed. there: its bytes; 0: not known."""
     sizes = f" of {one.file_bytes} bytes (it has {there})" if there else ""
-    return ValueError(f"{one.path} is not the file{sizes} that was indexed; index the data again")
+    return references.Changed(
+        f"{one.path} is not the file{sizes} that was indexed; index the data again"
+    )
 
 
 def fetched(requests: Sequence[Request]) -> Iterator[bytes]:
@@ -105,7 +111,8 @@ def fetched(requests: Sequence[Request]) -> Iterator[bytes]:
             path = requests[next(n for n in todo if n not in results)][0].path
             if not isinstance(error, unreachable.ANSWERS):
                 unreachable.note(path, error)
-            raise OSError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if error is not None:
             logging.warning("%s: tried again (%s)", requests[todo[0]][0].path, error)
             time.sleep(pause or 0.0)
@@ -139,7 +146,8 @@ class _Kept:
     """The sparse local files. Thread-safe."""
 
     def __init__(self) -> None:
-        self._open: collections.OrderedDict[tuple[str, int], io.FileIO] = collections.OrderedDict()
+        self._open: collections.OrderedDict[tuple[str, ...], io.FileIO] = collections.OrderedDict()
+        self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
         self._room = 0
         self._off = False
@@ -150,11 +158,17 @@ class _Kept:
             if self._off:
                 return None
             try:
+                crc = one.crc
+                if crc == references.UNKNOWN:
+                    told = os.pread(self._file(one, sums=True).fileno(), _SUM.size, one.start)
+                    size, crc = _SUM.unpack(told) if len(told) == _SUM.size else (0, 0)
+                    if size != one.size:
+                        return None
                 data = os.pread(self._file(one).fileno(), one.size, one.start)
             except OSError as error:
                 self._give_up(error)
                 return None
-        return data if len(data) == one.size and zlib.crc32(data) == one.crc else None
+        return data if len(data) == one.size and zlib.crc32(data) == crc else None
 
     def put(self, one: Reference, data: bytes) -> None:
         """Keeps the bytes of a reference."""
@@ -165,6 +179,9 @@ class _Kept:
                 if self._room < one.size:
                     self._make_room(one.size)
                 os.pwrite(self._file(one).fileno(), data, one.start)
+                if one.crc == references.UNKNOWN:
+                    told = _SUM.pack(one.size, zlib.crc32(data))
+                    os.pwrite(self._file(one, sums=True).fileno(), told, one.start)
             except OSError as error:
                 self._give_up(error)
             self._room -= one.size
@@ -176,18 +193,29 @@ class _Kept:
             if not os.fstat(file.fileno()).st_nlink:  # it has left, and takes room while open
                 del self._open[key]
 
-    def _file(self, one: Reference) -> io.FileIO:
-        key = one.path, one.file_bytes
+    def _file(self, one: Reference, *, sums: bool = False) -> io.FileIO:
+        key = one.path, str(one.file_bytes), *(["sums"] if sums else [])
+        if one.crc == references.UNKNOWN:  # nothing else tells that the file was replaced
+            key = *key, self._version(one.path)
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
         while len(self._open) >= _OPEN_FILES:
             self._open.popitem(last=False)
-        mark = f"ranges of {one.path} {one.file_bytes}".encode("utf-8", "surrogateescape")
+        mark = f"ranges of {' '.join(key)}".encode("utf-8", "surrogateescape")
         path = shard_cache.folder() / hashlib.blake2b(mark, digest_size=16).hexdigest()
         self._open[key] = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
         os.utime(path)
         return self._open[key]
+
+    def _version(self, path: str) -> str:
+        if path not in self._versions:
+            system, plain = files.filesystem(path)
+            try:
+                self._versions[path] = str(system.checksum(plain))
+            except Exception as error:  # the bucket's libraries have types of their own
+                raise OSError(f"{path} cannot be reached: {error}") from error
+        return self._versions[path]
 
     def _give_up(self, error: OSError) -> None:
         logging.warning("ranges that were read are not kept: %s", error)

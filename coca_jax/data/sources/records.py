@@ -8,7 +8,8 @@ well. tensorflow-datasets reads the same bytes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -63,18 +64,66 @@ def _example_class() -> Any:
 _Example = _example_class()
 
 
+def _number(value: int) -> bytes:
+    """A number as protobuf writes it: seven bits a byte."""
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
+
+
+def _sized(data: bytes) -> bytes:
+    """The first field of a message, of bytes."""
+    return b"\n" + _number(len(data)) + data
+
+
+def _many(name: bytes, values: Sequence[bytes]) -> bytes:
+    """A field of a record."""
+    found = _sized(b"".join(map(_sized, values)))
+    return _sized(_sized(name) + b"\x12" + _number(len(found)) + found)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _before(name: bytes, size: int) -> bytes:
+    """What stands before the only value of a field, by the value's size."""
+    value = b"\n" + _number(size)
+    values = b"\n" + _number(len(value) + size) + value
+    head = _sized(name) + b"\x12" + _number(len(values) + size) + values
+    return b"\n" + _number(len(head) + size) + head
+
+
+def _field(name: bytes, values: Sequence[bytes]) -> bytes:
+    if len(values) == 1:
+        return _before(name, len(values[0])) + values[0]
+    return _many(name, values) if values else _EMPTY[name]
+
+
+_EMPTY = {name: _many(name, ()) for name in (b"label", b"text")}
+
+
 def serialize(record: Record) -> bytes:
-    """A record as bytes; the same record always gives the same bytes."""
-    example = _Example()
-    feature = example.features.feature
-    feature["image"].bytes_list.value.append(record.image)
-    feature["text"].bytes_list.value.extend(text.encode() for text in record.texts)
-    feature["label"].bytes_list.value.extend(label.encode() for label in record.labels)
-    feature["key"].bytes_list.value.append(record.key.encode())
-    feature["extra"].bytes_list.value.append(record.extra.encode())
-    if record.second:
-        feature["second"].bytes_list.value.append(record.second)
-    return example.SerializeToString(deterministic=True)
+    """A record as bytes; the same record always gives the same bytes.
+
+    They are those of protobuf's own deterministic writer, in a fraction of its time.
+    """
+    image, texts, labels, key, extra, second = record
+    told, name = extra.encode(), key.encode()
+    found = b"".join(
+        (
+            _before(b"extra", len(told)),
+            told,
+            _before(b"image", len(image)),
+            image,
+            _before(b"key", len(name)),
+            name,
+            _field(b"label", [label.encode() for label in labels]),
+            _before(b"second", len(second)) + second if second else b"",
+            _field(b"text", [text.encode() for text in texts]),
+        )
+    )
+    return b"\n" + _number(len(found)) + found
 
 
 def parse(data: bytes) -> Record:

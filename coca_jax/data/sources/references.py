@@ -19,6 +19,10 @@ from coca_jax.runtime import bounded_json, storage
 _SCHEMES = ("s3", "s3a", "gs", "gcs", "memory")
 
 
+class Changed(ValueError):
+    """Bytes that are not those that were indexed."""
+
+
 class Page(NamedTuple):
     """How an image lies in a packed part of a file, as a page of a parquet column is.
 
@@ -37,16 +41,50 @@ class Page(NamedTuple):
     size: int
 
 
+class Cell(NamedTuple):
+    """How an image lies in a page of a parquet column whose values nobody has read yet.
+
+    Attributes:
+        codec, plain, unpacked: as of `Page`.
+        row: which row of the page it is.
+        rows: of the page.
+        encoding: of its values: PLAIN, or DICTIONARY.
+        levels: the definition level of a value that is there; 0: each is, and none is stored.
+        prefixed: whether the length of the definition levels stands before them, as in pages of
+            version 1.
+        dictionary: start, size and unpacked size of the dictionary's page, and its codec; () for
+            none.
+    """
+
+    codec: str
+    plain: int
+    unpacked: int
+    row: int
+    rows: int
+    encoding: int
+    levels: int
+    prefixed: bool
+    dictionary: tuple[int, int, int, str] | tuple[()] = ()
+
+
+PLAIN, DICTIONARY = 0, 8  # of parquet's encodings
+
+
 class Span(NamedTuple):
     """`size` bytes from `start` on of a file of `file_bytes`: an image, or the page that it is in.
-    `crc`: of these bytes; -1: to be made of the image, which they are."""
+    `crc`: of these bytes; -1: to be made of the image, which they are; UNKNOWN: nobody has read
+    them."""
 
     path: str
     file_bytes: int
     start: int
     size: int
-    page: Page | None = None
+    page: Page | Cell | None = None
     crc: int = -1
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+UNKNOWN = -2  # the checksum of bytes that an index without checks has not read
 
 
 class Reference(NamedTuple):
@@ -56,7 +94,7 @@ class Reference(NamedTuple):
         path: relative to the root of the index, or absolute, or a URL.
         file_bytes: of the whole file; one of another size is not the file that was indexed.
         start, size, page: as of `Span`.
-        crc: zlib.crc32 of the bytes of the span.
+        crc: zlib.crc32 of the bytes of the span, or UNKNOWN.
     """
 
     path: str
@@ -64,16 +102,30 @@ class Reference(NamedTuple):
     start: int
     size: int
     crc: int
-    page: Page | None = None
+    page: Page | Cell | None = None
 
 
 def dump(span: Span, image: bytes, root: str) -> bytes:
     """The reference to an image, as bytes."""
-    crc = zlib.crc32(image) if span.crc < 0 else span.crc
+    crc = zlib.crc32(image) if span.crc == -1 else span.crc
     page = [] if span.page is None else [list(span.page)]
-    fields = [_below(span.path, root), span.file_bytes, span.start, span.size, crc, *page]
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
+    start = root if root.endswith("/") else root + "/"
+    path = span.path
+    path = path[len(start) :] if path.startswith(start) else _below(path, root)
+    fields = [path, span.file_bytes, span.start, span.size, crc, *page]
+    return _ENCODER.encode(fields).encode(
+        "utf-8", "surrogatepass"
+    )  # names of files need not be UTF-8
+
+
+def around_row(span: Span, root: str) -> tuple[bytes, bytes]:
+    """What `dump` writes before and behind the row of a span's cell."""
+    assert isinstance(span.page, Cell)
+    mark = (1 << 52) + 1  # a number that stands nowhere else in it
+    before, behind = dump(span._replace(page=span.page._replace(row=mark)), b"", root).split(
+        str(mark).encode()
+    )
+    return before, behind
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,13 +147,13 @@ def load(data: bytes, root: str) -> Reference:
     """
     try:
         path, file_bytes, start, size, crc, *rest = bounded_json.loads(data)
-        page = Page(*rest[0]) if rest else None
+        page = _page(rest[0]) if rest else None
     except (ValueError, TypeError) as error:
         raise ValueError(f"not a reference to an image: {error}") from None
-    numbers = [file_bytes, start, size, crc, *((page[1:]) if page else ())]
+    numbers = [file_bytes, start, size, 0 if crc == UNKNOWN else crc]
     if not isinstance(path, str) or not all(map(_is_count, numbers)):
         raise ValueError(f"not a reference to an image: {data[:200]!r}")
-    if start + size > file_bytes or (page and page.start + page.size > page.unpacked):
+    if start + size > file_bytes:
         raise ValueError(f"a reference beyond the end of {path[:200]}")
     if max(size, page.unpacked if page else 0) > files.MAX_IMAGE_FILE:
         raise ValueError(f"a reference to {size} bytes of {path[:200]}")
@@ -112,6 +164,22 @@ def load(data: bytes, root: str) -> Reference:
     if chained or not is_place(whole):
         raise ValueError(f"a reference to neither a local file nor a bucket: {whole[:200]}")
     return Reference(whole, file_bytes, start, size, crc, page)
+
+
+def _page(told: Any) -> Page | Cell:
+    """Raises TypeError, ValueError for what `dump` does not write."""
+    if len(told) == len(Page._fields):
+        page = Page(*told)
+        if not all(map(_is_count, page[1:])) or page.start + page.size > page.unpacked:
+            raise ValueError("its place in a page is beyond the page")
+        return page
+    cell = Cell._make([*told[:8], tuple(told[8])])
+    counts = [*cell[1:7], *cell.dictionary[:3]]
+    if not all(map(_is_count, counts)) or len(cell.dictionary) not in (0, 4):
+        raise ValueError("its place in a page is not one")
+    if cell.row >= cell.rows or max(cell.unpacked, *counts[6:], 0) > files.MAX_IMAGE_FILE:
+        raise ValueError("its place in a page is beyond the page")
+    return cell
 
 
 def is_place(path: str) -> bool:

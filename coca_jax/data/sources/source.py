@@ -5,16 +5,26 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.references import Changed
 from coca_jax.runtime import activity
 
 Indices = Sequence[int] | np.ndarray
 Reader = Callable[[Indices], list[Record]]
+
+
+class Problem(NamedTuple):
+    """Why a record cannot be used: a word for its kind, and what is wrong with this one."""
+
+    reason: str
+    detail: str
+
+
 UNREAD = Record(b"", ("",), ("",), "")  # in the place of a record that cannot be read
 
 
@@ -30,6 +40,7 @@ class Source:
         applied_fields: whether text_field and label_field of its entry were taken when it was
             opened, and are no fields of `extra`.
         class_names: the labels that its records have, sorted, where they are known.
+        unchecked: whether its images have not been read when it was made.
     """
 
     def __init__(
@@ -50,6 +61,7 @@ class Source:
         self.folder, self.fingerprint = folder, fingerprint
         self.applied_fields = applied_fields
         self.class_names: tuple[str, ...] | None = None
+        self.unchecked = False
         self._size = size
         self._read = read
         self._read_texts = read_texts or read
@@ -87,7 +99,7 @@ class Source:
                 if unread:
                     row = min(unread)
                     raise ValueError(
-                        f"data source {self.name}: record {start + row} {unread[row]}; the classes "
+                        f"data source {self.name}: record {start + row} {unread[row].detail}; the classes "
                         "are those of all records, so prepare it again, or name the classes"
                     )
                 for record in records:
@@ -102,7 +114,7 @@ def read_whole_texts(source: Source, indices: np.ndarray) -> Iterator[tuple[int,
     left: list[str] = []
     for start in range(0, len(indices), 1024):
         records, unread = read_all(source, indices[start : start + 1024], texts=True)
-        left += unread.values()
+        left += [one.detail for one in unread.values()]
         yield from ((start + n, one) for n, one in enumerate(records) if n not in unread)
     if left:
         logging.warning("%s: %d texts are left out; first: %s", source.name, len(left), left[0])
@@ -110,7 +122,7 @@ def read_whole_texts(source: Source, indices: np.ndarray) -> Iterator[tuple[int,
 
 def read_all(
     source: Source, indices: np.ndarray, texts: bool = False
-) -> tuple[list[Record], dict[int, str]]:
+) -> tuple[list[Record], dict[int, Problem]]:
     """Records of a source, and {row: why} of those that cannot be read.
 
     With `texts` they are those of `read_texts`, and only damage is passed over: where the data do
@@ -130,19 +142,42 @@ def read_all(
         return records, unread
 
 
-def read_one(source: Source, index: int, texts: bool = False) -> tuple[Record, str]:
+def read_one(source: Source, index: int, texts: bool = False) -> tuple[Record, Problem | None]:
     """A record, or one without an image and why it cannot be read; `texts` as of `read_all`.
 
-    Raises OSError where the process has no file descriptor left, which is no fault of the record.
+    Raises OSError where the process has no file descriptor left or a store does not answer, which
+    is not a fault of the record.
     """
     read, passed = (source.read_texts, RuntimeError) if texts else (source.read, Exception)
     try:
         with activity.doing(f"reading {source.name}"):
-            return read([index])[0], ""
+            return read([index])[0], None
     except passed as error:  # of a damaged shard, or of whatever the data lie on
         if os.strerror(errno.EMFILE) in str(error):  # array_record's errors have no number
             raise OSError(
                 f"data source {source.name}: record {index} cannot be read, as this process has "
                 f"too many files open ({error}); allow more, `ulimit -n 65536`"
             ) from None
-        return UNREAD, f"cannot be read: {error}"
+        if isinstance(error, OSError) and not _is_damage(error):
+            raise  # nothing is known of the record
+        return UNREAD, Problem(_reason(error), f"cannot be read: {error}")
+
+
+def _is_damage(error: OSError) -> bool:
+    """Whether a file is gone or damaged, and not its store or the machine out of order."""
+    return isinstance(error, FileNotFoundError) or error.errno in _OF_FILES
+
+
+# Errors of one local file: it is damaged, forbidden, a folder, or its name cannot be one.
+_OF_FILES = (
+    *(errno.EIO, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing_image"
+    if isinstance(error, Changed):
+        return "changed_file"
+    return "unreadable_file" if isinstance(error, OSError) else "damaged_record"

@@ -20,10 +20,8 @@ def told(name: str) -> str:
     """The split that the topmost folder tells that tells one, else a file's own name, '' for none;
     of several in one part of the name the first of SPLITS."""
     for part in name.split("/"):
-        words = _words(part)
-        for word, split in SPLITS.items():
-            if word in words:
-                return split
+        if found := _words(part) & SPLITS.keys():
+            return next(split for word, split in SPLITS.items() if word in found)
     return ""
 
 
