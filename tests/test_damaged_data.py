@@ -261,3 +261,37 @@ def test_a_run_ends_alike_when_it_is_cut_short_and_a_file_is_repaired(tmp_path):
     assert (tmp_path / "cut" / "quarantine.jsonl").read_text() == (
         tmp_path / "whole" / "quarantine.jsonl"
     ).read_text()
+
+
+def test_an_index_of_tars_without_checks_is_that_with_them(tmp_path):
+    """Whatever stands beside the images; by another reference, as no checksum is known."""
+    told = json.dumps(dict(caption="of json", label=["a", "b"], url="x")).encode()
+    beside = [
+        {"txt": b"plain"},
+        {"txt": "utf-16".encode("utf-16")},
+        {"txt": b"both", "json": told},
+        {"json": told},
+        {"cls": b"dog"},
+        {"txt": b" "},
+        {"txt": b"caf\xe9"},
+        {"txt": b"", "json": b'{"recaption": {"captions": []}, "caption": "no"}'},
+        {"txt": b"x", "json": b"{"},
+        {"txt": b"x", "json": b'{"deep": {"ones": [1, {"a": null}]}, "caption": "c"}'},
+        {"txt": b"two", "jpg": encoded(1)},
+    ]
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data" / "a.tar", "w") as archive:
+        for n, members in [*enumerate(beside), (3, {"txt": b"again"})]:
+            for suffix, data in {"png": encoded(n), **members}.items():
+                info = tarfile.TarInfo(f"some/{n}.{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    listed, records = [], []
+    for check in (True, False):
+        out = tmp_path / f"out{check}"
+        options = Options(in_place=True, check=check)
+        prepare("webdataset", str(tmp_path / "data"), str(out), options=options, progress=False)
+        listed.append((out / "train-quarantine.jsonl").read_text())
+        records.append(list(Mixture(typed(data_config(dict(path=str(out))))).sources[0]))
+    assert listed[0] == listed[1] and listed[0].count("\n") == 5
+    assert records[0] == records[1] and len(records[0]) == 6  # one has a label alone

@@ -9,18 +9,21 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from coca_jax.data.sources import files, formats, media, rows
+from coca_jax.data.sources import files, formats, media, references, rows
 from coca_jax.data.sources.items import (
     CHATS,
     LABEL_FIELDS,
     TEXT_FIELDS,
     Item,
     Options,
+    Rows,
     Unit,
     guarded,
     names,
+    plain_json,
+    printable,
     strings,
     take,
 )
@@ -112,6 +115,7 @@ def _plain_members(stream: _Forward) -> Iterator[Member]:
     """The members of a file that is not packed, up to the first header that tarfile has to read,
     where the stream stands then."""
     file, position, start, told = stream.file, 0, 0, b"x"
+    file = getattr(file, "f", file)  # of fsspec, which stands between for each call
     while True:
         file.seek(position)
         header = _plain_header(file.read(tarfile.BLOCKSIZE))
@@ -199,6 +203,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
 IMAGE_SUFFIXES = (*(suffix[1:] for suffix in media.IMAGE_SUFFIXES), "img", "image")
 MEDIA_SUFFIXES = IMAGE_SUFFIXES + media.VIDEO_SUFFIXES
 PATTERNS = formats.PATTERNS["webdataset"]
+_MEDIA = frozenset(MEDIA_SUFFIXES)
 TEXT_SUFFIXES = ("txt", "cls", "json")
 
 
@@ -218,8 +223,7 @@ class Group:
         self.key, self.data = key, {}  # type: str, dict[str, bytes]
         self.starts: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
-        self._unread = MEDIA_SUFFIXES if options.unread else ()
-        self._unread += tuple(options.image_field.split(",")) if options.unread else ()
+        self._unread = _MEDIA.union(options.image_field.split(",")) if options.unread else ()
         self._wanted = (*MEDIA_SUFFIXES, *TEXT_SUFFIXES, *options.image_field.split(","))
         self._room = 2 * options.max_image_bytes
         self.problem = self.detail = ""
@@ -251,13 +255,87 @@ class Group:
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a tar file, in its order. A damaged archive ends with one problem item."""
+    yield from _read(unit, options, lambda key, group, file_bytes: None)
+
+
+_ROWS = 1024  # that are given at once
+
+
+def index_rows(unit: Unit, options: Options, root: str) -> Iterator[Item | Rows]:
+    """`read` of an index without checks, in which sound examples come many at once: the members of
+    one as an item by itself take twice the time. root: below which the index names files."""
+    told = Span(unit.path, (1 << 52) + 1, (1 << 51) + 1, (1 << 50) + 1, crc=UNKNOWN)
+    marks = ",".join(map(str, told[1:4])).encode()
+    before, behind = references.dump(told, b"", root).split(marks)
+
+    def row(key: str, group: Group, file_bytes: int) -> _Row | None:
+        place = b"%b%d,%%d,%%d%b" % (before.replace(b"%", b"%%"), file_bytes, behind)
+        return _row(key, group, options, place)
+
+    pending: list[_Row] = []
+    for found in _read(unit, options, row):
+        if isinstance(found, Item):
+            if pending:
+                yield Rows(*map(list, zip(*pending)))  # type: ignore[arg-type]
+                pending = []
+            yield found
+        else:
+            pending.append(found)
+            if len(pending) == _ROWS:
+                yield Rows(*map(list, zip(*pending)))  # type: ignore[arg-type]
+                pending = []
+    if pending:
+        yield Rows(*map(list, zip(*pending)))  # type: ignore[arg-type]
+
+
+_Row: TypeAlias = tuple[str, list[str], tuple[str, ...], str, bytes]
+
+
+def _row(key: str, group: Group, options: Options, place: bytes) -> _Row | None:
+    """What `Rows` has of an example whose image is not read; None of one that `item` has to look
+    at: without a text, with labels of its own, with something odd."""
+    members = group.data
+    suffixes = [suffix for suffix in members if suffix in _MEDIA]
+    named = options.text_field or options.label_field or options.image_field
+    if group.problem or named or len(suffixes) != 1 or "txt" not in members or "cls" in members:
+        return None
+    suffix = suffixes[0]
+    start, size = group.starts[suffix], group.sizes[suffix]
+    if members[suffix] or start < 0 or not 0 < size <= options.max_image_bytes:
+        return None
+    try:
+        text = " ".join(files.decode_text(members["txt"]).split())
+        fields = bounded_json.parse(members["json"]) if "json" in members else {}
+    except ValueError:
+        return None
+    if not max(options.min_text, 1) <= len(text) <= options.max_text or "\ufffd" in text:
+        return None
+    extra = "{}"
+    if fields:
+        if fields.keys() & {"recaption", *LABEL_FIELDS}:
+            return None
+        take(fields, "", (*TEXT_FIELDS, *CHATS))
+        extra = plain_json(fields)
+    if options.require == "label":
+        return None
+    return printable(key), [text], (), extra, place % (start, size)
+
+
+def _read(
+    unit: Unit, options: Options, row: Callable[[str, Group, int], _Row | None]
+) -> Iterator[Any]:
+    """The examples of a tar file: what `row` says of one, or its item where that is nothing."""
     base = posixpath.basename(unit.path)
     seen: set[str] = set()
     group, file_bytes = Group("", options), 0
 
-    def finish() -> Iterator[Item]:
+    def finish() -> Iterator[Any]:
         if group.data:
             key = f"{base}/{group.key}"
+            if group.key not in seen and (sound := row(key, group, file_bytes)):
+                seen.add(group.key)
+                yield sound
+                return
             if group.problem:
                 found = Item(key, problem=group.problem, detail=group.detail)
             else:
@@ -275,11 +353,12 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             file_bytes = handle.seek(0, 2)
             handle.seek(0)
             for member in members(handle):
-                folder, last = posixpath.split(member.name.removeprefix("./"))
+                name = member.name.removeprefix("./")
+                folder, last = posixpath.split(name) if "/" in name else ("", name)
                 stem, dot, suffix = last.partition(".")
-                if not dot or not stem or files.is_hidden(folder):
+                if not dot or not stem or (folder and files.is_hidden(folder)):
                     continue
-                key, suffix = posixpath.join(folder, stem), suffix.lower()
+                key, suffix = posixpath.join(folder, stem) if folder else stem, suffix.lower()
                 if key != group.key or suffix in group.data:
                     yield from finish()
                     group = Group(key, options)
