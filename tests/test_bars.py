@@ -101,7 +101,3 @@ def test_a_folder_that_takes_long_to_list_is_said(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(files, "walk", slow(files.walk))
     quarantine.of_format(where[1], "imagefolder")
     assert unread in capsys.readouterr().err
-    (tmp_path / "in/list.csv").write_text("file_name,text\na/1.jpg,one\n")
-    monkeypatch.setattr(image_folder, "unlisted", slow(image_folder.unlisted))
-    quarantine.unread(where[1], "csv")
-    assert unread in capsys.readouterr().err

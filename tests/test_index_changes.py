@@ -313,14 +313,6 @@ def test_the_model_of_an_index_is_found_from_another_folder(model, folder, monke
     assert index.Index("../i").checkpoint == "weights"
 
 
-def test_pictures_beside_a_list_that_was_put_there_are_told(call, folder, capsys):
-    (folder / "notes.jsonl").write_text(json.dumps(dict(image="0.png", text="red")) + "\n")
-    assert call("index", "s", checkpoint="here", out="i")["pictures"] == 1
-    said = capsys.readouterr().err
-    assert "s: read as jsonl; not read: 6 of 7 pictures, which no row of its lists names; " in said
-    assert "--format" not in said
-
-
 @pytest.mark.parametrize("left", [(), ("0.txt",), ("metadata.jsonl",)])
 def test_of_a_folder_that_was_emptied_nothing_is_found(call, folder, capsys, left):
     if "metadata.jsonl" in left:

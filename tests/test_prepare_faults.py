@@ -359,10 +359,7 @@ def test_class_folders_beside_their_own_archive_are_named(tmp_path):
             (root / name).parent.mkdir()
             (root / name).write_bytes(encode(3))
             tar.add(root / name, name)
-    said = (
-        "; not read: 2 pictures beside its archives (cat/0.jpg, dog/1.jpg), which "
-        "--format=imagefolder or sidecars reads"
-    )
+    said = "; not read: 2 .jpg (cat/0.jpg, dog/1.jpg)"
     line = f"{root}: read as --format=webdataset"
     assert quarantine.of_format(str(root), "webdataset") == line + said
     with pytest.raises(ValueError) as told:

@@ -87,11 +87,6 @@ def test_files_that_come_go_or_change_are_told_before_any_work(tars):
     ):
         whole.plan(asked())
     assert begun("t", "other") == ["t/00002.tar"]
-    os.remove("out/recaption/input.json")  # as older versions began
-    told = json_files.read_sealed("out/recaption/request.json")
-    del told["options"]["yields_to"]
-    json_files.write_sealed("out/recaption/request.json", told)
-    assert begun() == there
 
 
 def test_a_start_that_came_no_further_than_its_plan_begins_again(tars):

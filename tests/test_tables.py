@@ -342,17 +342,6 @@ def test_fields_of_pictures_that_have_only_folders_are_refused(tmp_path):
         evaluation_data.open_source(dict(path=str(folder), text_field="words"), "test")
 
 
-def test_tables_beside_class_folders_are_named(tmp_path, capsys):
-    folder = by_class(tmp_path / "a")
-    import_data("imagefolder", folder, tmp_path / "out")
-    assert "not read" not in capsys.readouterr().err
-    (folder / "sizes.csv").write_text("picture,width\ncat0,40\n")
-    (folder / "captions.json").write_text("{}")
-    import_data("imagefolder", folder, tmp_path / "out2")
-    line = f"{folder}: the classes are the names of its folders; not read: captions.json, sizes.csv"
-    assert line in capsys.readouterr().err
-
-
 def test_two_files_of_metadata_in_one_folder_are_refused(tmp_path):
     folder = captioned(tmp_path / "a", "old")
     (folder / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "new 0"}\n')
@@ -366,16 +355,3 @@ def test_two_files_of_metadata_in_one_folder_are_refused(tmp_path):
             read()
     out = data_flag.prepared(str(folder / "metadata.csv"), str(tmp_path / "alone"))
     assert sum(len(texts_of(out, split)) for split in ("train", "test")) == 12
-
-
-def test_pictures_that_no_row_names_are_counted(tmp_path, capsys):
-    folder = captioned(tmp_path / "a", "text", 12)
-    data_flag.prepared(str(folder), str(tmp_path / "whole"))
-    assert "in no row" not in capsys.readouterr().err
-    pictures(folder / "more", 3)
-    (folder / "metadata.csv").write_text(
-        "file_name,text\n./more/0.jpg,x\n" + "".join(f"{i}.jpg,text {i}\n" for i in range(11))
-    )
-    data_flag.prepared(str(folder), str(tmp_path / "part"))
-    line = f"{folder}: 3 of 15 pictures are in no row of its metadata, and not read\n"
-    assert capsys.readouterr().err.count(line) == 1

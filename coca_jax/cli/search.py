@@ -145,10 +145,7 @@ def _told(input: str, parts: Any) -> str:
 
     try:
         format = formats.guess(input)
-        beside = quarantine.unread(input, format)
-        if beside:
-            beside += "; index these in a folder of their own, or take the others out of this one"
-        return f"read as {format}{beside}{quarantine.other_kinds(input, format)}"
+        return f"read as {format}{quarantine.not_read(input, format)}"
     except ValueError:
         if not index.emptied(input, parts):
             raise

@@ -46,6 +46,9 @@ def _share(made: Mapping[str, Any], other: Mapping[str, Any], same_split: bool) 
     if _apart(made.get("where", ()), other.get("where", ())):
         return False
     shares = [one.get("holdout", 0.0) for one in (made, other)]
+    by_name = [bool(one.get("in_place")) and not one.get("check", True) for one in (made, other)]
+    if any(shares) and by_name[0] != by_name[1]:  # the other is by content
+        return True
     apart = [bool(one.get("held_out")) for one in (made, other)]
     if apart[0] != apart[1]:  # held out is what lies below its share, the rest what lies above
         held = apart.index(True)

@@ -215,7 +215,7 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         report: called with the number of items read since the last call.
 
     Returns:
-        The account: file, count, with_text, with_label, with_numbers_alone, with_lost_range, bytes,
+        The account: file, count, with_text, with_label, with_lost_range, bytes,
         sha256; read; quarantined, a list of {key, reason, detail}; filtered, reason -> number;
         classes, the label names seen; caption_like, fields of examples without a caption that may
         hold one.
@@ -250,9 +250,7 @@ class _Part:
         options = "group_size:1,uncompressed"
         with records.writing(self._data):
             self._writer = array_record_module.ArrayRecordWriter(self._local, options)
-        self._counts: Counter[str] = Counter(
-            count=0, with_text=0, with_label=0, with_numbers_alone=0, with_lost_range=0
-        )
+        self._counts: Counter[str] = Counter(count=0, with_text=0, with_label=0, with_lost_range=0)
         self._quarantined: list[dict[str, str]] = []
         self._filtered: Counter[str] = Counter()
         self._classes: set[str] = set()
@@ -276,7 +274,6 @@ class _Part:
         self._counts["count"] += 1
         self._counts["with_text"] += bool(record.texts)
         self._counts["with_label"] += bool(record.labels)
-        self._counts["with_numbers_alone"] += quarantine.are_numbers(record.texts)
         if self._job.options.check:  # else no image is decoded
             self._counts["with_lost_range"] += images.loses_range(item.image)
         if not record.texts and len(self._caption_like) < _MAX_FIELDS:
@@ -516,18 +513,10 @@ def import_request(format: str, input: str, options: Options) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def whole(request: Any) -> dict[str, Any]:
-    """A request with the options that were not there when it was written; {} for none."""
-    if not isinstance(request, dict) or not isinstance(request.get("options"), dict):
-        return {}
-    defaults = json.loads(json.dumps(dataclasses.asdict(Options())))
-    return request | {"options": defaults | request["options"]}
-
-
 def is_there(out: str, split: str, request: dict[str, Any]) -> bool:
     """Whether `out` holds a split of this request. Raises ValueError where it is of another."""
     there = manifest.read_manifest(out)["splits"].get(split)
-    if there is not None and whole(there.get("request")) != request:
+    if there is not None and there.get("request") != request:
         why = f"--out={out} already holds a split {split!r} made with other options"
         raise Otherwise(out, why, "give --overwrite, or another --out or --split")
     return there is not None
@@ -538,7 +527,7 @@ def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str])
     of the same request but for the holdout. written: the splits that are written now."""
     asked = request["options"]
     for name, split in manifest.read_manifest(out)["splits"].items():
-        there = whole(split.get("request"))
+        there = split.get("request")
         if name in written or not there:
             continue
         held = {key: there["options"][key] for key in ("holdout", "held_out")}
@@ -593,7 +582,7 @@ def begun(
     """The shards that an earlier run began to write in `work`, by their units. Raises ValueError
     where it did so for another request, or of files that have changed since."""
     kept = json.loads(files.read(files.join(work, "plan.json")))
-    if whole(kept["request"]) != request:
+    if kept["request"] != request:
         why = f"{work} is an unfinished import with other options"
         raise Otherwise(work, why, "give --overwrite, or remove it")
     groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
@@ -857,7 +846,7 @@ def _with_twins(jobs: list[Job], input: str, work: str, options: Options) -> lis
         plan = json.loads(files.read(files.join(jobs[0].work, "plan.json"))) | {"request": request}
         storage.write_bytes(path, json.dumps(plan).encode())
     plan = json.loads(files.read(path))
-    if whole(plan["request"]) != request or plan["groups"] != groups:
+    if plan["request"] != request or plan["groups"] != groups:
         return jobs  # the call for that split says what is wrong
     twins = [dataclasses.replace(job, options=options, work=work) for job in jobs]
     return [
@@ -1004,7 +993,7 @@ def _refuse_empty(
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
         raise EmptySide(request, read, split, filtered)
     input = request["input"]
-    more = of_where + quarantine.pictures_beside(input, request["format"])
+    more = of_where + quarantine.not_read(input, request["format"])
     more += "".join(f"; {line}" for line in said)
     raise NothingLeft(request, read, listed, filtered, more)
 

@@ -8,8 +8,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import posixpath
 import re
 import threading
 import types
@@ -23,13 +21,9 @@ from PIL import Image
 
 from coca_jax.data import filters, images, order, videos
 from coca_jax.data.sources import (
-    csv_list,
     field_texts,
     files,
     formats,
-    image_folder,
-    json_list,
-    jsonl_list,
     own_folders,
     references,
     regions,
@@ -196,23 +190,28 @@ def _shrink(image: Image.Image, max_side: int) -> bytes:
 # What people are told about data that were read: why none is of use, what to look at.
 
 
-_MOST_LISTED = 1_000_000  # rows that are compared with the pictures in their folder
 _MOST_LOOKED_AT = 20_000  # files of a folder
-_MOST_OF_LISTS = 16 << 20  # bytes, which take some seconds to go through
-_LOOKING = "looking for what is not read in {}"
 _MOST_ASKED = 1000  # examples whose fields are looked at
-_ARCHIVES = ("webdataset", "tfrecord")  # formats that have no use for pictures beside their files
-_BY_NAME = ("imagefolder", "sidecars")  # formats that find pictures by the ends of their names
 _LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *rows.PACKED)
-_LISTS: dict[str, Any] = dict(csv=csv_list, jsonl=jsonl_list, json=json_list)
+_OTHER_ARCHIVES = (".zip", ".7z", ".rar", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst")
+# What data sets are made of, by the ends of files' names, and what each format reads of it or
+# leaves as what its writers put there: img2dataset has .parquet and .json beside each tar.
+_OF_DATA = (
+    *(*formats.MEDIA, *formats.UNREAD_PICTURES, *formats.TABLES, *formats.TEXTS),
+    *(".tar", ".tar.gz", ".tgz", ".parquet", ".tfrecord", *_OTHER_ARCHIVES),
+)
+_OF_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tfrecord", ".parquet", ".json", ".txt")
+_OF_LISTS = (*formats.MEDIA, *formats.TABLES, ".txt")
+_OF_FORMAT = {
+    **dict.fromkeys(("webdataset", "tfrecord", "parquet"), _OF_ARCHIVES),
+    **dict.fromkeys(("csv", "jsonl", "json"), _OF_LISTS),
+    "imagefolder": (*formats.MEDIA, *formats.METADATA),
+    "sidecars": (*formats.MEDIA, *formats.SIDECARS),
+}
 
 _CAPTION_LIKE = re.compile(
     r"caption|sentence|descri|comment|(^|_)(text|title|prompt)s?(_|$)", re.IGNORECASE
 )
-# Archives that are not taken for tars by their names.
-_OTHER_ARCHIVES = re.compile(r"\.(tar\.\w+|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
-_USTAR = slice(257, 262)  # bytes of a tar's first header
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 HOW_TO_CAPTION = (
     "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
     "from .txt members, from .txt files beside them (--format=sidecars) or from columns text, "
@@ -221,11 +220,8 @@ HOW_TO_CAPTION = (
 
 
 def of_format(input: str, format: str) -> str:
-    """The line for a format that the files told, with the pictures that it leaves unread."""
-    beside = lists_read(input, format) + pictures_beside(input, format)
-    if lists := _beside_lists(input, format):
-        beside += f"{lists}; --format=imagefolder reads all, by their folders"
-    beside += files_beside(input, format) + other_kinds(input, format)
+    """The line for a format that the files told, with what of them it leaves unread."""
+    beside = lists_read(input, format) + not_read(input, format)
     return f"{input}: read as --format={format}{beside}"
 
 
@@ -236,102 +232,24 @@ def lists_read(input: str, format: str) -> str:
     return f", captions from {_first(formats.caption_lists(input))}"
 
 
-def unread(input: str, format: str) -> str:
-    """What is said of the pictures in a folder that is read for its archives or lists; '' for
-    none."""
-    return _beside_archives(input, format) + _beside_lists(input, format)
-
-
-def pictures_beside(input: str, format: str) -> str:
-    """What is said of the pictures in a folder that is read for its archives, and how to read them;
-    '' for none."""
-    beside = _beside_archives(input, format)
-    return beside and f"{beside}, which --format=imagefolder or sidecars reads"
-
-
-def _beside_archives(input: str, format: str) -> str:
+def not_read(input: str, format: str) -> str:
+    """How many files of a folder a format leaves, by the ends of their names; '' for none."""
     system, plain = files.filesystem(input)
-    if format not in _ARCHIVES or files.is_pattern(input) or not system.isdir(plain):
+    own = _OF_FORMAT.get(format)
+    if own is None or files.is_pattern(input) or not system.isdir(plain):
         return ""
-    names = itertools.islice(itertools.chain.from_iterable(files.walk(input)), _MOST_LOOKED_AT)
-    found = [name for name in names if name.lower().endswith(formats.MEDIA)]
-    told = f"; not read: {len(found)} pictures beside its archives"
-    return f"{told} ({_first(found)})" if found else ""
-
-
-def files_beside(input: str, format: str) -> str:
-    """What is said of tables and of archives of other names or kinds in a folder that is read for
-    its tars; '' for none."""
-    system, plain = files.filesystem(input)
-    if format != "webdataset" or files.is_pattern(input) or not system.isdir(plain):
+    with activity.saying(f"looking for what is not read in {input}"):
+        every = itertools.chain.from_iterable(files.walk(input))
+        names = own_folders.without_ours(list(itertools.islice(every, _MOST_LOOKED_AT)))
+    left = [n for n in names if n.lower().endswith(_OF_DATA) and not n.lower().endswith(own)]
+    ends = Counter(next(e for e in _LONGEST_FIRST if name.lower().endswith(e)) for name in left)
+    if not ends:
         return ""
-    known = (*formats.PACKED, *formats.MEDIA, *formats.SIDECARS, ".parquet")
-    names = itertools.islice(itertools.chain.from_iterable(files.walk(input)), _MOST_LOOKED_AT)
-    tables, archives = [], []
-    for name in names:
-        if name.lower().endswith((".csv", ".tsv")):
-            tables.append(name)
-        elif not name.lower().endswith(known) and _is_archive(input, name):
-            archives.append(name)
-    told = ""
-    if tables:
-        told += f"; not read: tables beside its archives ({_first(tables)}), as texts and labels "
-        told += "are the members' .txt, .cls and .json"
-    if archives:
-        told += f"; not read: other archives ({_first(archives)}), as tars have names that end in"
-        told += " .tar, .tar.gz or .tgz"
-    return told
+    told = ", ".join(f"{count} {end}" for end, count in ends.most_common())
+    return f"; not read: {told} ({_first(left)})"
 
 
-def other_kinds(input: str, format: str) -> str:
-    """What is said of pictures in a local folder that are of kinds which are not opened; '' for
-    none, and beside metadata and lists, which tell of each of their pictures."""
-    if format not in _BY_NAME or files.is_remote(input) or not os.path.isdir(input):
-        return ""
-    with activity.saying(_LOOKING.format(input)):
-        names = own_folders.without_ours([name for inside in files.walk(input) for name in inside])
-    left = [name for name in names if name.lower().endswith(formats.UNREAD_PICTURES)]
-    if not left or any(posixpath.basename(name) in formats.METADATA for name in names):
-        return ""
-    return (
-        f"; not read: {len(left)} pictures of kinds that are not opened ({_first(left)}), of which "
-        "JPEGs or PNGs would be"
-    )
-
-
-def _is_archive(folder: str, name: str) -> bool:
-    """Whether a file is an archive by its name, or a local one a tar by its first bytes."""
-    if _OTHER_ARCHIVES.search(name):
-        return True
-    if files.is_remote(folder):
-        return False
-    with contextlib.suppress(OSError), files.open_binary(files.join(folder, name)) as file:
-        return file.read(_USTAR.stop)[_USTAR] == b"ustar"
-    return False
-
-
-def _beside_lists(input: str, format: str) -> str:
-    """What is said of the pictures in a local folder that is read for its lists, which name
-    others; '' for none, and beside lists of many bytes."""
-    if format not in _LISTS or files.is_remote(input) or not os.path.isdir(input):
-        return ""
-    # The import says what is wrong with them.
-    with activity.saying(_LOOKING.format(input)), contextlib.suppress(OSError, ValueError):
-        if sum(map(os.path.getsize, _lists_in(input, format))) <= _MOST_OF_LISTS:
-            left, count = image_folder.unlisted(input, Options(), _LISTS[format])
-            if left:
-                return f"; not read: {left} of {count} pictures, which no row of its lists names"
-    return ""
-
-
-def _lists_in(input: str, format: str) -> list[str]:
-    """The lists of a folder. Raises OSError, ValueError as the format's `plan`."""
-    if format == "json":
-        return formats.caption_lists(input)
-    try:
-        return files.find(input, formats.PATTERNS[format])
-    except FileNotFoundError:
-        return formats.text_lists(input)
+_LONGEST_FIRST = sorted(_OF_DATA, key=len, reverse=True)
 
 
 def nothing_usable(
@@ -411,38 +329,23 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
-    """The lines for pictures that are read by their folders, whose names are their classes."""
+    """The line for pictures that are read by their folders, whose names are their classes: for one
+    class alone, and for classes that are called as splits are, such as train2017."""
     if found["with_text"] or found["with_label"] < found["count"]:
         return []
     if len(classes) != 1:
-        return _like_splits(classes, input) + _texts_beside(input)
+        like = [n for n in classes if {*re.findall("[a-z]+", n.lower())} & {*split_names.SPLITS}]
+        if not like:
+            return []
+        return [
+            f"{input}: {len(like)} of {len(classes)} class names, from folders, have the word of a "
+            f"split ({_first(like)}): where these are splits, give the folder of each as --input, "
+            "with --split=train, test or validation"
+        ]
     return [
         f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
         f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}{_unread(input)}"
     ]
-
-
-def _unread_tables(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
-    """The line for tables beside pictures that are read by their folders' names."""
-    if len(classes) == 1 or found["with_text"] or found["with_label"] < found["count"]:
-        return []
-    names = formats.tables(input)
-    if not names or any(posixpath.basename(name) in formats.METADATA for name in names):
-        return []
-    return [
-        f"{input}: the classes are the names of its folders; not read: {_first(names)} "
-        "(--input=FILE reads a table or JSON list of pictures)"
-    ]
-
-
-def _unlisted(found: Mapping[str, Any], input: str, options: Mapping[str, Any]) -> list[str]:
-    """The line for pictures beside metadata whose rows name others."""
-    if files.is_remote(input) or found["read"] > _MOST_LISTED:
-        return []
-    left, count = image_folder.unlisted(input, Options(image_field=options["image_field"]))
-    if not left:
-        return []
-    return [f"{input}: {left} of {count} pictures are in no row of its metadata, and not read"]
 
 
 def of_links(input: str) -> list[str]:
@@ -458,32 +361,6 @@ def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
         f"labels ({_first(sorted(labels))}) and are left out: labels are to be numbers from 0 to "
         f"{len(class_names) - 1}, or WordNet ids (n01440764) with which each line begins"
     )
-
-
-def _like_splits(classes: Sequence[str], input: str) -> list[str]:
-    """The line for classes that are called as splits are, such as train2017."""
-    like = [n for n in classes if set(re.findall("[a-z]+", n.lower())) & split_names.SPLITS.keys()]
-    if not like:
-        return []
-    return [
-        f"{input}: {len(like)} of {len(classes)} class names, from folders, have the word of a "
-        f"split ({_first(like)}): where these are splits, give the folder of each as --input, with "
-        "--split=train, test or validation"
-    ]
-
-
-def _texts_beside(input: str) -> list[str]:
-    """The line for captions beside some of the pictures that are read by class names."""
-    names = [name for inside in files.walk(input) for name in inside]
-    texts = {posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.TEXTS)}
-    pictures = [posixpath.splitext(n)[0] for n in names if n.lower().endswith(formats.MEDIA)]
-    count = sum(name in texts for name in pictures)
-    if not count:
-        return []
-    return [
-        f"{input}: the texts beside {count} of {len(pictures)} pictures are not read, as folders "
-        "are class names; `coca-jax prepare --format=sidecars` reads them without the others"
-    ]
 
 
 def _of_named(found: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
@@ -507,19 +384,13 @@ def caption_like(extra: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def are_numbers(texts: Sequence[str]) -> bool:
-    """Whether captions hold nothing but numbers, as boxes for detectors do; False without any."""
-    words = [word for text in texts for word in text.replace(",", " ").split()]
-    return bool(words) and all(map(_NUMBER.fullmatch, words))
-
-
 def of_split(
     out: str, split: str, manifest: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Lines on a split that was written: what was left out, class names that are numbers, what is
-    strange in its captions and images.
+    """Lines on a split that was written: what was left out, class names that are numbers, fields
+    and images that may not be what they should.
 
-    accounts: of its shards; those of earlier versions lack some counts.
+    accounts: of its shards.
     """
     found = manifest["splits"][split]
     lines = []
@@ -536,21 +407,15 @@ def of_split(
     first = bool(request) and not apart and request["input"] not in told  # of the input's splits
     if request.get("format") == "imagefolder" and not apart:
         lines += _by_folder(found, classes, request["input"])
-        lines += _unread_tables(found, classes, request["input"])
-        if first:
-            lines += _unlisted(found, request["input"], request["options"])
     if first and request["format"] not in ("tfds", "prepared"):
         lines += of_links(request["input"])
-    fields = sorted({name for account in accounts for name in account.get("caption_like", ())})
+    fields = sorted({name for account in accounts for name in account["caption_like"]})
     if fields and found["with_label"] and not found["with_text"] and not apart:
         lines.append(
             f"{request.get('input', out)}: it has class names alone; not read as captions: its "
             f"fields {_first(fields)} (`coca-jax prepare --text_field={fields[0]}` reads one)"
         )
-    numbers, dark = (
-        sum(account.get(name, 0) for account in accounts)
-        for name in ("with_numbers_alone", "with_lost_range")
-    )
+    dark = sum(account["with_lost_range"] for account in accounts)
     if not apart:
         named = _of_named(found, request.get("options", {}))
         lines += [f"{request['input']}: {line}" for line in named]
@@ -559,11 +424,6 @@ def of_split(
             f"{dark} of {found['count']} examples of the split {split!r} have images with values "
             "that lose much in 8 bits: 16 bits are taken for 0 to 65535, floats for 0 to 1 or 0 to "
             "255, NaN for 0; scale them to that range first"
-        )
-    if numbers and numbers == found["with_text"] and not apart:
-        lines.append(
-            f"{request.get('input', out)}: all captions are numbers alone, as boxes for a detector "
-            "are; give texts in their place, or --format=imagefolder, for class names by folder"
         )
     if classes and all(class_number(name) is not None for name in classes):
         lines.append(

@@ -81,14 +81,13 @@ def reading(entry: Entry) -> tuple[str, ...]:
 
 def places(workdir: str, read: Sequence[tuple[str, ...]]) -> list[str]:
     """The folder of the index of each path, below workdir/data. What is read equally, by all that
-    stands behind the path too, shares one; an earlier run may have one for each."""
+    stands behind the path too, shares one."""
     first: dict[tuple[str, ...], str] = {}
-    found = []
-    for (path, *how), name in zip(read, folder_names([path for path, *_ in read])):
-        out = files.join(workdir, f"data/{name}")
-        of_all = first.setdefault((files.absolute(path), *how), out)
-        found.append(out if files.exists(files.join(out, manifest.FILE)) else of_all)
-    return found
+    names = folder_names([path for path, *_ in read])
+    return [
+        first.setdefault((files.absolute(path), *how), files.join(workdir, f"data/{name}"))
+        for (path, *how), name in zip(read, names)
+    ]
 
 
 def planned(path: str, workdir: str) -> str:
@@ -128,7 +127,7 @@ def _kept(path: str, split: str, options: Options, *, images: bool = True) -> pa
     with activity.saying(f"looking through {path}"):
         units = prepare.importer(format).plan(path, split, options)
     asked = dataclasses.asdict(options)
-    del asked["yields_to"]  # which no index does, and earlier versions did not know
+    del asked["yields_to"]  # which no index does
     mark = [format, path, split, asked, _files(_paths(units))]
     if named := images and _state_of_named(format, units, options):
         mark.append(named)
@@ -353,7 +352,7 @@ def state_of_input(
 
 def refuse_changed(input: str, out: str, now: str, go_on: str = "") -> None:
     """Raises ValueError where `out` holds an index or copy of an input of another state than `now`;
-    of other times alone it says so. Those that were made before the state was kept pass.
+    of other times alone it says so.
 
     go_on: what goes on without the change, where it is not to name `out` as the data."""
     go_on = go_on or f"name {out} in its place"

@@ -570,9 +570,7 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     line = f"{found.input} is read in place, as {found.format}: making an index of it in {out}"
     if why:
         line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
-    unread = quarantine.unread(found.input, found.format)
-    unread += quarantine.files_beside(found.input, found.format)
-    unread += quarantine.other_kinds(found.input, found.format)
+    unread = quarantine.not_read(found.input, found.format)
     if not options.check and not found.held and not why:
         unread += (
             "; images are checked as training reads them, and the held-out share is chosen by their "

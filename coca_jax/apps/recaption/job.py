@@ -229,9 +229,7 @@ def plan(request: Request) -> list[Job]:
 
 
 def _flat(told: dict[str, Any]) -> dict[str, Any]:
-    """What a request says, with its options one by one, those included that an older version did
-    not know."""
-    told = prepare.whole(told)
+    """What a request says, with its options one by one."""
     return {key: value for key, value in told.items() if key != "options"} | told["options"]
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import csv
 import itertools
-import os
 import posixpath
 from collections.abc import Iterator
 from typing import Any
@@ -25,13 +23,11 @@ from coca_jax.data.sources.items import (
     load_image,
     named_units,
     names,
-    names_of,
     only,
     split_units,
     strings,
     take,
     text_column,
-    whole_files,
 )
 from coca_jax.runtime import bounded_json
 
@@ -90,29 +86,6 @@ def _refuse_fields(path: str, options: Options) -> None:
         f"--{named}={getattr(options, named)}: {path} is read by its folder names, without fields; "
         + fix
     )
-
-
-def unlisted(path: str, options: Options, lists: Any = None) -> tuple[int, int]:
-    """(pictures of a local folder that no row of its metadata names, all pictures); (0, 0) where
-    there are no metadata. lists: an importer of lists, whose rows count in place of metadata."""
-    root = os.path.realpath(path)
-    if not lists and not _metadata(root):
-        return 0, 0
-    try:
-        there = {os.path.normpath(one) for one in _images(root)}
-    except FileNotFoundError:  # all images lie elsewhere
-        return 0, 0
-    left = set(there)
-    planned, rows = (lists.plan, lists.located) if lists else (plan, located)
-    for unit in whole_files(planned(root, "", options)):
-        for one in rows(unit, options):
-            for name in filter(None, (one.name, one.second)):
-                with contextlib.suppress(ValueError):  # the import says what is wrong with it
-                    path = os.path.normpath(files.join(one.folder, str(name)))
-                    if path not in there:  # links, other spellings: that takes ten times as long
-                        path = formats.resolve(one.folder, name, [root])
-                    left.discard(path)
-    return len(left), len(there)
 
 
 def splits(path: str) -> list[str]:
@@ -296,7 +269,7 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
         yield from csv_located(unit, options)
     else:
         folder = files.absolute(unit.path)
-        for name in names_of(unit):
+        for name in unit.names:
             item, label = Item(name), posixpath.dirname(name).replace("_", " ").replace("/", ", ")
             try:
                 item.labels = names(label, options.class_names)

@@ -186,14 +186,6 @@ def named_units(folder: str, names: Sequence[str], rows_per_unit: int, root: str
     return [dataclasses.replace(u, names=tuple(names[u.start : u.stop])) for u in units]
 
 
-def names_of(unit: Unit) -> Sequence[str]:
-    """The files that a unit of a folder names. Raises ValueError where it names none, as those of
-    earlier versions do."""
-    if not unit.names:
-        raise ValueError(f"{unit.path}: the unfinished import is an earlier version's; remove it")
-    return unit.names
-
-
 def whole_files(units: Sequence[Unit]) -> list[Unit]:
     """One unit of each file that units are parts of, in their order."""
     found: dict[str, Unit] = {}

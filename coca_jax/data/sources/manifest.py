@@ -118,8 +118,8 @@ _IMAGE = {
 
 
 def have_changed(before: str, now: str, *, times: bool = False) -> bool:
-    """Whether two states (`indexes.state`) are of other files, or with `times` of other times. What
-    one of them does not tell, as those of earlier versions, is taken for the same."""
+    """Whether two states (`source_index.state`) are of other files, or with `times` of other times.
+    What one of them does not tell is taken for the same."""
     pairs = list(zip(before.split("-"), now.split("-")))
     return any(one != other for one, other in (pairs if times else pairs[::2]))
 
@@ -139,7 +139,7 @@ def remove_empty(out: str) -> None:
 
 def request(out: str, split: str) -> dict[str, Any]:
     """What a split of a folder was asked for by, {'format', 'input', 'options'}; {} where there is
-    no such split, or an earlier version wrote it. Raises as `read_manifest`."""
+    no such split, or another program wrote it. Raises as `read_manifest`."""
     return read_manifest(out)["splits"].get(split, {}).get("request") or {}
 
 
@@ -154,11 +154,9 @@ def changing(out: str) -> Iterator[dict[str, Any]]:
 
 
 def drawn(split: Mapping[str, Any]) -> Drawn:
-    """What was drawn until a split of a manifest was left; of one of earlier versions, which did
-    not count, by its own request."""
-    if "drawn" in split:
-        return Drawn(split["drawn"]["holdouts"], tuple(split["drawn"]["seeds"]))
-    return with_drawn(Drawn(), split.get("request", {}).get("options", {}))
+    """What was drawn until a split of a manifest was left."""
+    told = split.get("drawn", {"holdouts": 0, "seeds": ()})
+    return Drawn(told["holdouts"], tuple(told["seeds"]))
 
 
 def with_drawn(before: Drawn, options: Mapping[str, Any]) -> Drawn:

@@ -21,7 +21,6 @@ from coca_jax.data.sources.items import (
     guarded,
     load_image,
     named_units,
-    names_of,
 )
 from coca_jax.runtime import storage
 
@@ -55,14 +54,11 @@ def splits(path: str) -> list[str]:
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
-    """The items of the images that a unit names, in their order.
-
-    Raises ValueError for a unit that names none, as those of earlier versions do.
-    """
+    """The items of the images that a unit names, in their order."""
     there, shared = _listing(unit)
     plain = files.filesystem(unit.path)[1]
     within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
-    for name in names_of(unit):
+    for name in unit.names:
         stem = posixpath.splitext(name)[0]
         key = posixpath.normpath(posixpath.join(within, name if stem in shared else stem))
         yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
@@ -76,7 +72,7 @@ def texts(units: Iterable[Unit], options: Options) -> Iterator[tuple[str, Item]]
         if unit.path != folder:
             folder, there = unit.path, _listing(unit).there
             stems = {posixpath.splitext(name)[0] for name in there if name.endswith(SIDECARS)}
-        for name in names_of(unit):
+        for name in unit.names:
             if posixpath.splitext(name)[0] in stems:
                 path = files.join(unit.path, name)
                 yield path, guarded(path, lambda: _beside(path, name, b"", there, unit, options))  # noqa: B023
@@ -85,7 +81,7 @@ def texts(units: Iterable[Unit], options: Options) -> Iterator[tuple[str, Item]]
 def with_texts(unit: Unit) -> Iterator[str]:
     """The images that a unit names, each before the files of its name beside it that are read."""
     there = _listing(unit).there
-    for name in names_of(unit):
+    for name in unit.names:
         yield name
         stem = posixpath.splitext(name)[0]
         yield from (there[stem + suffix] for suffix in SIDECARS if stem + suffix in there)
