@@ -51,11 +51,10 @@ def of_sources(config: Config, workdir: str, *, main_process: bool = True) -> Co
         entry = sources[number]
         split = entry.split or "train"
         if main_process:
-            input, options = _before(entry, split, out) or _of_split(entry, split)
+            format, input, options = _before(entry, split, out) or _of_split(entry, split)
             if files.exists(files.join(out, manifest.FILE)):
-                now = state_of_input(formats.guess(input), input, out, options, split)
-                refuse_changed(input, out, now)
-            _make(input, split, out, options)
+                refuse_changed(input, out, state_of_input(format, input, out, options, split))
+            _make(format, input, split, out, options)
             check_losses(input, out)
         wait_for(out, split)
         sources[number] = dataclasses.replace(of_index(entry, out, split), split=split)
@@ -111,11 +110,11 @@ def cached(entry: Entry, split: str) -> str:
 
     Raises ValueError or OSError for data that cannot be read in place, in one line.
     """
-    path, options = _of_split(entry, split)
+    format, path, options = _of_split(entry, split)
     out = _kept(path, split, options)
     with open(out.with_suffix(".lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may evaluate
-        _make(path, split, str(out), options)
+        _make(format, path, split, str(out), options)
     return str(out)
 
 
@@ -153,14 +152,15 @@ def told(entry: Entry) -> tuple[list[str], holdout.Told | None]:
     return (list(found.values) if found else []), found
 
 
-def _of_split(entry: Entry, split: str) -> tuple[str, Options]:
-    """What is read for a split of data which are not prepared, and how. Raises ValueError for one
-    that they do not tell, where they tell some."""
+def _of_split(entry: Entry, split: str) -> tuple[str, str, Options]:
+    """The format of data which are not prepared, and what is read for a split of them, and how.
+    Raises ValueError for one that they do not tell, where they tell some."""
     path, options = files.absolute(entry.path), _options(entry)
-    return path, holdout.narrowed(entry.path, told(entry)[1], split, options)
+    narrowed = holdout.narrowed(entry.path, told(entry)[1], split, options)
+    return formats.guess(path), path, narrowed
 
 
-def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
+def _before(entry: Entry, split: str, out: str) -> tuple[str, str, Options] | None:
     """What was read, and how, for the index of a split of these data that is in `out`; None where
     there is none. A run goes on with it, however the path was written."""
     there = manifest.request(out, split)
@@ -168,7 +168,8 @@ def _before(entry: Entry, split: str, out: str) -> tuple[str, Options] | None:
         return None
     where = tuple((field, tuple(values)) for field, values in there["options"].get("where", ()))
     made_by = {key: there["options"].get(key, "") for key in (*_fields(entry), "check")}
-    return there["input"], dataclasses.replace(_options(entry), where=where, **made_by)
+    options = dataclasses.replace(_options(entry), where=where, **made_by)
+    return there["format"], there["input"], options
 
 
 def of_index(entry: Entry, out: str, split: str) -> Entry:
@@ -412,9 +413,8 @@ def too_many_lost(
     )
 
 
-def _make(path: str, split: str, out: str, options: Options) -> None:
+def _make(format: str, path: str, split: str, out: str, options: Options) -> None:
     """Writes the index of a split, or what is left of it."""
-    format = formats.guess(path)
     _check(path, format)
     line = f"{path} is read in place, as {format}: making an index of it in {out}"
     if files.is_remote(out) and not files.is_remote(path):

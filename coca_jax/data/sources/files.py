@@ -74,7 +74,8 @@ def walk(path: str) -> Iterator[list[str]]:
     """For a folder and each one below, the names of its files within `path`, sorted, without those
     that are hidden."""
     system, plain = filesystem(path)
-    for folder, folders, names in system.walk(plain, topdown=True):
+    walk = os.walk if "file" in system.protocol else system.walk  # which asks of each file
+    for folder, folders, names in walk(plain, topdown=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         within = posixpath.relpath(folder, plain)
         yield [posixpath.normpath(f"{within}/{n}") for n in sorted(names) if not is_hidden(n)]

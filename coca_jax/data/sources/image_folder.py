@@ -67,7 +67,10 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     found = _images(root)
     if files.is_remote(root):  # a local name may have '::', which stands for another thing in URLs
         found = [files.filesystem(path)[1] for path in found]
-    listed = [posixpath.relpath(path, plain) for path in found]
+    start = plain.rstrip("/") + "/"
+    listed = [
+        p[len(start) :] if p.startswith(start) else posixpath.relpath(p, plain) for p in found
+    ]
     return named_units(root, listed, ROWS_PER_UNIT, below)
 
 

@@ -3,8 +3,9 @@ an input in which they lie."""
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Collection
+
+_MARKS = ("manifest.json", "index.json")
 
 
 def is_prepared(names: Collection[str]) -> bool:
@@ -17,11 +18,14 @@ def without_ours(names: Collection[str]) -> list[str]:
     wrote."""
     inside: dict[str, list[str]] = {}
     for name in names:
-        folder, own = posixpath.split(name)
+        folder, _, own = name.rpartition("/")
         inside.setdefault(folder, []).append(own)
-    ours = {folder for folder, found in inside.items() if folder and is_prepared(found)}
-    for folder, found in inside.items():
+    marked = {f: found for f, found in inside.items() if f and {*_MARKS} & {*found}}
+    if not marked:
+        return list(names)
+    ours = {folder for folder, found in marked.items() if is_prepared(found)}
+    for folder, found in marked.items():
         parts = inside.get(f"{folder}/metadata", ())
         if folder and "index.json" in found and any(one.startswith("metadata_") for one in parts):
             ours |= {folder, f"{folder}/metadata", f"{folder}/img_emb"}
-    return [name for name in names if posixpath.dirname(name) not in ours]
+    return [name for name in names if name.rpartition("/")[0] not in ours]
