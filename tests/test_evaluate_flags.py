@@ -180,9 +180,7 @@ def test_a_run_goes_on_with_the_index_that_it_made_of_all_rows(tmp_path):
     path = str(with_field(tmp_path / "a", "csv"))
     config = typed(recipe(data=dict(sources=(dict(path=path),))))
     out = str(tmp_path / "run/data/list")
-    source_index._make(
-        "imagefolder", path, "train", out, source_index._options(config.data.sources[0])
-    )
+    source_index._make("csv", path, "train", out, source_index._options(config.data.sources[0]))
     found = source_index.of_sources(config, str(tmp_path / "run"))
     assert Mixture(found).sizes == [40]
     for split in ("train", "validation"):  # the rows of both trained
