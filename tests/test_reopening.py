@@ -50,16 +50,15 @@ def test_an_index_that_has_changed_is_served_as_it_is_now(
         (pictures / "below/0.png").unlink()
         again()
         assert len(found()) == 4  # it looks some seconds later
-        monkeypatch.setattr(app, "SECONDS", 0)
+        monkeypatch.setattr(app, "RELOAD_SECONDS", 0)
         lease = pathlib.Path(out, "lease.json")
         lease.write_text("{}")
         assert sorted(found()) == ["0.png", "1.png", "2.png", "3.png"]
         lease.unlink()
         assert found()[0] == "9.png" and len(found()) == 4
         assert [served.get(f"/api/pictures/{row}")[0] for row in (0, 1, 4)] == [404, 200, 200]
-        counted = 'coca_jax_requests_total{path="/api/pictures/",status="%d"} %d.0\n'
-        metrics = served.get("/metrics")[2].decode()
-        assert counted % (200, 2) in metrics and counted % (404, 1) in metrics
+        counted = 'coca_jax_requests_total{path="/api/pictures/{row}",status="%d"}'
+        assert [served.metric(counted % status) for status in (200, 404)] == [2, 1]
         assert "row 0: the index has no such" in served.refused(400, "/api/search", ("like", 0))
         about, told = pathlib.Path(out, "index.json"), json_files.read_sealed(f"{out}/index.json")
         other = changed(model, model__activation="relu").checksum()
@@ -86,7 +85,7 @@ def test_an_index_that_could_not_be_read_once_is_read_at_the_next_look(
     (pictures / "0.png").write_bytes(png(0))
     embed(model, pictures, out)
     served = app.Reopened(index.Index(out), model)
-    monkeypatch.setattr(app, "SECONDS", 0)
+    monkeypatch.setattr(app, "RELOAD_SECONDS", 0)
 
     def failing(folder):
         opened.append(folder)
@@ -125,7 +124,7 @@ def test_an_index_whose_bucket_is_away_is_served_as_it_was(
     def stamp(folder):
         raise Away("Could not connect to the endpoint URL")
 
-    monkeypatch.setattr(app, "SECONDS", 0)
+    monkeypatch.setattr(app, "RELOAD_SECONDS", 0)
     monkeypatch.setattr(app, "stamp", stamp)
     try:
         status, _, data = served.get("/api/info")

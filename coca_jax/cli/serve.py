@@ -66,41 +66,37 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{argv[1]}: serve takes flags alone; give --checkpoint=DIR")
     if not args.checkpoint and not args.index:
         raise ValueError("--checkpoint is missing; `coca-jax serve --help` shows examples")
-    try:
-        from coca_jax.apps.serve import limits as guard
-        from coca_jax.apps.serve import server
-    except ImportError as error:
-        raise ValueError(f"serve needs {error.name}: {extras.remedy('serve')}") from None
-    loopback = guard.is_loopback(args.host)
+    for module in ("fastapi", "uvicorn", "multipart", "prometheus_client"):
+        extras.check(module, "serve", "serve")
+    from coca_jax.apps.serve import server
+
+    loopback = args.host in server.LOOPBACK
     key = _key(loopback)
     listening = server.listen(args.host, args.port)
     model, index = _load()
-    from coca_jax.apps.serve import app, schemas
+    from coca_jax.apps.serve import app
 
-    limits = schemas.Limits(args.max_megabytes, args.max_pixels, args.max_images)
-    application, batcher, numbers = app.build(
+    state = app.Server(
         model,
         name=os.path.basename(args.checkpoint.rstrip("/")) or args.checkpoint,
         index=index,
-        key=key,
-        loopback=loopback,
-        public_name=args.public_name,
         batch_size=args.batch_size,
         wait=args.wait_ms / 1000,
         depth=args.queue,
-        limits=limits,
+        limits=app.Limits(args.max_megabytes, args.max_pixels, args.max_images),
+        folder=args.checkpoint if os.path.isdir(args.checkpoint) else "",
     )
+    guard = app.build(state, key=key, loopback=loopback, public_name=args.public_name)
     start = time.time()
     address = server.url(listening)
     left = server.serve(
-        application,
+        guard,
         listening,
         grace=args.grace,
         ready=lambda: cli.say(f"serving at {address} (Ctrl-C ends it)"),
     )
-    ended = batcher.stop(left)
-    result = dict(requests=numbers.answered, seconds=round(time.time() - start, 2))
-    if not ended:  # Python crashes where it ends beside a thread that compiles
+    result = dict(requests=guard.answered, seconds=round(time.time() - start, 2))
+    if not state.batcher.close(left):  # Python crashes if it ends while a thread compiles
         cli.show(result, text_tables.fields(result))
         os._exit(0)
     return result

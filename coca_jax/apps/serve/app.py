@@ -1,65 +1,284 @@
-"""The server's application: the page, the API, what watches it."""
+"""The web application: routes with their forms and results, and the page."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
+import io
 import json
-import re
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from typing import Annotated, Any, TypeVar
 
+import fastapi
 import numpy as np
+import prometheus_client
+import pydantic
 from absl import logging
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import ASGIApp
+from fastapi import Depends, Form, HTTPException, Request, UploadFile
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from PIL import Image
 
 import coca_jax
 from coca_jax.apps.search.index import Index, mixed, stamp
-from coca_jax.apps.serve import batcher, schemas
+from coca_jax.apps.serve import batcher
 from coca_jax.apps.serve.batcher import Batcher
-from coca_jax.apps.serve.limits import STOPPING, Guard, Numbers, Refused, answer_refused
-from coca_jax.apps.serve.schemas import Decoder, Field, Limits
+from coca_jax.apps.serve.server import Guard
 from coca_jax.config import Entry
-from coca_jax.data import supervision
+from coca_jax.data import images, supervision, synthetic_source, videos
 from coca_jax.data.prompts import PHOTO
-from coca_jax.runtime import storage
+from coca_jax.inference.generation.config import NOTES, Settings
+from coca_jax.runtime import bounded_json, machine, storage
 
-# An index that is served while others write to its folder.
+MAX_LABELS = 1000
+MAX_CHARACTERS = 2000  # of a text
+MAX_DECODING = 8  # pictures decoded at a time: each takes about 7 bytes a pixel
+MAX_EXAMPLES = 6
+RELOAD_SECONDS = 5.0  # between two checks whether the index has changed
+
+# -- forms -----------------------------------------------------------------------------------------
+
+Text = Annotated[str, pydantic.Field(max_length=MAX_CHARACTERS)]
+Filled = Annotated[Text, pydantic.Field(pattern=r"\S")]  # not blank
 
 
-SECONDS = 5.0  # between two looks at the folder
+class AnyPictures(pydantic.BaseModel):
+    """The field that every form has; an unknown field is an error."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+    image: list[UploadFile] = pydantic.Field(
+        [], description="A picture, or a clip for a model of clips; repeatable."
+    )
+
+
+class Pictures(AnyPictures):
+    """A form that needs a picture."""
+
+    image: list[UploadFile] = pydantic.Field(
+        min_length=1, description="A picture, or a clip for a model of clips; repeatable."
+    )
+
+
+# Bounds of what a request may ask of caption generation: each value costs a program, or time.
+_BOUNDS: dict[str, tuple[float, float]] = dict(
+    max_tokens=(1, 256), min_tokens=(0, 256), num_captions=(1, 8), num_beams=(1, 8),
+    temperature=(0, 10), top_k=(0, 1_000_000), top_p=(0, 1), min_p=(0, 1), length_penalty=(-10, 10),
+    repetition_penalty=(0, 10), no_repeat_ngram=(0, 8), seed=(0, 2**32 - 1),
+)  # fmt: skip
+
+
+def _setting(field: dataclasses.Field[Any]) -> Any:
+    bounds = dict(zip(("ge", "le"), _BOUNDS.get(field.name, ())))
+    default: Any = pydantic.Field(field.default, description=NOTES[field.name], **bounds)
+    return type(field.default), default
+
+
+_Generation: Any = pydantic.create_model(
+    "Generation",
+    __base__=Pictures,
+    **{field.name: _setting(field) for field in dataclasses.fields(Settings)},
+)
+
+
+class CaptionForm(_Generation):
+    """Pictures, and how to write their captions."""
+
+    prompt: Text = pydantic.Field("", description="Beginning of the captions.")
+    explain: bool = pydantic.Field(False, description="Add words, probabilities and attention.")
+    stream: bool = pydantic.Field(False, description="Server-sent events; of one picture.")
+
+
+class ExplainForm(Pictures):
+    """Pictures and a text."""
+
+    text: Filled = pydantic.Field(description="A caption of yours.")
+
+
+class LabelsForm(Pictures):
+    """Pictures and labels."""
+
+    label: list[Annotated[str, pydantic.Field(max_length=100 * MAX_LABELS)]] = pydantic.Field(
+        min_length=1, description="A label, or several, one a line; repeatable."
+    )
+    template: Text = pydantic.Field(
+        "",
+        pattern=r"^$|^[^{}]*\{\}[^{}]*$",
+        description="Sentence with {} in the place of the label. Default: the mean of "
+        f"{', '.join(map(repr, PHOTO))}.",
+    )
+
+
+class HeadForm(Pictures):
+    """Pictures, and a question where the task head reads one."""
+
+    question: Text = pydantic.Field("", description="Question or statement about each picture.")
+    k: int = pydantic.Field(5, ge=1, le=1000, description="Number of classes.")
+
+
+class QuestionForm(Pictures):
+    """Pictures and a question."""
+
+    question: Filled = pydantic.Field(description="Question about each picture.")
+
+
+class EmbedForm(AnyPictures):
+    """Pictures, texts or both."""
+
+    text: list[Filled] = pydantic.Field([], description="Repeatable.")
+
+
+class SearchForm(AnyPictures):
+    """What to look for: texts, pictures and rows of the index together."""
+
+    text: list[Text] = pydantic.Field([], description="Repeatable.")
+    like: list[int] = pydantic.Field([], description="Row of the index; repeatable.")
+    text_weight: float = pydantic.Field(1.0, ge=-100, le=100, description="Weight of each text.")
+    image_weight: float = pydantic.Field(
+        1.0, ge=-100, le=100, description="Weight of each picture and row."
+    )
+    k: int = pydantic.Field(24, ge=1, le=200, description="Number of pictures to find.")
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+class Alternative(pydantic.BaseModel):
+    """What else could have stood in a word's place."""
+
+    text: str
+    probability: float
+
+
+class Word(Alternative):
+    """A word of a caption; attention: [rows, columns], of clips [frames, rows, columns]."""
+
+    alternatives: list[Alternative]
+    attention: list[Any]
+
+
+class Caption(pydantic.BaseModel):
+    """log_prob: sum over the tokens; confidence: geometric mean of the tokens' probabilities;
+    finished: whether it ended by itself."""
+
+    text: str
+    log_prob: float
+    confidence: float
+    finished: bool
+    words: list[Word] | None = None
+
+
+class PictureCaptions(pydantic.BaseModel):
+    """Captions of a picture, the best first."""
+
+    captions: list[Caption]
+    attention: list[Any] | None = None
+
+
+class Captions(pydantic.BaseModel):
+    """One result for each picture."""
+
+    results: list[PictureCaptions]
+
+
+class Label(pydantic.BaseModel):
+    """A label or class."""
+
+    label: str
+    probability: float
+
+
+class PictureLabels(pydantic.BaseModel):
+    """The most probable first; cut: a text is longer than what the model reads."""
+
+    labels: list[Label]
+    cut: bool = False
+
+
+class Labels(pydantic.BaseModel):
+    """One result for each picture."""
+
+    results: list[PictureLabels]
+
+
+class PictureAnswer(pydantic.BaseModel):
+    """cut: the question is longer than what the model reads."""
+
+    answer: str
+    cut: bool
+
+
+class Answers(pydantic.BaseModel):
+    """One result for each picture."""
+
+    results: list[PictureAnswer]
+
+
+class Embeddings(pydantic.BaseModel):
+    """L2-normalized; cut: for each text, whether it is longer than what the model reads."""
+
+    images: list[list[float]]
+    texts: list[list[float]]
+    cut: list[bool]
+
+
+class Found(pydantic.BaseModel):
+    """A picture of the index; score: cosine similarity; picture: its address here."""
+
+    rank: int
+    row: int
+    image: str
+    score: float
+    caption: str
+    picture: str
+
+
+class Finds(pydantic.BaseModel):
+    """The most similar first; cut: a text is longer than what the model reads."""
+
+    results: list[Found]
+    cut: bool
+
+
+# -- the server's state ----------------------------------------------------------------------------
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Limits of a request: megabytes of its body, pixels of a picture or of a frame of a clip,
+    number of pictures, seconds for sending it."""
+
+    megabytes: int = 32
+    pixels: int = 50_000_000
+    images: int = 16
+    seconds: float = 60
 
 
 class Reopened:
-    """An index, opened again where its folder has changed.
-
-    index: a searching.index.Index, or None; model: what made it.
-    """
+    """A search index that is opened again after its folder has changed. index: or None."""
 
     def __init__(self, index: Any, model: Any):
         self._index, self._model = index, model
         self._stamp = getattr(index, "stamp", None)
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
     async def now(self) -> Any:
-        """The index as it is now, or was some seconds ago; None for none. While a changed one is
-        read, and where it cannot be, other requests get the one before."""
-        if self._index is not None and time.monotonic() - self._looked >= SECONDS:
-            self._looked = time.monotonic()
-            await run_in_threadpool(self._look)
+        """The index, at most RELOAD_SECONDS old. A new one that cannot be read is not used."""
+        if self._index is not None and time.monotonic() - self._checked >= RELOAD_SECONDS:
+            self._checked = time.monotonic()
+            await asyncio.to_thread(self._reload)
         return self._index
 
-    def _look(self) -> None:
+    def _reload(self) -> None:
         folder, found = self._index.folder, self._stamp
         try:
             with storage.as_os_error(folder, "cannot be read"):
@@ -71,572 +290,393 @@ class Reopened:
             self._index = index
         except (OSError, ValueError) as error:
             logging.warning("--index is served as it was before it changed: %s", error)
-            if isinstance(error, OSError):  # the same folder may be read at the next look
+            if isinstance(error, OSError):  # try again at the next check
                 return
         self._stamp = found
 
 
-# What can be asked over HTTP: each endpoint, its fields, and what it answers.
-
-
-MOST_LABELS = 1000
-PICTURES = "/api/pictures/"  # before a row of the index
-SIDES = (320, 1280)  # of pictures of the index
-
-Values = dict[str, Any]
-_T = TypeVar("_T")
-
-
-@dataclasses.dataclass
 class Server:
-    """What endpoints share."""
+    """What the routes share: the model behind its batcher, the index, limits and metrics.
 
-    model: Any
-    batcher: Batcher
-    limits: Limits
-    index: Reopened
-    decoder: Decoder
+    Args:
+        depth: pictures and texts that may be decoded, wait or run at a time.
+        folder: the run's folder, for its report, model card and examples; '' for none.
+    """
 
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        index: Any = None,
+        batch_size: int = 16,
+        wait: float = 0.005,
+        depth: int = 1024,
+        limits: Limits | None = None,
+        folder: str = "",
+    ):
+        self.model, self.name, self.depth = model, name, depth
+        self.limits = limits or Limits()
+        self.index = Reopened(index, model)
+        self.metrics = prometheus_client.CollectorRegistry()
+        batches = prometheus_client.Histogram(
+            "coca_jax_batch_items",
+            "Items that ran together.",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.metrics,
+        )
+        waiting = prometheus_client.Gauge(
+            "coca_jax_open_items", "Items decoded, waiting or running.", registry=self.metrics
+        )
+        self._open = 0
+        waiting.set_function(lambda: self._open)
+        self.batcher = Batcher(model, batch_size=batch_size, wait=wait, seen=batches.observe)
+        self._decoders = concurrent.futures.ThreadPoolExecutor(
+            min(machine.count(), MAX_DECODING), "decoder"
+        )
+        self.pages = _pages(folder)
+        self.examples = _examples(folder, index)
 
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """An address that takes a form. about: what it does; example: of its answer."""
-
-    path: str
-    about: str
-    fields: Sequence[Field]
-    answer: Callable[[Server, Values], Awaitable[Any]]
-    example: Any
-
-    async def respond(self, server: Server, request: Request) -> Response:
-        """The answer to a request. Raises Refused."""
+    @contextlib.contextmanager
+    def room(self, count: int) -> Iterator[None]:
+        """Inside, `count` items count as open. Raises HTTPException where they are too many."""
+        if count > self.depth:
+            raise HTTPException(
+                400, f"{count} pictures and texts: at most {self.depth} (--queue). Send fewer."
+            )
+        if self._open + count > self.depth:
+            raise HTTPException(
+                503, "Too many requests are waiting. Try again later.", {"Retry-After": "1"}
+            )
+        self._open += count
         try:
-            async with asyncio.timeout(server.limits.seconds):
-                form = await schemas.sent(request)
-        except TimeoutError:
-            raise Refused(408, f"not sent within {server.limits.seconds} s") from None
-        try:
-            answer = await _while_heard(request, self._answer(server, form))
-        except ValueError as error:
-            raise Refused(400, str(error)) from None
+            yield
         finally:
-            await form.close()
-        return answer if isinstance(answer, Response) else JSONResponse(answer)
+            self._open -= count
 
-    async def _answer(self, server: Server, form: FormData) -> Any:
-        values = schemas.read_form(self.fields, form)
-        pictures = values.get("image", [])
-        if len(pictures) > server.limits.images:
-            raise Refused(400, f"more than {server.limits.images} pictures; send fewer")
-        values["image"] = await schemas.read_images(
-            server.model, pictures, server.limits, server.decoder
-        )
-        return await self.answer(server, values)
+    async def pixels(self, files: Sequence[UploadFile]) -> list[np.ndarray]:
+        """What the model reads of each upload. Raises ValueError for one that is no picture."""
+        found = []
+        for number, file in enumerate(
+            files, 1
+        ):  # one by one: a large request must not block others
+            try:
+                found.append(await self.in_decoder(self._decode, file))
+            except ValueError as error:
+                which = f"picture {number} of {len(files)}: " if len(files) > 1 else ""
+                raise ValueError(f"{which}{error}") from None
+        return found
+
+    async def in_decoder(self, call: Any, *arguments: Any) -> Any:
+        """Runs a call on the few threads that decode pictures."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, call, *arguments)
+
+    def _decode(self, file: UploadFile) -> np.ndarray:
+        data = file.file.read()  # here: pictures that wait stay in their temporary files
+        if not data:
+            raise ValueError("an empty file; choose a picture")
+        if self.model.num_frames:  # the size of the frames comes before all of them are decoded
+            _, height, width = videos.sniff(data, self.limits.pixels)
+            if height * width > self.limits.pixels:
+                raise ValueError(f"too many pixels: {width} x {height}, limit {self.limits.pixels}")
+        else:
+            images.open_image(data, self.limits.pixels)
+        return self.model.fit_image(data)
+
+    async def ask(
+        self, request: Request, work: Any, files: Sequence[UploadFile], text: str = ""
+    ) -> list[Any]:
+        """The work's answer to each picture with the text."""
+        with self.room(len(files)):
+            return await while_connected(request, self._ask(work, files, text))
+
+    async def _ask(self, work: Any, files: Sequence[UploadFile], text: str) -> list[Any]:
+        return await self.answers(work, await self.pixels(files), [text] * len(files))
+
+    async def answers(
+        self, work: Any, pixels: Sequence[Any], texts: Sequence[str] = ()
+    ) -> list[Any]:
+        """The work's answer to each item."""
+        texts = texts or [""] * len(pixels)
+        pixels = pixels or [None] * len(texts)
+        jobs = [self.batcher.submit(work, *item) for item in zip(pixels, texts)]
+        return await asyncio.gather(*(job.last() for job in jobs))
+
+    async def embed(
+        self, request: Request, files: Sequence[UploadFile], texts: list[str]
+    ) -> tuple[list[np.ndarray], list[tuple[np.ndarray, bool]]]:
+        """Embeddings of pictures; of texts, and whether each was cut."""
+
+        async def both() -> Any:
+            pixels = await self.pixels(files)
+            return (
+                await self.answers(batcher.EmbedImages(), pixels) if pixels else [],
+                await self.answers(batcher.EmbedTexts(), [], texts) if texts else [],
+            )
+
+        with self.room(len(files) + len(texts)):
+            return await while_connected(request, both())
+
+    async def searched(self) -> Any:
+        """The index. Raises HTTPException where there is none."""
+        index = await self.index.now()
+        if index is None:
+            raise HTTPException(404, "No index. Start with --index=DIR (coca-jax search index).")
+        return index
 
 
-async def _while_heard(request: Request, answer: Coroutine[Any, Any, _T]) -> _T:
-    """The answer to a request that was read. Where its client hangs up it is given up, so that what
-    waits for the model is not computed for nobody before what others wait for. Raises Refused."""
-    answering = asyncio.ensure_future(answer)
-    alone = asyncio.ensure_future(_hung_up(request))
+async def while_connected(request: Request, answer: Coroutine[Any, Any, _T]) -> _T:
+    """The answer; cancelled when the client hangs up, so that nothing is computed for nobody."""
+    task = asyncio.ensure_future(answer)
     try:
-        await asyncio.wait([answering, alone], return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():  # nobody reads this
-            raise Refused(400, "the client hung up before it was answered")
-        return answering.result()
+        while not (await asyncio.wait([task], timeout=0.5))[0]:
+            if await request.is_disconnected():
+                raise HTTPException(499, "The client hung up.")
+        return task.result()
     finally:
-        alone.cancel()
-        answering.cancel()
+        task.cancel()
         # Until it has ended it may use the form's files.
-        await asyncio.gather(answering, return_exceptions=True)
+        await asyncio.gather(task, return_exceptions=True)
 
 
-async def _hung_up(request: Request) -> None:
-    """Ends when the client has hung up; no part of the request is left to come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _pages(folder: str) -> dict[str, str]:
+    """Files of a run that the page links to: {"report", "model_card"}, those that exist."""
+    if os.path.basename(folder.rstrip("/")) in ("export", "checkpoints"):
+        folder = os.path.dirname(folder.rstrip("/"))
+    cards = ("README.md", "export/README.md")
+    places = dict(report=("report.html",), model_card=cards)
+    found = {
+        name: [path for one in names if os.path.isfile(path := os.path.join(folder, one))]
+        for name, names in places.items()
+    }
+    return {name: paths[0] for name, paths in found.items() if paths and folder}
 
 
-IMAGE = Field(
-    "image", "A picture, or a clip for a model of clips; may be repeated.", UploadFile, many=True
-)
-PROMPT = Field("prompt", "How the captions begin.", default="")
-WEIGHT: dict[str, Any] = dict(type=float, default=1.0, low=-100, high=100)
+def _examples(folder: str, index: Any) -> list[bytes]:
+    """Pictures for the page to offer, PNG: held-out ones of the run's evaluation, else the first of
+    the index, else drawn scenes."""
+    found: list[str | bytes] = []
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # no evaluation, or a damaged one
+        data = storage.place(os.path.join(folder or "/nowhere", "eval_examples.json")).read_bytes()
+        for task in bounded_json.loads(data).values():
+            found += [base64.b64decode(one["image"]) for one in task.get("items", ())]
+    with contextlib.suppress(OSError, ValueError):
+        if index is not None and not found:
+            found = [index.file(row)[0] for row in range(min(MAX_EXAMPLES, len(index.names)))]
+    if not found:
+        scenes = synthetic_source.open_entry(Entry(builtin="scenes"), "test")
+        found = [record.image for record in scenes.read(list(range(MAX_EXAMPLES)))]
+    return [_encode(one, 320, "PNG") for one in list(dict.fromkeys(found))[:MAX_EXAMPLES]]
 
 
-def _pictures(values: Values) -> list[np.ndarray]:
-    if not values["image"]:
-        raise Refused(400, "image is missing: send at least one picture as the field 'image'")
-    return values["image"]
+@functools.lru_cache(maxsize=512)
+def thumbnail(path: str, stamp: tuple[int, int] | None, side: int) -> bytes:
+    """A JPEG of at most `side` pixels. stamp: of the file, so that no earlier one is cached."""
+    return _encode(path, side, "JPEG")
 
 
-def _check_writes(server: Server) -> None:
+def _encode(image: str | bytes, side: int, kind: str) -> bytes:
+    picture = Image.fromarray(images.decode(image))
+    picture.thumbnail((side, side))
+    out = io.BytesIO()
+    picture.save(out, kind, quality=85)
+    return out.getvalue()
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+
+def _state(request: Request) -> Server:
+    return request.app.state.server
+
+
+State = Annotated[Server, Depends(_state)]
+_FORM = Form(media_type="multipart/form-data")
+# Guard checks the key before a body is read; the dependency declares it in the OpenAPI document.
+router = fastapi.APIRouter(prefix="/api", dependencies=[Depends(HTTPBearer(auto_error=False))])
+
+
+def _check_writes(server: Server, explain: bool = False) -> None:
     if not server.model.writes_captions:
-        raise Refused(404, "this model has no decoder and writes no texts; ask /api/zero_shot")
-
-
-def _check_explains(server: Server) -> None:
-    _check_writes(server)
-    if not server.model.explains:
-        raise Refused(
+        raise HTTPException(404, "This model has no text decoder. Use /api/zero_shot.")
+    if explain and not server.model.explains:
+        raise HTTPException(
             404,
-            "this model takes pictures of any shape (data.resize='native') and cannot say where it "
-            "looked; ask /api/caption without explain",
+            "explain: not available for pictures of any shape (data.resize='native'). "
+            "Use /api/caption without explain.",
         )
 
 
-async def caption(server: Server, values: Values) -> Any:
-    """Captions; one picture's may be streamed."""
-    _check_writes(server)
-    settings, explain = schemas.settings(values), values["explain"]
-    if explain:
-        _check_explains(server)
-    items = [(pixels, values["prompt"]) for pixels in _pictures(values)]
-    if not values["stream"]:
-        answers = await server.batcher.answers(batcher.Captions(settings, explain), items)
-        return dict(results=answers)
-    if len(items) > 1:
-        raise Refused(400, f"stream: {len(items)} pictures; a stream is of one")
-    work = batcher.Captions if settings.num_beams > 1 else batcher.StreamedCaptions
-    events = server.batcher.stream(work(settings, explain), items[0])
-    return StreamingResponse(_events(events), media_type="text/event-stream")
+@router.post("/caption", response_model_exclude_none=True)
+async def caption(form: Annotated[CaptionForm, _FORM], request: Request, server: State) -> Captions:
+    """Captions of pictures. With stream=true server-sent events: `tokens` after each token (none
+    with beams), then `result` with what results[0] would be, or `error`."""
+    _check_writes(server, form.explain)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(form, name) for name in names})
+    if not form.stream:
+        work = batcher.Captions(settings, form.explain)
+        return Captions(results=await server.ask(request, work, form.image, form.prompt))
+    if len(form.image) > 1:
+        raise HTTPException(400, f"stream: {len(form.image)} pictures. Send one.")
+    kind = batcher.Captions if settings.num_beams > 1 else batcher.StreamedCaptions
+    with server.room(1):
+        (pixels,) = await server.pixels(form.image)
+    job = server.batcher.submit(kind(settings, form.explain), pixels, form.prompt)
+    return StreamingResponse(_events(job), media_type="text/event-stream")  # type: ignore[return-value]
 
 
-async def _events(answers: AsyncIterator[Any]) -> AsyncIterator[str]:
-    """Server-sent events: 'tokens', then one 'result', or 'error'."""
+async def _events(job: Any) -> AsyncIterator[str]:
     try:
-        async for answer in answers:
+        async for answer in job:
             kind = "tokens" if "tokens" in answer else "result"
             yield f"event: {kind}\ndata: {json.dumps(answer)}\n\n"
-    except (Exception, asyncio.CancelledError) as error:
-        told = isinstance(error, (ValueError, Refused))
-        text = " ".join(str(error).split()) if told else "it failed here"
-        if isinstance(error, asyncio.CancelledError):  # no time is left at the end
-            text = STOPPING
-        yield f"event: error\ndata: {json.dumps(dict(error=text))}\n\n"
+    except Exception as error:
+        text = str(error) if isinstance(error, ValueError) else "The server failed; see its log."
+        yield f"event: error\ndata: {json.dumps(dict(detail=text))}\n\n"
 
 
-async def explain(server: Server, values: Values) -> Any:
-    """A text's words beside each picture."""
-    _check_explains(server)
-    items = [(pixels, values["text"]) for pixels in _pictures(values)]
-    return dict(results=await server.batcher.answers(batcher.Explain(), items))
+@router.post("/explain", response_model_exclude_none=True)
+async def explain(form: Annotated[ExplainForm, _FORM], request: Request, server: State) -> Captions:
+    """How probable each word of a text is for each picture, and where the model looked."""
+    _check_writes(server, True)
+    results = await server.ask(request, batcher.Explain(), form.image, form.text)
+    return Captions(results=results)
 
 
-async def zero_shot(server: Server, values: Values) -> Any:
-    """Probabilities of labels."""
-    given = [line.strip() for text in values["label"] for line in text.splitlines()]
-    labels = tuple(dict.fromkeys(filter(None, given)))
-    if labels:  # else it is said below that there are none
-        _refuse_empty("label", values["label"])
-    if not 2 <= len(labels) <= MOST_LABELS:
-        raise Refused(400, f"label: {len(labels)} labels; give 2 to {MOST_LABELS}, one a line")
-    longest = max(map(len, labels))
-    if longest > schemas.LONGEST:
-        raise Refused(400, f"label: {longest} characters; at most {schemas.LONGEST} each")
-    template = values["template"]
-    if template and template.count("{}") != 1:  # nor the name of a set, 80 sentences for each label
-        told = f"template={template[:80]!r}: it must hold '{{}}' once, where the label goes"
-        raise Refused(400, told)
-    work = batcher.ZeroShot(labels, template)
-    return dict(results=await server.batcher.answers(work, _pictures(values)))
+@router.post("/zero_shot")
+async def zero_shot(form: Annotated[LabelsForm, _FORM], request: Request, server: State) -> Labels:
+    """Probabilities of labels for each picture, without training."""
+    for number, text in enumerate(form.label, 1):
+        if not text.strip():
+            raise HTTPException(400, f"label: number {number} of {len(form.label)} is empty.")
+    lines = [line.strip() for text in form.label for line in text.splitlines()]
+    labels = tuple(dict.fromkeys(filter(None, lines)))
+    if not 2 <= len(labels) <= MAX_LABELS:
+        raise HTTPException(400, f"label: {len(labels)} labels. Give 2 to {MAX_LABELS}.")
+    if max(map(len, labels)) > MAX_CHARACTERS:
+        raise HTTPException(400, f"label: more than {MAX_CHARACTERS} characters. Shorten it.")
+    work = batcher.ZeroShot(labels, form.template)
+    return Labels(results=await server.ask(request, work, form.image))
 
 
-async def head(server: Server, values: Values) -> Any:
-    """Classes of the task head."""
+@router.post("/head")
+async def head(form: Annotated[HeadForm, _FORM], request: Request, server: State) -> Labels:
+    """The most probable classes of the task head, where the model has one."""
     kind = server.model.head_kind
     if kind is None:
-        raise Refused(404, "this model has no task head; ask /api/zero_shot for labels")
-    pictures = _pictures(values)
-    if kind.images > 1:
-        if len(pictures) != kind.images:
-            raise Refused(400, f"image: {len(pictures)} pictures; this head takes {kind.images}")
-        pictures = [np.stack(pictures)]
-    if kind.reads_text and not values["question"].strip():
-        raise Refused(400, "question is missing: this head reads a question or statement")
-    items = [(pixels, values["question"]) for pixels in pictures]
-    return dict(results=await server.batcher.answers(batcher.Head(values["k"]), items))
+        raise HTTPException(404, "This model has no task head. Use /api/zero_shot for labels.")
+    if kind.images > 1 and len(form.image) != kind.images:
+        raise HTTPException(400, f"image: {len(form.image)} pictures. Send {kind.images}.")
+    if kind.reads_text and not form.question.strip():
+        raise HTTPException(400, "question: missing. This head reads a question or statement.")
+    work = batcher.Head(form.k)
+    if kind.images == 1:
+        return Labels(results=await server.ask(request, work, form.image, form.question))
+    with server.room(len(form.image)):
+        pixels = [np.stack(await server.pixels(form.image))]
+        return Labels(results=await server.answers(work, pixels, [form.question]))
 
 
-async def answer(server: Server, values: Values) -> Any:
-    """What the decoder writes behind a question."""
+@router.post("/answer")
+async def answer(form: Annotated[QuestionForm, _FORM], request: Request, server: State) -> Answers:
+    """The answer that the text decoder writes after a question about each picture."""
     _check_writes(server)
-    items = [(pixels, values["question"]) for pixels in _pictures(values)]
-    return dict(results=await server.batcher.answers(batcher.Answer(), items))
+    results = await server.ask(request, batcher.Answer(), form.image, form.question)
+    return Answers(results=results)
 
 
-def _refuse_empty(name: str, texts: Sequence[str]) -> None:
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            raise Refused(400, f"{name}: number {number} of {len(texts)} is empty; leave it out")
-
-
-async def embed(server: Server, values: Values) -> Any:
-    """Embeddings."""
-    _refuse_empty("text", values["text"])
-    pictures, texts = await _embedded(server, values["image"], values["text"])
-    if not pictures and not texts:
-        raise Refused(400, "nothing to embed; send pictures as 'image' or texts as 'text'")
-    return dict(
-        images=[row.astype(float).tolist() for row in pictures],
-        texts=[row.astype(float).tolist() for row, _ in texts],
+@router.post("/embed")
+async def embed(form: Annotated[EmbedForm, _FORM], request: Request, server: State) -> Embeddings:
+    """Embeddings of pictures and texts."""
+    if not form.image and not form.text:
+        raise HTTPException(400, "Nothing to embed. Send pictures as 'image' or texts as 'text'.")
+    pictures, texts = await server.embed(request, form.image, form.text)
+    return Embeddings(
+        images=[row.tolist() for row in pictures],
+        texts=[row.tolist() for row, _ in texts],
         cut=[cut for _, cut in texts],
     )
 
 
-async def _embedded(
-    server: Server, pictures: list[np.ndarray], texts: list[str]
-) -> tuple[list[np.ndarray], list[tuple[np.ndarray, bool]]]:
-    return (
-        await server.batcher.answers(batcher.EmbedImages(), pictures),
-        await server.batcher.answers(batcher.EmbedTexts(), texts),
-    )
-
-
-async def search(server: Server, values: Values) -> Any:
-    """The most similar pictures of the index."""
-    index = await _index(server)
-    like = [index.place(row) for row in values["like"]]
-    texts = [text for text in values["text"] if text.strip()]
-    pictures, found = await _embedded(server, values["image"], texts)
-    words, cut = [row for row, _ in found], any(cut for _, cut in found)
-    pictures += [index.embeddings[place].astype(np.float32) for place in like]
-    if not pictures and not words:
-        raise Refused(400, "nothing to look for; send text, image, or like")
-    text_weight, image_weight = values["text_weight"], values["image_weight"]
-    for name, weight, weighed in (("text", text_weight, words), ("image", image_weight, pictures)):
-        if weight != WEIGHT["default"] and not weighed:
-            raise Refused(400, f"{name}_weight={weight}: there is no {name} that it weighs")
-    weights = [text_weight] * len(words) + [image_weight] * len(pictures)
-    query = mixed(np.stack([*words, *pictures]), weights)
-    nearest = await run_in_threadpool(index.search, query, values["k"])
-    for one in nearest:  # names below the folder that all pictures are in: no paths of this machine
+@router.post("/search")
+async def search(form: Annotated[SearchForm, _FORM], request: Request, server: State) -> Finds:
+    """The pictures of the index that are most similar to texts, pictures and rows together."""
+    index = await server.searched()
+    like = [index.place(row) for row in form.like]
+    texts = [text for text in form.text if text.strip()]
+    pictures, found = await server.embed(request, form.image, texts)
+    pictures += [np.float32(index.embeddings[place]) for place in like]
+    if not pictures and not found:
+        raise HTTPException(400, "Nothing to look for. Send text, image or like.")
+    weights = [form.text_weight] * len(found) + [form.image_weight] * len(pictures)
+    query = mixed(np.stack([*(row for row, _ in found), *pictures]), weights)
+    nearest = await asyncio.to_thread(index.search, query, form.k)
+    for one in nearest:  # names below the common folder: no path of this machine
         one["image"] = one["image"][index.letters :]
-        one["picture"] = f"{PICTURES}{one['row']}"
-    return dict(results=nearest, cut=cut)
+        one["picture"] = f"/api/pictures/{one['row']}"
+    return Finds(results=nearest, cut=any(cut for _, cut in found))
 
 
-async def _index(server: Server) -> Any:
-    index = await server.index.now()
-    if index is None:
-        raise Refused(404, "there is no index here; start with --index=DIR (coca-jax search index)")
-    return index
+_JPEG = dict(response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
 
 
-async def picture(server: Server, request: Request) -> Response:
-    """A picture of the index by its row, smaller: no path is taken from a request."""
-    digits = request.path_params["row"]
-    if not re.fullmatch("[0-9]{1,18}", digits):  # Python makes no number of thousands of them
-        raise HTTPException(404)
-    index, asked = await _index(server), int(digits)
-    given = request.query_params.get("side", str(SIDES[0]))
-    if given not in map(str, SIDES):
-        raise Refused(400, f"side={given[:20]}: choose from {SIDES[0]} and {SIDES[1]}")
+@router.get("/pictures/{row}", **_JPEG)  # type: ignore[arg-type]
+async def picture(
+    row: Annotated[int, fastapi.Path(ge=0, lt=2**63)], server: State, large: bool = False
+) -> Response:
+    """A picture of the index by its row, at most 320 pixels, or 1280."""
+    index = await server.searched()
     try:
-        row = index.place(asked)
-    except ValueError as error:
-        raise Refused(404, str(error)) from None
-    try:
-        shrink = functools.partial(schemas.smaller, index, row, int(given))
-        [data] = await server.decoder.run([shrink])
+        path, stamp = index.file(index.place(row))
+        data = await server.in_decoder(thumbnail, path, stamp, 1280 if large else 320)
     except (ValueError, OSError):
-        raise Refused(
-            404, f"picture {asked} cannot be shown: it lies in an archive, or was moved or changed"
+        raise HTTPException(
+            404, f"Picture {row} cannot be shown: unknown, in an archive, moved or changed."
         ) from None
     return Response(data, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
 
-_WORD = dict(
-    text="red", probability=0.97, alternatives=[dict(text="red", probability=0.97)],
-    attention=[[0.25, 0.25], [0.25, 0.25]],
-)  # fmt: skip
-_CAPTION = dict(text="a red circle", log_prob=-0.41, finished=True)
-QUESTION = Field("question", "The question, or statement, about each picture.")
-ENDPOINTS = (
-    Endpoint(
-        "/api/caption",
-        "Captions of pictures. With stream=true server-sent events: 'tokens' after each token "
-        "(beams have none), then 'result' with what results[0] would be.",
-        [
-            IMAGE,
-            PROMPT,
-            Field("explain", "Words with probability and attention.", bool, False),
-            Field("stream", "Of one picture, token by token.", bool, False),
-            *schemas.SETTINGS,
-        ],
-        caption,
-        dict(results=[dict(captions=[_CAPTION | dict(words=[_WORD])], attention=[[0.5, 0.5]])]),
-    ),
-    Endpoint(
-        "/api/explain",
-        "How probable each word of a text is beside each picture, and where the model looked.",
-        [IMAGE, Field("text", "The text.")],
-        explain,
-        dict(results=[dict(captions=[_CAPTION | dict(words=[_WORD])], attention=[[0.5, 0.5]])]),
-    ),
-    Endpoint(
-        "/api/zero_shot",
-        "Probabilities of labels for each picture, without training; cut: a label in its sentence "
-        "is longer than what the model reads.",
-        [
-            IMAGE,
-            Field(
-                "label",
-                "A label, or several, one a line, those given twice once; may be repeated.",
-                many=True,
-                longest=100 * MOST_LABELS,
-            ),
-            Field(
-                "template",
-                "The sentence around a label, which stands for its {}; default: as of "
-                f"model.zero_shot, the mean of {', '.join(map(repr, PHOTO))}.",
-                default="",
-            ),
-        ],
-        zero_shot,
-        dict(results=[dict(labels=[dict(label="cat", probability=0.98)], cut=False)]),
-    ),
-    Endpoint(
-        "/api/head",
-        "The most probable classes of the task head, where the model has one; cut, of one that "
-        "reads a question: it is longer than what the model reads of it.",
-        [
-            IMAGE,
-            dataclasses.replace(QUESTION, default=""),
-            Field("k", "Classes at most.", int, 5, 1, 1000),
-        ],
-        head,
-        dict(results=[dict(labels=[dict(label="yes", probability=0.98)], cut=False)]),
-    ),
-    Endpoint(
-        "/api/answer",
-        "The answer that the decoder writes behind a question about each picture; cut: the "
-        "question is longer than what the model reads of it.",
-        [IMAGE, QUESTION],
-        answer,
-        dict(results=[dict(answer="red", cut=False)]),
-    ),
-    Endpoint(
-        "/api/embed",
-        "Embeddings of pictures and texts, of length 1; cut, of each text: it is longer than what "
-        "the model reads of it.",
-        [IMAGE, Field("text", "A text; may be repeated.", many=True)],
-        embed,
-        dict(images=[[0.6, 0.8]], texts=[[0.8, 0.6]], cut=[False]),
-    ),
-    Endpoint(
-        "/api/search",
-        "The pictures of the index that are most similar to texts and pictures together; cut: a "
-        "text is longer than what the model reads of it.",
-        [
-            IMAGE,
-            Field("text", "A text; may be repeated.", many=True),
-            Field("like", "A row of the index as a picture; may be repeated.", int, many=True),
-            Field("text_weight", "Of each text.", **WEIGHT),
-            Field("image_weight", "Of each picture.", **WEIGHT),
-            Field("k", "Pictures at most.", int, 24, 1, 200),
-        ],
-        search,
-        dict(
-            results=[
-                dict(rank=1, row=7, image="photos/7.jpg", score=0.31, caption="a red circle",
-                     picture="/api/pictures/7"),
-            ],
-            cut=False,
-        ),
-    ),
-)  # fmt: skip
+@router.get("/examples/{number}", response_class=Response)
+async def example(number: int, server: State) -> Response:
+    """An example picture, PNG."""
+    if not 0 <= number < len(server.examples):
+        raise HTTPException(404)
+    return Response(server.examples[number], media_type="image/png")
 
 
-# The API's description (OpenAPI 3.1), made of what endpoints.py declares.
-
-
-def document(locked: bool) -> dict[str, Any]:
-    """locked: whether requests need the server's key."""
-    paths: dict[str, Any] = {one.path: dict(post=_operation(one)) for one in ENDPOINTS}
-    paths["/api/info"] = dict(get=_read("What the model is and can do, and the limits."))
-    side = dict(type="integer", enum=list(SIDES), default=SIDES[0])
-    picture = _read("A picture of the index, smaller, as JPEG.", "image/jpeg")
-    picture["parameters"] = [
-        {"name": "row", "in": "path", "required": True, "schema": dict(type="integer", minimum=0)},
-        {"name": "side", "in": "query", "schema": side},
-    ]
-    paths["/api/pictures/{row}"] = dict(get=picture)
-    paths["/healthz"] = dict(get=_read("200: it answers; 503: the thread of the model has ended."))
-    paths["/metrics"] = dict(get=_read("Counters for Prometheus.", "text/plain"))
-    found: dict[str, Any] = dict(
-        openapi="3.1.0",
-        info=dict(
-            title="coca_jax",
-            version=coca_jax.__version__,
-            description="A contrastive captioner: captions, labels, questions, embeddings, search.",
-        ),
-        paths=paths,
-        components=dict(schemas=dict(Error=_ERROR)),
-    )
-    if locked:
-        found["components"]["securitySchemes"] = dict(key=dict(type="http", scheme="bearer"))
-        found["security"] = [dict(key=[])]
-    return found
-
-
-_ERROR = dict(
-    type="object",
-    required=["error"],
-    properties=dict(error=dict(type="string", description="What is wrong, in one sentence.")),
+# A report is one file with its own styles and scripts; it can load and send nothing.
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 )
-_REFUSALS = {
-    "400": "A field or picture that cannot be.",
-    "404": "Nothing of that kind here.",
-    "408": "Not sent in time.",
-    "413": "Too large.",
-    "503": "Too many wait, or it is stopping.",
-}
 
 
-def _responses(content: dict[str, Any]) -> dict[str, Any]:
-    error = {"application/json": dict(schema={"$ref": "#/components/schemas/Error"})}
-    refused = {k: dict(description=text, content=error) for k, text in _REFUSALS.items()}
-    return {"200": dict(description="The answer.", content=content)} | refused
+@router.get("/report", response_class=FileResponse)
+async def report(server: State) -> Response:
+    """The run's report."""
+    if "report" not in server.pages:
+        raise HTTPException(404)
+    policy = {"Content-Security-Policy": _PAGE_POLICY}
+    return FileResponse(server.pages["report"], media_type="text/html", headers=policy)
 
 
-def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    schema: dict[str, Any] = dict(
-        type="object",
-        properties={field.name: field.schema() for field in endpoint.fields},
-        additionalProperties=False,
-    )
-    required = [field.name for field in endpoint.fields if field.required]
-    if required:
-        schema["required"] = required
-    answer: dict[str, Any] = {
-        "application/json": dict(schema=dict(type="object"), example=endpoint.example)
-    }
-    if any(field.name == "stream" for field in endpoint.fields):
-        answer["text/event-stream"] = dict(schema=dict(type="string"))
-    return dict(
-        operationId=endpoint.path.rsplit("/", 1)[1],
-        summary=endpoint.about,
-        requestBody=dict(required=True, content={"multipart/form-data": dict(schema=schema)}),
-        responses=_responses(answer),
-    )
+@router.get("/model_card", response_class=FileResponse)
+async def model_card(server: State) -> Response:
+    """The model card, in Markdown."""
+    if "model_card" not in server.pages:
+        raise HTTPException(404)
+    return FileResponse(server.pages["model_card"], media_type="text/plain; charset=utf-8")
 
 
-def _read(about: str, content: str = "application/json") -> dict[str, Any]:
-    return dict(summary=about, responses=_responses({content: {}}))
-
-
-# The page: these files and no others, read once.
-PAGE = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/serve.css": ("serve.css", "text/css; charset=utf-8"),
-    "/pictures.js": ("pictures.js", "text/javascript; charset=utf-8"),
-    "/serve.js": ("serve.js", "text/javascript; charset=utf-8"),
-}
-
-
-def build(
-    model: Any,
-    *,
-    name: str,
-    index: Any = None,
-    key: str = "",
-    loopback: bool = True,
-    public_name: str = "",
-    batch_size: int = 16,
-    wait: float = 0.005,
-    depth: int = 1024,
-    limits: Limits | None = None,
-) -> tuple[ASGIApp, Batcher, Numbers]:
-    """The application, the thread that runs the model, and its counters.
-
-    model: what `coca_jax.load` returns; name: how the page calls it. index: a
-    searching.index.Index of this model. key, loopback, public_name: see guard.Guard. batch_size,
-    wait, depth: see batcher.Batcher; depth also of uploads.Decoder.
-    """
-    limits = limits or Limits()
-    routes = {"/healthz", "/metrics", "/openapi.json", "/api/info", *PAGE}
-    numbers = Numbers(frozenset(routes | {one.path for one in ENDPOINTS}), PICTURES)
-    batcher = Batcher(model, batch_size=batch_size, wait=wait, depth=depth, seen=numbers.batch)
-    decoder = Decoder(depth)
-    numbers.waiting(lambda: decoder.waiting + batcher.waiting)
-    server = Server(model, batcher, limits, Reopened(index, model), decoder)
-    about = _about(server, name)
-    files = importlib.resources.files("coca_jax.apps.serve") / "page"
-
-    async def health(_: Request) -> Response:
-        good = batcher.alive
-        return JSONResponse(dict(status="ok" if good else "stopping"), 200 if good else 503)
-
-    async def metrics(_: Request) -> Response:
-        text, content_type = numbers.text()
-        return Response(text, headers={"Content-Type": content_type})
-
-    async def info(_: Request) -> Response:
-        index = await server.index.now()
-        return JSONResponse(about | dict(index=index and dict(pictures=len(index.names))))
-
-    async def description(_: Request) -> Response:
-        return JSONResponse(document(bool(key)))
-
-    app = Starlette(
-        routes=[
-            *(Route(path, _file(files / file, kind)) for path, (file, kind) in PAGE.items()),
-            *(Route(one.path, _endpoint(one, server), methods=["POST"]) for one in ENDPOINTS),
-            Route(f"{PICTURES}{{row}}", functools.partial(picture, server)),
-            Route("/api/info", info),
-            Route("/openapi.json", description),
-            Route("/healthz", health),
-            Route("/metrics", metrics),
-        ],
-        exception_handlers=_HANDLERS,
-    )
-    who: dict[str, Any] = dict(key=key, loopback=loopback, public_name=public_name)
-    guard = Guard(app, **who, most=limits.bytes, seen=numbers.request)
-    return guard, batcher, numbers
-
-
-def _file(path: Any, kind: str) -> Any:
-    data = path.read_bytes()
-
-    async def answer(_: Request) -> Response:
-        return Response(data, media_type=kind)
-
-    return answer
-
-
-def _endpoint(endpoint: Endpoint, server: Server) -> Any:
-    async def answer(request: Request) -> Response:
-        return await endpoint.respond(server, request)
-
-    return answer
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    texts = {
-        404: f"{request.url.path[:80]}: no such address; /openapi.json lists them",
-        405: f"{request.method} is not answered here; /openapi.json says what is",
-    }
-    text = texts.get(error.status_code, str(error.detail))
-    headers = dict(error.headers or {})
-    return Refused(error.status_code, text, headers).response()
-
-
-async def _defect(_: Request, error: Exception) -> Response:
-    """Starlette logs the traceback; whoever asked learns nothing of it."""
-    return Refused(500, "it failed here; the server's log says why").response()
-
-
-_HANDLERS = {Refused: answer_refused, HTTPException: _http_error, Exception: _defect}
-
-
-def _about(server: Server, name: str) -> dict[str, Any]:
+@router.get("/info")
+async def info(server: State) -> dict[str, Any]:
+    """What the model is and can do, and the limits."""
     model, config, limits = server.model, server.model.config, server.limits
-    sources = config.data.sources
-    kind = model.head_kind
+    index, kind = await server.index.now(), model.head_kind
     return dict(
-        name=name,
+        name=server.name,
         version=coca_jax.__version__,
         image_size=model.image_size,
         resize=model.resize,
@@ -645,21 +685,71 @@ def _about(server: Server, name: str) -> dict[str, Any]:
         embedding=config.model.embed_dim,
         captions=model.writes_captions,
         explains=model.writes_captions and model.explains,
-        head=None
-        if kind is None
-        else dict(
+        head=kind
+        and dict(
             kind=kind.name,
             images=kind.images,
             reads_text=kind.reads_text,
             classes=len(model.class_names),
         ),
-        answers=any(supervision.of(Entry.of(one)).asks for one in sources),
+        answers=any(supervision.of(Entry.of(one)).asks for one in config.data.sources),
+        index=index and dict(pictures=len(index.names)),
+        examples=len(server.examples),
+        pages=sorted(server.pages),
         limits=dict(
-            bytes=limits.bytes,
+            bytes=limits.megabytes << 20,
             pixels=limits.pixels,
             images=limits.images,
-            labels=MOST_LABELS,
-            characters=schemas.LONGEST,
-            fields={one.path: found for one in ENDPOINTS if (found := schemas.bounds(one.fields))},
+            labels=MAX_LABELS,
+            characters=MAX_CHARACTERS,
         ),
     )
+
+
+def build(server: Server, *, key: str = "", loopback: bool = True, public_name: str = "") -> Guard:
+    """The application. key, loopback, public_name: see Guard."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
+        app.state.batches = asyncio.create_task(server.batcher.run())
+        yield
+        app.state.batches.cancel()
+
+    app = fastapi.FastAPI(
+        title="coca_jax",
+        version=coca_jax.__version__,
+        description="A contrastive captioner: captions, labels, questions, embeddings, search.",
+        lifespan=lifespan,
+        docs_url=None,  # its scripts come from another site
+        redoc_url=None,
+        max_body_size=server.limits.megabytes << 20,
+        form_limits=dict(max_files=server.limits.images, max_fields=MAX_LABELS + 200),
+    )
+    app.state.server = server
+
+    @app.exception_handler(ValueError)
+    async def bad_value(request: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": " ".join(str(error).split())}, 400)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": "The server failed; see its log."}, 500)
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        """Whether the model's thread runs."""
+        if app.state.batches.done():
+            raise HTTPException(503, "The model's thread has ended.")
+        return dict(status="ok")
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        data = prometheus_client.generate_latest(server.metrics)
+        return Response(data, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    app.include_router(router)
+    page = importlib.resources.files("coca_jax.apps.serve") / "page"
+    app.mount("/", StaticFiles(directory=str(page), html=True))
+    who: Any = dict(key=key, loopback=loopback, public_name=public_name)
+    return Guard(app, **who, seconds=server.limits.seconds, metrics=server.metrics)

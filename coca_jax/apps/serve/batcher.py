@@ -1,249 +1,206 @@
-"""Requests wait for others of their kind, and one thread asks the model for all of them at once."""
+"""Dynamic batching: requests of one kind wait a few milliseconds for each other and run together.
+
+One thread uses the model. The event loop owns the queue, so no locks are needed. Each class of work
+below says what the model is asked for a batch; equal works (they are hashable) share a batch.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
-import logging
 import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
-from coca_jax.apps.serve.limits import STOPPING, Refused, check_room
-from coca_jax.inference import tokenization as text_arrays
-from coca_jax.inference.explain import Explanation, Word
+from coca_jax.inference import tokenization
+from coca_jax.inference.explain import Explanation
 from coca_jax.inference.generation.config import Settings
 from coca_jax.inference.model import CoCaModel
 from coca_jax.inference.tokenization import Caption
 
 
 class Work(Protocol):
-    """What the model is asked; equal works (they are hashable) share a batch."""
+    """What the model computes for a batch of (pixels or None, text)."""
 
-    def run(self, model: Any, items: list[Any]) -> Iterator[list[Any]]:
-        """Yields lists with an answer, or None for nothing new, for each item. Raises ValueError
-        for an item that cannot be."""
+    def run(self, model: Any, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
+        """Yields lists with an answer, or None, for each item; the last list is the result. Raises
+        ValueError for an item that the model cannot take."""
 
 
-class _Job(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _Job:
     work: Work
-    item: Any
-    send: Callable[[Any], None]
-    left: threading.Event  # set when nobody waits any more
+    pixels: Any
+    text: str
+    loop: asyncio.AbstractEventLoop
+    answers: asyncio.Queue[Any] = dataclasses.field(default_factory=asyncio.Queue)
+    abandoned: bool = False  # nobody waits for it any more
 
+    def send(self, answer: Any) -> None:
+        """Called from the model's thread. None ends the answers; an exception is raised."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
 
-class _End(NamedTuple):
-    error: Exception | None = None
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            while (answer := await self.answers.get()) is not None:
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+        finally:
+            self.abandoned = True
+
+    async def last(self) -> Any:
+        """The last answer."""
+        async with contextlib.aclosing(aiter(self)) as answers:  # type: ignore[type-var]
+            return [answer async for answer in answers][-1]
 
 
 class Batcher:
-    """The thread that alone uses the model.
+    """Runs queued jobs in batches.
 
     Args:
-        model: what works are run with.
-        batch_size: items of a batch at most.
-        wait: seconds that the first of a batch waits for others.
-        depth: items that may wait; more are refused, see `check_room`.
-        seen: called with the size of each batch that was run.
+        model: passed to `Work.run`.
+        batch_size: largest batch.
+        wait: seconds that the first job of a batch waits for others.
+        seen: called with the size of each batch.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        batch_size: int,
-        wait: float,
-        depth: int,
-        seen: Callable[[int], None] = lambda size: None,
+        self, model: Any, *, batch_size: int, wait: float, seen: Callable[[int], Any] = int
     ):
-        self._model, self._batch_size, self._wait = model, batch_size, wait
-        self._depth, self._seen = depth, seen
+        self._model, self._batch_size, self._wait, self._seen = model, batch_size, wait, seen
         self._jobs: collections.deque[_Job] = collections.deque()
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
+        self._arrived = asyncio.Event()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "model")
+        self._running = threading.Lock()
 
-    @property
-    def waiting(self) -> int:
-        """Items that wait."""
-        return len(self._jobs)
+    def submit(self, work: Work, pixels: Any, text: str = "") -> _Job:
+        """Queues a job; iterate over it for its answers, or await `last`."""
+        job = _Job(work, pixels, text, asyncio.get_running_loop())
+        self._jobs.append(job)
+        self._arrived.set()
+        return job
 
-    @property
-    def alive(self) -> bool:
-        """Whether it still answers."""
-        return self._thread.is_alive() and not self._stopping
-
-    async def answers(self, work: Work, items: Sequence[Any]) -> list[Any]:
-        """The last answer to each item, in order. Raises ValueError as the work does, Refused when
-        too many wait."""
-        streams = self._submit(work, items)
-        return list(await asyncio.gather(*(_last(stream) for stream in streams)))
-
-    def stream(self, work: Work, item: Any) -> AsyncIterator[Any]:
-        """The answers to an item as they come. Raises as `answers`."""
-        return self._submit(work, [item])[0]
-
-    def _submit(self, work: Work, items: Sequence[Any]) -> list[AsyncIterator[Any]]:
+    async def run(self) -> None:
+        """Runs batches until it is cancelled."""
         loop = asyncio.get_running_loop()
-        with self._changed:
-            if self._stopping:
-                raise Refused(503, STOPPING)
-            check_room(len(items), len(self._jobs), self._depth)
-            streams = []
-            for item in items:
-                answers: asyncio.Queue[Any] = asyncio.Queue()
-                job = _Job(work, item, _sender(loop, answers), threading.Event())
-                self._jobs.append(job)
-                streams.append(_read(answers, job.left))
-            self._changed.notify()
-        return streams
+        while True:
+            if jobs := await self._next():
+                self._seen(len(jobs))
+                await loop.run_in_executor(self._thread, self._run, jobs)
 
-    def stop(self, seconds: float = 60.0) -> bool:
-        """Answers what waits, then ends the thread; waits for that no longer than `seconds`.
-        Returns whether it has ended."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+    def close(self, seconds: float) -> bool:
+        """Ends the thread. Waits for its batch at most `seconds`; returns whether it has ended."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + seconds
+        while self._running.locked() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return not self._running.locked()
 
-    def _take(self) -> list[_Job]:
-        """The next batch; [] when stopping."""
-        with self._changed:
-            while not self._jobs:
-                if self._stopping:
-                    return []
-                self._changed.wait()
-            work, end = self._jobs[0].work, time.monotonic() + self._wait
-            while True:
-                same = [job for job in self._jobs if job.work == work][: self._batch_size]
-                left = end - time.monotonic()
-                if len(same) == self._batch_size or left <= 0 or self._stopping:
-                    break
-                self._changed.wait(left)
-            taken = set(map(id, same))
-            self._jobs = collections.deque(job for job in self._jobs if id(job) not in taken)
-            return same
+    async def _next(self) -> list[_Job]:
+        while not self._jobs:
+            self._arrived.clear()
+            await self._arrived.wait()
+        work, loop = self._jobs[0].work, asyncio.get_running_loop()
+        deadline = loop.time() + self._wait
+        while True:
+            same = [job for job in self._jobs if job.work == work][: self._batch_size]
+            if len(same) == self._batch_size or loop.time() >= deadline:
+                break
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self._arrived.wait()
+        self._jobs = collections.deque(job for job in self._jobs if job not in same)
+        return [job for job in same if not job.abandoned]
 
-    def _run(self) -> None:
-        while jobs := self._take():
-            wanted = [job for job in jobs if not job.left.is_set()]
-            if wanted:
-                self._seen(len(wanted))
-                self._answer(wanted)
+    def _run(self, jobs: list[_Job]) -> None:
+        with self._running:
+            self._answer(jobs)
 
     def _answer(self, jobs: list[_Job]) -> None:
-        begun = False
+        started, end = False, None
         try:
-            for answers in jobs[0].work.run(self._model, [job.item for job in jobs]):
-                begun = True
+            pixels, texts = [job.pixels for job in jobs], [job.text for job in jobs]
+            for answers in jobs[0].work.run(self._model, pixels, texts):
+                started = True
                 for job, answer in zip(jobs, answers):
                     if answer is not None:
                         job.send(answer)
-                if all(job.left.is_set() for job in jobs):
+                if all(job.abandoned for job in jobs):
                     return
-            end = _End()
-        except Exception as error:  # whoever asked is told; the thread goes on
-            if isinstance(error, ValueError) and len(jobs) > 1 and not begun:
-                for job in jobs:  # one of them cannot be: the others are answered
+        except ValueError as error:
+            if len(jobs) > 1 and not started:  # one bad item must not fail the others
+                for job in jobs:
                     self._answer([job])
                 return
-            if not isinstance(error, ValueError):
-                logging.getLogger("coca_jax").exception("a batch failed")
-            end = _End(error)
+            end = error
+        except Exception as error:
+            logging.exception("a batch failed")
+            end = RuntimeError(type(error).__name__)
         for job in jobs:
             job.send(end)
 
 
-def _sender(loop: asyncio.AbstractEventLoop, answers: asyncio.Queue[Any]) -> Callable[[Any], None]:
-    def send(answer: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
-            loop.call_soon_threadsafe(answers.put_nowait, answer)
-
-    return send
-
-
-async def _read(answers: asyncio.Queue[Any], left: threading.Event) -> AsyncIterator[Any]:
-    try:
-        while True:
-            answer = await answers.get()
-            if isinstance(answer, _End):
-                if answer.error:
-                    raise answer.error
-                return
-            yield answer
-    finally:
-        left.set()
-
-
-async def _last(stream: AsyncIterator[Any]) -> Any:
-    last = None
-    async for answer in stream:
-        last = answer
-    return last
-
-
-# What the model is asked, in batches. Each class says what its items are, and what is answered.
-#
-# Pixels are what `model.fit_image` gives. Answers are ready for JSON.
+# -- what the model is asked -----------------------------------------------------------------------
+# Pixels are what `model.fit_image` returns; answers are ready for JSON.
 
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """Items: (pixels, prompt). Answers: {"captions": [...], "attention"}; with explain each caption
-    has its words."""
+    """Text: the prompt. Answer: {"captions": [...], "attention"}; `explain` adds words to each."""
 
     settings: Settings
     explain: bool = False
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        pixels, prompts = np.stack([one for one, _ in items]), [prompt for _, prompt in items]
-        # The same number for all: an image's captions do not depend on its company.
-        found = model.captions(
-            pixels, prompts, seeds=[0] * len(items), **dataclasses.asdict(self.settings)
-        )
-        yield _captions(model, pixels, found, self.explain)
+        images = np.stack(pixels)
+        # Equal seeds: captions of an image must not depend on what else is in the batch.
+        seeds = [0] * len(images)
+        found = model.captions(images, texts, seeds=seeds, **dataclasses.asdict(self.settings))
+        yield _captions(model, images, found, self.explain)
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedCaptions:
-    """Items and the last answer: as of Captions. Before it comes {"tokens": [...]} after each
-    token, one for each caption that is still written."""
+    """As Captions; before the result come {"tokens": [...]}, one for each unfinished caption."""
 
     settings: Settings
     explain: bool = False
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        pixels, prompts = np.stack([one for one, _ in items]), [prompt for _, prompt in items]
-        how = dataclasses.asdict(self.settings)
-        written: list[list[Caption]] = []
-        for now in model.stream_captions(pixels, prompts, seeds=[0] * len(items), **how):
-            before = written or [[None] * len(row) for row in now]
-            yield [_tokens(*pair) for pair in zip(before, now)]
-            written = now
-        for row in written:
+        images, how = np.stack(pixels), dataclasses.asdict(self.settings)
+        before: list[list[Caption | None]] = []
+        found: list[list[Caption]] = []
+        for found in model.stream_captions(images, texts, seeds=[0] * len(images), **how):
+            before = before or [[None] * len(row) for row in found]
+            yield [_tokens(*pair) for pair in zip(before, found)]
+            before = list(map(list, found))
+        for row in found:
             row.sort(key=lambda caption: -caption.log_prob)
-        yield _captions(model, pixels, written, self.explain)
+        yield _captions(model, images, found, self.explain)
 
 
-def _tokens(before: list[Any], now: list[Caption]) -> dict[str, Any] | None:
+def _tokens(before: list[Caption | None], now: list[Caption]) -> dict[str, Any] | None:
     new = [
         dict(
-            caption=place,
-            text=caption.text.rstrip("\ufffd"),
+            caption=number,
+            text=caption.text.rstrip("\ufffd"),  # half of a character
             probability=_probability(caption.log_prob - (old.log_prob if old else 0.0)),
             end=caption.finished,
         )
-        for place, (old, caption) in enumerate(zip(before, now))
+        for number, (old, caption) in enumerate(zip(before, now))
         if old is None or caption.num_tokens > old.num_tokens
     ]
     return dict(tokens=new) if new else None
@@ -251,124 +208,116 @@ def _tokens(before: list[Any], now: list[Caption]) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Explain:
-    """Items: (pixels, text). Answers: {"captions": [the text with its words], "attention"}; a text
-    that was cut to fit is not finished."""
+    """Answer: as Captions, of the given text; `finished` is false where it was cut to fit."""
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        texts = [text for _, text in items]
-        found = model.explain(np.stack([one for one, _ in items]), texts)
-        room = model.max_len - 2  # the begin and the end symbol are always there
-        whole = [len(ids) <= room for ids in model.vocabulary.encode_many(texts)]
-        yield [
-            dict(captions=[_explained(*told)], attention=_rounded(told[1].attention))
-            for told in zip(texts, found, whole)
-        ]
+        found = model.explain(np.stack(pixels), texts)
+        room = model.max_len - 2  # besides the begin and the end symbol
+        fits = [len(ids) <= room for ids in model.vocabulary.encode_many(texts)]
+        answers = []
+        for text, reason, finished in zip(texts, found, fits):
+            total = sum(word.log_prob for word in reason.words)
+            caption = _caption(Caption(text, total, len(reason.words), finished))
+            answers.append(_explained([caption], [reason]))
+        yield answers
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
-    """Items: pixels. Answers: {"labels": [{"label", "probability"}], the most probable first,
-    "cut": whether the model has read a beginning of a label in its sentence alone}.
-    template: the sentence around a label; '': those of `model.zero_shot`."""
+    """Answer: {"labels": [...], the most probable first, "cut": whether a label is longer than what
+    the model reads}. template: sentence with `{}`; '': the default of `model.zero_shot`."""
 
     labels: tuple[str, ...]
     template: str
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        with text_arrays.noting_cuts() as cuts:
-            found = model.zero_shot(np.stack(items), self.labels, self.template or None)
-        cut = any(cuts.rows)
-        yield [dict(labels=_ranked(self.labels, row), cut=cut) for row in found]
+        with tokenization.noting_cuts() as cuts:
+            found = model.zero_shot(np.stack(pixels), self.labels, self.template or None)
+        yield [dict(labels=_ranked(self.labels, row), cut=any(cuts.rows)) for row in found]
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Items: (pixels, of a head over pairs [2, ...]; question or ''). Answers: {"labels": [...]},
-    the k most probable classes of the task head, and of one that reads a question "cut", as
-    `Answer`."""
+    """Answer: {"labels": the k most probable classes of the task head}; "cut" as Answer, of heads
+    that read a question."""
 
     k: int
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
         reads = bool(model.head_kind and model.head_kind.reads_text)
-        texts = [question for _, question in items] if reads else None
-        found = model.classify(np.stack([one for one, _ in items]), texts)
-        told = [dict(labels=_ranked(model.class_names, row)[: self.k]) for row in found]
-        yield [one | cut for one, cut in zip(told, _cuts(model, texts))] if texts else told
+        found = model.classify(np.stack(pixels), texts if reads else None)
+        cuts = _cuts(model, texts) if reads else [{}] * len(found)
+        ranked = [_ranked(model.class_names, row)[: self.k] for row in found]
+        yield [dict(labels=labels) | cut for labels, cut in zip(ranked, cuts)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Items: (pixels, question). Answers: {"answer", as the decoder writes it, "cut": whether the
-    model has read a beginning of the question alone}."""
+    """Text: the question. Answer: {"answer": text, "cut": whether the question was cut}."""
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        pixels, questions = np.stack([one for one, _ in items]), [text for _, text in items]
-        found = model.answer(pixels, questions)
-        yield [dict(answer=text) | cut for text, cut in zip(found, _cuts(model, questions))]
+        found = model.answer(np.stack(pixels), texts)
+        yield [dict(answer=text) | cut for text, cut in zip(found, _cuts(model, texts))]
 
 
 def _cuts(model: CoCaModel, questions: list[str]) -> list[dict[str, bool]]:
-    """{"cut": whether it is longer than what the model reads} of each question."""
-    encode, words = model.vocabulary.encode_question, model.vocabulary.encode_many(questions)
-    read = [len(encode(question, model.max_len)) - 1 for question in questions]
+    words = model.vocabulary.encode_many(questions)
+    read = [len(model.vocabulary.encode_question(one, model.max_len)) - 1 for one in questions]
     return [dict(cut=count < len(ids)) for count, ids in zip(read, words)]
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbedImages:
-    """Items: pixels. Answers: embeddings float32 [E]."""
+    """Answer: float32 [E]."""
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        yield list(model.encode_image(np.stack(items)))
+        yield list(model.encode_image(np.stack(pixels)))
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbedTexts:
-    """Items: texts. Answers: (embedding float32 [E], whether the model has read a beginning of the
-    text alone)."""
+    """Answer: (float32 [E], whether the text was cut)."""
 
-    def run(self, model: CoCaModel, items: list[Any]) -> Iterator[list[Any]]:
+    def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        with text_arrays.noting_cuts() as cuts:
-            found = model.encode_text(items)
+        with tokenization.noting_cuts() as cuts:
+            found = model.encode_text(texts)
         yield list(zip(found, cuts.rows, strict=True))
 
 
 def _captions(
-    model: CoCaModel, pixels: np.ndarray, found: list[list[Caption]], explain: bool
+    model: CoCaModel, images: np.ndarray, found: Sequence[Sequence[Caption]], explain: bool
 ) -> list[dict[str, Any]]:
     if not explain:
         return [dict(captions=[_caption(one) for one in row]) for row in found]
     which = [number for number, row in enumerate(found) for _ in row]
-    every = iter(model.explain(pixels[which], [one for row in found for one in row]))
-    answers = []
-    for row in found:
-        reasons = [next(every) for _ in row]
-        captions = [_caption(one) | dict(words=_words(reason)) for one, reason in zip(row, reasons)]
-        answers.append(dict(captions=captions, attention=_rounded(reasons[0].attention)))
-    return answers
+    reasons = iter(model.explain(images[which], [one for row in found for one in row]))
+    return [
+        _explained([_caption(one) for one in row], [next(reasons) for _ in row]) for row in found
+    ]
 
 
 def _caption(caption: Caption) -> dict[str, Any]:
-    return dict(text=caption.text, log_prob=round(caption.log_prob, 4), finished=caption.finished)
+    return dict(
+        text=caption.text,
+        log_prob=round(caption.log_prob, 4),
+        # Geometric mean of the tokens' probabilities: unlike log_prob it doesn't depend on length.
+        confidence=_probability(caption.log_prob / max(caption.num_tokens, 1)),
+        finished=caption.finished,
+    )
 
 
-def _explained(text: str, reason: Explanation, whole: bool) -> dict[str, Any]:
-    total = sum(word.log_prob for word in reason.words)
-    return dict(text=text, log_prob=round(total, 4), finished=whole, words=_words(reason))
+def _explained(captions: list[dict[str, Any]], reasons: list[Explanation]) -> dict[str, Any]:
+    told = [one | dict(words=list(map(_word, why.words))) for one, why in zip(captions, reasons)]
+    return dict(captions=told, attention=_rounded(reasons[0].attention))
 
 
-def _words(reason: Explanation) -> list[dict[str, Any]]:
-    return [_word(word) for word in reason.words]
-
-
-def _word(word: Word) -> dict[str, Any]:
+def _word(word: Any) -> dict[str, Any]:
     others = [dict(text=text, probability=_probability(p)) for text, p in word.alternatives]
     return dict(
         text=word.text,
@@ -380,7 +329,7 @@ def _word(word: Word) -> dict[str, Any]:
 
 def _ranked(names: Any, probabilities: np.ndarray) -> list[dict[str, Any]]:
     order = np.argsort(-probabilities, kind="stable")
-    return [dict(label=names[i], probability=_short(float(probabilities[i]))) for i in order]
+    return [dict(label=names[i], probability=_short(probabilities[i])) for i in order]
 
 
 def _probability(log_prob: float) -> float:
@@ -388,7 +337,6 @@ def _probability(log_prob: float) -> float:
 
 
 def _short(probability: float) -> float:
-    """Six digits of it."""
     return float(f"{probability:.6g}")
 
 

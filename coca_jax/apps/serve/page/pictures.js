@@ -18,28 +18,31 @@ let asking = null; // AbortController of what is under way
 
 // -- asking ------------------------------------------------------------------------------------
 
-const storedKey = () => sessionStorage.getItem("key") || "";
-
-async function ask(path, form, signal) {
-  const headers = storedKey() ? { Authorization: `Bearer ${storedKey()}` } : {};
+// The key is sent once; the server answers with a cookie.
+async function ask(path, form, signal, key) {
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const how = form ? { method: "POST", body: form, headers, signal } : { headers, signal };
   let response;
   try {
     response = await fetch(path, how);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer; is it still running?");
+    throw new Error("The server does not answer. Is it still running?");
   }
   if (response.status === 401) {
     $("lock").hidden = false;
     $("key").focus();
   }
   if (!response.ok) {
-    const said = await response.json().catch(() => ({}));
-    throw new Error(said.error || `The server answered ${response.status}`);
+    const { detail } = await response.json().catch(() => ({}));
+    throw new Error(problem(detail) || `The server answered ${response.status}.`);
   }
   return response;
 }
+
+// A sentence, or FastAPI's list of fields that are wrong.
+const problem = (detail) =>
+  Array.isArray(detail) ? detail.map((one) => `${one.loc.at(-1)}: ${one.msg}.`).join(" ") : detail;
 
 // Does `work` while the form's button waits; says what it came to.
 async function during(form, says, work) {
@@ -63,7 +66,7 @@ async function during(form, says, work) {
 }
 
 function withPicture(values) {
-  if (!current) throw new Error("Choose a picture first.");
+  if (!current) throw new Error("Choose a picture or an example first.");
   const form = new FormData();
   form.append("image", current.file);
   for (const [name, value] of Object.entries(values)) form.append(name, value);
@@ -81,7 +84,7 @@ async function askAbout(path, values, signal) {
 
 // -- pictures ----------------------------------------------------------------------------------
 
-function add(files) {
+function add(files, source) {
   const limits = info?.limits;
   let added = null;
   let refused = "";
@@ -91,7 +94,7 @@ function add(files) {
       continue;
     }
     const clip = file.type.startsWith("video/");
-    added = { file, url: URL.createObjectURL(file), clip, name: file.name || "pasted picture" };
+    added = { file, url: URL.createObjectURL(file), clip, name: file.name || "pasted picture", source };
     pictures.push(added);
   }
   pictures.splice(0, pictures.length - 48).forEach((old) => URL.revokeObjectURL(old.url));
@@ -101,6 +104,7 @@ function add(files) {
 
 function list() {
   $("chosen").hidden = pictures.length < 2;
+  document.querySelectorAll("#examples button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.url === current?.source)));
   $("chosen").replaceChildren(
     ...pictures.map((one) => {
       const inside = one.clip ? make("span", { textContent: "▶" }) : make("img", { src: one.url, alt: "" });
@@ -120,11 +124,34 @@ function show(one, isNew) {
   $("clip").hidden = !one.clip;
   if (one.clip) $("clip").src = one.url;
   else Object.assign($("shown"), { src: one.url, alt: one.name });
+  $("stage").classList.add("chosen");
   hideHeat();
-  for (const id of ["labels", "answers"]) $(id).replaceChildren();
+  for (const id of ["labels", "answers", "captions"]) $(id).replaceChildren();
+  for (const id of ["line", "guess", "labels-guess", "answers-guess"]) $(id).hidden = true;
   if (one.captions) results(one.captions);
-  else $("captions").replaceChildren();
   if (isNew && !$("panel-caption").hidden) $("caption-form").requestSubmit();
+}
+
+// Pictures that the server offers to start with.
+function offer(count) {
+  $("examples").hidden = !count;
+  const list = $("examples").querySelector("ul");
+  list.replaceChildren(
+    ...Array.from({ length: count }, (_, n) => {
+      const url = `/api/examples/${n}`;
+      const button = make("button", { type: "button" }, make("img", { src: url, alt: "" }));
+      button.setAttribute("aria-label", `Example ${n + 1}`);
+      button.setAttribute("aria-pressed", "false");
+      button.dataset.url = url;
+      button.addEventListener("click", async () => {
+        const there = pictures.find((one) => one.source === url);
+        if (there) return show(there, !there.captions);
+        const blob = await (await ask(url)).blob();
+        add([new File([blob], `example ${n + 1}`, { type: blob.type })], url);
+      });
+      return make("li", {}, button);
+    })
+  );
 }
 
 $("file").addEventListener("change", (event) => {

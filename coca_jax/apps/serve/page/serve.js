@@ -34,7 +34,20 @@ function wordButton(word, others) {
   return button;
 }
 
+// Below this the model would write another caption about as gladly. The confidence of a caption is
+// the geometric mean of its tokens' probabilities, that of a label its probability.
+const GUESS = 0.5;
+
+function guess(id, confidence, what) {
+  $(id).hidden = !(confidence < GUESS);
+  $(id).textContent = `The model is guessing: ${what} only ${percent(confidence)}.`;
+}
+
 function results(answer) {
+  const [best] = answer.captions;
+  $("line").hidden = false;
+  $("line").textContent = best.text || "(no words)";
+  guess("guess", best.confidence, "on average it gave each word a probability of");
   $("captions").replaceChildren(
     ...answer.captions.map((caption) => {
       const others = make("p", { className: "others" });
@@ -42,7 +55,7 @@ function results(answer) {
       words.setAttribute("role", "group");
       words.setAttribute("aria-label", caption.text);
       words.append(...(caption.words ? caption.words.map((word) => wordButton(word, others)) : [caption.text]));
-      others.textContent = `log probability ${caption.log_prob.toFixed(2)}${caption.finished ? "" : ", cut off"}`;
+      others.textContent = caption.finished ? "" : "Cut off at the longest length.";
       return make("li", {}, words, others);
     }),
     ...(info.num_frames || !answer.attention ? [] : [make("li", {}, overall(answer.attention))])
@@ -79,6 +92,7 @@ function growing() {
       span.append(make("small", { textContent: percent(probability) }));
       line.words.append(span);
       line.text = text;
+      if (caption === 0) Object.assign($("line"), { hidden: false, textContent: text });
     }
   };
 }
@@ -111,27 +125,26 @@ function captionFields(form) {
 $("caption-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const form = event.target;
-  during(form, "Looking at the picture …", async (signal) => {
+  during(form, "Writing …", async (signal) => {
     const request = withPicture(captionFields(form));
     const one = current;
     release();
     hideHeat();
     const response = await ask("/api/caption", request, signal);
     if (one === current) $("captions").replaceChildren();
+    if (one === current) $("line").hidden = $("guess").hidden = true;
     const grow = growing();
     for await (const [kind, data] of events(response)) {
-      if (kind === "error") throw new Error(data.error);
+      if (kind === "error") throw new Error(data.detail);
       if (kind === "tokens" && one === current) grow(data.tokens);
       if (kind === "result") {
         one.captions = data;
         if (one !== current) return "";
         results(data);
-        const more = info.explains ? " Choose a word to see where the model looked." : "";
-        const said = data.captions.map((c) => c.text).join("; ");
-        return `Caption: ${said}${/[.!?]$/.test(said) ? "" : "."}${more}`;
+        return info.explains ? "Choose a word below to see where the model looked." : "";
       }
     }
-    throw new Error("The answer broke off; ask again.");
+    throw new Error("The answer ended early. Try again.");
   });
 });
 
@@ -149,7 +162,7 @@ $("explain-form").addEventListener("submit", (event) => {
     one.captions = found;
     if (one !== current) return "";
     results(found);
-    return "Choose a word to see where the model looked.";
+    return "Choose a word below to see where the model looked.";
   });
 });
 
@@ -174,6 +187,7 @@ $("labels-form").addEventListener("submit", (event) => {
     const [{ labels, cut }, one] = await askAbout("/api/zero_shot", values, signal);
     if (one !== current) return "";
     bars("labels", labels);
+    guess("labels-guess", labels[0].probability, "its first choice has a probability of");
     const told = cut ? " A label was cut: the model reads fewer words." : "";
     return `Most probable: ${labels[0].label}, ${percent(labels[0].probability)}.${told}`;
   });
@@ -189,6 +203,7 @@ $("ask-form").addEventListener("submit", (event) => {
       const [{ labels, cut }, one] = await askAbout("/api/head", values, signal);
       if (one !== current) return "";
       bars("answers", labels);
+      guess("answers-guess", labels[0].probability, "its first choice has a probability of");
       return `Answer: ${labels[0].label}, ${percent(labels[0].probability)}.${told(cut)}`;
     }
     const [{ answer, cut }, one] = await askAbout("/api/answer", { question }, signal);
@@ -200,10 +215,6 @@ $("ask-form").addEventListener("submit", (event) => {
 
 // -- search ------------------------------------------------------------------------------------
 
-async function thumbnail(path, side) {
-  return URL.createObjectURL(await (await ask(`${path}?side=${side}`)).blob());
-}
-
 function searchForm(values) {
   const form = new FormData();
   for (const [name, value] of Object.entries(values)) form.append(name, value);
@@ -213,39 +224,28 @@ function searchForm(values) {
 async function search(form, signal) {
   const { results: found, cut } = await (await ask("/api/search", form, signal)).json();
   $("found").hidden = false;
-  document.querySelectorAll("#gallery img").forEach((img) => URL.revokeObjectURL(img.src));
   $("gallery").replaceChildren(
     ...found.map((one) => {
       const says = one.caption || one.image.split("/").pop();
-      const place = make("span", { className: "none", textContent: "…" });
-      const button = make("button", { type: "button" }, place, says, " ", make("small", { textContent: one.score.toFixed(3) }));
+      const img = make("img", { src: one.picture, alt: "", loading: "lazy" });
+      img.addEventListener("error", () => img.replaceWith(make("span", { className: "none", textContent: "not shown" })));
+      const button = make("button", { type: "button" }, img, says, " ", make("small", { textContent: one.score.toFixed(3) }));
       button.addEventListener("click", () => enlarge(one, says));
-      thumbnail(one.picture, 320).then(
-        (src) => place.replaceWith(make("img", { src, alt: "" })),
-        () => (place.textContent = "not shown")
-      );
       return make("li", {}, button);
     })
   );
   return `Found ${plural(found.length, "picture")}.${cut ? " The text was cut: the model reads fewer words." : ""}`;
 }
 
-let enlarged = null; // the find that is shown large
-
-async function enlarge(one, says) {
-  enlarged = one;
+function enlarge(one, says) {
   $("large-title").textContent = says;
   $("large-note").textContent = `${one.image} · similarity ${one.score.toFixed(4)}`;
-  $("large-picture").removeAttribute("src");
-  $("large-picture").alt = says;
+  Object.assign($("large-picture"), { src: `${one.picture}?large=true`, alt: says });
   $("more-like").onclick = () => {
     $("large").close();
     during($("search-form"), "Searching …", (signal) => search(searchForm({ like: one.row }), signal));
   };
   $("large").showModal();
-  const src = await thumbnail(one.picture, 1280).catch(() => "data:,");
-  if (enlarged === one) $("large-picture").src = src;
-  else URL.revokeObjectURL(src);
 }
 
 $("search-form").addEventListener("submit", (event) => {
@@ -259,7 +259,7 @@ $("search-form").addEventListener("submit", (event) => {
       form.append("text_weight", (100 - balance.value) / 100);
       form.append("image_weight", balance.value / 100);
     }
-    if (!words && !both.checked) throw new Error("Type words, or take the chosen picture.");
+    if (!words && !both.checked) throw new Error("Type words, or use the chosen picture.");
     return search(form, signal);
   });
 });
@@ -300,22 +300,24 @@ document.addEventListener("keydown", (event) => {
 
 $("lock").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("key", $("key").value);
   $("lock").hidden = true;
-  start();
+  start($("key").value);
 });
 
-async function start() {
+async function start(key) {
   try {
-    info = await (await ask("/api/info")).json();
+    info = await (await ask("/api/info", null, undefined, key)).json();
   } catch (error) {
     $("about").textContent = error.message;
     return;
   }
   $("name").textContent = document.title = info.name;
-  const kind = info.num_frames ? `clips of ${info.num_frames} frames` : "pictures";
-  const found = info.index ? `, ${plural(info.index.pictures, "picture")} to search` : "";
-  $("about").textContent = `A model of ${kind} at ${[].concat(info.image_size).join(" × ")} pixels${found}.`;
+  const kind = info.num_frames ? "clips" : "pictures";
+  const does = [info.captions ? `writes captions of ${kind}` : "", "compares labels", info.index ? `searches ${plural(info.index.pictures, "picture")}` : ""];
+  $("about").textContent = `This model ${does.filter(Boolean).join(", ").replace(/, ([^,]*)$/, " and $1")}.`;
+  if (!info.captions) $("picture-title").textContent = "Choose a picture, and compare labels for it.";
+  for (const page of info.pages) $(page).hidden = false;
+  if (!info.num_frames) offer(info.examples);
   if (info.num_frames) $("file").accept = "image/*,video/*";
   $("tab-search").hidden = !info.index;
   if (!info.captions) {
