@@ -13,9 +13,9 @@ SEQIO = ["seqio==0.0.20", TENSORFLOW, "tensorflow-text>=2.21,<2.22"]
 PARQUET = ["pyarrow>=17"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
 SERVE = [
+    "fastapi>=0.165",  # max_body_size, form_limits
     "prometheus-client>=0.20",
     "python-multipart>=0.0.18",  # bounds what a part's headers may hold
-    "starlette>=0.40",
     "uvicorn>=0.30",
 ]
 TFDS = [TENSORFLOW, "tensorflow-datasets>=4.9.9"]
@@ -88,6 +88,8 @@ setuptools.setup(
             "moto[s3]>=5",
             "pillow-heif>=0.18",
             "mypy==2.4.1",
+            "playwright>=1.50",  # the page of serve, where Chromium is installed
+            "axe-playwright-python>=0.1.4",
             "pytest>=8",
             "pytest-xdist>=3.8",
             "ray>=2.40",

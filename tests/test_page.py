@@ -1,114 +1,136 @@
-"""What the page of `serve` does with answers that come late, in Node without a browser."""
+"""The page of `coca-jax serve` in a real browser without a window, as on a desk and on a phone."""
 
+import base64
 import json
-import pathlib
 import shutil
-import subprocess
 
 import pytest
+from test_serve import Client, folder, model, no_compile_cache, png, searched, words  # noqa: F401
 
-HERE = pathlib.Path(__file__).resolve().parent
-PAGE = HERE.parent / "coca_jax/apps/serve/page"
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'test'")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the extra 'test'")
+expect = playwright.expect
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+if not CHROMIUM:
+    pytest.skip("needs Chromium", allow_module_level=True)
 
-if not shutil.which("node"):
-    pytest.skip("needs Node", allow_module_level=True)
-
-
-def after(steps: str):
-    """What the page came to by some steps, which have what page_stand_ins.js gives them."""
-    command = ["node", HERE / "page_stand_ins.js", PAGE / "pictures.js", PAGE / "serve.js"]
-    done = subprocess.run(command, input=steps, capture_output=True, text=True, timeout=60)
-    assert not done.returncode and not done.stderr, done.stderr
-    return json.loads(done.stdout)
+SIZES = dict(desktop=dict(width=1280, height=850), phone=dict(width=390, height=760))
 
 
-TWO = """
-add([picture("cat.png"), picture("dog.png")]);
-const [cat, dog] = pictures;
-show(cat, false);
-"""
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as api:
+        found = api.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
-def test_an_explanation_is_of_the_picture_that_was_asked_about():
-    found = after(
-        TWO
-        + """
-        element("explain-form").fire("submit");
-        show(dog, false);
-        const captions = [{ text: "words of cat", log_prob: -1, finished: true }];
-        await asked[0].answer({ results: [{ captions }] });
-        const then = text(element("captions"));
-        show(cat, false);
-        return [asked[0].picture, then, dog.captions, text(element("captions")).trim()];
-        """
-    )
-    assert found[:2] == ["cat.png", ""] and found[2] is None
-    assert found[3].startswith("words of cat log probability -1.00")
+@pytest.fixture(scope="module")
+def served(model, searched, tmp_path_factory):  # noqa: F811
+    """A run with a report and held-out pictures, and an index; it needs a key."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "report.html").write_text("<title>A report</title>")
+    items = [dict(image=base64.b64encode(png(i)).decode()) for i in range(12)]
+    (run / "eval_examples.json").write_text(json.dumps({"captioning/x": dict(items=items)}))
+    client = Client(model, index=searched, folder=str(run), key="a key of many letters")
+    yield client
+    client.close()
 
 
-@pytest.mark.parametrize(
-    "form, into, answer, says",
-    [
-        ("labels", "labels", dict(labels=[dict(label="cat", probability=0.9)]), "cat90%"),
-        ("ask", "answers", dict(answer="a cat"), "a cat"),
-    ],
-)
-def test_labels_and_answers_are_not_shown_beside_another_picture(form, into, answer, says):
-    found = after(
-        TWO
-        + f"""
-        const seen = [];
-        for (const one of [dog, cat]) {{
-          show(cat, false);
-          element("{form}-form").fire("submit");
-          show(one, false);
-          await asked.pop().answer({{ results: [{json.dumps(answer)}] }});
-          seen.push(text(element("{into}")).replace(/ /g, ""), text(element("status")));
-        }}
-        return seen;
-        """
-    )
-    assert found[:2] == ["", ""]
-    assert found[2] == says.replace(" ", "") and "cat" in found[3]
+@pytest.fixture(params=SIZES)
+def page(request, browser, served):
+    context = browser.new_context(viewport=SIZES[request.param])
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"http://127.0.0.1:{served.port}/")
+    page.fill("#key", "a key of many letters")
+    page.click("#lock button")
+    page.wait_for_selector("#examples img")
+    yield page
+    assert not problems
+    context.close()
 
 
-def test_captions_of_another_picture_stay_while_one_is_written():
-    found = after(
-        TWO
-        + """
-        dog.captions = { captions: [{ text: "words of dog", log_prob: -2, finished: true }] };
-        element("caption-form").fire("submit");
-        show(dog, false);
-        await asked[0].answer({});
-        return text(element("captions"));
-        """
-    )
-    assert "words of dog" in found
+def file(name, seed=1, size=None):
+    data = png(seed) if size is None else b"x" * size
+    return dict(name=name, mimeType="image/png", buffer=data)
 
 
-def test_a_file_that_is_too_large_is_said_and_no_other_is_captioned_again():
-    found = after(
-        """
-        element("panel-caption").hidden = false;
-        add([picture("a.png")]);
-        add([picture("huge.png", 5 << 20)]);
-        const told = text(element("error"));
-        add([picture("b.png"), picture("huge.png", 5 << 20)]);
-        return [told, text(element("error")), asked.map((one) => one.picture)];
-        """
-    )
-    told = "huge.png is larger than 1 MiB; make it smaller."
-    assert found == [told, told, ["a.png", "b.png"]]
+def accessible(page):
+    found = axe.Axe().run(page).response["violations"]
+    assert not found, [(one["id"], one["nodes"][0]["target"]) for one in found]
 
 
-def test_the_picture_that_was_opened_last_is_the_one_that_is_shown_large():
-    found = after(
-        """
-        enlarge({ picture: "/api/pictures/1", image: "one", score: 0.5 }, "one");
-        enlarge({ picture: "/api/pictures/2", image: "two", score: 0.5 }, "two");
-        await asked[1].answer({ name: "two" });
-        await asked[0].answer({ name: "one" });
-        return [text(element("large-title")), element("large-picture").src];
-        """
-    )
-    assert found == ["two", "blob:two"]
+def test_an_example_is_described_beside_it(page, served, model):  # noqa: F811
+    """The caption is seen without scrolling, a word lights the picture, links lead to the run."""
+    accessible(page)
+    page.click("#examples li:nth-child(2) button")
+    page.wait_for_selector("#captions .words button")
+    (caption,) = model.caption([png(1)])
+    assert page.inner_text("#line") == (caption or "(no words)")
+    end = page.locator("#line").bounding_box()
+    assert end["y"] + end["height"] < page.viewport_size["height"]
+    page.click("#captions .words button:first-child")
+    assert "Where the model looked" in page.inner_text("#looks")
+    assert page.locator("#heat.on").count() == 1
+    accessible(page)
+    page.click("#report")
+    page.wait_for_url("**/api/report")
+    assert page.title() == "A report"
+
+
+def test_labels_questions_and_search(page):
+    page.set_input_files("#file", [file("cat.png")])
+    page.wait_for_selector("#captions .words button")
+    page.click("#tab-labels")
+    page.fill("#labels-form textarea", "red\nblue\ngreen")
+    page.click("#labels-form button")
+    page.wait_for_selector("#labels li:nth-child(3)")
+    shares = [float(text.strip("%")) for text in page.locator("#labels b").all_inner_texts()]
+    assert sum(shares) == pytest.approx(100, abs=2)
+    assert page.locator("#labels-guess").is_visible() == (shares[0] < 50)
+    page.fill("#labels-form textarea", "red")  # what the server refuses is said
+    page.click("#labels-form button")
+    expect(page.locator("#error")).to_contain_text("1 labels. Give 2 to 1000.")
+    page.click("#tab-search")
+    page.fill("#search-form [name=text]", "red")
+    page.click("#search-form button")
+    expect(page.locator("#gallery img")).to_have_count(6)
+    page.click("#gallery li:first-child button")
+    expect(page.locator("#large-picture")).to_have_js_property("naturalWidth", 20)
+    accessible(page)
+
+
+@pytest.mark.parametrize("similarity, guessing", [(0.2, True), (0.9, False)])
+def test_a_caption_that_fits_badly_is_called_a_guess(page, similarity, guessing):
+    page.evaluate("info.usual_similarity = 0.5")
+    caption = dict(text="a cat", log_prob=-1, confidence=0.9, finished=True, similarity=similarity)
+    body = f"event: result\ndata: {json.dumps(dict(captions=[caption]))}\n\n"
+    page.route("**/api/caption", lambda route: route.fulfill(body=body))
+    page.set_input_files("#file", [file("cat.png")])
+    expect(page.locator("#line")).to_have_text("a cat")
+    assert page.locator("#guess").is_visible() == guessing
+
+
+def test_late_answers_are_not_shown_beside_another_picture(page):
+    held = []
+    page.route("**/api/zero_shot", lambda route: held.append(route))
+    page.set_input_files("#file", [file("cat.png", 1), file("dog.png", 2)])
+    page.wait_for_selector("#captions .words button")
+    dog = page.inner_text("#line")
+    page.click("#tab-labels")
+    page.fill("#labels-form textarea", "red\nblue")
+    page.click("#labels-form button")
+    expect(page.locator("#labels-form button")).to_be_disabled()
+    page.click("#chosen li:first-child button")  # the cat
+    held[0].fulfill(json=dict(results=[dict(labels=[dict(label="late", probability=1)])]))
+    expect(page.locator("#labels-form button")).to_be_enabled()
+    assert page.inner_text("#labels") == ""
+    page.click("#chosen li:last-child button")
+    assert page.inner_text("#line") == dog  # kept with its picture
+
+
+def test_a_file_that_is_too_large_is_named_and_the_others_are_taken(page):
+    page.set_input_files("#file", [file("a.png"), file("huge.png", size=5 << 20)])
+    page.wait_for_selector("#captions .words button")
+    assert page.inner_text("#error") == "huge.png is larger than 1 MiB; make it smaller."

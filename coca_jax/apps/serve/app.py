@@ -76,7 +76,7 @@ _BOUNDS: dict[str, tuple[float, float]] = dict(
 
 
 def _setting(field: dataclasses.Field[Any]) -> Any:
-    bounds = dict(zip(("ge", "le"), _BOUNDS.get(field.name, ())))
+    bounds: Any = dict(zip(("ge", "le"), _BOUNDS.get(field.name, ())))
     default: Any = pydantic.Field(field.default, description=NOTES[field.name], **bounds)
     return type(field.default), default
 
@@ -166,13 +166,14 @@ class Word(Alternative):
 
 class Caption(pydantic.BaseModel):
     """log_prob: sum over the tokens; confidence: geometric mean of the tokens' probabilities;
-    finished: whether it ended by itself."""
+    finished: whether it ended by itself; similarity: cosine of picture and caption."""
 
     text: str
     log_prob: float
     confidence: float
     finished: bool
     words: list[Word] | None = None
+    similarity: float | None = None
 
 
 class PictureCaptions(pydantic.BaseModel):
@@ -335,7 +336,9 @@ class Server:
             min(machine.count(), MAX_DECODING), "decoder"
         )
         self.pages = _pages(folder)
-        self.examples = _examples(folder, index)
+        held_out = _held_out(folder)
+        self.examples = _examples(held_out, index)
+        self.usual_similarity = _usual_similarity(model, held_out)
 
     @contextlib.contextmanager
     def room(self, count: int) -> Iterator[None]:
@@ -404,8 +407,8 @@ class Server:
 
     async def embed(
         self, request: Request, files: Sequence[UploadFile], texts: list[str]
-    ) -> tuple[list[np.ndarray], list[tuple[np.ndarray, bool]]]:
-        """Embeddings of pictures; of texts, and whether each was cut."""
+    ) -> tuple[list[Any], list[tuple[Any, bool]]]:
+        """Embeddings float32 [E] of pictures; of texts, and whether each was cut."""
 
         async def both() -> Any:
             pixels = await self.pixels(files)
@@ -452,23 +455,42 @@ def _pages(folder: str) -> dict[str, str]:
     return {name: paths[0] for name, paths in found.items() if paths and folder}
 
 
-def _examples(folder: str, index: Any) -> list[bytes]:
-    """Pictures for the page to offer, PNG: held-out ones of the run's evaluation, else the first of
-    the index, else drawn scenes."""
-    found: list[str | bytes] = []
+def _held_out(folder: str) -> list[bytes]:
+    """Pictures of the run's evaluations, which they keep for the report; [] for none."""
+    found: dict[bytes, None] = {}
     with contextlib.suppress(
         OSError, ValueError, AttributeError
     ):  # no evaluation, or a damaged one
         data = storage.place(os.path.join(folder or "/nowhere", "eval_examples.json")).read_bytes()
         for task in bounded_json.loads(data).values():
-            found += [base64.b64decode(one["image"]) for one in task.get("items", ())]
+            found |= {base64.b64decode(one["image"]): None for one in task.get("items", ())}
+    return list(found)
+
+
+def _examples(held_out: list[bytes], index: Any) -> list[bytes]:
+    """Pictures for the page to offer, PNG: held-out ones, else the first of the index, else drawn
+    scenes."""
+    found: list[str | bytes] = [*held_out]
     with contextlib.suppress(OSError, ValueError):
         if index is not None and not found:
             found = [index.file(row)[0] for row in range(min(MAX_EXAMPLES, len(index.names)))]
     if not found:
         scenes = synthetic_source.open_entry(Entry(builtin="scenes"), "test")
         found = [record.image for record in scenes.read(list(range(MAX_EXAMPLES)))]
-    return [_encode(one, 320, "PNG") for one in list(dict.fromkeys(found))[:MAX_EXAMPLES]]
+    return [_encode(one, 320, "PNG") for one in found[:MAX_EXAMPLES]]
+
+
+def _usual_similarity(model: Any, held_out: list[bytes]) -> float | None:
+    """Cosine between picture and caption that 9 of 10 held-out pictures exceed: below it the page
+    says that the model is guessing. None where the run kept no pictures."""
+    if len(held_out) < 10 or not (model.writes_captions and model.explains) or model.num_frames:
+        return None
+    work = batcher.StreamedCaptions(Settings(), explain=True)
+    found = []
+    for data in held_out[:40]:  # one by one: these programs are compiled already
+        *_, (last,) = work.run(model, [model.fit_image(data)], [""])
+        found.append(last["captions"][0]["similarity"])
+    return round(float(np.quantile(found, 0.1)), 4)
 
 
 @functools.lru_cache(maxsize=512)
@@ -695,6 +717,7 @@ async def info(server: State) -> dict[str, Any]:
         answers=any(supervision.of(Entry.of(one)).asks for one in config.data.sources),
         index=index and dict(pictures=len(index.names)),
         examples=len(server.examples),
+        usual_similarity=server.usual_similarity,
         pages=sorted(server.pages),
         limits=dict(
             bytes=limits.megabytes << 20,

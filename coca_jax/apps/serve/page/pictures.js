@@ -103,10 +103,12 @@ function add(files, source) {
 }
 
 function list() {
-  $("chosen").hidden = pictures.length < 2;
-  document.querySelectorAll("#examples button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.url === current?.source)));
+  const own = pictures.filter((one) => !one.source);
+  $("chosen").hidden = own.length < 2;
+  for (const button of document.querySelectorAll("#examples button"))
+    button.setAttribute("aria-pressed", String(button.dataset.url === current?.source));
   $("chosen").replaceChildren(
-    ...pictures.map((one) => {
+    ...own.map((one) => {
       const inside = one.clip ? make("span", { textContent: "▶" }) : make("img", { src: one.url, alt: "" });
       const button = make("button", { type: "button", onclick: () => show(one, false) }, inside);
       button.setAttribute("aria-label", one.name);
@@ -125,6 +127,7 @@ function show(one, isNew) {
   if (one.clip) $("clip").src = one.url;
   else Object.assign($("shown"), { src: one.url, alt: one.name });
   $("stage").classList.add("chosen");
+  if (isNew) $("stage").scrollIntoView({ block: "nearest" });
   hideHeat();
   for (const id of ["labels", "answers", "captions"]) $(id).replaceChildren();
   for (const id of ["line", "guess", "labels-guess", "answers-guess"]) $(id).hidden = true;

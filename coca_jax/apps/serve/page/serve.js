@@ -34,20 +34,27 @@ function wordButton(word, others) {
   return button;
 }
 
-// Below this the model would write another caption about as gladly. The confidence of a caption is
-// the geometric mean of its tokens' probabilities, that of a label its probability.
-const GUESS = 0.5;
+const GUESS = 0.5; // probability of a label or class, or mean probability of a caption's words
 
-function guess(id, confidence, what) {
-  $(id).hidden = !(confidence < GUESS);
-  $(id).textContent = `The model is guessing: ${what} only ${percent(confidence)}.`;
+function guess(id, probability, what) {
+  $(id).hidden = !(probability < GUESS);
+  $(id).textContent = `The model is guessing: ${what} only ${percent(probability)}.`;
+}
+
+// Against the captions of pictures from its evaluation, where the server has some; else by its words.
+function guessCaption({ similarity, confidence }) {
+  if (similarity === undefined || info.usual_similarity === null)
+    return guess("guess", confidence, "on average it gave each word a probability of");
+  $("guess").hidden = similarity >= info.usual_similarity;
+  $("guess").textContent = "The model is guessing: this picture is unlike those it knows.";
 }
 
 function results(answer) {
   const [best] = answer.captions;
   $("line").hidden = false;
   $("line").textContent = best.text || "(no words)";
-  guess("guess", best.confidence, "on average it gave each word a probability of");
+  guessCaption(best);
+  hideHeat(best.words && !info.num_frames ? "Choose a word to see where the model looked." : "");
   $("captions").replaceChildren(
     ...answer.captions.map((caption) => {
       const others = make("p", { className: "others" });
@@ -63,14 +70,14 @@ function results(answer) {
 }
 
 function overall(map) {
-  const button = make("button", { type: "button", textContent: "What the picture’s embedding looks at" });
+  const button = make("button", { type: "button", textContent: "Where the model looked overall" });
   button.addEventListener("click", () => {
     release();
     if ($("heat").classList.contains("on") && $("looks").dataset.whole) {
       delete $("looks").dataset.whole;
       return hideHeat();
     }
-    heat(map, "What the picture’s embedding looks at");
+    heat(map, "Where the model looked overall");
     $("looks").dataset.whole = "1";
   });
   return button;
@@ -141,7 +148,7 @@ $("caption-form").addEventListener("submit", (event) => {
         one.captions = data;
         if (one !== current) return "";
         results(data);
-        return info.explains ? "Choose a word below to see where the model looked." : "";
+        return "";
       }
     }
     throw new Error("The answer ended early. Try again.");
@@ -162,7 +169,7 @@ $("explain-form").addEventListener("submit", (event) => {
     one.captions = found;
     if (one !== current) return "";
     results(found);
-    return "Choose a word below to see where the model looked.";
+    return "";
   });
 });
 
