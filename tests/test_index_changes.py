@@ -353,7 +353,7 @@ def test_an_index_names_the_model_that_it_is_added_to_with(call, folder, model, 
         ("index", "k", 3, "query"),
         ("query", "threshold", 0.9, "duplicates"),
         ("duplicates", "out", "o", "index"),
-        ("clusters", "dtype", "float32", "index and query"),
+        ("duplicates", "dtype", "float32", "index, query, clusters"),
     ],
 )
 def test_a_flag_of_another_command_is_refused(call, folder, command, flag, value, of):

@@ -375,3 +375,42 @@ def test_the_command(model, folder, tmp_path):  # noqa: F811
     assert lines[-1]["texts"] == ["red"] and lines[-1]["pictures"] == 10
     done = run("query", "none.png", f"--index={out}")
     assert done.returncode == 2 and "none.png: no such picture" in done.stderr
+
+
+def test_contact_sheets_scores_of_duplicates_and_names_of_clusters(
+    model,  # noqa: F811
+    folder,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    for number, name in enumerate(("a/copy <b>.png", "a/copy2.png")):
+        (folder / name).write_bytes(encoded(3 * number))  # of a/0.png and a/3.png
+    embed(model, folder, tmp_path / "i")
+    monkeypatch.setattr(coca_jax, "load", lambda *_, **__: model)
+    sheet = tmp_path / "sheet.html"
+
+    def call(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            flags_of("search", patch)
+            given = ["search", *arguments, f"--index={tmp_path / 'i'}", f"--html={sheet}"]
+            search.main(search.flags.FLAGS(given))
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return lines, sheet.read_text()
+
+    groups, page = call("duplicates", "--threshold=0.999")
+    assert [list(map(pathlib.Path, one["images"])) for one in groups] == [
+        [folder / "a/0.png", folder / "a/copy <b>.png"],
+        [folder / "a/3.png", folder / "a/copy2.png"],
+    ]
+    assert [one["scores"] for one in groups] == [[1.0, 1.0]] * 2
+    assert page.count("<img src=") == 4 and "copy &lt;b&gt;" in page and "1.0000" in page
+    assert "http" not in page.replace("https://", "http") and "<script" not in page
+    groups, page = call("clusters", "--clusters=2", "--labels=red, a blue square")
+    assert {one["label"] for one in groups} == {"red", "a blue square"}
+    assert page.count("<img src=") == 12 and page.count("<h2>") == 2
+    groups, page = call("clusters", "--clusters=2")
+    assert {one["label"] for one in groups} == {"a", "b"}  # the captions: class folders
+    (folder / "a/0.png").unlink()
+    _, page = call("query", "red", "--k=12")
+    assert page.count("<img src=") == 11 and page.count("not shown") == 1

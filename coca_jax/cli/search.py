@@ -4,8 +4,10 @@
                       again and only new files are embedded; ended anywhere, it goes on.
   query WHAT ...      the most similar pictures. Each WHAT is a text, or the path or URL of a
                       picture; several are looked for together.
-  duplicates          groups of pictures that look alike
-  clusters            groups of pictures of a kind
+  duplicates          groups of pictures that look alike, with their similarities
+  clusters            groups of pictures of a kind, named by the nearest of --labels
+
+--html=sheet.html writes the pictures that were found as one page, and opens it.
 
 Every result is a line, and the last line gives counts; without a terminal, or with --json, all of
 them are JSON.
@@ -19,6 +21,7 @@ Examples:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
@@ -29,19 +32,21 @@ from typing import Any
 from absl import flags
 
 from coca_jax.cli import main as cli
-from coca_jax.data.sources import formats
+from coca_jax.data.sources import files, formats
 from coca_jax.runtime import activity, storage, workers
 
 SHOWN = 3  # images of a cluster that a terminal shows
+MAX_LABELS = 1000  # captions that may name clusters
 OPERANDS = "pictures, folders and texts"
 # Flags that some of the commands have alone.
 _OF = (
     dict.fromkeys(("out", "engine", "workers", "shard", "allow_paths"), ("index",))
     | dict.fromkeys(("k", "weights"), ("query",))
-    | dict.fromkeys(("checkpoint", "dtype", "batch_size"), ("index", "query"))
+    | dict.fromkeys(("checkpoint", "dtype", "batch_size"), ("index", "query", "clusters"))
     | dict.fromkeys(("index",), ("query", "duplicates", "clusters"))
     | dict.fromkeys(("threshold",), ("duplicates",))
-    | dict.fromkeys(("clusters", "seed"), ("clusters",))
+    | dict.fromkeys(("clusters", "seed", "labels"), ("clusters",))
+    | dict.fromkeys(("html",), ("query", "duplicates", "clusters"))
 )
 
 
@@ -62,6 +67,15 @@ def define_flags() -> None:
     flags.DEFINE_list("weights", [], "query: weight of each WHAT; default: all 1.")
     flags.DEFINE_float("threshold", 0.95, "duplicates: least cosine similarity of a pair.")
     flags.DEFINE_integer("clusters", 20, "clusters: how many.", 1)
+    flags.DEFINE_string(
+        "labels",
+        "",
+        "clusters: labels that name them, a,b,c or a file with one per line. "
+        "Default: the captions of the index.",
+    )
+    flags.DEFINE_string(
+        "html", "", "query, duplicates, clusters: write a contact sheet here and open it."
+    )
     flags.DEFINE_integer("seed", 0, "clusters: of where they begin.", 0, 2**32 - 1)
 
 
@@ -76,7 +90,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     for name, commands in _OF.items():
         flag = flags.FLAGS[name]
         if flag.value != flag.default and argv[1] not in commands:
-            raise ValueError(f"search {argv[1]}: --{name} is a flag of {' and '.join(commands)}")
+            raise ValueError(f"search {argv[1]}: --{name} is a flag of {', '.join(commands)}")
     start = time.time()
     result = work[argv[1]](list(argv[2:]))
     return result | dict(seconds=round(time.time() - start, 2))
@@ -221,6 +235,8 @@ def _query(wanted: list[str]) -> dict[str, Any]:
     for one in found:
         caption = f"  {one['caption']}" if one["caption"] else ""
         cli.show_one(one, f"{one['rank']:3d}  {one['score']:.4f}  {one['image']}{caption}")
+    shown = [(index.place(one["row"]), f"{one['score']:.4f}") for one in found]
+    _sheet(index, " + ".join(wanted), [(f"{len(found)} pictures", shown)])
     return dict(texts=texts, images=images, found=len(found), pictures=len(index.names))
 
 
@@ -258,31 +274,74 @@ def _is_picture(text: str) -> bool:
     return False
 
 
+def _sheet(index: Any, title: str, groups: list[tuple[str, list[tuple[int, str]]]]) -> None:
+    """Writes and opens the contact sheet of --html."""
+    if path := flags.FLAGS.html:
+        from coca_jax.apps.search import sheet
+
+        with cli.waiting(f"writing {path}"):
+            sheet.write(path, title, groups, index)
+        sheet.show(path)
+
+
 def _duplicates(rest: list[str]) -> dict[str, Any]:
     index = _open()
     from coca_jax.apps.search import groups as alike
 
-    groups = alike.duplicates(index, flags.FLAGS.threshold, progress=True)
-    for rows in groups:
-        names = [index.names[row] for row in rows]
-        cli.show_one(dict(images=names), "  ".join(names))
-    extra = sum(len(rows) - 1 for rows in groups)
-    return dict(groups=len(groups), duplicates=extra, pictures=len(index.names))
+    found = alike.duplicates(index, flags.FLAGS.threshold, progress=True)
+    shown = []
+    for number, rows in enumerate(found, 1):
+        names, scores = [index.names[row] for row in rows], alike.similarities(index, rows)
+        texts = [f"{score:.4f}" for score in scores]
+        line = "  ".join(f"{text} {name}" for text, name in zip(texts, names))
+        cli.show_one(dict(images=names, scores=scores), line)
+        shown.append((f"Group {number}: {len(rows)} pictures", list(zip(rows, texts))))
+    _sheet(index, f"Duplicates above {flags.FLAGS.threshold:g}", shown)
+    extra = sum(len(rows) - 1 for rows in found)
+    return dict(groups=len(found), duplicates=extra, pictures=len(index.names))
 
 
 def _clusters(rest: list[str]) -> dict[str, Any]:
     index = _open()
+    labels = _labels(index)
     from coca_jax.apps.search import groups
 
     count = flags.FLAGS.clusters
     with cli.waiting(f"grouping {len(index.names)} pictures into {count} clusters"):
         found = groups.clusters(index, count, flags.FLAGS.seed)
-    for one in found:
+    titles = [""] * len(found)
+    if labels:
+        model = _model_of(index)
+        index.check(model)
+        titles = groups.name_clusters(index, found, model, labels)
+    else:
+        cli.say("no captions in this index; --labels=FILE names the clusters")
+    shown = []
+    for title, one in zip(titles, found):
         names = [index.names[row] for row in one["rows"]]
         more = f"  and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-        line = f"{len(names):,} images: {'  '.join(names[:SHOWN])}{more}"
-        cli.show_one(dict(size=len(names), images=names), line)
+        head = f"{title or 'cluster'}: {len(names):,} images"
+        cli.show_one(
+            dict(label=title, size=len(names), images=names),
+            f"{head}: {'  '.join(names[:SHOWN])}{more}",
+        )
+        shown.append((head, [(row, "") for row in one["rows"]]))
+    _sheet(index, f"{len(found)} clusters", shown)
     return dict(clusters=len(found), pictures=len(index.names))
+
+
+def _labels(index: Any) -> list[str]:
+    """Labels that may name clusters: of --labels, else the most frequent captions."""
+    given = flags.FLAGS.labels
+    if not given:
+        counts = collections.Counter(text for text in index.captions if text)
+        return [text for text, _ in counts.most_common(MAX_LABELS)]
+    is_file = os.path.isfile(given)
+    text = files.read_bounded(given, 1 << 20).decode() if is_file else given.replace(",", "\n")
+    labels = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(labels) < 2:
+        raise ValueError(f"--labels={given}: {len(labels)} labels. Give two or more.")
+    return labels
 
 
 if __name__ == "__main__":

@@ -45,6 +45,27 @@ def duplicates(index: Index, threshold: float, *, progress: bool = False) -> lis
     return sorted(found, key=lambda group: (-len(group), group[0]))
 
 
+def similarities(index: Index, rows: list[int]) -> list[float]:
+    """Of each picture of a group of duplicates, the cosine to the most similar other one."""
+    x, found = _unit(index.embeddings[rows]), []
+    for start in range(0, len(x), _ROWS):
+        scores = x[start : start + _ROWS] @ x.T
+        own = np.arange(len(scores))
+        scores[own, own + start] = -1.0  # with itself
+        found.append(scores.max(1))
+    return [round(float(score), 4) for score in np.concatenate(found)]
+
+
+def name_clusters(
+    index: Index, found: list[dict[str, Any]], model: Any, labels: list[str]
+) -> list[str]:
+    """The label that is nearest to each cluster's mean, compared with the other clusters' means:
+    a label that is near to all pictures names none."""
+    means = np.stack([index.embeddings[one["rows"]].astype(np.float32).mean(0) for one in found])
+    scores = _unit(means) @ model.encode_text(labels).T  # [clusters, labels]
+    return [labels[place] for place in (scores - scores.mean(0)).argmax(1)]
+
+
 class _Groups:
     """Rows 0 to count - 1, each alone at first. Pairs that are new are kept until they are as many
     as the rows, as to join some goes through all rows."""

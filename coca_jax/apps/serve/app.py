@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.resources
-import io
 import json
 import os
 import time
@@ -25,10 +24,10 @@ from fastapi import Depends, Form, HTTPException, Request, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from PIL import Image
 
 import coca_jax
 from coca_jax.apps.search.index import Index, mixed, stamp
+from coca_jax.apps.search.sheet import encode
 from coca_jax.apps.serve import batcher
 from coca_jax.apps.serve.batcher import Batcher
 from coca_jax.apps.serve.server import Guard
@@ -477,7 +476,7 @@ def _examples(held_out: list[bytes], index: Any) -> list[bytes]:
     if not found:
         scenes = synthetic_source.open_entry(Entry(builtin="scenes"), "test")
         found = [record.image for record in scenes.read(list(range(MAX_EXAMPLES)))]
-    return [_encode(one, 320, "PNG") for one in found[:MAX_EXAMPLES]]
+    return [encode(one, 320, "PNG") for one in found[:MAX_EXAMPLES]]
 
 
 def _usual_similarity(model: Any, held_out: list[bytes]) -> float | None:
@@ -496,21 +495,13 @@ def _usual_similarity(model: Any, held_out: list[bytes]) -> float | None:
 @functools.lru_cache(maxsize=512)
 def thumbnail(path: str, stamp: tuple[int, int] | None, side: int) -> bytes:
     """A JPEG of at most `side` pixels. stamp: of the file, so that no earlier one is cached."""
-    return _encode(path, side, "JPEG")
-
-
-def _encode(image: str | bytes, side: int, kind: str) -> bytes:
-    picture = Image.fromarray(images.decode(image))
-    picture.thumbnail((side, side))
-    out = io.BytesIO()
-    picture.save(out, kind, quality=85)
-    return out.getvalue()
+    return encode(path, side)
 
 
 # -- routes ----------------------------------------------------------------------------------------
 
 
-def _state(request: Request) -> Server:
+async def _state(request: Request) -> Server:  # sync ones run in a thread
     return request.app.state.server
 
 
