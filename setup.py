@@ -15,7 +15,9 @@ DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
 SERVE = [
     "fastapi>=0.165",  # max_body_size, form_limits
     "prometheus-client>=0.20",
+    "pydantic>=2.9",
     "python-multipart>=0.0.18",  # bounds what a part's headers may hold
+    "starlette>=1.0",
     "uvicorn>=0.30",
 ]
 TFDS = [TENSORFLOW, "tensorflow-datasets>=4.9.9"]
