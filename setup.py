@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "coca_jax/__init__.py").
 
 TENSORFLOW = "tensorflow>=2.21,<2.22"
 SEQIO = ["seqio==0.0.20", TENSORFLOW, "tensorflow-text>=2.21,<2.22"]
+DATASETS = ["datasets>=3.0,<5.1"]  # later ones need a huggingface_hub that transformers 4 lacks
 PARQUET = ["pyarrow>=17"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
 SERVE = [
@@ -94,6 +95,7 @@ setuptools.setup(
             "axe-playwright-python>=0.1.4",
             "pytest>=8",
             "pytest-xdist>=3.8",
+            *DATASETS,
             "ray>=2.40",
             "resvg-py>=0.2",  # benchmarks/emoji.py
             "ruff==0.17.6",
@@ -120,6 +122,7 @@ setuptools.setup(
         "heif": ["pillow-heif>=0.18"],  # HEIC, as phones write it
         "hf": ["huggingface_hub>=0.30", "tokenizers"],
         "serve": SERVE,
+        "datasets": DATASETS,  # --data=hf://OWNER/NAME
         "ray": ["ray>=2.40"],  # --engine=ray
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         # Later versions of jax2onnx take no Orbax of 0.12.

@@ -35,6 +35,15 @@ class Hub(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
+def _entry(repository: pathlib.Path, place: pathlib.Path) -> dict:
+    """A file or folder of a repository as the hub lists it."""
+    path = place.relative_to(repository).as_posix()
+    if place.is_dir():
+        return dict(type="directory", path=path, oid=COMMIT)
+    oid = hashlib.sha1(place.read_bytes()).hexdigest()
+    return dict(type="file", path=path, size=place.stat().st_size, oid=oid)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
@@ -64,9 +73,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self, head: bool = False):
         path = urllib.parse.unquote(self.path.partition("?")[0])
         self.server.requests.append(f"{self.command} {path}")
-        info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/(.+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)  # since version 1
+        info = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(/revision/(.+))?", path)
+        file = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        tree = re.fullmatch(
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path
+        )  # since version 1
         found = info or file or tree
         if not found:
             return self.answer(404, b"", head=head)
@@ -81,16 +92,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             siblings = [{"rfilename": p.relative_to(repository).as_posix()} for p in files]
             return self.answer(200, {"id": found[1], "sha": COMMIT, "siblings": siblings})
         if tree:
-            files = [p for p in sorted(repository.rglob("*")) if p.is_file()]
-            entries = [
-                dict(
-                    type="file",
-                    path=p.relative_to(repository).as_posix(),
-                    size=p.stat().st_size,
-                    oid=hashlib.sha1(p.read_bytes()).hexdigest(),
-                )
-                for p in files
-            ]
+            folder = repository / (tree[3] or "")
+            if not folder.is_dir():
+                return self.missing("EntryNotFound")
+            whole = "recursive=true" in self.path.lower() or "/api/models/" in path
+            found = sorted(folder.rglob("*") if whole else folder.iterdir())
+            entries = [_entry(repository, p) for p in found]
             return self.answer(200, json.dumps(entries).encode())
         if not (repository / file[3]).is_file():
             return self.missing("EntryNotFound")
@@ -112,6 +119,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(status, {"url": f"{self.server.url}/{name}", "error": "it exists"})
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
+        asked = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/[^/]+", path)
+        if asked and (repository := self.server.root / asked[1]).is_dir():
+            names = urllib.parse.parse_qs(body.decode())["paths"] if b"paths=" in body else ()
+            names = names or json.loads(body)["paths"]
+            there = [repository / name for name in names]
+            entries = [_entry(repository, p) for p in there if p.exists()]
+            return self.answer(200, json.dumps(entries).encode())
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
         batch = re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
         if batch:

@@ -130,7 +130,6 @@ def test_what_has_to_be_unpacked_or_named_first_is_told(tmp_path):
     row = json.dumps(dict(img="elsewhere/0.jpg", alt="a cat"))
     for name, text, says in (
         ("a.zip", "PK", "unpack the archive first; give images"),
-        ("data-00000-of-00001.arrow", "", r"load_from_disk\(PATH\)\['train'\].to_parquet\(FILE\)"),
         ("list.jsonl", row, "read by --format=jsonl with --image_field=COLUMN, and --allow_paths"),
     ):
         folder = tmp_path / name.partition(".")[2]

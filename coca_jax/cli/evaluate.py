@@ -55,7 +55,7 @@ def define_task_flags() -> None:
     flags.DEFINE_string(
         "data",
         None,
-        "What `prepare` wrote or reads in place, 'tfds:NAME', or 'scenes'.",
+        "What `prepare` wrote or reads in place, hf://OWNER/NAME, 'tfds:NAME', or 'scenes'.",
     )
     usual = ", ".join(usual_kinds())
     flags.DEFINE_list("tasks", None, f"{', '.join(base.kinds())}; default: {usual}.")
@@ -108,9 +108,9 @@ def data_of_flags() -> dict[str, Any]:
     elif place == "tfds":
         data["tfds"] = rest
     else:
-        data["path"] = args.data
-        if not files.is_pattern(args.data) and not files.exists(args.data):
-            formats.guess(args.data)  # says that it is not there, or cannot be reached
+        data["path"] = formats.from_hub(args.data)
+        if not files.is_pattern(data["path"]) and not files.exists(data["path"]):
+            formats.guess(data["path"])  # says that it is not there, or cannot be reached
     if args.where:
         pairs = cli.where_of(args.where)
         data["where"] = {field: list(values) for field, values in pairs}
@@ -193,6 +193,8 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     args, data = flags.FLAGS, data_of_flags()
     place, _, rest = args.data.partition(":")
     path = args.data.rstrip("/")
+    if path.startswith("hf://"):
+        path = path.removeprefix("hf://").partition(":")[0]
     folder = rest.replace("/", "_") if place == "tfds" else posixpath.basename(path)
     name = args.name or f"{folder}_{data['split']}{_part(data.get('where', {}), args.limit)}"
     tasks, kinds = [], kinds_of_flags(data)

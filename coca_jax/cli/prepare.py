@@ -343,6 +343,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _import() -> dict[str, Any]:
     """Writes what the flags ask for, or finds it there."""
+    flags.FLAGS["input"].value = formats.from_hub(flags.FLAGS.input)
     format, input, out = flags.FLAGS.format, flags.FLAGS.input, flags.FLAGS.out
     if not format:
         format = formats.guess(input)

@@ -78,6 +78,7 @@ def _request() -> Request:
     cli.check_once(
         "input", "put a pattern in quotes, as --input='tars/{000..099}.tar', or give a folder"
     )
+    args["input"].value = formats.from_hub(args.input)
     format = args.format
     if not format:
         format = formats.guess(args.input)

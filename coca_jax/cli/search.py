@@ -122,7 +122,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(out=args.out)
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
-    parts, inputs = Parts(args.out), [storage.plain_path(one) for one in inputs]
+    parts, inputs = Parts(args.out), [storage.plain_path(formats.from_hub(one)) for one in inputs]
     parts.check()
     given = args.checkpoint
     checkpoint: Any = given or parts.checkpoint

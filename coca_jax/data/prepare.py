@@ -53,6 +53,7 @@ MODULES = {
     "jsonl": "jsonl_list",
     "json": "json_list",
     "parquet": "parquet",
+    "arrow": "hf_datasets",
     "tfrecord": "tfrecord",
     "tfds": "tfds",
     "prepared": "array_record",
@@ -106,8 +107,8 @@ def importer(name: str) -> Any:
     """
     if name not in MODULES:
         raise ValueError(f"--format={name}: use one of {', '.join(MODULES)}")
-    if name == "parquet":
-        extras.check("pyarrow", "parquet", "--format=parquet")
+    if name in ("parquet", "arrow"):
+        extras.check("pyarrow", "parquet", f"--format={name}")
     return importlib.import_module(f"coca_jax.data.sources.{MODULES[name]}")
 
 

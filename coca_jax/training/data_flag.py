@@ -39,6 +39,8 @@ def parse(text: str) -> Named:
     between them, or a weight that is not above 0, or not finite.
     """
     path, kind, weight = text, "", 1.0
+    if text.startswith("hf://"):
+        return _of_hub(text)
     before, _, last = text.rpartition(":")
     earlier, _, middle = before.rpartition(":")
     if middle in supervision.KINDS and _is_number(last):
@@ -60,6 +62,20 @@ def parse(text: str) -> Named:
     if not 0 < weight < float("inf"):
         raise ValueError(f"--data={text}: the weight is a share of the batch, above 0 and finite")
     return Named(path, kind, weight)
+
+
+def _of_hub(text: str) -> Named:
+    """hf://OWNER/NAME[/CONFIG][:SPLIT][:KIND[:WEIGHT]]: its Arrow files, downloaded now."""
+    head, *behind = text.removeprefix("hf://").split(":")
+    number = next((n for n, word in enumerate(behind) if word in supervision.KINDS), len(behind))
+    kind, *weight = [*behind[number:], ""][:2] if behind[number:] else ["", ""]
+    place = ":".join([f"hf://{head}", *behind[:number]])
+    if weight and weight[0] and not _is_number(weight[0]):
+        raise ValueError(f"--data={text}: write hf://OWNER/NAME[/CONFIG][:SPLIT][:KIND[:WEIGHT]]")
+    found = float(weight[0]) if weight and weight[0] else 1.0
+    if not 0 < found < float("inf"):
+        raise ValueError(f"--data={text}: the weight is a share of the batch, above 0 and finite")
+    return Named(formats.from_hub(place), kind, found)
 
 
 def _is_number(text: str) -> bool:

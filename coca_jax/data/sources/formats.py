@@ -45,6 +45,7 @@ SEPARATORS = {
 _SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),  # img2dataset leaves parquet lists beside its tars
     "parquet": (".parquet",),
+    "arrow": (".arrow",),  # of Hugging Face datasets
     "tfrecord": (".tfrecord", ".tfrecords"),
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
@@ -56,11 +57,10 @@ PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix i
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 HOW = ".how.json"  # behind the name of a file of `caption --out`: what it is made with
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
-_READ = "images, tars, parquet, CSV, TSV or JSON lists"
+_READ = "images, tars, parquet, Arrow, CSV, TSV or JSON lists"
 _HINTS = {  # by the ends of files' names
     (".zip", ".7z", ".rar"): "unpack the archive first",
     UNREAD_PICTURES: "make JPEGs or PNGs of the pictures first",
-    (".arrow",): "datasets.load_from_disk(PATH)['train'].to_parquet(FILE) writes what is read",
     _SUFFIXES["jsonl"]: "a list whose pictures are elsewhere is read by --format=jsonl with "
     "--image_field=COLUMN, and --allow_paths=FOLDER_OR_URL",
 }
@@ -68,6 +68,16 @@ _LOOK_AT = 20_000  # files; a folder shows what it is long before
 _LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
 _MOST_LISTS = 64  # JSON files of a folder that are opened
 _FILE_NAME = re.compile(rb'"file_?name"\s*:\s*"([^"]+)"')
+
+
+def from_hub(path: str) -> str:
+    """A path, and for hf://OWNER/NAME[/CONFIG][:SPLIT] that of its Arrow files here, which the
+    first call downloads. Raises ValueError."""
+    if not path.startswith("hf://"):
+        return path
+    from coca_jax.data.sources import hf_datasets  # and with it pyarrow
+
+    return hf_datasets.resolve(path)
 
 
 def guess(path: str) -> str:

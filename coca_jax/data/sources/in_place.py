@@ -292,7 +292,17 @@ def _unpacked(one: Reference, data: bytes) -> bytes:
 
 
 FORMATS = (
-    *("webdataset", "imagefolder", "sidecars", "csv", "jsonl", "json", "parquet", "tfrecord"),
+    *(
+        "webdataset",
+        "imagefolder",
+        "sidecars",
+        "csv",
+        "jsonl",
+        "json",
+        "parquet",
+        "arrow",
+        "tfrecord",
+    ),
 )
 
 

@@ -524,7 +524,7 @@ def _rows(reader: _Reader, unit: Unit, options: Options) -> Iterator[Item]:
                         key, one = f"{base}#{number + row}", batch.slice(row, 1)
                         item = guarded(
                             key,
-                            lambda: _row(key, one, unit, options, reader.classes),  # noqa: B023
+                            lambda: row_item(key, one, unit, options, reader.classes),  # noqa: B023
                         )
                         yield places.tell(item, one) if options.in_place else item
                 if reader.number > unit.stop:
@@ -592,16 +592,17 @@ def _batches(table: pq.ParquetFile, group: int, file_bytes: int) -> Iterator[pa.
     yield from table.iter_batches(rows, row_groups=[group], use_threads=False)
 
 
-def _row(
+def row_item(
     key: str, one: pa.RecordBatch, unit: Unit, options: Options, classes: dict[str, list[str]]
 ) -> Item:
+    """The item of a row, a batch of one."""
     try:
-        fields = _fields(one)
+        values = fields(one)
     except UnicodeDecodeError as error:
         return Item(key, problem="bad_utf8", detail=str(error))
     first, _, second = options.image_field.partition(",")
-    image, other = take(fields, first, IMAGE_FIELDS), take(fields, second, ())
-    item = described(key, fields, options, classes)
+    image, other = take(values, first, IMAGE_FIELDS), take(values, second, ())
+    item = described(key, values, options, classes)
     if item.problem:
         return item
     _load(item, image, unit, options)
@@ -633,7 +634,7 @@ def described(
     return item
 
 
-def _fields(one: pa.RecordBatch) -> dict[str, Any]:
+def fields(one: pa.RecordBatch) -> dict[str, Any]:
     """The fields of a row. A map, which Arrow gives as pairs, is an object as a struct is: its keys
     are no texts."""
     fields = one.to_pylist()[0]
