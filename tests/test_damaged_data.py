@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import random
 import shutil
 import tarfile
 
@@ -23,8 +24,9 @@ from coca_jax.data.evaluation_data import Records
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare import prepare
 from coca_jax.data.quarantine import Quarantine
-from coca_jax.data.sources import manifest
+from coca_jax.data.sources import in_place, manifest
 from coca_jax.data.sources.items import Options
+from coca_jax.data.sources.source import read_all
 from coca_jax.runtime.metric_log import read_metrics
 from coca_jax.training import run_vocabulary, trainer
 
@@ -190,6 +192,33 @@ def test_pages_of_any_writer_give_the_images_of_the_rows(tmp_path, how):
     (source,) = Mixture(config).sources
     assert [one.image for one in source] == images
     assert [one.texts for one in source] == [(f"picture {n}",) for n in range(60)]
+
+
+def test_damaged_references_and_pages_cause_errors_and_nothing_else(tmp_path):
+    images = [encoded(n % 25) for n in range(60)]
+    write_parquet(tmp_path / "data", images, compression="none", data_page_size=2000)
+    config, _ = indexed(tmp_path / "data", tmp_path / "run")
+    (source,) = Mixture(config).sources
+    rng, file = random.Random(0), tmp_path / "data" / "a.parquet"
+    root, records = str(tmp_path / "data"), source._read._index(range(60))
+    whole, caught = file.read_bytes(), 0
+    for _ in range(1500):
+        damaged = bytearray(rng.choice(records).image)
+        for _ in range(rng.choice((1, 1, 3))):
+            damaged[rng.randrange(len(damaged))] = rng.choice(b'0123456789-,[]"ae')
+        one = records[0]._replace(image=bytes(damaged))
+        try:
+            in_place.InPlace(lambda _, one=one: [one], root)([0])
+        except (ValueError, OSError):
+            caught += 1
+    assert caught > 500
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(20):
+            damaged[rng.randrange(len(damaged) - 2000)] = rng.randrange(256)
+        file.write_bytes(damaged)
+        found, unread = read_all(Mixture(config).sources[0], np.arange(60))
+        assert len(found) == 60 and {p.reason for p in unread.values()} <= {"damaged_record"}
 
 
 def test_rows_without_texts_or_labels_are_listed_as_in_a_checked_index(tmp_path):

@@ -536,10 +536,9 @@ class Quarantine:
         self._told.add((row.source, row.index))
         if not problem_of(record):
             logging.warning(
-                "%s: %s was in quarantine and can be read now; this run goes on without it, so that "
-                "it stays the same run (a new --workdir uses it)",
-                name,
-                row.line(),
+                "%s: example %d, %s, was in quarantine (%s) and can be read now; this run continues "
+                "without it, so that it stays the same run (a new --workdir uses it)",
+                *(name, row.index, row.key, row.reason),
             )
 
     def write(self) -> None:

@@ -109,23 +109,23 @@ def dump(span: Span, image: bytes, root: str) -> bytes:
     """The reference to an image, as bytes."""
     crc = zlib.crc32(image) if span.crc == -1 else span.crc
     page = [] if span.page is None else [list(span.page)]
+    if isinstance(span.page, Cell):
+        page = [list(span.page._replace(row=0))]
     start = root if root.endswith("/") else root + "/"
     path = span.path
     path = path[len(start) :] if path.startswith(start) else _below(path, root)
     fields = [path, span.file_bytes, span.start, span.size, crc, *page]
-    return _ENCODER.encode(fields).encode(
-        "utf-8", "surrogatepass"
-    )  # names of files need not be UTF-8
+    text = _ENCODER.encode(fields)
+    if isinstance(span.page, Cell):  # the row stands apart: all others of the page share the rest
+        text = f"[{span.page.row},{text}]"
+    return text.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
 
 
 def around_row(span: Span, root: str) -> tuple[bytes, bytes]:
     """What `dump` writes before and behind the row of a span's cell."""
     assert isinstance(span.page, Cell)
-    mark = (1 << 52) + 1  # a number that stands nowhere else in it
-    before, behind = dump(span._replace(page=span.page._replace(row=mark)), b"", root).split(
-        str(mark).encode()
-    )
-    return before, behind
+    row, _, rest = dump(span, b"", root).partition(b",")
+    return row[:1], b"," + rest
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,15 +145,33 @@ def load(data: bytes, root: str) -> Reference:
     Raises:
         ValueError: not such bytes, or a path that leads out of the root by '..'.
     """
+    if not data[1:2].isdigit():
+        return _load(data, root)
+    row, _, rest = data[1:-1].partition(b",")
+    of_page = _of_page(rest, root)
+    page, number = of_page.page, int(row) if row.isdigit() else -1
+    if not isinstance(page, Cell) or not 0 <= number < page.rows:
+        raise ValueError(f"not a reference to an image: {data[:200]!r}")
+    return of_page._replace(page=page._replace(row=number))
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_page(data: bytes, root: str) -> Reference:
+    """Rows of a page have it in common. Raises as `load`."""
+    return _load(data, root)
+
+
+def _load(data: bytes, root: str) -> Reference:
     try:
         path, file_bytes, start, size, crc, *rest = bounded_json.loads(data)
         page = _page(rest[0]) if rest else None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"not a reference to an image: {error}") from None
     numbers = [file_bytes, start, size, 0 if crc == UNKNOWN else crc]
     if not isinstance(path, str) or not all(map(_is_count, numbers)):
         raise ValueError(f"not a reference to an image: {data[:200]!r}")
-    if start + size > file_bytes:
+    apart = page.dictionary[:2] if isinstance(page, Cell) else ()
+    if max(start + size, sum(apart)) > file_bytes:
         raise ValueError(f"a reference beyond the end of {path[:200]}")
     if max(size, page.unpacked if page else 0) > files.MAX_IMAGE_FILE:
         raise ValueError(f"a reference to {size} bytes of {path[:200]}")
@@ -177,9 +195,13 @@ def _page(told: Any) -> Page | Cell:
     counts = [*cell[1:7], *cell.dictionary[:3]]
     if not all(map(_is_count, counts)) or len(cell.dictionary) not in (0, 4):
         raise ValueError("its place in a page is not one")
-    if cell.row >= cell.rows or max(cell.unpacked, *counts[6:], 0) > files.MAX_IMAGE_FILE:
+    most = max([cell.unpacked, *cell.dictionary[1:3]])
+    if cell.row >= cell.rows or cell.rows > _MOST_ROWS or most > files.MAX_IMAGE_FILE:
         raise ValueError("its place in a page is beyond the page")
     return cell
+
+
+_MOST_ROWS = 1 << 24  # of a page, which has a thousand
 
 
 def is_place(path: str) -> bool:
