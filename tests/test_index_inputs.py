@@ -176,27 +176,6 @@ def test_a_large_index_in_a_bucket_is_searched_without_a_graph(
     assert found.search(found.query(model, images=["s/3.png"]), 1)[0]["image"] == "s/3.png"
 
 
-def test_pictures_of_a_folder_that_was_moved_are_told_and_dropped(model, folder):  # noqa: F811
-    (folder.parent / "other/below").mkdir(parents=True)
-    for number in (4, 5):
-        (folder / f"{number}.png").rename(folder.parent / f"other/below/{number}.png")
-    assert again(model, "s") == (4, 0, 0, 1, 4) and again(model, "other")[0] == 2
-
-    def told():
-        return index.left_behind(["s"], parts.Parts("i"))
-
-    assert told() == ""
-    other = folder.parent / "other"
-    other.rename(folder.parent / "moved")
-    assert told() == (
-        f"2 of 2 pictures of other folders are not there, as {other}/below/4.png: `mkdir {other}` "
-        f"and `search index {other}` drop those below it"
-    )
-    other.mkdir()
-    assert f"`mkdir {other}/below` and `search" in told()
-    assert again(model, str(other)) == (0, 0, 2, 0, 4) and told() == ""
-
-
 def test_an_index_that_drops_more_than_half_a_million_pictures_is_read(tmp_path):
     """Their numbers are more JSON than one part is trusted with."""
     there = parts.Parts(str(tmp_path / "i"))

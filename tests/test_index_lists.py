@@ -3,7 +3,6 @@
 import json
 import os
 
-import numpy as np
 import pytest
 from test_index_changes import again, call, captions, folder, rows  # noqa: F401
 from test_inference import images, model, no_compile_cache, words  # noqa: F401
@@ -113,24 +112,6 @@ def test_a_row_without_a_picture_says_whether_its_column_is_there(fields, named,
     found = image_folder.row(Unit("list.csv"), 3, fields, Options(image_field=named)).item
     assert (found.key, found.problem) == ("list.csv row 4", "missing_image")
     assert found.detail.startswith(detail)
-
-
-def test_rows_of_a_list_that_an_earlier_index_holds_are_not_found_twice(model, folder):  # noqa: F811
-    """They were embedded by their numbers, and again where the list had grown."""
-    texts = {f"{number}.png": f"picture {number}" for number in range(4)}
-    write_list(folder / "list.csv", texts)
-    write_list(folder / "other.csv", {"5.png": ""})
-    again(model, "s/5.png")
-    there = parts.Parts("i")
-    for key, count in (("s/list.csv:0-3", 3), ("s/list.csv:0-4", 4), ("s/other.csv:0-1", 1)):
-        held = [parts.Row(f"s/list.csv#{n}.png", "") for n in range(count)]
-        there.write(key, np.ones((count, there.about["width"])), held, {}, True)
-    assert again(model, "s/list.csv") == (4, 0, 0, 0, 6)
-    names = ["s/5.png", "s/list.csv#0.png", *(f"s/{name}" for name in texts)]
-    assert index.Index("i").names == names and captions()["3.png"] == "picture 3"
-    assert again(model, "s/list.csv") == (0, 0, 0, 0, 6)
-    assert again(model, str(folder / "*.csv")) == (0, 0, 0, 0, 5)
-    assert sorted(rows(model)) == [f"s/{number}.png" for number in (0, 1, 2, 3, 5)]
 
 
 def test_pictures_elsewhere_that_are_allowed_are_those_of_a_list(model, folder, call, monkeypatch):  # noqa: F811

@@ -33,14 +33,14 @@ from absl import flags
 
 from coca_jax.cli import main as cli
 from coca_jax.data.sources import files, formats
-from coca_jax.runtime import activity, storage, workers
+from coca_jax.runtime import activity, extras, storage, workers
 
 SHOWN = 3  # images of a cluster that a terminal shows
 MAX_LABELS = 1000  # captions that may name clusters
 OPERANDS = "pictures, folders and texts"
 # Flags that some of the commands have alone.
 _OF = (
-    dict.fromkeys(("out", "engine", "workers", "shard", "allow_paths"), ("index",))
+    dict.fromkeys(("out", "engine", "workers", "shard", "allow_paths", "parquet"), ("index",))
     | dict.fromkeys(("k", "weights"), ("query",))
     | dict.fromkeys(("checkpoint", "dtype", "batch_size"), ("index", "query", "clusters"))
     | dict.fromkeys(("index",), ("query", "duplicates", "clusters"))
@@ -62,6 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "allow_paths", [], "index: folder or URL from which lists may name pictures. Repeatable."
     )
+    flags.DEFINE_bool("parquet", False, "index: also write the names for clip-retrieval's tools.")
     workers.define_flags()
     flags.DEFINE_integer("k", 10, "query: pictures to find.", lower_bound=1)
     flags.DEFINE_list("weights", [], "query: weight of each WHAT; default: all 1.")
@@ -122,6 +123,8 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(out=args.out)
     if not inputs:
         raise ValueError("search index: give what to index, a folder of pictures or tars")
+    if args.parquet:
+        extras.check("pyarrow", "parquet", "--parquet")
     parts, inputs = Parts(args.out), [storage.plain_path(formats.from_hub(one)) for one in inputs]
     parts.check()
     given = args.checkpoint
@@ -183,8 +186,6 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
         groups = index.groups(inputs, parts, allow_paths=allow)
         gone = index.gone(inputs, parts, allow)
     done = index.add(model, groups, parts, gone=gone, say=cli.say, **_how())
-    if behind := index.left_behind(inputs, parts, allow):
-        cli.say(f"--out={out}: {behind}")
     other = done["new"] + done["changed"] + done["gone"]
     if other and done["pictures"] >= index.nearest.EXACT_BELOW:
         cli.say(
@@ -194,7 +195,7 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
             else f"building the graph of {done['pictures']} pictures"
         )
     result = dict(out=out) | {key: done[key] for key in done if key != "already_there"}
-    return result | dict(search=index.finish(parts, progress=True))
+    return result | dict(search=index.finish(parts, parquet=flags.FLAGS.parquet, progress=True))
 
 
 def _apart(out: str, shards: int, waiting: int) -> dict[str, Any]:

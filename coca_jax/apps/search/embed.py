@@ -123,13 +123,6 @@ def place(path: str) -> str:
     return formats.root_of(path)
 
 
-def lists(path: str) -> set[str]:
-    """The lists of pictures at a path. Raises what `groups` raises."""
-    format = _format(path)
-    units = prepare.importer(format).plan(path, "", _OPTIONS) if format in _LISTS else ()
-    return {unit.path for unit in units}
-
-
 def _format(path: str) -> str:
     named = files.exists(path) and path.lower().endswith(formats.MEDIA)
     return "imagefolder" if named else formats.guess(path)

@@ -162,7 +162,6 @@ def _is_whole(staged: Parts, group: Group) -> bool:
     return all(path in staged.files for path in paths) if paths else staged.done(group.key).whole
 
 
-_LOOKED = 1000  # pictures elsewhere that are looked for, at most
 _LEAST = 1e-6  # length of a query before it is normalised, whose largest weight is 1
 
 
@@ -210,53 +209,18 @@ def groups(
 
 def gone(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -> list[int]:
     """Rows of local files at or below `inputs` and `allow_paths`, or the folders of lists there,
-    that are there no more, and of lists whose rows earlier versions did not take for files."""
-    places, below = _asked(inputs, parts, allow_paths)
-    return _by_number(inputs, parts) + [
+    that don't exist any more."""
+    places = [parts.whole_path(embed.place(_from_base(input, parts.base))) for input in inputs]
+    places += [parts.whole_path(_from_base(path, parts.base)) for path in allow_paths]
+    below = tuple(os.path.join(place, "") for place in places if "://" not in place)
+    return [
         known.row
         for name, known in parts.files.items()
         if known.row >= 0
         and (name in places or name.startswith(below))
-        and not re.search(r"://|\\", name)  # of what is no UTF-8 the name alone is known
+        and not re.search(r"://|\\", name)  # of a name that is not UTF-8 only an escape is known
         and _is_gone(name)
     ]
-
-
-def _asked(
-    inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str]
-) -> tuple[list[str], tuple[str, ...]]:
-    """The whole paths of what is looked at, and how names below local ones begin."""
-    places = [parts.whole_path(embed.place(_from_base(input, parts.base))) for input in inputs]
-    places += [parts.whole_path(_from_base(path, parts.base)) for path in allow_paths]
-    return places, tuple(os.path.join(place, "") for place in places if "://" not in place)
-
-
-def left_behind(inputs: Sequence[str], parts: Parts, allow_paths: Sequence[str] = ()) -> str:
-    """A line on pictures elsewhere than `gone` looks that are not there, as where a folder has been
-    moved, by some of them; '' for none."""
-    places, below = _asked(inputs, parts, allow_paths)
-    other = [
-        name
-        for name, known in parts.files.items()
-        if known.row >= 0 and not (name in places or name.startswith(below))
-        if not re.search(r"://|\\", name)
-    ]
-    looked = other[:: -(-len(other) // _LOOKED) or 1]
-    absent = [name for name in looked if _is_gone(name)]
-    if not absent:
-        return ""
-    some = f" ({len(looked)} were looked for)" if len(looked) < len(other) else ""
-    folder = os.path.dirname(absent[0])
-    while not os.path.exists(above := os.path.dirname(folder)):
-        folder = above
-    name, verb = printable(folder), "drops"
-    first = ""
-    if not os.path.exists(folder):
-        first, verb = f"`mkdir {name}` and ", "drop"
-    return (
-        f"{len(absent)} of {len(other)} pictures of other folders are not there{some}, as "
-        f"{printable(absent[0])}: {first}`search index {name}` {verb} those below it"
-    )
 
 
 def _is_gone(path: str) -> bool:
@@ -269,16 +233,6 @@ def _is_gone(path: str) -> bool:
     except OSError:
         pass
     return False
-
-
-def _by_number(inputs: Sequence[str], parts: Parts) -> list[int]:
-    """Rows of groups that are ranges of rows of the lists at `inputs`."""
-    grouped = parts.grouped()
-    if not any(grouped.values()):
-        return []
-    left = [_from_base(input, parts.base) for input in inputs if not emptied(input, parts)]
-    lists = {parts.whole_path(one) for input in left for one in embed.lists(input)}
-    return [row for key, rows in grouped.items() if key.rpartition(":")[0] in lists for row in rows]
 
 
 def emptied(input: str, parts: Parts) -> bool:
@@ -360,15 +314,17 @@ def add(
     )
 
 
-def finish(parts: Parts, *, progress: bool = False) -> str:
+def finish(parts: Parts, *, parquet: bool = False, progress: bool = False) -> str:
     """Removes what was staged and not asked for in the end, and builds the graph of a large index,
-    or removes that of one which is large no more.
+    or removes that of one which is large no more. parquet: see `Parts.write_parquet`.
 
     Returns:
         'exact' or 'graph', how it is searched. One in a bucket has no graph, which is read from a
         local folder.
     """
     storage.remove(files.join(parts.folder, STAGED))
+    if parquet:
+        parts.write_parquet()
     count = len(parts.names())
     if count < nearest.EXACT_BELOW or storage.is_remote(parts.folder):
         storage.remove(files.join(parts.folder, nearest.FILE))

@@ -3,6 +3,7 @@
     img_emb/img_emb_N.npy       float16 [n, E], L2-normalised, laid out as clip-retrieval does
     metadata/metadata_N.jsonl   the part's header; then one line per row of the embeddings:
                                 image_path, caption, and for a local file its size and mtime_ns
+    metadata/metadata_N.parquet image_path and caption alone, for other tools (--parquet)
     index.json                  the model and the indexed inputs
     staged/                     finished indexes of shards that are not joined yet; see staged.py
 
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coca_jax.inference import fingerprint
-from coca_jax.runtime import bounded_json, json_files, storage
+from coca_jax.runtime import bounded_json, extras, json_files, storage
 
 # What is refused of an index: a folder of something else, a damaged index.json, another model.
 
@@ -85,7 +86,7 @@ def check_about(about: dict[str, Any], place: str) -> None:
 
 _HEADER = 128  # bytes before the numbers, as NumPy writes it
 _DROPPED = 300_000  # rows that one part drops, of which its header holds the numbers
-_NAME = re.compile(r"metadata_(\d+)\.(jsonl|parquet)")
+_NAME = re.compile(r"metadata_(\d+)\.jsonl")
 
 
 @dataclasses.dataclass
@@ -223,11 +224,6 @@ class Parts:
         own = place / "metadata"
         names = [path.name for path in own.iterdir()] if self.about and own.exists() else []
         matches = [one for one in map(_NAME.fullmatch, names) if one]
-        if any(one[2] == "parquet" for one in matches):
-            raise ValueError(
-                f"{folder}: this index was made by version 0.2, which stored names in parquet. "
-                "Index the pictures again, into a new folder."
-            )
         for number, there in enumerate(sorted(int(one[1]) for one in matches)):
             if number != there:
                 raise self._damaged(number, "metadata", "missing")
@@ -286,17 +282,6 @@ class Parts:
                 first += len(part)
             _forget(self._files, self._dropped)  # at once: to find some goes through all files
         return self._files
-
-    def grouped(self) -> dict[str, list[int]]:
-        """Rows of groups with a key, by its one spelling; those that are dropped left out."""
-        found: dict[str, list[int]] = {}
-        first = 0
-        for part in self._parts:
-            if part.group:
-                rows = {*range(first, first + len(part))} - self._dropped
-                found.setdefault(self.whole_path(part.group), []).extend(sorted(rows))
-            first += len(part)
-        return found
 
     def _know(self, files: dict[str, Known], part: _Part, first: int) -> None:
         """Adds to `files` the files of a part but for the rows it drops; first: the number of its
@@ -359,6 +344,21 @@ class Parts:
         part = _Part(group, skipped, last, sorted(dropped), names, captions, stamps)
         storage.write_bytes(place / f"metadata/metadata_{number}.jsonl", part.dump())
         self._take(part)
+
+    def write_parquet(self) -> None:
+        """Writes image_path and caption of each part as clip-retrieval's tools read them.
+
+        Raises ValueError: pyarrow is not installed.
+        """
+        extras.check("pyarrow", "parquet", "--parquet")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        for number, part in enumerate(self._parts):
+            out = io.BytesIO()
+            pq.write_table(pa.table(dict(image_path=part.names, caption=part.captions)), out)
+            path = storage.place(self.folder) / f"metadata/metadata_{number}.parquet"
+            storage.write_bytes(path, out.getvalue())
 
     def take(self, other: Parts, start: int) -> None:
         """Adds the parts of another index of the same model that begin at picture `start` or
