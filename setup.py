@@ -66,7 +66,6 @@ setuptools.setup(
         "orbax-checkpoint>=0.11.20,<0.13",
         "pillow>=10.3",
         "protobuf>=5",
-        "pyyaml>=6",
         "safetensors>=0.5",
         "scipy>=1.13",
         "sentencepiece>=0.2.1",
