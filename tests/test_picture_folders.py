@@ -332,18 +332,13 @@ def test_suffixes_in_any_case_are_told_and_read(tmp_path):
     ]  # fmt: skip
 
 
-def test_lists_of_few_pictures_are_told_and_captions_of_ours_are_none(tmp_path):
-    """What `caption --out` wrote among pictures takes none from them; of pictures that a list does
-    not name the line says how many."""
+def test_a_list_among_images_is_read_instead_of_the_folder(tmp_path):
     folder = beside(tmp_path / "p", dict.fromkeys("abcde"))
     rows = [json.dumps(dict(image=f"{name}.jpg", caption="x", score=-1.0)) for name in "abcde"]
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
     assert formats.guess(str(folder)) == "jsonl"
     line = f"{folder}: read as --format=jsonl"
     assert quarantine.of_format(str(folder), "jsonl") == line
-    (folder / "captions.jsonl.how.json").write_text("{}")
-    assert formats.guess(str(folder)) == "imagefolder"
-    assert formats.guess(str(folder / "captions.jsonl")) == "jsonl"  # which somebody asked for
     (folder / "captions.jsonl").write_text("\n".join(rows[:2]) + "\n")
     (folder / "captions.jsonl").rename(folder / "notes.jsonl")
     assert formats.guess(str(folder)) == "jsonl"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coca_jax.data.sources import formats
 from coca_jax.inference import fingerprint, prefetch
 from coca_jax.inference.generation.config import Settings
 from coca_jax.runtime import bounded_json, json_files, storage
@@ -18,6 +17,7 @@ from coca_jax.runtime import bounded_json, json_files, storage
 if TYPE_CHECKING:
     from coca_jax import inference
 
+_HOW = ".how.json"  # follows the name of a file of captions: the settings that it is made with
 OURS = {"image", "caption", "score"}  # what every line has that `caption` wrote, of any version
 
 
@@ -64,12 +64,12 @@ def check_name(out: str) -> None:
 def remember(out: str, checkpoint: str, checksum: str, how: dict[str, Any]) -> None:
     """Writes beside a file of captions what they are made with; how: prompt and settings."""
     told = dict(checkpoint=checkpoint, made_in=os.getcwd(), model=checksum, how=how)
-    json_files.write_sealed(f"{out}{formats.HOW}", told)
+    json_files.write_sealed(f"{out}{_HOW}", told)
 
 
 def begun_with(out: str) -> dict[str, Any] | None:
-    """What `remember` wrote; None of a file that older versions began."""
-    path = storage.place(f"{out}{formats.HOW}")
+    """What `remember` wrote; None where there is nothing."""
+    path = storage.place(f"{out}{_HOW}")
     if not path.exists():
         return None
     told = json_files.read_sealed(path)

@@ -12,7 +12,6 @@ import itertools
 import os
 import posixpath
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from absl import logging
 
 from coca_jax.config.data import KINDS
 from coca_jax.data.sources import files, media, own_folders
-from coca_jax.runtime import bounded_json, json_files, storage
+from coca_jax.runtime import bounded_json, storage
 
 MEDIA = media.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in media.VIDEO_SUFFIXES)
 # Of pictures that are not opened, and which phones and cameras write beside others.
@@ -55,7 +54,6 @@ PATTERNS["tfrecord"] += ("*.tfrecord-*",)  # as TFDS numbers them
 PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: see `caption_lists`
 PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
-HOW = ".how.json"  # behind the name of a file of `caption --out`: what it is made with
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _READ = "images, tars, parquet, Arrow, CSV, TSV or JSON lists"
 _HINTS = {  # by the ends of files' names
@@ -108,9 +106,6 @@ def guess(path: str) -> str:
     if any(name.count("/") <= 1 and posixpath.basename(name) in METADATA for name in names):
         return "imagefolder"
     pictures = any(name.lower().endswith(MEDIA) for name in names)
-    if pictures:  # what `caption` wrote of them is no list of a data set
-        told = {name.removesuffix(HOW) for name in names if name.endswith(HOW)}
-        names = [name for name in names if name not in told]
     found = _of_names(names)
     if found in ("", "parquet") and _has_sidecars(names):
         return "sidecars"
@@ -322,7 +317,7 @@ def _lists_images(folder: str, name: str, names: Sequence[str]) -> bool:
     if len({posixpath.dirname(one) for one in pictures}) == 1:  # whose name is no class
         there.update(map(posixpath.basename, pictures))  # see `named_files.resolve`
     for row in rows(files.join(folder, name)):
-        named = str(row.get(image_field(row), "")).strip().replace("\\", "/")
+        named = str(row.get(image_field(row), ""))
         path = posixpath.normpath(posixpath.join(posixpath.dirname(name), named))
         if {named, path} & there or set(IMAGE_COLUMNS) & set(row):
             return True
@@ -397,7 +392,6 @@ def root_of(path: str) -> str:
     in a folder `annotations` are those of the folder above, as COCO lays them out. To ask begins to
     read an input: what lies below is looked for anew."""
     _pictures_below.cache_clear()
-    _ran_in.cache_clear()
     system, plain = files.filesystem(path)
     if files.is_pattern(path):
         parts = path.split("/")
@@ -410,42 +404,17 @@ def root_of(path: str) -> str:
 
 
 def path_of(folder: str, name: Any) -> str:
-    """The path of a file that a row names, relative to `folder`, as it is spelled where it lies.
+    """The path of a file that a row names, relative to `folder`. A local image that is named without
+    its folder is searched for below, because many lists stand above a folder of images.
 
     Raises ValueError: the name cannot be a path.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"{name!r} is no name of a file")
     path = files.join(folder, name)
-    if not files.is_remote(path) and not os.path.lexists(path):
-        path = _meant(folder, name) or path
-    return path
-
-
-def from_list(path: str, name: Any) -> Any:
-    """The name of a picture in a row, as it is seen from the folder of the list at `path`. What
-    `caption --out` wrote names pictures from the folder in which that ran, and by them is found
-    what is not found from the list's; any other name stays.
-
-    Raises ValueError: what `caption` wrote beside its list is damaged.
-    """
-    folder, ran_in = posixpath.dirname(path) or ".", _ran_in(path)
-    if not ran_in or not isinstance(name, str) or os.path.lexists(files.join(folder, name)):
-        return name
-    there, own = os.path.split(os.path.join(ran_in, name))
-    if not os.path.lexists(os.path.join(there, own)):
-        return name
-    return os.path.relpath(os.path.join(os.path.realpath(there), own), os.path.realpath(folder))
-
-
-@functools.lru_cache(maxsize=4)
-def _ran_in(path: str) -> str:
-    """The folder in which `caption` ran that wrote the local list at a path; '' for any other."""
-    told = f"{path}{HOW}"
-    if files.is_remote(path) or not os.path.isfile(told):
-        return ""
-    found = json_files.read_sealed(told).get("made_in")
-    return found if isinstance(found, str) else ""
+    if "/" in name or files.is_remote(path) or os.path.lexists(path):
+        return path
+    return _pictures_below(folder).get(name) or path
 
 
 def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
@@ -472,25 +441,11 @@ def resolve(folder: str, name: Any, roots: Sequence[str]) -> str:
     return found
 
 
-def _meant(folder: str, name: str) -> str:
-    """The local file for whose name a list has another spelling: backslashes, as those from Windows
-    do, the other form of letters with accents, or blanks around it; '' for none. A name without
-    folders is looked for in the folders below as well, as lists stand above their pictures."""
-    plain = name.replace("\\", "/").strip()
-    for spelling in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))):
-        if spelling and os.path.lexists(path := files.join(folder, spelling)):
-            return path
-    below = {} if "/" in plain or not plain else _pictures_below(folder)
-    return below.get(unicodedata.normalize("NFC", plain), "")
-
-
 @functools.lru_cache(maxsize=4)
 def _pictures_below(folder: str) -> dict[str, str]:
-    """Names of the pictures in a folder and below -> their paths; '' for a name that several have,
-    hidden folders left out.
-    Of a folder with more than half a million files nothing, which a warning says: a list may lie
-    above all that is there.
-    """
+    """Names of the images in a folder and below -> their paths; '' for a name that several have.
+    Hidden folders are skipped. Empty, with a warning, for a folder with more than `_MOST_BELOW`
+    files: walking a large disk above a list takes minutes."""
     found: dict[str, str] = {}
     seen = 0
     for place, folders, names in os.walk(folder):
@@ -498,16 +453,15 @@ def _pictures_below(folder: str) -> dict[str, str]:
         seen += len(names)
         if seen > _MOST_BELOW:
             logging.warning(
-                "%s and the folders below have more than %s files; pictures that are named without "
-                "their folders are looked for in no folder below: name them as FOLDER/PICTURE",
+                "%s: more than %s files in it and below. Images named without their folder are not "
+                "searched for there; name them as FOLDER/IMAGE.",
                 folder,
                 f"{_MOST_BELOW:,}",
             )
             return {}
         for name in names:
             if name.lower().endswith(MEDIA):
-                known = unicodedata.normalize("NFC", name)
-                found[known] = "" if known in found else posixpath.join(place, name)
+                found[name] = "" if name in found else posixpath.join(place, name)
     return found
 
 

@@ -329,8 +329,6 @@ def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
         reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
         detail = str(error) if reason == "bad_utf8" else lines.no_object(line, error)
         return Located(Item(where, problem=reason, detail=detail))
-    if "image" in fields:
-        fields["image"] = formats.from_list(unit.path, fields["image"])
     return _located(where, posixpath.dirname(unit.path), fields, options)
 
 
