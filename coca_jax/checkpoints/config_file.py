@@ -27,6 +27,7 @@ FREE = (
         "remat",
         "accumulate_steps",
         "data.num_threads",
+        "data.max_bad_fraction",  # only how much damage a run accepts, and when it stops
         "data.features",
         "data.features_gib",
     ),

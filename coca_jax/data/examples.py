@@ -284,5 +284,6 @@ class Tally:
         raise ValueError(
             f"data source {self._source.name}: {len(rows_bad)} of the {read} images read so far "
             f"cannot be used ({told}), more than data.max_bad_fraction={self._max_fraction:g}; "
-            f"first: {rows_bad[0].line()}. {self._quarantine.where()}"
+            f"first: {rows_bad[0].line()}. {self._quarantine.where()} Repair or remove them, or "
+            "raise data.max_bad_fraction; the run resumes"
         )

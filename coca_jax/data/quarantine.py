@@ -551,4 +551,4 @@ class Quarantine:
     def where(self) -> str:
         """Writes the file, and says where it is."""
         self.write()
-        return f"They are listed in {self._path}." if self._path else "Check the data."
+        return f"They are listed in {self._path}." if self._path else "Their lines are in the log."
