@@ -171,7 +171,7 @@ def test_score_caption_counts_errors():
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="split is 'val'; use one of train, test, heldout"):
         synthetic_source.Scenes("val")
-    says = "^builtin='scenes' draws nothing for kind='question', but for 'caption', 'label'"
+    says = "^builtin='scenes' draws nothing for kind='question', but for 'caption' or 'label'"
     with pytest.raises(ValueError, match=says):  # as of the task 'answers', which names no kind
         synthetic_source.Scenes("test", "question")
     with pytest.raises(ValueError, match="counts from 1 to 4"):

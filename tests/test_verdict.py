@@ -76,6 +76,6 @@ def test_the_worst_data_set_counts_and_nothing_scored_is_no_verdict():
         "retrieval/y/text_to_image_r5": 0.1,
     }
     assert "not usable for search (R@5 10%" in verdict(scores)
-    assert verdict({"step": 5.0}) == "" == verdict({"grounding/x/named": 0.5})
+    assert verdict({"step": 5.0}) == "" == verdict({"knn/x/top1": 0.5})
     assert "search" not in verdict({"zero_shot/x/top1": 0.9})
     assert "search" not in verdict({"retrieval/x/image_to_text_r5": None})

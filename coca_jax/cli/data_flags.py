@@ -14,7 +14,7 @@ def define() -> None:
         "data",
         [],
         "Own data in place of the recipe's: PATH, PATH:KIND or PATH:KIND:WEIGHT, the kind being "
-        "caption, label, question or region. The weight is its share of each batch, 1 where none "
+        "caption, label or question. The weight is its share of each batch, 1 where none "
         "is given. Repeatable. Where it is not prepared, an index is made on the way, and it is "
         "read in place.",
     )

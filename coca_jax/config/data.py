@@ -31,7 +31,7 @@ _OF_PLACES = {
     "scenery": ("builtin",),
     "image_field": ("path", "tfds", "seqio"),
 }
-KINDS = ("caption", "label", "question", "region")  # of supervision, see data/supervision.py
+KINDS = ("caption", "label", "question")  # of supervision, see data/supervision.py
 _OF_KINDS = {
     "captions": "caption",
     "synthetic": "caption",
@@ -55,8 +55,7 @@ class Entry(Section):
     kind: str = key(
         "caption",
         choice(*KINDS),
-        "what trains: texts, class names, each text as a question that the labels answer, or boxes "
-        "and what is in them",
+        "what trains: texts, class names, or each text as a question that the labels answer",
     )
     weight: float = key(
         1.0, number(0, 1e38, above=True), "its share of a batch, against the other sources"

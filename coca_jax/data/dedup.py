@@ -246,7 +246,7 @@ def _values(packed: np.ndarray) -> np.ndarray:
     return packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
 
 
-# Which records are of one image: a list may name an image once a caption, question or region.
+# Which records are of one image: a list may name an image once a caption or question.
 
 
 def content_digest(image: Any) -> bytes:

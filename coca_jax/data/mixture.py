@@ -53,8 +53,6 @@ class Mixture:
             Entry.of(entry, f"config.data.sources[{i}]")
             for i, entry in enumerate(config.data.sources)
         ]
-        for entry in self.entries:
-            supervision.of(entry).check(config.data)
         for size in batch_schedule.sizes(config):
             self.shares = shares(self.entries, size)
         self.pattern = order.rows(self.shares)

@@ -26,7 +26,6 @@ from coca_jax.data.sources import (
     formats,
     own_folders,
     references,
-    regions,
     rows,
     split_names,
 )
@@ -131,11 +130,7 @@ def texts_and_labels(item: Item) -> tuple[list[str], list[str]]:
 
 
 def _asks(extra: Mapping[str, Any]) -> bool:
-    """Whether a field lists questions or regions, as sources of these kinds read them."""
-    told = extra.get(regions.FIELD)
-    first = told[0] if isinstance(told, list) and told else told
-    if isinstance(first, dict) and {"text", "box"} <= first.keys():
-        return True
+    """Whether a field lists questions, as sources of that kind read them."""
     lists = (value for value in extra.values() if isinstance(value, list))
     return any(isinstance(one, dict) and "question" in one for found in lists for one in found[:1])
 

@@ -1,4 +1,4 @@
-"""What of a record trains: its captions, its labels, the questions about it, or its regions.
+"""What of a record trains: its captions, its labels, or the questions about it.
 
 A source has one kind (`kind=` of its entry in config.data.sources). This file alone parses that
 name; all else asks the kind: what its records need, which examples they are, their texts, what
@@ -22,12 +22,11 @@ import numpy as np
 from coca_jax.config import Config, Data, Entry, shapes
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data import texts
-from coca_jax.data.sources import questions, regions
+from coca_jax.data.sources import questions
 from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import Vocabulary
 
-REGION = 8  # what a draw is for, as those of texts.py
 NO_CLASS = -1
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, text_valid, prompt_len
 
@@ -78,10 +77,6 @@ class Kind(abc.ABC):
         """Where a record's field may stand that trains, for messages."""
         field = f"{cls.wanted}_field"
         return f"--{field}=NAME ({field} of a source) where a field of another name holds it"
-
-    def check(self, data: Data) -> None:
-        """Raises ValueError for what of config.data does not go with this kind."""
-        return
 
     @classmethod
     def tasks(cls, config: Config) -> list[dict[str, Any]]:
@@ -314,68 +309,7 @@ class Question(Kind):
         return vocabulary.encode_answers(asked, answers, max_len)
 
 
-class Region(Kind):
-    """Each image trains on one of its regions, another at each visit, as what is at a place or as
-    the place of what is named (see regions.py)."""
-
-    name, wanted, has_classes = "region", "region", False
-    drawn = "captions"
-
-    @classmethod
-    def tasks(cls, config: Config) -> list[dict[str, Any]]:
-        """The places that the decoder writes, and what it says of places."""
-        return [dict(kind="grounding")] if config.loss.captioning_weight else []
-
-    @classmethod
-    def remedy(cls) -> str:
-        """Regions stand in a field of their own."""
-        return "a field `regions` of {'text', 'box'} beside each image"
-
-    def check(self, data: Data) -> None:
-        """Raises ValueError for what moves pixels away from their boxes."""
-        for name, value, good in (
-            ("augment", data.augment, ("none",)),
-            ("flip", data.flip, (False,)),
-            ("resize", data.resize, ("squash", "native")),
-            ("num_frames", data.num_frames, (0,)),
-            ("loader", data.loader, ("direct",)),
-        ):
-            if value not in good:
-                raise ValueError(
-                    f"data.{name}={value!r} does not go with a source of kind={self.name!r}, whose "
-                    f"boxes are of the whole image; set {' or '.join(map(repr, good))}"
-                )
-
-    def trains(self, record: Record) -> bool:
-        """Whether a record has a region."""
-        return bool(_regions(record))
-
-    def choose(
-        self, records: Sequence[Record], classes: Mapping[str, int], draw: Draw
-    ) -> tuple[list[str], list[str]]:
-        """A region in one of its forms; equal texts are equal."""
-        chosen = []
-        for record, (which, form) in zip(records, draw.uniform(REGION, 2)):
-            found = _regions(record)
-            text = regions.forms(found[int(which * len(found))])[int(2 * form)] if found else ""
-            chosen.append(text)
-        return chosen, chosen
-
-    def vocabulary_texts(self, record: Record, number: int) -> Iterator[str]:
-        """Every region in both forms."""
-        for region in _regions(record):
-            yield from regions.forms(region)
-
-
-def _regions(record: Record) -> list[regions.Region]:
-    """The regions of a record. Raises ValueError naming it where one is none."""
-    try:
-        return regions.regions_of(record.extra)
-    except ValueError as error:
-        raise ValueError(f"record {record.key!r}, {error}") from None
-
-
-KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Caption, Label, Question, Region)}
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Caption, Label, Question)}
 
 
 def of(entry: Entry) -> Kind:

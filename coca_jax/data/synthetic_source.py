@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from PIL import Image
 
 from coca_jax.config import Entry
 from coca_jax.data import images, supervision
-from coca_jax.data.scenes.drawing import SCENERY, SIDE, boxes, draw, render
-from coca_jax.data.scenes.language import full_caption, label_names, names, noisy_caption
+from coca_jax.data.scenes.drawing import SCENERY, SIDE, draw, render
+from coca_jax.data.scenes.language import full_caption, label_names, noisy_caption
 from coca_jax.data.scenes.world import SPLIT_SIZES, Draws, draw_scene, hash_uniform, stream
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source
@@ -38,7 +38,7 @@ def open_entry(entry: Entry, split: str) -> Source:
             texts=(scene["text"],) if scene["text"] else (),
             labels=tuple(scene["labels"] or ()),
             key=scene["key"],
-            extra=json.dumps({"scene": scene["scene"]} | scene["extra"]),
+            extra=json.dumps({"scene": scene["scene"]}),
         )
 
     def read(indices: Indices) -> list[Record]:
@@ -48,7 +48,7 @@ def open_entry(entry: Entry, split: str) -> Source:
         return [
             Record(
                 *(b"", (t["text"],) if t["text"] else (), tuple(t["labels"] or ())),
-                *(t["key"], json.dumps({"scene": t["scene"]} | t["extra"])),
+                *(t["key"], json.dumps({"scene": t["scene"]})),
             )
             for t in drawn.read_texts(indices)
         ]
@@ -72,9 +72,8 @@ class Scenes:
 
     Args:
       split: 'train', 'test' (like training) or 'heldout' (compositions that training never shows).
-      kind: 'caption' (one to four objects and an alt-text), 'label' (one object and its names) or
-        'region' (as captions, and the place of each object that has a name of its own).
-      objects: how many objects a caption or region scene may have; all four counts by default.
+      kind: 'caption' (one to four objects and an alt-text) or 'label' (one object and its names).
+      objects: how many objects a caption scene may have; all four counts by default.
       scenery: 'plain' (four backgrounds that have a name), 'varied' (others too, in changing
         light) or 'unseen' (only others, which 'varied' never shows; not for training). The scenes
         and texts of an index are the same in all three, but that captions name no background
@@ -82,8 +81,7 @@ class Scenes:
 
     A record is a dict: `image` uint8 [64, 64, 3]; `text`, one noisy alt-text (in the evaluation
     splits the full caption), None for labels; `labels`, names or None; `key`; `scene`, the
-    attributes; `extra`, {} or its `regions` (see data/sources/regions.py). Raises ValueError for an unknown
-    split, kind or count, and IndexError by index.
+    attributes. Raises ValueError for an unknown split, kind or count, and IndexError by index.
     """
 
     def __init__(
@@ -156,7 +154,7 @@ class Scenes:
         ]
 
     def read_texts(self, indices: np.ndarray | Sequence[int]) -> list[dict[str, Any]]:
-        """Returns only {text, labels, extra, key, scene} at `indices`: no picture is drawn (for
+        """Returns only {text, labels, key, scene} at `indices`: no picture is drawn (for
         vocabularies)."""
         indices = np.asarray(indices, np.int64).reshape(-1)
         scenes = self._scenes(indices)
@@ -166,13 +164,6 @@ class Scenes:
         ]
 
     def _texts(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
-        extras: list[dict[str, Any]] = [{}] * len(indices)
-        if self.kind.wanted in EXTRAS:
-            inks, more = self._draws(indices, 1, 24), EXTRAS[self.kind.wanted]
-            extras = [more(s, d) for s, d in zip(scenes, inks)]
-        return [dict(t, extra=e) for t, e in zip(self._worded(indices, scenes), extras)]
-
-    def _worded(self, indices: np.ndarray, scenes: list[dict]) -> list[dict[str, Any]]:
         draws = self._draws(indices, 2, 48)
         if self._labelled:
             noise = draws if self.split == "train" else [None] * len(draws)
@@ -180,19 +171,6 @@ class Scenes:
         if self.split != "train":
             return [dict(text=full_caption(s), labels=None) for s in scenes]
         return [dict(text=noisy_caption(s, d), labels=None) for s, d in zip(scenes, draws)]
-
-
-def regions(scene: dict[str, Any], draws: Draws) -> list[dict[str, Any]]:
-    """The objects of a scene by name and place, as data/sources/regions.py reads them; draws: those that
-    `render` takes."""
-    return [dict(text=t, box=b) for t, b in zip(names(scene), boxes(scene, draws))]
-
-
-# What a kind wants -> the fields of `extra` that hold it, of a scene and the draws of `render`;
-# 'text', 'label' and what a kind makes of `scene` itself need none.
-EXTRAS: dict[str, Callable[[dict[str, Any], Draws], dict[str, Any]]] = {
-    "region": lambda scene, draws: dict(regions=regions(scene, draws))
-}
 
 
 def write_folder(out: str, count: int, split: str = "heldout") -> None:

@@ -121,20 +121,6 @@ def _placed(scene: dict[str, Any], draws: Draws) -> tuple[int, int, float, list[
     return oy, ox, shade, found
 
 
-def boxes(scene: dict[str, Any], draws: Draws) -> list[tuple[float, float, float, float]]:
-    """Returns (top, left, bottom, right) of each object in shares of the picture's side: the pixels
-    that it covers by half at least. draws: as those of `render`."""
-    found = []
-    for _, (_, _, cover), x, y, _ in _placed(scene, draws)[3]:
-        edges = []
-        for start, axis in ((y, 1), (x, 0)):
-            hit = np.flatnonzero(cover[:, :, 0].max(axis) >= 0.5) + start - _MARGIN
-            edges.append(np.clip([hit[0], hit[-1] + 1], 0, IMAGE_SIZE) / IMAGE_SIZE)
-        (top, bottom), (left, right) = (edge.tolist() for edge in edges)
-        found.append((top, left, bottom, right))
-    return found
-
-
 def render(
     scene: dict[str, Any],
     draws: Draws,

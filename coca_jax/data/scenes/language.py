@@ -110,20 +110,6 @@ def _noun_phrase(
     return f"an {text}" if text[0] in "aeiou" else f"a {text}"
 
 
-def names(scene: dict[str, Any]) -> list[str]:
-    """Returns a noun phrase for each object, in the scene's order, that no other object has; with
-    the place where there are others alike."""
-    phrases = []
-    counts = [
-        sum(all(o[a] == other[a] for a in _LOOKS) for other in scene["objects"])
-        for o in scene["objects"]
-    ]
-    for o, count in zip(scene["objects"], counts):
-        where = f" {_place(o['place'], None)}" if count > 1 else ""
-        phrases.append(_noun_phrase(o, 1, None) + where)
-    return phrases
-
-
 def canonical_caption(scene: dict[str, Any]) -> str:
     """Returns the usual, noise-free caption: size, texture unless solid, colour, shape, place.
 

@@ -34,7 +34,7 @@ class Source:
     Attributes:
         name: for messages.
         kind: the supervision.Kind of its examples, set by `filters.open_source`.
-        every: what each record is known to have, of what kinds want: 'text', 'label', 'region'.
+        every: what each record is known to have, of what kinds want: 'text', 'label'.
         folder: where an index of it may be kept, '' where there is no such place.
         fingerprint: tells these records, in this order, from all others; '': unknown.
         applied_fields: whether text_field and label_field of its entry were taken when it was
