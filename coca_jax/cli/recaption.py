@@ -5,7 +5,8 @@ data; writes tars, parquet or ArrayRecord. Each image gets captions of each --ch
 and --how, with their log probabilities, contrastive scores and flags; the first checkpoint scores
 the original texts too. A caption replaces the original text only if it scores higher by --margin,
 and never where captions collapse or scores hardly match the original texts (--text).
-Run the same command again after a kill: it goes on, and the output is the same to the byte.
+Run the same command again after a kill: it resumes, and the output is the same to the byte. With
+--captioner, a chat API writes the captions in place of the checkpoint.
 Images that cannot be read are listed in OUT/quarantine.jsonl.
 
 Examples:
@@ -13,6 +14,8 @@ Examples:
   coca-jax recaption --checkpoint=runs/a,runs/b --input=photos/ --out=p --to=parquet \\
       --how=beams,num_captions=2 --how=nucleus,top_p=0.9,num_captions=3 --embeddings
   coca-jax recaption --checkpoint=runs/a --input=tars/ --out=half --text=all --quantile=0.5
+  coca-jax recaption --captioner=http://localhost:8000/v1 --checkpoint=ViT-B-32:openai \\
+      --prompt='Describe the image in one sentence.' --input=photos/ --out=described
   coca-jax recaption ... --shard=$SLURM_ARRAY_TASK_ID/16
 """
 
@@ -36,6 +39,15 @@ from coca_jax.runtime import activity, lease, storage, workers
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_list("checkpoint", [], cli.CHECKPOINT + " Several, by commas: each captions.")
+    flags.DEFINE_string(
+        "captioner",
+        "",
+        "URL of an OpenAI-compatible chat API (vLLM, SGLang, Ollama) that captions; --checkpoint "
+        "then only scores. The key is taken from OPENAI_API_KEY.",
+    )
+    flags.DEFINE_string("captioner_model", "", "Its model; default: the first that it lists.")
+    flags.DEFINE_integer("concurrency", 16, "Requests of --captioner at a time.", lower_bound=1)
+    flags.DEFINE_float("rate", 0.0, "Requests a second at most; 0: any number.", lower_bound=0)
     flags.DEFINE_string("input", "", "File, folder, glob, {000..999} or URL of the input.")
     flags.DEFINE_string("out", "", "Folder to write.")
     names = list(prepare.MODULES)
@@ -92,6 +104,10 @@ def _request() -> Request:
         out=args.out,
         to=args.to,
         checkpoints=tuple(args.checkpoint),
+        captioner=args.captioner.rstrip("/"),
+        captioner_model=args.captioner_model,
+        concurrency=args.concurrency,
+        rate=args.rate,
         ways=tuple(args.how),
         prompts=tuple(args.prompt),
         text=args.text,

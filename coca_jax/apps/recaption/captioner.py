@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import coca_jax
-from coca_jax.apps.recaption import selection
+from coca_jax.apps.recaption import chat_api, selection
 from coca_jax.apps.recaption.request import Request, way
 from coca_jax.data.dedup import content_digest, firsts
 from coca_jax.data.sources.items import Item
@@ -27,12 +27,13 @@ _LOOKED_AT = 64  # images whose captions are tried with each other's images
 
 class Picture(NamedTuple):
     """An image that can be read: its number in the shard, key and texts; pixels: uint8 [S, S, 3] as
-    each model takes it."""
+    each model takes it; image: encoded."""
 
     number: int
     key: str
     texts: list[str]
     pixels: tuple[np.ndarray, ...]
+    image: bytes = b""
 
 
 class Captioner:
@@ -55,7 +56,8 @@ class Captioner:
             for place in request.checkpoints
         ]
         self.seconds: dict[str, float] = dict(input=0.0, encoder=0.0, decoder=0.0, scores=0.0)
-        for model, place in zip(self.models, request.checkpoints):
+        self._api = chat_api.ChatCaptioner(request) if request.captioner else None
+        for model, place in zip(self.models, request.checkpoints) if not self._api else ():
             two_towers.refuse(model, place)
             for prompt in request.prompts:
                 if len(model.vocabulary.encode(prompt)) + 1 >= model.max_len:
@@ -98,11 +100,26 @@ class Captioner:
         shape = model.config.model.patch_size, model.config.data.max_patches
         return (model.image_size, model.resize, *(shape if model.resize == "native" else ()))
 
+    def ask(self, images: Sequence[bytes], keys: Sequence[str]) -> list[list[dict] | str] | None:
+        """The API's captions of each image, or why there are none; None where models write them.
+
+        Raises OSError where the API does not answer at all.
+        """
+        if self._api is None:
+            return None
+        with self.timed("decoder"):
+            return self._api.captions(images, keys)
+
     def part(
-        self, pictures: Sequence[Picture], look: bool = False
+        self,
+        pictures: Sequence[Picture],
+        look: bool = False,
+        answers: Sequence[list[dict[str, Any]]] | None = None,
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """What is kept of each image: number, key, captions (text, log_prob, tokens, score, flags,
         checkpoint, prompt and way by their numbers), originals (text, score), embeddings.
+
+        answers: the captions of an API.
 
         Besides how well the model matches the originals (match, matched: `choose.match`) and, with
         `look`, what the first captions of some images tell of a model that says the same of all
@@ -112,11 +129,22 @@ class Captioner:
             return [], {}
         written: list[list[dict[str, Any]]] = [[] for _ in pictures]
         finished: list[list[bool]] = [[] for _ in pictures]
-        first_model = self._encode(0, pictures)
-        images = np.concatenate([embedding for embedding, _ in first_model])
-        for number in range(len(self.models)):
-            encoded = self._encode(number, pictures) if number else first_model
-            self._captions(number, pictures, [tokens for _, tokens in encoded], written, finished)
+        first_model: list[tuple] = []
+        if self._api:
+            with self.timed("encoder"):
+                images = self.models[0].encode_image([one.pixels[0] for one in pictures])
+            for row, several in enumerate(answers or ()):
+                finished[row] = [one["finished"] for one in several]
+                written[row] = [
+                    {k: v for k, v in one.items() if k != "finished"} for one in several
+                ]
+        else:
+            first_model = self._encode(0, pictures)
+            images = np.concatenate([embedding for embedding, _ in first_model])
+            for number in range(len(self.models)):
+                encoded = self._encode(number, pictures) if number else first_model
+                tokens = [tokens for _, tokens in encoded]
+                self._captions(number, pictures, tokens, written, finished)
         originals = [picture.texts for picture in pictures]
         texts = [[one["text"] for one in several] for several in written]
         model = self.models[0]
@@ -154,7 +182,7 @@ class Captioner:
                 images[texted], said[firsts_of[texted]], [originals[i][0] for i in texted]
             )
             told |= dict(match=round(share, 3), matched=count) if count else {}
-        if look:
+        if look and not self._api:  # which has no likelihood of a caption
             blocks = [tokens for _, tokens in first_model]
             once = np.unique(owners[:_LOOKED_AT])
             told |= self._look(blocks, [texts[i][0] for i in once], once)

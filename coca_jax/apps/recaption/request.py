@@ -26,6 +26,9 @@ class Request:
         input, format: what is read, and as what (a name that `prepare --format` takes).
         out, to: the folder to write, in one of FORMATS.
         checkpoints: models that write captions; the first gives scores and embeddings.
+        captioner: URL of a chat API that writes the captions in their place; the one checkpoint
+            then only scores. captioner_model: which of its models; '': its first.
+        concurrency: requests of it at a time; rate: requests a second at most, 0: any.
         ways: how captions are written, as `way` reads them.
         prompts: how captions begin.
         text: which texts an image keeps, one of TEXTS; see choose.py.
@@ -47,6 +50,10 @@ class Request:
     out: str
     to: str = "tar"
     checkpoints: tuple[str, ...] = ()
+    captioner: str = ""
+    captioner_model: str = ""
+    concurrency: int = 16
+    rate: float = 0.0
     ways: tuple[str, ...] = ("greedy",)
     prompts: tuple[str, ...] = ("",)
     text: str = "better"
@@ -65,7 +72,17 @@ class Request:
         if self.to == "parquet":
             extras.check("pyarrow", "parquet", "--to=parquet")
         for text in self.ways:
-            way(text)
+            found = way(text)
+            if self.captioner and found.num_beams > 1:
+                raise ValueError(f"--how={text}: a chat API has no beams; begin with nucleus")
+        if self.captioner:
+            if not self.captioner.startswith(("http://", "https://")):
+                raise ValueError(f"--captioner={self.captioner}: give a URL, http://host:port/v1")
+            if len(self.checkpoints) != 1:
+                raise ValueError(
+                    "--captioner needs one --checkpoint, which scores its captions; any CLIP or "
+                    "SigLIP model does, as ViT-B-32:openai"
+                )
         if not 0 <= self.quantile < 1:
             raise ValueError(f"--quantile={self.quantile}: give a share from 0 up to, not with, 1")
         if self.min_score is not None and not -1 <= self.min_score <= 1:  # nor NaN
@@ -89,7 +106,10 @@ class Request:
     def told(self) -> dict[str, Any]:
         """All but the place of the output, for the file that says how it was made."""
         found = dataclasses.asdict(self)
-        del found["out"]
+        # Neither of these changes an answer: the same server may be at another address now.
+        for name in ("out", "captioner", "concurrency", "rate"):
+            del found[name]
+        found["by_api"] = bool(self.captioner)
         if not self.split:  # as works have it that older versions began
             del found["split"]
         return found

@@ -137,18 +137,29 @@ def _check_first(job: Job, request: Request) -> None:
 
 def _make(path: str, taken: list, number: int, last: bool, captioner: Captioner) -> None:
     """Writes a part; its first captions are what is looked at of a model that collapsed."""
-    good, quarantined, digests = [], [], []
+    good: list[Picture] = []
+    quarantined = []
     for (place, item), pixels in itertools.chain.from_iterable(taken):
         if isinstance(pixels, tuple):
             texts = [" ".join(text.split()) for text in map(printable, item.texts)]
-            good.append(Picture(place, item.key, [text for text in texts if text], pixels))
-            digests.append(content_digest(item.image).hex())
+            texts = [text for text in texts if text]
+            good.append(Picture(place, item.key, texts, pixels, item.image))
         else:
             reason, _, detail = " ".join(str(pixels).split()).partition(": ")
             quarantined.append(
                 dict(key=item.key, reason=reason, detail=printable(detail)[:_DETAIL])
             )
-    found, told = captioner.part(good, look=not number)
+    asked = captioner.ask([one.image for one in good], [one.key for one in good])
+    answers: list[list[dict[str, Any]]] | None = None
+    if asked is not None:
+        for one, answer in zip(good, asked):
+            if isinstance(answer, str):
+                detail = printable(answer)[:_DETAIL]
+                quarantined.append(dict(key=one.key, reason="no_caption", detail=detail))
+        pairs = [(one, answer) for one, answer in zip(good, asked) if isinstance(answer, list)]
+        good, answers = [one for one, _ in pairs], [answer for _, answer in pairs]
+    digests = [content_digest(one.image).hex() for one in good]
+    found, told = captioner.part(good, look=not number, answers=answers)
     part = dict(results=found, quarantined=quarantined, read=sum(map(len, taken)), last=last)
     json_files.write_sealed(path, part | dict(digests=digests, figures=told))
 
