@@ -111,6 +111,7 @@ def cached(entry: Entry, split: str) -> str:
     Raises ValueError or OSError for data that cannot be read in place, in one line.
     """
     format, path, options = _of_split(entry, split)
+    options = dataclasses.replace(options, check=True)  # once, and not in each evaluation
     out = _kept(path, split, options)
     with open(out.with_suffix(".lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may evaluate
