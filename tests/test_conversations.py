@@ -9,7 +9,7 @@ import pytest
 from prepare_cases import add_member, encode, import_data, reasons_of
 
 from coca_jax.data import filters
-from coca_jax.data.sources import conversations, field_texts, formats, tars
+from coca_jax.data.sources import fields, formats, tars
 from coca_jax.data.sources.items import Options, Unit
 
 
@@ -42,7 +42,7 @@ ANSWER = [dict(type="text", text="A cat.")]
     ],
 )
 def test_the_first_answer_is_the_caption(value, texts):
-    assert field_texts.strings(value) == texts
+    assert fields.strings(value) == texts
 
 
 @pytest.mark.parametrize("value", [said(("human", "a"), ("human", "b")), said(("gpt", None))])
@@ -51,12 +51,12 @@ def test_a_conversation_without_an_answer_is_no_caption(value):
     with pytest.raises(
         ValueError, match=f"conversation of {who}, without an answer of gpt, assist"
     ):
-        field_texts.strings(value)
+        fields.strings(value)
 
 
 def test_what_is_no_conversation_has_no_answer():
     with pytest.raises(ValueError, match="no conversation: not all of 2 turns say who speaks"):
-        conversations.answer([*ROLES, dict(text="hm")])
+        fields.answer([*ROLES, dict(text="hm")])
 
 
 def write_llava(folder):

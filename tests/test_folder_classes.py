@@ -11,7 +11,7 @@ from prepare_cases import encode, import_data, reasons_of
 from test_picture_folders import beside, brought, in_folders
 
 from coca_jax.data import evaluation_data, filters
-from coca_jax.data.sources import array_record, image_folder, items
+from coca_jax.data.sources import array_record, fields, image_folder
 from coca_jax.evaluation.evaluators import probes, zero_shot
 from coca_jax.evaluation.evaluators.base import Setting
 
@@ -55,7 +55,7 @@ def test_class_names_of_a_file_apply_to_folders_by_number_and_by_wordnet_id(tmp_
     renamed = filters.open_source(str(tmp_path / "0/named"))
     assert [record.labels for record in renamed] == [(name,) for name in names]
     (tmp_path / "0/list.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n\n")
-    lines = items.read_class_names(str(tmp_path / "0/list.txt"))
+    lines = fields.read_class_names(str(tmp_path / "0/list.txt"))
     of_imagenet = in_folders(tmp_path / "imagenet", ("n01443537", "n01440764"))
     listed = ["tench, Tinca tinca", "goldfish"]
     assert labels(of_imagenet, lines) == (sorted(listed), listed, {})
@@ -84,8 +84,8 @@ def test_minus_one_of_numbered_classes_is_no_label(tmp_path):
     found = brought("parquet", tmp_path / "a.parquet", tmp_path / "p")
     assert list(found.values()) == [(("a",), ("dog",)), (("b",), ()), (("c",), ("cat",))]
     assert reasons_of(tmp_path / "p") == {"a.parquet#3": "bad_label"}
-    assert items.names([-1, 1], ("cat", "dog")) == ["dog"]
-    assert items.names(-1, ()) == ["-1"]
+    assert fields.names([-1, 1], ("cat", "dog")) == ["dog"]
+    assert fields.names(-1, ()) == ["-1"]
 
 
 def test_a_class_whose_name_is_no_text_is_named(tmp_path):

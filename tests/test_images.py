@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from coca_jax.cli import main
 from coca_jax.data import filters, image_files, images, videos
-from coca_jax.data.sources import media
+from coca_jax.data.sources import files
 
 
 def _scene(mode="RGB", size=(24, 16)):
@@ -277,8 +277,8 @@ def test_formats_that_are_not_opened():
     with pytest.raises(ValueError, match="none of JPEG, PNG"):
         images.decode(b"P3 1 1 255 7 8 9\n")  # as text: PIL reads it at a megabyte a second
     assert images.decode(b"P6 1 1 255\n\x07\x08\x09").tolist() == [[[7, 8, 9]]]
-    assert {".jpg", ".png", ".webp", ".tiff"} < set(media.IMAGE_SUFFIXES)
-    assert not {".eps", ".ps", ".pdf", ".ico"} & set(media.IMAGE_SUFFIXES)
+    assert {".jpg", ".png", ".webp", ".tiff"} < set(files.IMAGE_SUFFIXES)
+    assert not {".eps", ".ps", ".pdf", ".ico"} & set(files.IMAGE_SUFFIXES)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])

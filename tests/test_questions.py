@@ -18,7 +18,6 @@ from coca_jax.config import typed
 from coca_jax.data import filters, mixture, supervision, vocabulary
 from coca_jax.data.batches import open_stream
 from coca_jax.data.evaluation_data import Records
-from coca_jax.data.sources import questions
 from coca_jax.data.sources.records import Record
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import base
@@ -69,7 +68,7 @@ def test_questions_without_an_answer_are_left_out():
         dict(question="many?", answer=0),
     ]
     record = Record(b"", (), (), "k", json.dumps(dict(qa=given)))
-    assert questions.questions_of(record, "qa") == [("many?", ("2", "two")), ("many?", ("0",))]
+    assert supervision.questions_of(record, "qa") == [("many?", ("2", "two")), ("many?", ("0",))]
 
 
 def question_config(path):

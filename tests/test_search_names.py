@@ -9,7 +9,7 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 
 from coca_jax.apps.search import index
 from coca_jax.apps.search.parts import Known
-from coca_jax.data.sources.items import printable
+from coca_jax.data.sources.fields import printable
 from coca_jax.runtime import storage
 
 

@@ -15,7 +15,7 @@ from coca_jax.config import Entry
 from coca_jax.data import filters
 from coca_jax.data.filters import Indexes
 from coca_jax.data.prepare import prepare
-from coca_jax.data.sources import field_texts
+from coca_jax.data.sources import fields
 from coca_jax.data.sources.items import Options
 from coca_jax.runtime import activity
 
@@ -226,7 +226,7 @@ def test_values_select_as_they_are_spelled_in_lists(where, count):
         dict(year=2020, good=True, share=1.0, name="True North", note=None),
         dict(year="2021", good="FALSE", share=1, name="", note="x"),
     ]
-    assert sum(field_texts.selected(where, row, (), ()) for row in rows) == count
+    assert sum(fields.selected(where, row, (), ()) for row in rows) == count
 
 
 def test_a_field_that_is_named_and_gives_nothing_is_in_the_message(data):

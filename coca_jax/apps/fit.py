@@ -29,7 +29,8 @@ from coca_jax.data.evaluation_data import Records
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.data.sources import files
 from coca_jax.data.sources.array_record import read_manifest
-from coca_jax.data.sources.items import Options, read_class_names
+from coca_jax.data.sources.fields import read_class_names
+from coca_jax.data.sources.items import Options
 from coca_jax.data.sources.manifest import MANIFEST
 from coca_jax.data.vocabulary import load
 from coca_jax.evaluation import report_data, verdict

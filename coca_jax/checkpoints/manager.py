@@ -28,7 +28,7 @@ from coca_jax.checkpoints import steps as saved_steps
 from coca_jax.checkpoints.items import first_line
 from coca_jax.checkpoints.verify import Damaged
 from coca_jax.config import StoredConfig, read
-from coca_jax.data.sources import files, media
+from coca_jax.data.sources import files
 from coca_jax.models import param_groups
 from coca_jax.runtime import activity, json_files, multihost, notes, storage
 
@@ -408,7 +408,7 @@ def _holds_images(path: str) -> bool:
     """Whether images are among the first files of a folder and the folders in it."""
     names = itertools.chain.from_iterable(files.walk(path)) if files.exists(path) else ()
     return any(
-        name.lower().endswith(media.IMAGE_SUFFIXES) for name in itertools.islice(names, 1000)
+        name.lower().endswith(files.IMAGE_SUFFIXES) for name in itertools.islice(names, 1000)
     )
 
 

@@ -49,8 +49,9 @@ from coca_jax.data import prepare as shards
 from coca_jax.data import prepare as splits
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare import prepare, prepare_with_holdout
-from coca_jax.data.sources import files, formats, manifest, media
-from coca_jax.data.sources.items import Options, read_class_names
+from coca_jax.data.sources import files, formats, manifest
+from coca_jax.data.sources.fields import read_class_names
+from coca_jax.data.sources.items import Options
 from coca_jax.data.sources.source import read_whole_texts
 from coca_jax.runtime import lease, storage, text_tables, workers
 from coca_jax.training import recipes
@@ -79,7 +80,7 @@ def _options() -> Options:
         raise ValueError(f"--sample={flags.FLAGS.sample}: give a share above 0, at most 1")
     if flags.FLAGS.dedup != "perceptual" and not flags.FLAGS.exclude:
         cli.refuse_given(["distance"], "it is of --dedup=perceptual and --exclude")
-    most = media.MAX_PIXELS
+    most = files.MAX_PIXELS
     if flags.FLAGS.max_pixels > most and not 0 < flags.FLAGS.max_side**2 <= most:
         raise ValueError(
             f"--max_pixels={flags.FLAGS.max_pixels}: training reads images of at most {most} "
@@ -231,7 +232,7 @@ def define_flags() -> None:
     flags.DEFINE_float("max_aspect", 0.0, "Quarantine longer images; 0: keep.", 0)
     flags.DEFINE_integer(
         "max_pixels",
-        media.MAX_PIXELS,
+        files.MAX_PIXELS,
         "Quarantine images with more pixels; above 120 million with --max_side.",
         1,
     )

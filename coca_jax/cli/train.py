@@ -28,7 +28,7 @@ from absl import flags
 from coca_jax.cli import data_flags
 from coca_jax.cli import main as cli
 from coca_jax.config import Recipe
-from coca_jax.data.sources import files, formats, own_folders
+from coca_jax.data.sources import files, formats
 from coca_jax.runtime import out_folder, storage, text_tables
 from coca_jax.training import recipes
 
@@ -61,7 +61,7 @@ def refuse_data(workdir: str) -> None:
         return
     pictures = [name for name in names if name.lower().endswith(formats.MEDIA)]
     what = f"pictures ({pictures[0]})" if pictures else "prepared data"
-    if pictures or own_folders.is_prepared(names):
+    if pictures or files.is_prepared(names):
         raise ValueError(
             f"--workdir={workdir} holds {what}; give a folder of the run's own, and "
             f"--data={workdir} to train on them"

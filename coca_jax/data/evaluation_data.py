@@ -18,15 +18,7 @@ import numpy as np
 
 from coca_jax.config import Entry
 from coca_jax.data import filters, holdout, mixture, quarantine, source_index, supervision
-from coca_jax.data.sources import (
-    array_record,
-    files,
-    formats,
-    image_folder,
-    items,
-    split_names,
-    tfds,
-)
+from coca_jax.data.sources import array_record, fields, files, formats, image_folder, items, tfds
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source, read_one
@@ -145,7 +137,7 @@ def choose_split(entry: Given) -> str:
     """
     entry = Entry.of(entry)
     found = splits(entry)
-    usual = [split for split in ("test", *split_names.VALIDATION) if split in found]
+    usual = [split for split in ("test", *files.VALIDATION) if split in found]
     if not found or usual:
         return usual[0] if usual else "test"
     if len(found) > 1:
@@ -272,7 +264,7 @@ def _record(item: Item, path: str) -> Record:
     if item.problem:
         raise ValueError(f"data {path}: {item.key}: {item.problem}: {item.detail}")
     texts, labels = (tuple(found) for found in quarantine.texts_and_labels(item))
-    extra = items.plain_json(item.extra)
+    extra = fields.plain_json(item.extra)
     return Record(item.image, texts, labels, item.key, extra, item.second)
 
 

@@ -18,7 +18,7 @@ from absl import logging
 from coca_jax.config import Entry
 from coca_jax.data import supervision
 from coca_jax.data.sources import files
-from coca_jax.data.sources.field_texts import (
+from coca_jax.data.sources.fields import (
     INNER_LABELS,
     INNER_TEXTS,
     selected,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import dedup, prepare, quarantine
-from coca_jax.data.sources import manifest, split_names
+from coca_jax.data.sources import files, manifest
 from coca_jax.data.sources.items import Options, Unit, whole_files
 from coca_jax.runtime import activity, unreachable
 
@@ -63,7 +63,7 @@ def split_of(value: str) -> str:
     """The split that a value means, in any case: 'restval' of Karpathy's lists is for training, and
     validation has several usual names."""
     name = value.strip().lower()
-    return "train" if name == "restval" else split_names.SPLITS.get(name, name)
+    return "train" if name == "restval" else files.SPLITS.get(name, name)
 
 
 def of_data(format: str, input: str, options: Options) -> tuple[list[str], Told | None]:

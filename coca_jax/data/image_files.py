@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 
 from coca_jax.data import images
-from coca_jax.data.sources import files, formats, media, own_folders
+from coca_jax.data.sources import files, formats
 from coca_jax.runtime import storage
 
 
@@ -20,9 +20,9 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
 
     Raises FileNotFoundError for a path that does not exist, ValueError when there is no image.
     """
-    extensions = set(media.IMAGE_SUFFIXES)
+    extensions = set(files.IMAGE_SUFFIXES)
     if video:
-        extensions |= {f".{suffix}" for suffix in media.VIDEO_SUFFIXES}
+        extensions |= {f".{suffix}" for suffix in files.VIDEO_SUFFIXES}
     found: dict[str, None] = {}
     for path in map(storage.plain_path, paths):
         for name, within in _below(path):
@@ -57,7 +57,7 @@ def refuse_others(paths: Sequence[str]) -> None:
 
 def without_videos(paths: Sequence[str], named: Sequence[str]) -> list[str]:
     """Those of the paths that `find` would have found without videos, or that are named."""
-    suffixes = tuple(media.IMAGE_SUFFIXES)
+    suffixes = tuple(files.IMAGE_SUFFIXES)
     return [path for path in paths if path.lower().endswith(suffixes) or path in named]
 
 
@@ -67,7 +67,7 @@ def others(paths: Sequence[str]) -> list[str]:
     known, found = (*formats.MEDIA, *formats.SIDECARS, *formats.TABLES), []
     for path in map(storage.plain_path, paths):
         if not files.is_remote(path) and os.path.isdir(path):
-            names = own_folders.without_ours([within for _, within in _below(path)])
+            names = files.without_ours([within for _, within in _below(path)])
             left = (name for name in names if not name.lower().endswith(known))
             found += [name for name in left if not files.is_hidden(name)]
     return found

@@ -15,7 +15,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from coca_jax.config import shapes
 from coca_jax.config.shapes import Size
-from coca_jax.data.sources import files, media
+from coca_jax.data.sources import files
 from coca_jax.runtime import extras
 
 # The formats that are read, wherever their plugins are installed, the usual ones first. PIL knows
@@ -47,20 +47,20 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_image(data: bytes, max_pixels: int = media.MAX_PIXELS) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = files.MAX_PIXELS) -> Image.Image:
     """Reads the header of an encoded image, of one of FORMATS: nothing else is even tried.
 
     Raises:
         ValueError: not an image of these formats, or too many pixels.
     """
-    if max_pixels > media.MAX_PIXELS:
+    if max_pixels > files.MAX_PIXELS:
         Image.MAX_IMAGE_PIXELS = None  # PIL's own limit; ours is checked below
     try:
         if data[:2] in _PLAIN_PPM:
             raise UnidentifiedImageError
         image = Image.open(io.BytesIO(data), formats=formats())
     except Image.DecompressionBombError:  # which names a limit of PIL's own
-        fix = _how_to_shrink("N") if max_pixels >= media.MAX_PIXELS else ""
+        fix = _how_to_shrink("N") if max_pixels >= files.MAX_PIXELS else ""
         raise ValueError(f"too many pixels: the limit is {max_pixels}{fix}") from None
     except UnidentifiedImageError:
         if is_video_file(data):
@@ -82,7 +82,7 @@ def open_image(data: bytes, max_pixels: int = media.MAX_PIXELS) -> Image.Image:
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """Raises ValueError for an image or frame of more pixels."""
     if width * height > max_pixels:
-        fix = _how_to_shrink(str(width * height)) if max_pixels >= media.MAX_PIXELS else ""
+        fix = _how_to_shrink(str(width * height)) if max_pixels >= files.MAX_PIXELS else ""
         raise ValueError(f"too many pixels: {width} x {height}, limit {max_pixels}{fix}")
 
 
@@ -211,7 +211,7 @@ def over(rgba: np.ndarray, background: Sequence[float] | np.ndarray = WHITE) -> 
     return pixels.reshape(*rgba.shape[:-1], 3)
 
 
-def decode_rgba(data: bytes, max_pixels: int = media.MAX_PIXELS) -> np.ndarray:
+def decode_rgba(data: bytes, max_pixels: int = files.MAX_PIXELS) -> np.ndarray:
     """Encoded bytes (any of FORMATS; the first frame) to uint8 [h, w, 3 or 4].
 
     Raises:
@@ -352,11 +352,11 @@ def sniff(data: bytes) -> tuple[int, int, int]:
             return JPEG, *found
     elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) > 33:
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-        if 0 < width * height <= media.MAX_PIXELS and data.find(b"eXIf", 33) < 0:
+        if 0 < width * height <= files.MAX_PIXELS and data.find(b"eXIf", 33) < 0:
             return OTHER, height, width
     elif data[:2] == b"BM" and data[14:18] == b"(\0\0\0" and data[28:34] == b"\x18\0\0\0\0\0":
         width, height = int.from_bytes(data[18:22], "little"), int.from_bytes(data[22:26], "little")
-        if 0 < width * height <= media.MAX_PIXELS:
+        if 0 < width * height <= files.MAX_PIXELS:
             return BMP, height, width
     image = open_image(data)
     width, height = image.size
@@ -389,7 +389,7 @@ def _sniff_jpeg(data: bytes) -> tuple[int, int] | None:
             height = int.from_bytes(data[position + 5 : position + 7], "big")
             width = int.from_bytes(data[position + 7 : position + 9], "big")
             components = data[position + 9]
-            if components not in (1, 3) or not 0 < height * width <= media.MAX_PIXELS:
+            if components not in (1, 3) or not 0 < height * width <= files.MAX_PIXELS:
                 return None
             found, one_scan = (height, width), marker <= 0xC1
         elif marker == 0xDA:

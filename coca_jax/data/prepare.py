@@ -29,15 +29,8 @@ from array_record.python import array_record_module
 from coca_jax.data import dedup, images, quarantine
 from coca_jax.data.sources import files, in_place, manifest, records
 from coca_jax.data.sources import manifest as metadata
-from coca_jax.data.sources.items import (
-    Drawn,
-    Item,
-    Options,
-    Rows,
-    Unit,
-    named_classes,
-    printable,
-)
+from coca_jax.data.sources.fields import named_classes, printable
+from coca_jax.data.sources.items import Drawn, Item, Options, Rows, Unit
 from coca_jax.data.sources.records import Record
 from coca_jax.runtime import activity, extras, machine, out_folder, progress, storage, unreachable
 from coca_jax.runtime.workers import Engine

@@ -20,17 +20,9 @@ from absl import logging
 from PIL import Image
 
 from coca_jax.data import filters, images, order, videos
-from coca_jax.data.sources import (
-    field_texts,
-    files,
-    formats,
-    own_folders,
-    references,
-    rows,
-    split_names,
-)
-from coca_jax.data.sources.field_texts import selected
-from coca_jax.data.sources.items import Item, Options, class_number, plain_json
+from coca_jax.data.sources import fields, files, formats, references, rows
+from coca_jax.data.sources.fields import class_number, plain_json, selected
+from coca_jax.data.sources.items import Item, Options
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Problem
 from coca_jax.runtime import activity, storage
@@ -235,7 +227,7 @@ def not_read(input: str, format: str) -> str:
         return ""
     with activity.saying(f"looking for what is not read in {input}"):
         every = itertools.chain.from_iterable(files.walk(input))
-        names = own_folders.without_ours(list(itertools.islice(every, _MOST_LOOKED_AT)))
+        names = files.without_ours(list(itertools.islice(every, _MOST_LOOKED_AT)))
     left = [n for n in names if n.lower().endswith(_OF_DATA) and not n.lower().endswith(own)]
     ends = Counter(next(e for e in _LONGEST_FIRST if name.lower().endswith(e)) for name in left)
     if not ends:
@@ -296,7 +288,7 @@ def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
     missed = filters.Missed(where)
     for item in itertools.islice(items, _MOST_ASKED):
         texts, labels = texts_and_labels(item)
-        if not item.problem and field_texts.selected(where, item.extra, texts, labels):
+        if not item.problem and fields.selected(where, item.extra, texts, labels):
             return ""
         missed.add(Record(b"", tuple(texts), tuple(labels), item.key, "", b""), item.extra)
     return f"; --where: {missed.line()}"
@@ -329,7 +321,7 @@ def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> 
     if found["with_text"] or found["with_label"] < found["count"]:
         return []
     if len(classes) != 1:
-        like = [n for n in classes if {*re.findall("[a-z]+", n.lower())} & {*split_names.SPLITS}]
+        like = [n for n in classes if {*re.findall("[a-z]+", n.lower())} & {*files.SPLITS}]
         if not like:
             return []
         return [

@@ -14,6 +14,7 @@ since are to be deleted.
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,12 +23,12 @@ import numpy as np
 from coca_jax.config import Config, Data, Entry, shapes
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data import texts
-from coca_jax.data.sources import questions
-from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.records import Record, json_text
 from coca_jax.data.texts import Draw
 from coca_jax.data.vocabulary import Vocabulary
 
 NO_CLASS = -1
+Asked = tuple[str, tuple[str, ...]]  # a question and its answers
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, text_valid, prompt_len
 
 
@@ -268,13 +269,13 @@ class Question(Kind):
         """Each question that one of the wanted answers answers."""
         return [
             (part, answers)
-            for part, (_, answers) in enumerate(questions.questions_of(record, self.field))
+            for part, (_, answers) in enumerate(questions_of(record, self.field))
             if not self.answers or self.answers.intersection(answers)
         ]
 
     def example(self, record: Record, part: int, number: int) -> Record:
         """A question as text, its answers as labels; its number makes the key its own."""
-        question, answers = questions.questions_of(record, self.field)[part]
+        question, answers = questions_of(record, self.field)[part]
         key = f"{record.key}?{number}"
         return record._replace(texts=(question,), labels=answers, key=key)
 
@@ -307,6 +308,35 @@ class Question(Kind):
         """Question and answer in one row, each encoded by itself (Vocabulary.encode_answers)."""
         asked, _, answers = zip(*(text.partition(texts.ANSWER) for text in chosen))
         return vocabulary.encode_answers(asked, answers, max_len)
+
+
+def questions_of(record: Record, field: str) -> list[Asked]:
+    """The questions of a record: those that a field of its `extra` lists as {question, answer}, one
+    answer or several; with field '' its texts, which its labels answer.
+
+    Raises:
+        ValueError: naming the record, whose field lists something else.
+    """
+    if not field:
+        return [(text, record.labels) for text in record.texts if record.labels]
+    found = json.loads(record.extra).get(field) or []
+    try:
+        pairs = [(item["question"], item["answer"]) for item in found]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"field {field!r} of {record.key!r} must list {{question, answer}} objects"
+        ) from None
+    asked = [
+        (_said(q), tuple(filter(None, map(_said, a if isinstance(a, list) else [a]))))
+        for q, a in pairs
+    ]
+    return [(question, answers) for question, answers in asked if question and answers]
+
+
+def _said(value: Any) -> str:
+    """'' where nothing is said: null, or blanks alone."""
+    text = "" if value is None else json_text(value)
+    return text if text.strip() else ""
 
 
 KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Caption, Label, Question)}

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from coca_jax.data import images
-from coca_jax.data.sources import files, media
+from coca_jax.data.sources import files
 from coca_jax.runtime import extras
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # frames of other formats are pages, layers or sizes
@@ -76,7 +76,7 @@ def _check_frames(count: int, width: int, height: int) -> None:
         )
 
 
-def sniff(data: bytes, max_pixels: int = media.MAX_PIXELS) -> tuple[int, int, int]:
+def sniff(data: bytes, max_pixels: int = files.MAX_PIXELS) -> tuple[int, int, int]:
     """(images.OTHER, height, width) of a clip's frames, upright, as `images.sniff` of an image.
 
     Of a video file the first frame is decoded. Raises ValueError: neither an image nor a video.
@@ -90,7 +90,7 @@ def sniff(data: bytes, max_pixels: int = media.MAX_PIXELS) -> tuple[int, int, in
     return images.OTHER, height, width
 
 
-def decode_rgba(data: bytes, offsets: np.ndarray, max_pixels: int = media.MAX_PIXELS) -> np.ndarray:
+def decode_rgba(data: bytes, offsets: np.ndarray, max_pixels: int = files.MAX_PIXELS) -> np.ndarray:
     """Sampled frames of encoded bytes: uint8 [T, h, w, 3], with transparency [T, h, w, 4].
 
     Raises:
@@ -229,7 +229,7 @@ def _sample_video(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.
     raise ValueError(f"damaged video ({len(data)} bytes): {count} frames decode")
 
 
-def _open(data: bytes, max_pixels: int = media.MAX_PIXELS) -> tuple[Any, Any]:
+def _open(data: bytes, max_pixels: int = files.MAX_PIXELS) -> tuple[Any, Any]:
     """(container, its first video stream). Raises ValueError: damaged, or frames too large."""
     try:
         import av
@@ -264,7 +264,7 @@ def _count_packets(data: bytes) -> int:
     return max(count, 1)
 
 
-def _video_frames(data: bytes, max_pixels: int = media.MAX_PIXELS) -> Iterator[Any]:
+def _video_frames(data: bytes, max_pixels: int = files.MAX_PIXELS) -> Iterator[Any]:
     """PyAV's frames, in the order of showing."""
     container, stream = _open(data, max_pixels)
     left = MAX_CLIP_PIXELS

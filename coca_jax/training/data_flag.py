@@ -15,7 +15,7 @@ from coca_jax.config import Config, Entry
 from coca_jax.config.data import PLACES
 from coca_jax.config.run import GUARDED
 from coca_jax.data import filters, holdout, mixture, prepare, quarantine, source_index, supervision
-from coca_jax.data.sources import files, formats, in_place, manifest, split_names
+from coca_jax.data.sources import files, formats, in_place, manifest
 from coca_jax.data.sources.items import Item, Options
 
 _LOOKED_AT = 256  # records, for a field that lists questions
@@ -618,7 +618,7 @@ def _of_names(names: Sequence[str]) -> tuple[str, str]:
     others = [name for name in names if name != train]
     if others and train != "train":
         raise ValueError(f"the data have the splits {', '.join(names)} and none called 'train'")
-    held = next((name for name in ("test", *split_names.VALIDATION) if name in others), "")
+    held = next((name for name in ("test", *files.VALIDATION) if name in others), "")
     return train, held
 
 

@@ -21,7 +21,8 @@ from coca_jax.data import prepare, quarantine
 from coca_jax.data.dedup import content_digest
 from coca_jax.data.prepare import Job
 from coca_jax.data.sources import files
-from coca_jax.data.sources.items import Item, printable
+from coca_jax.data.sources.fields import printable
+from coca_jax.data.sources.items import Item
 from coca_jax.evaluation.evaluators import collapse
 from coca_jax.inference import prefetch
 from coca_jax.runtime import json_files, storage

@@ -13,7 +13,8 @@ from array_record.python import array_record_module
 from coca_jax.apps.recaption.captioner import unpacked
 from coca_jax.apps.recaption.selection import Scored
 from coca_jax.data.sources import records
-from coca_jax.data.sources.items import Item, plain_json
+from coca_jax.data.sources.fields import plain_json
+from coca_jax.data.sources.items import Item
 
 SUFFIXES = dict(tar="tar", parquet="parquet", array_record="array_record")
 EMBEDDINGS = ("image_emb", "text_emb")

@@ -15,7 +15,8 @@ import numpy as np
 from coca_jax.apps.search.parts import Parts, Row
 from coca_jax.data import image_files, prepare
 from coca_jax.data.sources import files, formats, image_folder, sidecars
-from coca_jax.data.sources.items import Item, Options, Unit, printable
+from coca_jax.data.sources.fields import printable
+from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.inference import prefetch
 from coca_jax.runtime import storage
 

@@ -17,7 +17,8 @@ from coca_jax.apps.search.embed import Group
 from coca_jax.apps.search.parts import LEASE, STAGED, Parts, check_dtype, check_model
 from coca_jax.data import image_files
 from coca_jax.data.sources import files
-from coca_jax.data.sources.items import printable, resuming_reads
+from coca_jax.data.sources.fields import printable
+from coca_jax.data.sources.items import resuming_reads
 from coca_jax.inference import fingerprint
 from coca_jax.runtime import progress as bars
 from coca_jax.runtime import storage

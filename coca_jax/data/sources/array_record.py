@@ -27,7 +27,8 @@ from coca_jax.data.sources import (
     references,
     shard_cache,
 )
-from coca_jax.data.sources.items import Drawn, Item, Options, Unit, names, split_units, strings
+from coca_jax.data.sources.fields import names, strings
+from coca_jax.data.sources.items import Drawn, Item, Options, Unit, split_units
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import UNREAD, Indices, Problem, Reader, Source, read_one
 from coca_jax.runtime import storage, unreachable

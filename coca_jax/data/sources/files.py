@@ -1,4 +1,6 @@
-"""Files by path or URL (gs://, s3://, memory:// ...), through fsspec."""
+"""Files by path or URL (gs://, s3://, memory:// ...), through fsspec: listing, reading, finding those
+of an input, and what their names say: images and videos, splits, folders that commands of ours wrote.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,21 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from coca_jax.data.sources import own_folders, split_names
 from coca_jax.runtime import extras, storage, unreachable
 from coca_jax.runtime.storage import as_os_error, filesystem, is_remote
 
+MAX_PIXELS = 120_000_000  # of an image or frame; decoding takes about 7 bytes for each
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
+)
+VIDEO_SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "ogv")
+VALIDATION = ("validation", "valid", "val", "dev")  # one split by its usual names
+SPLITS = {  # what files and folders are called, in any case -> the split that they tell
+    **dict(train="train", training="train", test="test", testing="test"),
+    **dict.fromkeys(VALIDATION, "validation"),
+}
+_MARKS = ("manifest.json", "index.json")  # of folders that `prepare` and `search index` wrote
 _OF_SYSTEMS = ("__MACOSX", "@eaDir")  # folders that macOS packs and Synology's stations make
 _UNREACHED = (ConnectionError, TimeoutError, socket.gaierror)
 MAX_IMAGE_FILE = 1 << 30  # bytes of any one file of pictures
@@ -289,8 +302,8 @@ def find(
     elif system.isdir(plain):
         told = _told_splits(system, plain, patterns)
         found = list(told)
-        if split and split_names.tell(told.values(), all_told):
-            wanted = split_names.SPLITS.get(split.lower(), split)
+        if split and _make_splits(told.values(), all_told):
+            wanted = SPLITS.get(split.lower(), split)
             found = [file for file in found if told[file] == wanted]
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -381,7 +394,7 @@ def splits_told(path: str, patterns: tuple[str, ...], *, all_told: bool = False)
     if not system.isdir(plain):
         return []
     told = _told_splits(system, plain, patterns).values()
-    return sorted({*told} - {""}) if split_names.tell(told, all_told) else []
+    return sorted({*told} - {""}) if _make_splits(told, all_told) else []
 
 
 def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
@@ -389,7 +402,7 @@ def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
     system, plain = filesystem(path)
     folder = not system.isfile(plain) and system.isdir(plain)
     told = _told_splits(system, plain, patterns) if folder else {}
-    if not split_names.tell(told.values()):
+    if not _make_splits(told.values()):
         return [], len(told)
     return sorted(posixpath.relpath(f, plain) for f, split in told.items() if not split), len(told)
 
@@ -400,8 +413,8 @@ def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str
     names = {_within(file, start): file for file in _below(system, plain)}
     matches = re.compile("|".join(map(fnmatch.translate, patterns))).match
     return {
-        names[name]: split_names.told(name)
-        for name in own_folders.without_ours(names)
+        names[name]: split_of(name)
+        for name in without_ours(names)
         if matches(name.lower()) and not is_hidden(name)
     }
 
@@ -419,3 +432,46 @@ def _within(file: str, start: str) -> str:
     name = file.removeprefix(start)
     odd = name == file or "//" in f"/{name}" or "/." in f"/{name}"
     return posixpath.relpath(file, start) if odd else name  # which takes ten times as long
+
+
+def _make_splits(told: Collection[str], all_told: bool = False) -> bool:
+    """Whether names make splits, by what each of them tells."""
+    return all(told) and bool(told) if all_told else any(told)
+
+
+def split_of(name: str) -> str:
+    """The split that the topmost folder tells that tells one, else a file's own name, '' for none;
+    of several in one part of the name the first of SPLITS."""
+    for part in name.split("/"):
+        if found := _words_of(part) & SPLITS.keys():
+            return next(split for word, split in SPLITS.items() if word in found)
+    return ""
+
+
+def _words_of(part: str) -> set[str]:
+    for mark in "-_.":
+        part = part.replace(mark, " ")
+    return set(part.lower().split())
+
+
+def is_prepared(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names is one that `prepare` wrote."""
+    return "manifest.json" in names and any(name.endswith(".array_record") for name in names)
+
+
+def without_ours(names: Collection[str]) -> list[str]:
+    """Names within a folder but for those of the folders below that `prepare` or `search index`
+    wrote."""
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, own = name.rpartition("/")
+        inside.setdefault(folder, []).append(own)
+    marked = {f: found for f, found in inside.items() if f and {*_MARKS} & {*found}}
+    if not marked:
+        return list(names)
+    ours = {folder for folder, found in marked.items() if is_prepared(found)}
+    for folder, found in marked.items():
+        parts = inside.get(f"{folder}/metadata", ())
+        if folder and "index.json" in found and any(one.startswith("metadata_") for one in parts):
+            ours |= {folder, f"{folder}/metadata", f"{folder}/img_emb"}
+    return [name for name in names if name.rpartition("/")[0] not in ours]

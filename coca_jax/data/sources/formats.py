@@ -18,10 +18,10 @@ from typing import Any
 from absl import logging
 
 from coca_jax.config.data import KINDS
-from coca_jax.data.sources import files, media, own_folders
+from coca_jax.data.sources import files
 from coca_jax.runtime import bounded_json, storage
 
-MEDIA = media.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in media.VIDEO_SUFFIXES)
+MEDIA = files.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in files.VIDEO_SUFFIXES)
 # Of pictures that are not opened, and which phones and cameras write beside others.
 UNREAD_PICTURES = (
     *(".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2", ".cr3", ".nef"),
@@ -97,9 +97,9 @@ def guess(path: str) -> str:
     if not folder:
         raise FileNotFoundError(f"{path}: no such file or folder{_kind_behind(path)}")
     everything = _names(path)
-    names = own_folders.without_ours(everything)
+    names = files.without_ours(everything)
     tops = {name for name in names if "/" not in name}
-    if own_folders.is_prepared(tops):
+    if files.is_prepared(tops):
         return "prepared"
     if {"features.json", "dataset_info.json"} <= tops:
         return "tfds"
@@ -156,7 +156,7 @@ def caption_lists(path: str, names: Sequence[str] = ()) -> list[str]:
     """The JSON lists, COCO's or Karpathy's, that have captions of the images in a folder: those in
     the folder and below; of a local folder without any, those next to it or in the folder
     `annotations` next to it that name an image in it. names: of the files in it, where known."""
-    names = names or own_folders.without_ours(_names(path))
+    names = names or files.without_ours(_names(path))
     stems = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}
     lists = [name for name in names if name.lower().endswith(".json")]
     lists = [name for name in lists if posixpath.splitext(name)[0] not in stems]  # no sidecars
@@ -283,14 +283,14 @@ def tables(path: str) -> list[str]:
 
 
 def _ending(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    names = own_folders.without_ours(_names(path))
+    names = files.without_ours(_names(path))
     return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:
     """The .txt files of a folder that are lists of its pictures, with columns as a CSV has them;
     none where there is a .csv or .tsv. names: of the files in the folder, where they are known."""
-    names = names or own_folders.without_ours(_names(path))
+    names = names or files.without_ours(_names(path))
     if any(name.lower().endswith(_SUFFIXES["csv"]) for name in names):
         return []
     pictures = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}

@@ -9,25 +9,27 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any
 
-from coca_jax.data.sources import files, formats, rows, split_names
+from coca_jax.data.sources import files, formats, rows
 from coca_jax.data.sources import rows as lines
-from coca_jax.data.sources.formats import MEDIA, METADATA
-from coca_jax.data.sources.items import (
+from coca_jax.data.sources.fields import (
     LABEL_FIELDS,
     LISTED_TEXTS,
+    is_field,
+    names,
+    only,
+    strings,
+    take,
+    text_column,
+)
+from coca_jax.data.sources.formats import MEDIA, METADATA
+from coca_jax.data.sources.items import (
     Item,
     Options,
     Unit,
     guarded,
-    is_field,
     load_image,
     named_units,
-    names,
-    only,
     split_units,
-    strings,
-    take,
-    text_column,
 )
 from coca_jax.runtime import bounded_json
 
@@ -103,8 +105,8 @@ def _folder_of(path: str, split: str) -> str:
     Raises ValueError where folders are splits, and none or several of them are this one.
     """
     folders = _split_folders(path) if split else {}
-    wanted = split_names.SPLITS.get(split.lower())
-    names = [split] if split in folders else [n for n in folders if split_names.SPLITS[n] == wanted]
+    wanted = files.SPLITS.get(split.lower())
+    names = [split] if split in folders else [n for n in folders if files.SPLITS[n] == wanted]
     same = sorted(folder for name in names for folder in folders[name])
     if len(same) == 1:
         return same[0]
@@ -138,7 +140,7 @@ def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, list[str]]:
     entries = {posixpath.basename(e["name"].rstrip("/")): e for e in system.ls(plain, detail=True)}
     names = sorted(n for n in entries if not files.is_hidden(n))
     inside = [name for name in names if entries[name]["type"] == "directory"]
-    found = [name for name in inside if name.lower() in split_names.SPLITS]
+    found = [name for name in inside if name.lower() in files.SPLITS]
     rest = (n for n in inside if n not in found and _has_media(files.join(path, n)))
     others = list(itertools.islice(rest, 2))
     above = bool({*METADATA} & {*names})
@@ -157,7 +159,7 @@ def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, list[str]]:
 def _own_name(folder: str) -> str:
     """What a folder calls its split, validation by any of its names."""
     name = folder.lower()
-    return name if name in split_names.VALIDATION else split_names.SPLITS[name]
+    return name if name in files.VALIDATION else files.SPLITS[name]
 
 
 def _has_media(folder: str) -> bool:

@@ -6,25 +6,13 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import json
 import os
-import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from coca_jax.data.sources import files, formats, media
-from coca_jax.data.sources.field_texts import INNER_LABELS, strings
+from coca_jax.data.sources import files, formats
 from coca_jax.data.sources.references import UNKNOWN, Span
-
-TEXT_FIELDS = ("text", "caption", "title")
-CHATS = ("conversations", "messages")  # of sets for chat models
-LISTED_TEXTS = (  # in lists and tables: of sets on the hub, of Karpathy, of Flickr30k, of chats
-    *(*TEXT_FIELDS, "captions", "sentences", "comment", *CHATS),
-)
-# How the name of a column of captions ends: image_caption, altText, but not context.
-CAPTION_COLUMN = re.compile(r"(?i:caption|description|(?<![a-z])text)$|(?<=[a-z])Text$")
-LABEL_FIELDS = ("label", "labels")
 
 # Files that an importer leaves open for the unit that follows in them; None outside of
 # `resuming_reads`.
@@ -87,7 +75,7 @@ class Options:
     check: bool = True
     min_side: int = 1
     max_aspect: float = 0.0
-    max_pixels: int = media.MAX_PIXELS
+    max_pixels: int = files.MAX_PIXELS
     max_image_bytes: int = 64 << 20
     min_text: int = 1
     max_text: int = 10_000
@@ -245,117 +233,3 @@ def _regular_file(folder: str, name: Any, roots: Sequence[str]) -> tuple[str, in
 @functools.lru_cache(maxsize=4096)
 def _real_folder(path: str) -> str:
     return files.real(path)
-
-
-def only(value: Any) -> Any:
-    """The one image of a field that lists a row's images; another value as it is."""
-    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
-
-
-def printable(text: str) -> str:
-    """Text that is UTF-8: half a surrogate pair, or a byte of a file name, becomes its number."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def names(value: Any, class_names: Sequence[str]) -> list[str]:
-    """Labels as names: integers (or their digits) are looked up where class names are known, of
-    which -1 says that there is no label, and WordNet ids where each line has one before the name.
-
-    Raises:
-        ValueError: a number outside the class names, or as `strings`.
-    """
-    found = []
-    listed, by_id = named_classes(tuple(class_names))
-    for text in strings(value, INNER_LABELS):
-        if class_names and (number := class_number(text)) is not None:
-            if number == -1:
-                continue
-            if not 0 <= number < len(listed):
-                raise ValueError(f"label {text} of {len(listed)} class names")
-            text = listed[number]
-        found.append(by_id.get(text, text))
-    return found
-
-
-def read_class_names(path: str, called: str = "") -> tuple[str, ...]:
-    """The class names in a text file, one a line; blank lines are none. called: as `read_lines`.
-
-    Raises:
-        OSError, ValueError: as `files.read_lines`; or it has no name.
-    """
-    found = tuple(line.strip() for line in files.read_lines(path, called) if line.strip())
-    if not found:
-        raise ValueError(f"{called or path}: it is empty")
-    return found
-
-
-def class_number(label: str) -> int | None:
-    """The number that a label is, None for a name: 1.0 is 1, as pandas writes a column of integers
-    where one is missing."""
-    digits = re.fullmatch(r"(-?\d+)(?:\.0+)?", label.strip())
-    return int(digits[1]) if digits else None
-
-
-@functools.lru_cache(maxsize=1)
-def named_classes(lines: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """(class names in order, id -> name) of a list of classes, such as ImageNet's, in which each
-    line is a WordNet id and a name ('n01440764 tench'); of any other (its lines, {})."""
-    split = [re.match(r"(n\d{8})\s+(\S.*)", line) for line in lines]
-    if not all(split):
-        return list(lines), {}
-    pairs = [(found[1], found[2].strip()) for found in split if found]
-    return [name for _, name in pairs], dict(pairs)
-
-
-def take(fields: dict[str, Any], wanted: str, usual: Sequence[str]) -> Any:
-    """Removes and returns the field that `chosen` names; None where it is not there. 'text.de' is
-    the field 'de' of the object 'text', where no field has the dot in its name."""
-    name = chosen(fields, wanted, usual)
-    group, _, within = name.partition(".")
-    if name in fields or not isinstance(fields.get(group), dict):
-        return fields.pop(name, None) if name else None
-    fields[group] = dict(fields[group])  # a list that is kept has the object too
-    return take(fields[group], within, ())
-
-
-def text_column(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) -> str:
-    """The name of the field of captions: that of `chosen`, else the only one whose name ends in
-    caption, description or text and that holds texts; '' for none."""
-    if found := chosen(fields, wanted, usual):
-        return found
-    there = [name for name, value in fields.items() if _is_caption_column(name, value)]
-    return there[0] if len(there) == 1 else ""
-
-
-def _is_caption_column(name: Any, value: Any) -> bool:
-    first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, str) and bool(CAPTION_COLUMN.search(str(name)))
-
-
-def is_field(fields: Mapping[str, Any], name: str) -> bool:
-    """Whether `take` finds a field of this name, which may have no value."""
-    group, _, within = name.partition(".")
-    inner = fields.get(group)
-    return name in fields or (bool(within) and isinstance(inner, dict) and is_field(inner, within))
-
-
-def chosen(fields: Mapping[str, Any], wanted: str, usual: Sequence[str]) -> str:
-    """The name of the wanted field, else of the first of the usual ones with a value; '': none."""
-    return wanted or next((n for n in usual if fields.get(n) not in (None, "", [])), "")
-
-
-def without_bytes(value: Any) -> Any:
-    """A field without the bytes in it, such as those of another image; None where it is bytes."""
-    if isinstance(value, dict):
-        return {k: without_bytes(v) for k, v in value.items() if not isinstance(v, bytes)}
-    if isinstance(value, (list, tuple)):
-        return [without_bytes(v) for v in value if not isinstance(v, bytes)]
-    return None if isinstance(value, bytes) else value
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str)
-
-
-def plain_json(value: Any) -> str:
-    """Fields as JSON, with what JSON lacks turned into text."""
-    return _ENCODER.encode(value).encode("utf-8", "replace").decode()

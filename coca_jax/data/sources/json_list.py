@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
-from coca_jax.data.sources import files, formats, image_folder, rows, split_names
-from coca_jax.data.sources.items import Item, Options, Unit, only, split_units
+from coca_jax.data.sources import files, formats, image_folder, rows
+from coca_jax.data.sources.fields import only
+from coca_jax.data.sources.items import Item, Options, Unit, split_units
 from coca_jax.runtime import bounded_json
 
 PATTERNS = formats.PATTERNS["json"]
@@ -55,7 +56,7 @@ def _lists(path: str, split: str) -> list[str]:
         return files.find(path, PATTERNS, split)
     found = formats.caption_lists(path)
     if split and any(map(_split_of, found)):
-        wanted = split_names.SPLITS.get(split.lower(), split)
+        wanted = files.SPLITS.get(split.lower(), split)
         found = [file for file in found if _split_of(file) == wanted]
     if not found:
         of_split = f" for split {split!r}" if split else ""
@@ -74,7 +75,7 @@ def _is_folder(path: str) -> bool:
 def _split_of(file: str) -> str:
     """The split that a list's name tells, as captions_train2017.json does; '' for none."""
     words = re.findall("[a-z]+", posixpath.basename(file).lower())
-    return next((split_names.SPLITS[word] for word in words if word in split_names.SPLITS), "")
+    return next((files.SPLITS[word] for word in words if word in files.SPLITS), "")
 
 
 def _objects(file: str) -> list[dict[str, Any]]:

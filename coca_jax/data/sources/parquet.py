@@ -18,23 +18,25 @@ from absl import logging
 
 from coca_jax.data.sources import files, formats
 from coca_jax.data.sources import rows as named_fields
-from coca_jax.data.sources.items import (
+from coca_jax.data.sources.fields import (
     LABEL_FIELDS,
     LISTED_TEXTS,
-    Item,
-    Options,
-    Unit,
     chosen,
-    guarded,
-    load_image,
     names,
     only,
-    open_readers,
-    split_units,
     strings,
     take,
     text_column,
     without_bytes,
+)
+from coca_jax.data.sources.items import (
+    Item,
+    Options,
+    Unit,
+    guarded,
+    load_image,
+    open_readers,
+    split_units,
 )
 from coca_jax.data.sources.references import Page, Span
 

@@ -21,20 +21,16 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from coca_jax.data.sources import parquet, references
-from coca_jax.data.sources.items import (
+from coca_jax.data.sources.fields import (
     CAPTION_COLUMN,
     LABEL_FIELDS,
     LISTED_TEXTS,
-    Item,
-    Options,
-    Rows,
-    Unit,
-    guarded,
     names,
     plain_json,
     strings,
     without_bytes,
 )
+from coca_jax.data.sources.items import Item, Options, Rows, Unit, guarded
 
 _BATCH_ROWS = 4096
 _ENCODINGS = {0: references.PLAIN, 2: references.DICTIONARY, 8: references.DICTIONARY}

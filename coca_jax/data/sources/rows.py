@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from coca_jax.data.sources import files, formats
-from coca_jax.data.sources.items import LISTED_TEXTS, Options, is_field, text_column
+from coca_jax.data.sources.fields import LISTED_TEXTS, is_field, text_column
+from coca_jax.data.sources.items import Options
 from coca_jax.runtime import bounded_json
 
 MAX_ROW_BYTES = bounded_json.MAX_BYTES  # of a row or a caption's file too; more is damage

@@ -14,14 +14,7 @@ from typing import NamedTuple
 
 from coca_jax.data.sources import files, formats, rows, tars
 from coca_jax.data.sources.formats import SIDECARS, TEXTS
-from coca_jax.data.sources.items import (
-    Item,
-    Options,
-    Unit,
-    guarded,
-    load_image,
-    named_units,
-)
+from coca_jax.data.sources.items import Item, Options, Unit, guarded, load_image, named_units
 from coca_jax.runtime import storage
 
 ROWS_PER_UNIT = 2048

@@ -11,22 +11,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from coca_jax.data.sources import files, formats, media, references, rows
-from coca_jax.data.sources.items import (
+from coca_jax.data.sources import files, formats, references, rows
+from coca_jax.data.sources.fields import (
     CHATS,
     LABEL_FIELDS,
     TEXT_FIELDS,
-    Item,
-    Options,
-    Rows,
-    Unit,
-    guarded,
     names,
     plain_json,
     printable,
     strings,
     take,
 )
+from coca_jax.data.sources.items import Item, Options, Rows, Unit, guarded
 from coca_jax.data.sources.references import UNKNOWN, Span
 from coca_jax.runtime import bounded_json
 
@@ -200,8 +196,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
             raise BadEnd("more data behind the archive's end mark")
 
 
-IMAGE_SUFFIXES = (*(suffix[1:] for suffix in media.IMAGE_SUFFIXES), "img", "image")
-MEDIA_SUFFIXES = IMAGE_SUFFIXES + media.VIDEO_SUFFIXES
+IMAGE_SUFFIXES = (*(suffix[1:] for suffix in files.IMAGE_SUFFIXES), "img", "image")
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + files.VIDEO_SUFFIXES
 PATTERNS = formats.PATTERNS["webdataset"]
 _MEDIA = frozenset(MEDIA_SUFFIXES)
 TEXT_SUFFIXES = ("txt", "cls", "json")

@@ -16,18 +16,8 @@ from absl import logging
 
 from coca_jax.config import Entry
 from coca_jax.data.sources import files
-from coca_jax.data.sources.items import (
-    LABEL_FIELDS,
-    LISTED_TEXTS,
-    Item,
-    Options,
-    Unit,
-    guarded,
-    names,
-    plain_json,
-    split_units,
-    strings,
-)
+from coca_jax.data.sources.fields import LABEL_FIELDS, LISTED_TEXTS, names, plain_json, strings
+from coca_jax.data.sources.items import Item, Options, Unit, guarded, split_units
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source
 from coca_jax.runtime import extras

@@ -9,17 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coca_jax.data.sources import files, formats, records
-from coca_jax.data.sources.items import (
-    LABEL_FIELDS,
-    TEXT_FIELDS,
-    Item,
-    Options,
-    Unit,
-    guarded,
-    names,
-    strings,
-    take,
-)
+from coca_jax.data.sources.fields import LABEL_FIELDS, TEXT_FIELDS, names, strings, take
+from coca_jax.data.sources.items import Item, Options, Unit, guarded
 from coca_jax.data.sources.references import Span
 
 IMAGE_FIELDS = ("jpg", "png", "webp", "image", "image/encoded", "image_raw")

@@ -13,7 +13,7 @@ from coca_jax.config import fields
 from coca_jax.config.fields import Rule
 from coca_jax.data import evaluation_data, prompts
 from coca_jax.data.evaluation_data import Records
-from coca_jax.data.sources import items
+from coca_jax.data.sources.fields import printable
 from coca_jax.evaluation.evaluators import Record
 from coca_jax.evaluation.evaluators.base import Flag, called
 
@@ -67,7 +67,7 @@ def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 def check_said(task: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raises ValueError for the name of a class that no text can have: bytes of a folder's."""
-    bad = next((name for name in names if items.printable(name) != name), "")
+    bad = next((name for name in names if printable(name) != name), "")
     if bad:
         raise ValueError(
             f"{called(task)}: the class {bad!r} has a name that is not UTF-8; rename its folder, "
