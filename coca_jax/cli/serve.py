@@ -1,14 +1,14 @@
 """Serves a model: a page for the browser, and a JSON API.
 
 The page shows captions word by word, how probable each was and where the model looked; labels that
-you type; questions, where the model was trained on them; and with --index=DIR, which `coca-jax
-search index` makes, a folder searched by words and pictures. /openapi.json describes the API.
+you type; questions, if the model was trained on them; and with --index=DIR, which `coca-jax search
+index` makes, a folder to search by words and pictures. /openapi.json describes the API.
 
-It answers to this machine alone unless --host says otherwise; then it wants a key, which every
-request must bring: in a file (--key_file) or in the environment (COCA_JAX_SERVE_KEY).
+It answers to this machine alone unless --host says differently; then every request needs a key,
+which is read from a file (--key_file) or from the environment (COCA_JAX_SERVE_KEY).
 
-Ctrl-C or SIGTERM: requests that it has are answered, then it ends with status 0. A second one ends
-it at once, 130.
+Ctrl-C or SIGTERM: open requests are answered, then it ends with status 0. A second one ends it at
+once, 130.
 
 Examples:
   coca-jax serve --checkpoint=runs/demo
@@ -36,26 +36,38 @@ SHORTEST_KEY = 16  # letters
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     flags.DEFINE_string("checkpoint", "", f"{cli.CHECKPOINT} Default: the index's.")
-    flags.DEFINE_string("index", "", "A folder of `coca-jax search index`, to search.")
-    flags.DEFINE_string("host", "127.0.0.1", "Where to listen; others than loopback need a key.")
-    flags.DEFINE_string("public_name", "", "Of a proxy before it, coca.example.org; needs a key.")
-    flags.DEFINE_integer("port", 8000, "0: any that is free.", lower_bound=0, upper_bound=65535)
-    flags.DEFINE_string("key_file", "", "A file that holds the key that requests must bring.")
-    flags.DEFINE_integer("batch_size", 16, "Requests that run together.", lower_bound=1)
-    flags.DEFINE_float("wait_ms", 5.0, "Milliseconds that a request waits for others.", 0, 1000)
+    flags.DEFINE_string(
+        "index", "", "Index to search, a folder that `coca-jax search index` wrote."
+    )
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; any but loopback needs a key.")
+    flags.DEFINE_string("public_name", "", "Name of a proxy in front of it; needs a key.")
+    flags.DEFINE_integer(
+        "port", 8000, "Port to listen on (0 = any free one).", lower_bound=0, upper_bound=65535
+    )
+    flags.DEFINE_string("key_file", "", "File with the key that requests must bring.")
+    flags.DEFINE_integer("batch_size", 16, "Largest number of requests in a batch.", lower_bound=1)
+    flags.DEFINE_float(
+        "wait_ms",
+        5.0,
+        "Milliseconds that a batch waits for more requests while they overlap.",
+        0,
+        1000,
+    )
     flags.DEFINE_integer(
         "queue",
         1024,
-        "Pictures and texts that may wait to be decoded, or for the model.",
+        "Largest number of pictures and texts that wait or run; more get 503.",
         lower_bound=1,
     )
-    flags.DEFINE_integer("max_megabytes", 32, "Of a request.", 1, 1024)
-    flags.DEFINE_integer("max_pixels", 50_000_000, "Of a picture or frame.", 1, 120_000_000)
-    flags.DEFINE_integer("max_images", 16, "Pictures of a request.", 1, 1024)
-    flags.DEFINE_integer("grace", 10, "Seconds for open requests when asked to stop.", 0, 600)
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_integer("max_megabytes", 32, "Largest request.", 1, 1024)
+    flags.DEFINE_integer("max_pixels", 50_000_000, "Largest picture or frame.", 1, 120_000_000)
+    flags.DEFINE_integer("max_images", 16, "Largest number of pictures in a request.", 1, 1024)
+    flags.DEFINE_integer("grace", 10, "Seconds to finish open requests after Ctrl-C.", 0, 600)
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Default: the dtype of the checkpoint."
+    )
     flags.DEFINE_integer(
-        "num_frames", None, "Frames of each clip; 0: pictures; default: as trained.", lower_bound=0
+        "num_frames", None, "Frames of a clip (0 = pictures). Default: as trained.", lower_bound=0
     )
 
 
