@@ -17,7 +17,7 @@ from PIL import Image
 
 from coca_jax.data import evaluation_data, filters, images, prepare
 from coca_jax.data.sources import files, records, tars, tfds
-from coca_jax.data.sources import rows as lines
+from coca_jax.data.sources import lists as lines
 from coca_jax.data.sources.items import Options
 
 
@@ -360,16 +360,6 @@ def test_reading_neither_waits_at_a_pipe_nor_reads_a_device(folder):
             images.decode(path)
     with pytest.raises(files.TooLarge):
         files.read_bounded(str(folder / "big.png"), 1000)
-
-
-def test_an_import_made_before_an_option_existed_is_the_same_import(folder, tmp_path):
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
-    first, _ = _prepare("imagefolder", folder, tmp_path / "out")
-    path = tmp_path / "out" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["splits"]["train"]["request"]["options"]["allow_paths"]
-    path.write_text(json.dumps(manifest))
-    assert _prepare("imagefolder", folder, tmp_path / "out")[0] == first
 
 
 @pytest.mark.parametrize("format", ["imagefolder", "csv"])

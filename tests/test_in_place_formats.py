@@ -16,7 +16,15 @@ import pytest
 from in_place_cases import both, make, picture, write_tar
 
 from coca_jax.data import evaluation_data, filters, source_index
-from coca_jax.data.sources import array_record, formats, image_folder, manifest, parquet, references
+from coca_jax.data.sources import (
+    array_record,
+    formats,
+    image_folder,
+    lists,
+    manifest,
+    parquet,
+    references,
+)
 from coca_jax.data.sources.items import Options, Unit, resuming_reads
 from coca_jax.training import data_flag
 
@@ -266,10 +274,10 @@ TABLE = (
 
 
 def test_each_unit_of_a_table_starts_where_its_rows_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_folder, "ROWS_PER_UNIT", 3)
+    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 3)
     path = tmp_path / "metadata.csv"
     path.write_text(TABLE, newline="")
-    units = image_folder.csv_units(str(path), "")
+    units = lists.csv_units(str(path), "")
 
     def items(unit):
         found = [one.item for one in image_folder.located(unit, Options())]
@@ -289,11 +297,11 @@ def test_each_unit_of_a_table_starts_where_its_rows_do(tmp_path, monkeypatch):
 
 
 def test_a_packed_list_is_gone_through_few_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_folder, "ROWS_PER_UNIT", 1)
-    monkeypatch.setattr(image_folder, "_MOST_PASSES", 3)
+    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 1)
+    monkeypatch.setattr(lists, "_MOST_PASSES", 3)
     rows = [json.dumps(dict(file_name=f"{n}.jpg", text="a")) for n in range(10)]
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    units = image_folder.line_units(str(tmp_path / "a.jsonl.gz"), "")
+    units = lists.line_units(str(tmp_path / "a.jsonl.gz"), "")
     assert [unit.rows for unit in units] == [4, 4, 2]
     found = [one.item.key for unit in units for one in image_folder.located(unit, Options())]
     assert found == [f"{n}.jpg" for n in range(10)]

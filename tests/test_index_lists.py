@@ -9,7 +9,7 @@ from test_inference import images, model, no_compile_cache, words  # noqa: F401
 from test_search import embed, encoded, tree
 
 from coca_jax.apps.search import index, parts
-from coca_jax.data.sources import files, image_folder
+from coca_jax.data.sources import files, lists
 from coca_jax.data.sources.items import Options, Unit
 from coca_jax.runtime.workers import Engine
 
@@ -109,7 +109,7 @@ def test_a_row_of_a_list_that_names_no_picture_is_said_and_counted(model, folder
     ],
 )
 def test_a_row_without_a_picture_says_whether_its_column_is_there(fields, named, detail):
-    found = image_folder.row(Unit("list.csv"), 3, fields, Options(image_field=named)).item
+    found = lists.row(Unit("list.csv"), 3, fields, Options(image_field=named)).item
     assert (found.key, found.problem) == ("list.csv row 4", "missing_image")
     assert found.detail.startswith(detail)
 

@@ -6,7 +6,7 @@ import pytest
 from prepare_cases import encode, import_data, reasons_of
 
 from coca_jax.data import filters
-from coca_jax.data.sources import formats, json_list
+from coca_jax.data.sources import formats, lists
 from coca_jax.data.sources.items import Options
 from coca_jax.training import data_flag
 
@@ -106,7 +106,7 @@ def test_the_folder_of_coco_has_its_splits(tmp_path):
 
 
 def test_a_list_in_parts_and_its_damaged_entries(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_list.image_folder, "ROWS_PER_UNIT", 2)
+    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 2)
     path = coco(tmp_path / "coco")
     told = json.loads(path.read_text())
     told["images"] += ["x", dict(id=99, file_name="none.jpg"), dict(id=98, file_name="../a.jpg")]
@@ -172,7 +172,7 @@ def test_an_array_of_objects_as_lines_have_them(tmp_path):
 def test_what_is_no_such_list_is_one_line(tmp_path):
     path = coco(tmp_path / "coco")
     with pytest.raises(FileNotFoundError, match="coco: no JSON list of captions for split 'test'"):
-        json_list.plan(str(tmp_path / "coco"), "test", Options())
+        lists.plan_json(str(tmp_path / "coco"), "test", Options())
     with pytest.raises(ValueError, match="no rows in it, as --format=csv reads it"):
         import_data("csv", path, tmp_path / "out")
     for value, line in (

@@ -7,7 +7,7 @@ import pytest
 from prepare_cases import encode, import_data
 
 from coca_jax.data import filters
-from coca_jax.data.sources import files, sidecars
+from coca_jax.data.sources import files, image_folder, lists
 from coca_jax.data.sources.items import Options
 
 HIDDEN = (".ipynb_checkpoints/0", "__MACOSX/0", ".hid", "._0")
@@ -107,14 +107,18 @@ def test_pictures_below_a_list_are_looked_for_anew_and_hidden_ones_do_not_count(
 def test_the_texts_of_a_folder_are_looked_for_once_and_after_it_has_changed(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sidecars, "ROWS_PER_UNIT", 1)
+    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 1)
     asked, listing = [], files.listing
     monkeypatch.setattr(files, "listing", lambda *of: asked.append(of) or listing(*of))
 
     def read(units):
-        return {item.key: item.texts for unit in units for item in sidecars.read(unit, Options())}
+        return {
+            item.key: item.texts
+            for unit in units
+            for item in image_folder.read_sidecars(unit, Options())
+        }
 
-    units = sidecars.plan(str(folder), "", Options())
+    units = image_folder.plan_sidecars(str(folder), "", Options())
     assert len(units) == 2 and read(units) == {"0": ["text of 0"], "1": ["text of 1"]}
     assert len(asked) == 1
     (folder / "0.txt").rename(folder / "0.caption")

@@ -20,7 +20,7 @@ from coca_jax.data import (
     prepare,
     quarantine,
 )
-from coca_jax.data.sources import files, formats, image_folder, sidecars, tfrecord
+from coca_jax.data.sources import files, formats, image_folder, lists, tfrecord
 from coca_jax.data.sources.items import Options
 from coca_jax.training import data_flag
 
@@ -82,7 +82,7 @@ def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys)
 
 
 def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sidecars, "ROWS_PER_UNIT", 2)
+    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 2)
     rows = {f"{n}": json.dumps(dict(text=f"no. {n}", split=s)) for n, s in enumerate(8 * ["train"])}
     rows |= {"8": json.dumps(dict(text="no. 8", split="test"))}
     folder = beside(tmp_path / "a", rows, ".json")
@@ -91,7 +91,7 @@ def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, 
 
 
 def test_a_folder_is_listed_once_however_many_units_it_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_folder, "ROWS_PER_UNIT", 2)
+    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 2)
     folder, asked, walk = in_folders(tmp_path / "a", ("cat", "dog")), [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: asked.append(a) or walk(*a, **k))
     units = image_folder.plan(str(folder), "", Options())

@@ -11,7 +11,7 @@ from in_place_cases import make, write_tar
 from prepare_cases import encode, import_data, reasons_of
 
 from coca_jax.data import filters, prepare
-from coca_jax.data.sources import array_record, files, range_cache, sidecars
+from coca_jax.data.sources import array_record, files, lists, range_cache
 from coca_jax.data.sources.items import Options
 from coca_jax.runtime import unreachable
 
@@ -118,7 +118,7 @@ def test_a_picture_that_is_gone_from_a_store_is_that_record_alone(tmp_path, monk
 
 
 def test_the_shards_of_data_in_a_bucket_are_asked_for_at_once_and_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sidecars, "ROWS_PER_UNIT", 3)
+    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 3)
     out, size, asked = "memory://asked/out", files.size, []
     import_data("sidecars", write_pictures(tmp_path / "data"), out, shard_count=4)
     all_here = threading.Barrier(4)

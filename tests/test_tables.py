@@ -16,7 +16,7 @@ from coca_jax.cli import prepare
 from coca_jax.config import typed
 from coca_jax.data import evaluation_data, filters, holdout, source_index
 from coca_jax.data.sources import formats
-from coca_jax.data.sources import rows as lines
+from coca_jax.data.sources import lists as lines
 from coca_jax.data.sources.items import Options
 from coca_jax.recipes import base
 from coca_jax.training import data_flag

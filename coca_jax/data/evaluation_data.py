@@ -18,7 +18,16 @@ import numpy as np
 
 from coca_jax.config import Entry
 from coca_jax.data import filters, holdout, mixture, quarantine, source_index, supervision
-from coca_jax.data.sources import array_record, fields, files, formats, image_folder, items, tfds
+from coca_jax.data.sources import (
+    array_record,
+    fields,
+    files,
+    formats,
+    image_folder,
+    items,
+    lists,
+    tfds,
+)
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Indices, Source, read_one
@@ -197,7 +206,7 @@ def _is_plain_folder(entry: Entry) -> bool:
     return _once(("plain", path), find)
 
 
-def _located(path: str, split: str, options: Options) -> list[tuple[image_folder.Located, Unit]]:
+def _located(path: str, split: str, options: Options) -> list[tuple[lists.Located, Unit]]:
     """All rows of a folder, or of its folder of a split."""
     return _once(
         ("rows", path, split, options),

@@ -40,11 +40,11 @@ from coca_jax.runtime.workers import Engine
 
 MODULES = {
     "imagefolder": "image_folder",
-    "sidecars": "sidecars",
+    "sidecars": "image_folder",
     "webdataset": "tars",
-    "csv": "csv_list",
-    "jsonl": "jsonl_list",
-    "json": "json_list",
+    "csv": "lists",
+    "jsonl": "lists",
+    "json": "lists",
     "parquet": "parquet",
     "arrow": "hf_datasets",
     "tfrecord": "tfrecord",
@@ -88,7 +88,7 @@ class Job:
 
 
 def importer(name: str) -> Any:
-    """The module that reads a format.
+    """The module, or one of its READERS, that reads a format.
 
     It has `plan(path, split, options)`, the units of the input; `read(unit, options)`, their items;
     and PATTERNS, globs of its files, or `splits(path)` where others tell the splits. Besides, where
@@ -102,7 +102,8 @@ def importer(name: str) -> Any:
         raise ValueError(f"--format={name}: use one of {', '.join(MODULES)}")
     if name in ("parquet", "arrow"):
         extras.check("pyarrow", "parquet", f"--format={name}")
-    return importlib.import_module(f"coca_jax.data.sources.{MODULES[name]}")
+    module = importlib.import_module(f"coca_jax.data.sources.{MODULES[name]}")
+    return getattr(module, "READERS", {}).get(name, module)  # some read several formats
 
 
 def drawn_before(job: Job) -> Drawn:

@@ -20,7 +20,7 @@ from absl import logging
 from PIL import Image
 
 from coca_jax.data import filters, images, order, videos
-from coca_jax.data.sources import fields, files, formats, references, rows
+from coca_jax.data.sources import fields, files, formats, lists, references
 from coca_jax.data.sources.fields import class_number, plain_json, selected
 from coca_jax.data.sources.items import Item, Options
 from coca_jax.data.sources.records import Record
@@ -179,7 +179,7 @@ def _shrink(image: Image.Image, max_side: int) -> bytes:
 
 _MOST_LOOKED_AT = 20_000  # files of a folder
 _MOST_ASKED = 1000  # examples whose fields are looked at
-_LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *rows.PACKED)
+_LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *lists.PACKED)
 _OTHER_ARCHIVES = (".zip", ".7z", ".rar", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst")
 # What data sets are made of, by the ends of files' names, and what each format reads of it or
 # leaves as what its writers put there: img2dataset has .parquet and .json beside each tar.
@@ -274,7 +274,7 @@ def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> li
         return []
     for path in dict.fromkeys(path for path in paths if path.lower().endswith(_LISTS_END)):
         with contextlib.suppress(OSError, ValueError):  # of a damaged end, which is listed
-            if number := rows.not_utf8(path):
+            if number := lists.not_utf8(path):
                 return [
                     f"{path}: line {number} is not UTF-8; save it in UTF-8 (iconv -f CP1252 -t "
                     "UTF-8, where it is of a spreadsheet in Western Europe)"

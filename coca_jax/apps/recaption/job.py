@@ -18,7 +18,7 @@ from coca_jax.apps.recaption.request import Request
 from coca_jax.apps.recaption.writers import SUFFIXES
 from coca_jax.data import holdout, prepare, quarantine
 from coca_jax.data.prepare import Job
-from coca_jax.data.sources import files, manifest, sidecars
+from coca_jax.data.sources import files, image_folder, manifest
 from coca_jax.data.sources.items import Options, Unit
 from coca_jax.inference import fingerprint
 from coca_jax.runtime import json_files, out_folder, storage
@@ -145,7 +145,7 @@ def _digest(format: str, unit: Unit) -> str:
     """Of the names of a unit of a folder; of a local one with the texts beside them, and sizes."""
     told = hashlib.blake2b(digest_size=16)
     here = not files.is_remote(unit.path)
-    names = sidecars.with_texts(unit) if here and format == "sidecars" else unit.names
+    names = image_folder.with_texts(unit) if here and format == "sidecars" else unit.names
     names = list(names)
     stamps = (
         _stamps([files.join(unit.path, name) for name in names]) if here else [None] * len(names)

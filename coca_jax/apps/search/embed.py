@@ -14,7 +14,7 @@ import numpy as np
 
 from coca_jax.apps.search.parts import Parts, Row
 from coca_jax.data import image_files, prepare
-from coca_jax.data.sources import files, formats, image_folder, sidecars
+from coca_jax.data.sources import files, formats, image_folder, lists
 from coca_jax.data.sources.fields import printable
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.inference import prefetch
@@ -149,7 +149,7 @@ def _listed(path: str, format: str, allow_paths: Sequence[str]) -> Iterator[File
             yield _file(row, unit, allow_paths)
 
 
-def _file(row: image_folder.Located, unit: Unit, allow_paths: Sequence[str]) -> File:
+def _file(row: lists.Located, unit: Unit, allow_paths: Sequence[str]) -> File:
     item = row.item
     if item.problem:
         name = _spelled(files.join(posixpath.dirname(unit.path), item.key), unit.root)
@@ -184,7 +184,9 @@ def _captions(path: str, format: str) -> dict[str, str]:
                 found[whole] = _caption(one.item), bool(one.item.texts)
     # In a bucket they are a request for each picture in every run.
     if not files.is_remote(path) and (format == "sidecars" or formats.beside(path)):
-        for name, item in sidecars.texts(sidecars.plan(path, "", options), options):
+        for name, item in image_folder.sidecar_texts(
+            image_folder.plan_sidecars(path, "", options), options
+        ):
             before, is_text = found.get(whole := storage.whole_path(name), ("", False))
             if not is_text and (item.texts or not before):  # labels do not rename a class folder
                 found[whole] = _caption(item), bool(item.texts)

@@ -1,27 +1,24 @@
-"""HF imagefolder: images with a metadata.jsonl or metadata.csv, or one folder per class."""
+"""Folders of images: one folder per class, or a metadata.jsonl or metadata.csv (HF imagefolder), or a
+text file beside each image (sidecars).
+
+Sidecars are what img2dataset's output `files` and tools that fine-tune models write: 000000012.jpg,
+000000012.txt, 000000012.json. They are read as the members of a tar are, but each line of a text is a
+caption.
+"""
 
 from __future__ import annotations
 
-import copy
-import csv
+import collections
+import functools
 import itertools
 import posixpath
-from collections.abc import Iterator
-from typing import Any
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
-from coca_jax.data.sources import files, formats, rows
-from coca_jax.data.sources import rows as lines
-from coca_jax.data.sources.fields import (
-    LABEL_FIELDS,
-    LISTED_TEXTS,
-    is_field,
-    names,
-    only,
-    strings,
-    take,
-    text_column,
-)
-from coca_jax.data.sources.formats import MEDIA, METADATA
+from coca_jax.data.sources import files, formats, lists, tars
+from coca_jax.data.sources.fields import names
+from coca_jax.data.sources.formats import MEDIA, METADATA, SIDECARS, TEXTS
 from coca_jax.data.sources.items import (
     Item,
     Options,
@@ -29,13 +26,8 @@ from coca_jax.data.sources.items import (
     guarded,
     load_image,
     named_units,
-    split_units,
 )
-from coca_jax.runtime import bounded_json
-
-ROWS_PER_UNIT = 2048
-BYTES_PER_UNIT = 64 << 20
-_MOST_PASSES = 1024  # through a packed list, which each unit unpacks from the beginning
+from coca_jax.runtime import storage
 
 
 def plan(path: str, split: str, options: Options) -> list[Unit]:
@@ -57,13 +49,13 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     if not found:
         _refuse_fields(path, options)
     for metadata in found:
-        rows.refuse_urls(metadata, rows.rows_of([metadata]), options)
-        if metadata.lower().endswith((".jsonl", *lines.PACKED)):
-            units += line_units(metadata, below)
+        lists.refuse_urls(metadata, lists.rows_of([metadata]), options)
+        if metadata.lower().endswith((".jsonl", *lists.PACKED)):
+            units += lists.line_units(metadata, below)
         else:
-            units += csv_units(metadata, below)
+            units += lists.csv_units(metadata, below)
     if found:
-        rows.check(root, rows.rows_of(found), options)
+        lists.check(root, lists.rows_of(found), options)
         return units
     plain = files.filesystem(root)[1]
     found = _images(root)
@@ -73,7 +65,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     listed = [
         p[len(start) :] if p.startswith(start) else posixpath.relpath(p, plain) for p in found
     ]
-    return named_units(root, listed, ROWS_PER_UNIT, below)
+    return named_units(root, listed, lists.ROWS_PER_UNIT, below)
 
 
 def _refuse_fields(path: str, options: Options) -> None:
@@ -190,88 +182,19 @@ def _images(root: str) -> list[str]:
     return files.find(root, formats.PATTERNS["imagefolder"])
 
 
-def line_units(path: str, root: str) -> list[Unit]:
-    """Byte ranges of a file of lines; of a packed one ranges of its lines."""
-    if path.lower().endswith(lines.PACKED):
-        count = _count(path)
-        return split_units(path, count, max(ROWS_PER_UNIT, -(-count // _MOST_PASSES)), root)
-    units, start, first, position, rows = [], 0, 0, 0, 0
-    with files.open_binary(path) as file:
-        lines.refuse_utf16(path, file)
-        for number, (line, size) in enumerate(lines.lines(file), 1):
-            position += size
-            rows += line is None or bool(line.strip())
-            if rows == ROWS_PER_UNIT or position - start >= BYTES_PER_UNIT:
-                units.append(Unit(path, start, position, rows, root, line=first))
-                start, first, rows = position, number, 0
-    if rows:
-        units.append(Unit(path, start, position, rows, root, line=first))
-    return units
-
-
-def csv_units(path: str, root: str) -> list[Unit]:
-    """Ranges of the rows of a table, each with the byte at which they begin."""
-    units, start, offset, stop, behind = [], 0, 0, 0, 0
-    for stop, (_, behind) in enumerate(lines.csv_places(path), 1):
-        if stop - start >= ROWS_PER_UNIT and behind >= 0:
-            units.append(Unit(path, start, stop, stop - start, root, offset=offset))
-            start, offset = stop, behind
-    if stop > start:
-        units.append(Unit(path, start, stop, stop - start, root, offset=offset))
-    return units
-
-
-def csv_located(unit: Unit, options: Options) -> Iterator[Located]:
-    """The items of a range of a table's rows without their images."""
-    first = unit.start if unit.offset else 0
-    rows = enumerate(lines.csv_places(unit.path, unit.offset), first)
-    for number, (fields, _) in itertools.islice(rows, unit.start - first, unit.stop - first):
-        yield row(unit, number, fields, options)
-
-
-def _count(path: str) -> int:
-    """The lines of a packed file, with one for the damage that ends it."""
-    count = 0
-    try:
-        for _ in lines.packed_lines(path):
-            count += 1
-    except (OSError, ValueError):
-        count += 1
-    return count
-
-
-class Located:
-    """An item without its image, and the name of its image's file, relative to a folder; of a pair
-    that of the other image as well."""
-
-    def __init__(self, item: Item, folder: str = "", name: Any = "", second: Any = ""):
-        self.item, self.folder, self.name, self.second = item, folder, name, second
-
-    def load(self, unit: Unit, options: Options) -> Item:
-        """The item with its image or images, unless it has a problem already."""
-        item = copy.copy(self.item)
-        if not item.problem:
-            load_image(item, self.folder, self.name, unit, options)
-        if self.second and not item.problem:
-            other = load_image(Item(item.key), self.folder, self.second, unit, options)
-            item.second, item.problem, item.detail = other.image, other.problem, other.detail
-            item.second_span = other.span
-        return item
-
-
 def read(unit: Unit, options: Options) -> Iterator[Item]:
     """The items of a unit, in the order of the metadata."""
     for found in located(unit, options):
         yield found.load(unit, options)
 
 
-def located(unit: Unit, options: Options) -> Iterator[Located]:
+def located(unit: Unit, options: Options) -> Iterator[lists.Located]:
     """The items of a unit without their images."""
     kind = unit.path.lower()
-    if kind.endswith((".jsonl", *lines.PACKED)):
-        yield from line_located(unit, options)
+    if kind.endswith((".jsonl", *lists.PACKED)):
+        yield from lists.line_located(unit, options)
     elif kind.endswith(".csv"):
-        yield from csv_located(unit, options)
+        yield from lists.csv_located(unit, options)
     else:
         folder = files.absolute(unit.path)
         for name in unit.names:
@@ -280,106 +203,143 @@ def located(unit: Unit, options: Options) -> Iterator[Located]:
                 item.labels = names(label, options.class_names)
             except ValueError as error:
                 item.problem, item.detail = "bad_label", str(error)
-            yield Located(item, unit.path, files.join(folder, name))
+            yield lists.Located(item, unit.path, files.join(folder, name))
 
 
-def line_located(unit: Unit, options: Options) -> Iterator[Located]:
-    """The items of a range of lines, packed or not, without their images."""
-    packed = unit.path.lower().endswith(lines.PACKED)
-    yield from _packed_rows(unit, options) if packed else _json_rows(unit, options)
+# Images with texts beside them.
 
 
-def _json_rows(unit: Unit, options: Options) -> Iterator[Located]:
-    base, position = posixpath.basename(unit.path), unit.start
-    with files.open_binary(unit.path) as file:
-        file.seek(unit.start)
-        for number, (line, size) in enumerate(lines.lines(file), unit.line + 1):
-            position += size
-            where = f"{base} line {number}"
-            if line is None:
-                detail = f"a line of more than {lines.MAX_ROW_BYTES} bytes"
-                yield Located(Item(where, problem="bad_json", detail=detail))
-            elif line.strip():
-                yield _json_row(unit, where, line, options)
-            if position >= unit.stop:
-                return
+def plan_sidecars(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of a folder: its images by their names, those of each folder in it for themselves.
+
+    Raises:
+        FileNotFoundError: no image.
+        ValueError: pairs are asked for.
+    """
+    if "," in options.image_field:
+        raise ValueError(f"--image_field={options.image_field}: a file is one image, not a pair")
+    root = formats.root_of(path)
+    _listed.cache_clear()  # of a bucket nothing else tells that a folder has changed
+    found = sorted(
+        map(posixpath.split, files.find(path, formats.PATTERNS["sidecars"], split, all_told=True))
+    )
+    units = []
+    for folder, inside in itertools.groupby(found, lambda file: file[0]):
+        # The names and not their number: a split or a pattern need not have all of a folder.
+        units += named_units(folder, [name for _, name in inside], lists.ROWS_PER_UNIT, root)
+    return units
 
 
-def _packed_rows(unit: Unit, options: Options) -> Iterator[Located]:
-    base, number = posixpath.basename(unit.path), -1
-    try:
-        for number, (line, _) in enumerate(lines.packed_lines(unit.path)):
-            where = f"{base} line {number + 1}"
-            if number >= unit.stop:
-                return
-            if number >= unit.start and line is None:
-                detail = f"a line of more than {lines.MAX_ROW_BYTES} bytes"
-                yield Located(Item(where, problem="bad_json", detail=detail))
-            elif number >= unit.start and line is not None and line.strip():
-                yield _json_row(unit, where, line, options)
-    except (OSError, ValueError) as error:
-        if unit.start <= number + 1 < unit.stop:  # else it is another unit's
-            detail = f"{type(error).__name__}: {error}"
-            where = f"{base} line {number + 2}"
-            yield Located(Item(where, problem="damaged_archive", detail=detail))
+def sidecar_splits(path: str) -> list[str]:
+    """The splits that the names of the images tell; [] unless each tells one: a picture of a
+    'steam train' tells none of the others."""
+    return files.splits_told(path, formats.PATTERNS["sidecars"], all_told=True)
 
 
-def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
-    try:
-        fields = bounded_json.parse(line)
-    except ValueError as error:
-        reason = "bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json"
-        detail = str(error) if reason == "bad_utf8" else lines.no_object(line, error)
-        return Located(Item(where, problem=reason, detail=detail))
-    return _located(where, posixpath.dirname(unit.path), fields, options)
+def read_sidecars(unit: Unit, options: Options) -> Iterator[Item]:
+    """The items of the images that a unit names, in their order."""
+    there, shared = _listing(unit)
+    plain = files.filesystem(unit.path)[1]
+    within = posixpath.relpath(plain, files.filesystem(unit.root)[1])
+    for name in unit.names:
+        stem = posixpath.splitext(name)[0]
+        key = posixpath.normpath(posixpath.join(within, name if stem in shared else stem))
+        yield guarded(key, lambda: _item(key, name, there, unit, options))  # noqa: B023
 
 
-def row(
-    unit: Unit,
-    number: int,
-    fields: dict[str, Any] | csv.Error,
-    options: Options,
-    folder: str = "",
-) -> Located:
-    """One row of a list: its item, and the name of its image in a folder, by default the list's."""
-    where = f"{posixpath.basename(unit.path)} row {number + 1}"
-    if isinstance(fields, csv.Error):
-        return Located(Item(where, problem="bad_record", detail=str(fields)))
-    return _located(where, folder or posixpath.dirname(unit.path), fields, options)
+def sidecar_texts(units: Iterable[Unit], options: Options) -> Iterator[tuple[str, Item]]:
+    """The path of each image of some units that has a text beside it, and that: an item whose image
+    is not read. A folder is listed once, whose images are in many units."""
+    folder, there, stems = "", {}, set()
+    for unit in units:
+        if unit.path != folder:
+            folder, there = unit.path, _listing(unit).there
+            stems = {posixpath.splitext(name)[0] for name in there if name.endswith(SIDECARS)}
+        for name in unit.names:
+            if posixpath.splitext(name)[0] in stems:
+                path = files.join(unit.path, name)
+                yield path, guarded(path, lambda: _beside(path, name, b"", there, unit, options))  # noqa: B023
 
 
-def _located(where: str, folder: str, fields: dict[str, Any], options: Options) -> Located:
-    first, _, other = options.image_field.partition(",")
-    usual = (column for column in formats.IMAGE_COLUMNS if column in fields)
-    column = first or formats.image_field(fields) or next(usual, "")
-    is_there = is_field(fields, column)
-    name = only(take(fields, column, ()))
-    if not isinstance(name, str) or not name:
-        there = ", ".join(sorted(map(str, fields)))
-        detail = f"no column of an image file; give --image_field=NAME, one of {there}"
-        if is_there and name in (None, ""):
-            detail = f"its {column!r} is empty"
-        elif isinstance(name, list):
-            detail = f"its {column!r} has {len(name)} images, and an example has one"
-        return Located(Item(where, problem="missing_image", detail=detail))
-    second = fields.pop(other, None) if other else ""
-    if other and (not isinstance(second, str) or not second):
-        detail = f"the row names no {other!r}"
-        return Located(Item(where, problem="missing_image", detail=detail))
+def with_texts(unit: Unit) -> Iterator[str]:
+    """The images that a unit names, each before the files of its name beside it that are read."""
+    there = _listing(unit).there
+    for name in unit.names:
+        yield name
+        stem = posixpath.splitext(name)[0]
+        yield from (there[stem + suffix] for suffix in SIDECARS if stem + suffix in there)
 
-    text = text_column(fields, options.text_field, LISTED_TEXTS)
 
-    def make() -> Item:
-        item = Item(name, texts=strings(take(fields, text, ())))
-        if second:  # the same two images may stand beside several texts
-            item.key = f"{name}+{second}#{item.texts[0] if item.texts else ''}"
-        try:
-            labels = take(fields, options.label_field, LABEL_FIELDS)
-            item.labels = names(labels, options.class_names)
-        except ValueError as error:
-            item.problem, item.detail = "bad_label", str(error)
-            return item
-        item.extra = fields
-        return item
+class _Listing(NamedTuple):
+    """there: the files of a folder, by their names with small suffixes. shared: names without their
+    suffix that several of its pictures have: 'a.jpg' and 'a.png' are two examples, and the key of
+    each says which."""
 
-    return Located(guarded(name, make), folder, name, second)
+    there: dict[str, str]
+    shared: frozenset[str]
+
+
+def _listing(unit: Unit) -> _Listing:
+    """Of a unit's folder, listed once: one with a million files takes seconds, and has hundreds of
+    units."""
+    return _listed(unit.path, storage.stamp(unit.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _listed(folder: str, stamp: tuple[int, int] | None) -> _Listing:
+    """stamp: another one where the folder, a local one, has other files than before."""
+    names = files.listing(folder)
+    pictures = [name for name in names if name.lower().endswith(formats.MEDIA)]
+    taken = collections.Counter([*pictures, *(posixpath.splitext(name)[0] for name in pictures)])
+    shared = frozenset(name for name, count in taken.items() if count > 1)
+    return _Listing({_lower_suffix(name): name for name in names}, shared)
+
+
+def _lower_suffix(name: str) -> str:
+    """'a.B.TXT' -> 'a.B.txt': cameras and old systems write suffixes in capitals."""
+    stem, suffix = posixpath.splitext(name)
+    return stem + suffix.lower()
+
+
+def _item(key: str, name: str, there: Mapping[str, str], unit: Unit, options: Options) -> Item:
+    """An image with what lies beside it. there: `_listing`. Raises what `_beside` raises."""
+    image = load_image(Item(key), unit.path, name, unit, options)
+    if image.problem:
+        return image
+    item = _beside(key, name, image.image, there, unit, options)
+    item.span = image.span
+    return item
+
+
+def _beside(
+    key: str, name: str, image: bytes, there: Mapping[str, str], unit: Unit, options: Options
+) -> Item:
+    """The item of an image. Raises OSError, ValueError for a text that may not be read."""
+    stem, suffix = posixpath.splitext(name)
+    group = tars.Group(key, options)
+    member = tars.Member(name, len(image), lambda: image, -1)
+    group.add(suffix[1:].lower(), member)
+    for beside in SIDECARS:
+        kind = "txt" if beside in TEXTS else beside[1:]
+        empty = not group.data.get(kind, b"").strip()  # such a text hides no other
+        if stem + beside in there and empty:
+            try:
+                roots = (unit.root, *options.allow_paths)
+                path = formats.resolve(unit.path, there[stem + beside], roots)
+            except formats.Outside as error:
+                return Item(key, problem="outside_input", detail=str(error))
+            read_text = functools.partial(files.read_bounded, path, lists.MAX_ROW_BYTES)
+            group.add(kind, tars.Member(path, files.size(path), read_text, -1))
+    if group.problem:
+        return Item(key, problem=group.problem, detail=group.detail)
+    item = tars.item(key, group, options)
+    if "txt" in group.data and not options.text_field:
+        # A caption a line, as CUB and Flowers have them; in a tar it is one, as open_clip reads it.
+        found = (line.strip() for text in item.texts for line in text.split("\n"))
+        item.texts = [line for line in found if line]
+    return item
+
+
+READERS = {
+    "sidecars": types.SimpleNamespace(plan=plan_sidecars, read=read_sidecars, splits=sidecar_splits)
+}

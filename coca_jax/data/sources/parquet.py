@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from coca_jax.data.sources import files, formats
-from coca_jax.data.sources import rows as named_fields
+from coca_jax.data.sources import files, formats, lists
 from coca_jax.data.sources.fields import (
     LABEL_FIELDS,
     LISTED_TEXTS,
@@ -361,7 +360,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         for field in (*images, options.text_field, options.label_field):
             if field and field not in columns:
                 raise ValueError(f"{file}: no column {field!r}; it has {columns}")
-        named_fields.refuse_urls(file, first, options)
+        lists.refuse_urls(file, first, options)
         if not options.image_field and not set(IMAGE_FIELDS) & set(columns):
             raise ValueError(f"{file}: which column holds images? --image_field of {columns}")
         units += split_units(file, rows, ROWS_PER_UNIT, root)

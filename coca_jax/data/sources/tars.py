@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from coca_jax.data.sources import files, formats, references, rows
+from coca_jax.data.sources import files, formats, references
 from coca_jax.data.sources.fields import (
     CHATS,
     LABEL_FIELDS,
@@ -228,7 +228,7 @@ class Group:
         if suffix not in self._wanted:
             self.data[suffix] = b""
             return
-        most = rows.MAX_ROW_BYTES if suffix in TEXT_SUFFIXES else self._room
+        most = bounded_json.MAX_BYTES if suffix in TEXT_SUFFIXES else self._room
         if member.size > most:
             text = suffix in TEXT_SUFFIXES
             self.problem = "text_too_long" if text else "image_too_big"
