@@ -18,7 +18,6 @@ from coca_jax.data import evaluation_data, filters, leakage, source_index
 from coca_jax.data import prepare as splits
 from coca_jax.data.evaluation_data import Records
 from coca_jax.data.mixture import Mixture
-from coca_jax.data.sources import formats
 from coca_jax.evaluation import runner as evaluation
 from coca_jax.evaluation.evaluators import base, inputs
 from coca_jax.training import data_flag
@@ -362,14 +361,6 @@ def test_data_that_are_not_there_are_told_before_the_model_is_loaded(place, comm
     done = commands.run(["evaluate", "--checkpoint=x", f"--data={place}"], tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"error: {place}: no such file or folder\n"
-
-
-def test_a_kind_behind_data_is_told_to_be_train_s(tmp_path):
-    for name in (f"{tmp_path}:caption", f"{tmp_path}:sound", f"{tmp_path}/none:label"):
-        with pytest.raises(FileNotFoundError, match=f"^{name}: no such file or folder") as error:
-            formats.guess(name)
-        told = f"; {tmp_path} is there, and :caption is of train's --data and of fit alone"
-        assert (told in str(error.value)) == name.endswith(f"{tmp_path}:caption")
 
 
 def test_bad_flags_are_one_line(commands, tmp_path):

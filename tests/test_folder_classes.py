@@ -16,15 +16,6 @@ from coca_jax.evaluation.evaluators import probes, zero_shot
 from coca_jax.evaluation.evaluators.base import Setting
 
 
-def test_class_names_that_look_like_splits_are_named(tmp_path, capsys):
-    in_folders(tmp_path / "a", ["images/train2017", "images/val2017", "cats"])
-    brought("imagefolder", tmp_path / "a", tmp_path / "p")
-    line = "2 of 3 class names, from folders, have the word of a split (images, train2017, images"
-    assert line in capsys.readouterr().err
-    brought("imagefolder", in_folders(tmp_path / "b", ["cat", "strain"]), tmp_path / "q")
-    assert capsys.readouterr().err == ""
-
-
 def test_two_folders_of_one_split_are_no_classes(tmp_path):
     """All of them were classes once: the pictures of the test set were trained on."""
     in_folders(tmp_path / "a", ["train/c", "training/c", "Testing/c"])

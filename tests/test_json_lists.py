@@ -194,7 +194,7 @@ def test_an_array_in_a_file_for_lines_is_told_how_it_is_read(tmp_path, indent):
         (tmp_path / f"{i}.jpg").write_bytes(encode(i))
     path = tmp_path / "list.jsonl"
     path.write_text(json.dumps(rows, indent=indent))
-    with pytest.raises(ValueError, match="not read as they are: list.jsonl"):
+    with pytest.raises(ValueError, match="not read: 1 .jsonl .list.jsonl"):
         import_data(formats.guess(str(tmp_path)), tmp_path, tmp_path / "out")
     with pytest.raises(
         ValueError, match="list.jsonl line 1: .*; an array of objects is read with --format=json"

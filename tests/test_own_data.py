@@ -224,7 +224,7 @@ def test_one_folder_of_pictures_is_no_class(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("all pictures") == 1
     assert "a: all pictures have the one class 'train2017', the name of their folder" in said
-    assert "not read as they are: annotations/captions.json" in said
+    assert "not read: 1 .json (annotations/captions.json)" in said
 
 
 def test_lists_of_names_are_text(tmp_path):

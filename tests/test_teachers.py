@@ -5,9 +5,10 @@ import json
 import pytest
 
 from coca_jax.config import Entry, Loss
-from coca_jax.data import scored, supervision, teachers
+from coca_jax.data import supervision, teachers
 from coca_jax.data.sources import source as random_access
 from coca_jax.data.sources.records import Record
+from coca_jax.data.texts import check_scores
 
 
 def test_one_record_with_a_teacher_s_embeddings_is_enough():
@@ -58,7 +59,7 @@ def test_texts_that_are_drawn_by_their_scores_have_some():
 
     by_score = Entry(path="mine", captions="scored")
     both, one = named("x", ("a", "b"), made(0.3, 0.1), made(0.3)), named("y", ("a",), made(0.3))
-    scored.check([both, one, named("z", ("a",))], [by_score] * 2 + [Entry(path="mine")])
+    check_scores([both, one, named("z", ("a",))], [by_score] * 2 + [Entry(path="mine")])
     for texts, *extras in (
         (("a",), made(0.3, 0.1), made(0.3)),
         (("a", "b"), '{"recaption": {"scores": 2}}'),
@@ -66,4 +67,4 @@ def test_texts_that_are_drawn_by_their_scores_have_some():
     ):
         line = "data source z: captions='scored', and its records have no scores of the texts that"
         with pytest.raises(ValueError, match=line):
-            scored.check([both, named("z", texts, *extras)], [by_score] * 2)
+            check_scores([both, named("z", texts, *extras)], [by_score] * 2)

@@ -264,7 +264,7 @@ def nothing_usable(
     text += f"{'; '.join(['none has a caption or a class name', *named])}; "
     if there:
         return f"{text}their fields are {there}: name one with --text_field or --label_field"
-    return f"{text}{HOW_TO_CAPTION}{_unread(input)}"
+    return f"{text}{HOW_TO_CAPTION}"
 
 
 def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> list[str]:
@@ -294,14 +294,6 @@ def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
     return f"; --where: {missed.line()}"
 
 
-def _unread(input: str) -> str:
-    """Which files in a folder of pictures may hold what is missed."""
-    names = list(dict.fromkeys([*formats.beside(input), *formats.tables(input)]))
-    if not names:
-        return ""
-    return f"; not read as they are: {_first(names)}"
-
-
 def of_no_split(input: str, patterns: tuple[str, ...]) -> str:
     """The line for files that no split has, as the names of others tell theirs; '' for none."""
     names, count = files.of_no_split(input, patterns)
@@ -316,22 +308,12 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
-    """The line for pictures that are read by their folders, whose names are their classes: for one
-    class alone, and for classes that are called as splits are, such as train2017."""
-    if found["with_text"] or found["with_label"] < found["count"]:
+    """The line for images that are read by their folders and all have one class."""
+    if found["with_text"] or found["with_label"] < found["count"] or len(classes) != 1:
         return []
-    if len(classes) != 1:
-        like = [n for n in classes if {*re.findall("[a-z]+", n.lower())} & {*files.SPLITS}]
-        if not like:
-            return []
-        return [
-            f"{input}: {len(like)} of {len(classes)} class names, from folders, have the word of a "
-            f"split ({_first(like)}): where these are splits, give the folder of each as --input, "
-            "with --split=train, test or validation"
-        ]
     return [
         f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
-        f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}{_unread(input)}"
+        f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}"
     ]
 
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coca_jax.config import Entry
 from coca_jax.data import order
+from coca_jax.data.sources.source import Source, read_all
 
 # What a draw is for: keeps the choices made for one example independent of one another. Kinds of
 # sources that choose otherwise count on from here (kinds.py).
@@ -19,6 +21,7 @@ CAPTION, PROMPT, LABELS, AUGMENT, CLASS, FRAMES, FIXED = range(1, 8)
 ANSWER = "\x1f"
 SCORE_SCALE = 0.05  # cosine by which a text has to be better to be drawn e times as often
 _CACHED_TEXTS = 50_000  # about 1 KB each
+_AT_ONCE = 256  # records
 
 
 class Draw(NamedTuple):
@@ -87,6 +90,33 @@ def made_of(extra: str) -> dict[str, Any] | None:
         isinstance(made.get(name), list) for name in ("scores", "originals")
     )
     return made if lists else None  # else a field of the data's own
+
+
+def check_scores(sources: Sequence[Source], entries: Sequence[Entry]) -> None:
+    """Raises ValueError for a source of captions='scored' whose records have no scores, or those of
+    other texts than are read: they would be drawn alike, whatever `synthetic` says. Reads texts
+    until it finds scores, and judges by that block. entries: of the sources."""
+    for source, entry in zip(sources, entries):
+        if entry.captions == "scored" and entry.path and not _has_scores(source):
+            raise ValueError(
+                f"data source {source.name}: captions='scored', and its records have no scores of "
+                "the texts that are read; give what `coca-jax recaption --to=array_record` wrote "
+                "(of its tars with text_field='texts'), or leave captions out"
+            )
+
+
+def _has_scores(source: Source) -> bool:
+    for start in range(0, len(source), _AT_ONCE):
+        rows = np.arange(start, min(start + _AT_ONCE, len(source)))
+        records, unread = read_all(source, rows, texts=True)
+        read = [one for row, one in enumerate(records) if row not in unread and one.texts]
+        known = [(one, made) for one in read if (made := made_of(one.extra))]
+        if known:
+            # An image may keep a single text, whose score is that of the only one that is read.
+            fits = [len(made["scores"]) == len(one.texts) for one, made in known]
+            several = any(ok and len(one.texts) > 1 for ok, (one, _) in zip(fits, known))
+            return several or all(fits)
+    return False
 
 
 def label_texts(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from coca_jax.checkpoints import config_file, manager
 from coca_jax.config import Config, Recipe, shapes, typed
-from coca_jax.data import batch_schedule, prepare, scored, source_index, teachers
+from coca_jax.data import batch_schedule, prepare, source_index, teachers, texts
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.data.quarantine import Quarantine, Row
 from coca_jax.data.vocabulary import Vocabulary
@@ -201,7 +201,7 @@ class Trainer:
         mixture = self._open_mixture(self.config)
         config = setup.with_examples(self.config, mixture)
         teachers.check(mixture.sources, mixture.entries, config.loss)
-        scored.check(mixture.sources, mixture.entries)
+        texts.check_scores(mixture.sources, mixture.entries)
         self.class_names = head_classes(config, mixture)
         if (storage.place(self.workdir) / "config.json").exists():
             old = manager.read_run(self.workdir)

@@ -17,7 +17,6 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax.config.data import KINDS
 from coca_jax.data.sources import files
 from coca_jax.runtime import bounded_json, storage
 
@@ -95,7 +94,7 @@ def guess(path: str) -> str:
     with storage.as_os_error(path, "cannot be reached"):
         folder = system.isdir(plain)
     if not folder:
-        raise FileNotFoundError(f"{path}: no such file or folder{_kind_behind(path)}")
+        raise FileNotFoundError(f"{path}: no such file or folder")
     everything = _names(path)
     names = files.without_ours(everything)
     tops = {name for name in names if "/" not in name}
@@ -123,14 +122,6 @@ def guess(path: str) -> str:
         raise ValueError(f"{path}: no images in it; {links}")
     hint = other_form(names)
     raise ValueError(f"{path}: {_contents(everything)}{hint}; give {_READ}")
-
-
-def _kind_behind(path: str) -> str:
-    """What is said besides of a path that is there but for the kind that train takes behind one."""
-    place, _, kind = path.rpartition(":")
-    if kind not in KINDS or not files.exists(place):
-        return ""
-    return f"; {place} is there, and :{kind} is of train's --data and of fit alone"
 
 
 def _of_file(path: str, plain: str) -> str:
@@ -274,17 +265,8 @@ def _names_pictures(value: Any) -> bool:
 
 def beside(path: str) -> list[str]:
     """Files in a folder of pictures that may hold their texts, and are not read with them."""
-    return _ending(path, (".csv", ".tsv", *SIDECARS))
-
-
-def tables(path: str) -> list[str]:
-    """Files in a folder that may be tables of its pictures, by their names."""
-    return _ending(path, TABLES)
-
-
-def _ending(path: str, suffixes: tuple[str, ...]) -> list[str]:
     names = files.without_ours(_names(path))
-    return [name for name in names if name.lower().endswith(suffixes)]
+    return [name for name in names if name.lower().endswith((".csv", ".tsv", *SIDECARS))]
 
 
 def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:

@@ -74,14 +74,9 @@ def _refuse_fields(path: str, options: Options) -> None:
     named = next((field for field in fields if getattr(options, field)), "")
     if not named:
         return
-    tables = [name for name in formats.tables(path) if not name.endswith(".json")]
-    fix = "there is no table beside the pictures; add metadata.csv with the columns file_name, text"
-    if tables:
-        kind = "jsonl" if tables[0].lower().endswith(".jsonl") else "csv"
-        fix = f"to read its table give --format={kind} --input={files.join(path, tables[0])}"
     raise ValueError(
-        f"--{named}={getattr(options, named)}: {path} is read by its folder names, without fields; "
-        + fix
+        f"--{named}={getattr(options, named)}: {path} is read by its folder names, without fields. "
+        "Add metadata.csv with the columns file_name, text, or give a table with --input=FILE."
     )
 
 
