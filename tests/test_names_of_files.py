@@ -1,13 +1,15 @@
-"""Files by their names: hidden ones are not read, and each picture has a key of its own."""
+"""Files by their names: hidden ones are not read, each image has a key of its own, and lists name
+images as they are spelled."""
 
 import tarfile
 
 import fsspec
 import pytest
-from prepare_cases import encode, import_data
+from prepare_cases import encode, import_data, reasons_of
+from test_tables import pictures, texts_of
 
 from coca_jax.data import filters
-from coca_jax.data.sources import files, image_folder, lists
+from coca_jax.data.sources import files, formats, image_folder, lists
 from coca_jax.data.sources.items import Options
 
 HIDDEN = (".ipynb_checkpoints/0", "__MACOSX/0", ".hid", "._0")
@@ -125,3 +127,31 @@ def test_the_texts_of_a_folder_are_looked_for_once_and_after_it_has_changed(
     (folder / "1.png").write_bytes(encode(9))  # which takes the name
     assert read(units) == {"0": ["text of 0"], "1.jpg": ["text of 1"]}
     assert len(asked) == 2
+
+
+def test_a_name_without_a_folder_is_found_below_unless_several_have_it(tmp_path):
+    folder = pictures(tmp_path / "a", 1, "Müller.jpg")
+    for place in ("x", "y/z"):
+        pictures(folder / place, 1, "twice.jpg")
+    pictures(folder / "y/z", 1, "once.jpg")
+    names = ["Müller.jpg", "once.jpg", "twice.jpg", "y/once.jpg", r"x\twice.jpg"]
+    (folder / "list.csv").write_text(
+        "file_name,text\n" + "".join(f"{name},text {i}\n" for i, name in enumerate(names))
+    )
+    import_data("csv", folder, tmp_path / "out")
+    assert texts_of(tmp_path / "out") == [["text 0"], ["text 1"]]
+    assert reasons_of(tmp_path / "out") == dict.fromkeys(names[2:], "missing_image")
+
+
+def test_above_too_many_files_it_is_said_that_folders_below_are_not_looked_through(
+    tmp_path, monkeypatch, caplog
+):
+    pictures(tmp_path / "a", 1, "here.jpg")
+    pictures(tmp_path / "a/x", 1, "below.jpg")
+    (tmp_path / "a/list.csv").write_text("file_name,text\nhere.jpg,one\nbelow.jpg,two\n")
+    monkeypatch.setattr(formats, "_MOST_BELOW", 2)
+    import_data("csv", tmp_path / "a", tmp_path / "out")
+    assert texts_of(tmp_path / "out") == [["one"]]
+    assert reasons_of(tmp_path / "out") == {"below.jpg": "missing_image"}
+    (line,) = {record.getMessage() for record in caplog.records}
+    assert line.startswith(f"{tmp_path}/a: more than 2 files")

@@ -45,18 +45,9 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
         raise ValueError(f"{path} is one file; --format=imagefolder reads a folder of pictures")
     root = _folder_of(path, split)
     found = _metadata(root)
-    units, below = [], formats.root_of(path)
-    if not found:
-        _refuse_fields(path, options)
-    for metadata in found:
-        lists.refuse_urls(metadata, lists.rows_of([metadata]), options)
-        if metadata.lower().endswith((".jsonl", *lists.PACKED)):
-            units += lists.line_units(metadata, below)
-        else:
-            units += lists.csv_units(metadata, below)
     if found:
-        lists.check(root, lists.rows_of(found), options)
-        return units
+        return lists.plan_metadata(path, found, options)
+    _refuse_fields(path, options)
     plain = files.filesystem(root)[1]
     found = _images(root)
     if files.is_remote(root):  # a local name may have '::', which stands for another thing in URLs
@@ -65,7 +56,7 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     listed = [
         p[len(start) :] if p.startswith(start) else posixpath.relpath(p, plain) for p in found
     ]
-    return named_units(root, listed, lists.ROWS_PER_UNIT, below)
+    return named_units(root, listed, lists.ROWS_PER_UNIT, formats.root_of(path))
 
 
 def _refuse_fields(path: str, options: Options) -> None:

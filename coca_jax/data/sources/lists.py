@@ -56,23 +56,63 @@ _Row: TypeAlias = dict[str, Any] | csv.Error
 
 
 def plan_csv(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of the lists: ranges of rows.
+    """Units of CSV and TSV lists: ranges of rows. Raises FileNotFoundError, ValueError as `_plan`."""
+    return _plan(path, _csv_lists(path, split), _csv_objects, csv_units, options)
+
+
+def plan_jsonl(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of lists with a JSON object a line: ranges of lines. Raises as `_plan`; and ValueError
+    where pyarrow, which unpacks zstd, is not installed."""
+    lists = files.find(path, formats.PATTERNS["jsonl"], split)
+    for file in lists:
+        files.check_unpacks(file)
+    return _plan(path, lists, _line_objects, line_units, options)
+
+
+def plan_json(path: str, split: str, options: Options) -> list[Unit]:
+    """Units of lists that are one JSON value: ranges of rows. Raises as `_plan`."""
+
+    def units(file: str, root: str) -> list[Unit]:
+        return split_units(file, len(_parsed(file)), ROWS_PER_UNIT, root)
+
+    return _plan(path, _json_lists(path, split), _objects, units, options)
+
+
+def plan_metadata(path: str, found: Sequence[str], options: Options) -> list[Unit]:
+    """Units of the metadata files of an image folder, CSV or lines of JSON. Raises as `_plan`."""
+
+    def units(file: str, root: str) -> list[Unit]:
+        return line_units(file, root) if _has_lines(file) else csv_units(file, root)
+
+    def rows(file: str) -> Iterator[Mapping[str, Any]]:
+        return _line_objects(file) if _has_lines(file) else _csv_objects(file)
+
+    return _plan(path, found, rows, units, options)
+
+
+def _has_lines(file: str) -> bool:
+    return file.lower().endswith((".jsonl", *PACKED))
+
+
+def _plan(
+    path: str,
+    lists: Sequence[str],
+    rows: Callable[[str], Iterable[Mapping[str, Any]]],
+    units: Callable[[str, str], list[Unit]],
+    options: Options,
+) -> list[Unit]:
+    """The units of the lists of an input. rows, units: of one of them.
 
     Raises:
-        FileNotFoundError: no .csv or .tsv file, nor a .txt that is such a list.
-        ValueError: a list has no such column.
+        FileNotFoundError: there is no list.
+        ValueError: a file is no such list, no row has a field that is named, or the images are
+            URLs.
     """
-    units, root = [], formats.root_of(path)
-    for file in _csv_lists(path, split):
-        whole = (list(row) for row in csv_rows(file) if not isinstance(row, csv.Error))
-        columns = next(whole, [])
-        wanted = (*options.image_field.split(","), options.text_field, options.label_field)
-        for field in wanted:
-            if field and columns and field not in columns:
-                raise ValueError(f"{file}: no column {field!r}; it has {columns}")
-        refuse_urls(file, rows_of([file]), options)
-        units += csv_units(file, root)
-    return units
+    root = formats.root_of(path)
+    check(path, itertools.chain.from_iterable(map(rows, lists)), options)
+    for file in lists:
+        refuse_urls(file, rows(file), options)
+    return [unit for file in lists for unit in units(file, root)]
 
 
 def _csv_lists(path: str, split: str) -> list[str]:
@@ -83,24 +123,6 @@ def _csv_lists(path: str, split: str) -> list[str]:
         if not system.isdir(plain) or not (found := formats.text_lists(path)):
             raise
         return found
-
-
-def plan_jsonl(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of the lists: ranges of lines.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no row has a field that is named; or pyarrow, which unpacks zstd, is not
-            installed.
-    """
-    root = formats.root_of(path)
-    lists = files.find(path, formats.PATTERNS["jsonl"], split)
-    for file in lists:
-        files.check_unpacks(file)
-    check(path, rows_of(lists), options)
-    for file in lists:
-        refuse_urls(file, rows_of([file]), options)
-    return [unit for file in lists for unit in line_units(file, root)]
 
 
 def line_units(path: str, root: str) -> list[Unit]:
@@ -143,22 +165,6 @@ def _count(path: str) -> int:
     except (OSError, ValueError):
         count += 1
     return count
-
-
-def plan_json(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of the lists: ranges of rows.
-
-    Raises:
-        FileNotFoundError: no such file, or a folder without a list of captions for `split`.
-        ValueError: a file that is no such list, or no row has a field that is named.
-    """
-    units, root = [], formats.root_of(path)
-    lists = list(_json_lists(path, split))
-    check(path, (row for file in lists for row in _objects(file)), options)
-    for file in lists:
-        refuse_urls(file, _objects(file), options)
-        units += split_units(file, len(_parsed(file)), ROWS_PER_UNIT, root)
-    return units
 
 
 def json_splits(path: str) -> list[str]:
@@ -676,9 +682,10 @@ def _cells(line: str, way: Mapping[str, Any]) -> list[str]:
 
 
 def check(input: str, rows: Iterable[Mapping[str, Any]], options: Options) -> None:
-    """Raises ValueError where none of the rows has a field of captions or labels that is named.
+    """Raises ValueError where none of the rows has a field of images, captions or labels that is named.
     The first row that has them ends the look: a field may be in few of them."""
-    missing = [name for name in (options.text_field, options.label_field) if name]
+    wanted = (*options.image_field.split(","), options.text_field, options.label_field)
+    missing = [name for name in wanted if name]
     there: dict[str, None] = {}
     for row in rows if missing else ():
         missing = [name for name in missing if not is_field(row, name)]
@@ -713,16 +720,11 @@ def refuse_urls(path: str, rows: Iterable[Mapping[str, Any]], options: Options) 
     )
 
 
-def rows_of(paths: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """The rows of lists, CSV or lines of JSON, that can be read."""
-    for path in paths:
-        if path.lower().endswith((".jsonl", *PACKED)):
-            yield from _objects_of_lines(path)
-        else:
-            yield from (row for row in csv_rows(path) if not isinstance(row, csv.Error))
+def _csv_objects(path: str) -> Iterator[Mapping[str, Any]]:
+    return (row for row in csv_rows(path) if not isinstance(row, csv.Error))
 
 
-def _objects_of_lines(path: str) -> Iterator[Mapping[str, Any]]:
+def _line_objects(path: str) -> Iterator[Mapping[str, Any]]:
     with contextlib.suppress(OSError, ValueError):  # of a damaged end, which the import lists
         for line in of_file(path):
             with contextlib.suppress(ValueError):
