@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def pets(count):
 def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     (root / "me/pets/data").mkdir(parents=True)
-    for split, count in (("train", 12), ("test", 4)):
+    for split, count in (("train", 12), ("test", 4), ("test_hard", 3)):
         pets(count).to_parquet(str(root / f"me/pets/data/{split}-00000-of-00001.parquet"))
     with Hub(root) as server:
         yield server
@@ -67,9 +68,13 @@ def test_a_run_trains_resumes_and_is_scored_on_a_dataset_of_the_hub(hub, command
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "scores/eval.json").read_text())
     assert scores["zero_shot/pets_test/top1_count"] == 4
+    prepare = ["prepare", "--input=hf://me/pets:test", "--out=copy", "--split=mine"]
+    done = commands.run(prepare, tmp_path, env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["written"] == 4  # and none of test_hard
     for name, says in (
         ("me/none", "hf://me/none: `datasets` cannot load it"),
-        ("me/pets:dev", "no split 'dev'; it has test, train"),
+        ("me/pets:dev", "no split 'dev'; it has test, test_hard, train"),
         ("pets", "hf://pets: write hf://OWNER/NAME"),
     ):
         done = commands.run(
@@ -115,3 +120,24 @@ def test_columns_are_found_by_name_and_damage_is_a_line(tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match="not an Arrow file"):
         hf_datasets.plan(str(tmp_path / "a"), "", Options())
+
+
+def test_changed_bytes_of_an_arrow_file_are_problems_or_lines_and_never_end_the_process(tmp_path):
+    pets(20).rename_column("picture", "image").save_to_disk(str(tmp_path / "a"))
+    file = next((tmp_path / "a").glob("*.arrow"))
+    whole, dice, found = file.read_bytes(), random.Random(2), set()
+    for _ in range(120):
+        data = bytearray(whole)
+        for _ in range(dice.randint(1, 6)):
+            at = dice.randrange(dice.choice((len(data), 3000)))
+            data[at : at + 4] = bytes([dice.choice((0, 127, 128, 255))] * 4)
+        file.write_bytes(data)
+        for check in (True, False):
+            options = Options(in_place=True, check=check)
+            try:
+                for unit in hf_datasets.plan(str(tmp_path / "a"), "", options):
+                    found |= {item.problem for item in hf_datasets.read(unit, options)}
+            except ValueError as error:
+                assert str(file) in str(error)
+                found.add("line")
+    assert {"", "line", "damaged_archive"} <= found

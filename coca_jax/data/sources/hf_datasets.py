@@ -8,6 +8,7 @@ read from those files by their byte range, so a row is as cheap to read as one o
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import posixpath
@@ -28,6 +29,7 @@ PATTERNS = formats.PATTERNS["arrow"]
 # NAME-SPLIT.arrow or NAME-SPLIT-00000-of-00002.arrow in the cache, SPLIT/data-00000-of-00001.arrow
 # of save_to_disk.
 _IN_CACHE = re.compile(r".+-(\w+?)(?:-\d{5}-of-\d{5})?\.arrow")
+_SHARDS = "*-{}-?????-of-?????.arrow"
 _SAVED = re.compile(r"data-\d{5}-of-\d{5}\.arrow")
 _URL = re.compile(r"hf://(?!datasets/)([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")
 
@@ -62,7 +64,8 @@ def resolve(path: str) -> str:
         return folder
     if split not in (splits(folder) or [split]):
         raise ValueError(f"{path}: no split {split!r}; it has {', '.join(splits(folder))}")
-    return f"{folder}/*-{split}*.arrow"
+    alone = f"*-{split}.arrow"  # and not *-{split}*: 'train_sft' is another split than 'train'
+    return f"{folder}/{alone if glob.glob(alone, root_dir=folder) else _SHARDS.format(split)}"
 
 
 def _split_of(file: str) -> str:
@@ -119,8 +122,11 @@ class _Table:
         wanted = options.image_field.partition(",")[0]
         if wanted or (usual := [name for name in parquet.IMAGE_FIELDS if name in names]):
             return wanted or usual[0]
-        told = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = told.get("info", {}).get("features", {})
+        try:
+            told = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
+            features = dict(told["info"]["features"])
+        except (ValueError, KeyError, TypeError):  # none, or damaged, which `class_names` reports
+            return ""
         images = [
             name
             for name, feature in features.items()
@@ -157,15 +163,16 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     units = []
     every = _files(path)
     told = {file: _split_of(file) for file in every}
+    in_folder = os.path.isdir(path)  # a file or glob, as of hf://...:SPLIT, is what was asked for
     for file in every:
-        if split and any(told.values()) and told[file] != split:
+        if in_folder and split and any(told.values()) and told[file] != split:
             continue
         try:
             table = _Table(file)
             rows = sum(batch.num_rows for batch in table.batches())
-        except (pa.ArrowInvalid, OSError) as error:
+            columns = table.schema.names
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{file}: not an Arrow file: {error}") from None
-        columns = table.schema.names
         for field in (*options.image_field.split(","), options.text_field, options.label_field):
             if field and field not in columns:
                 raise ValueError(f"{file}: no column {field!r}; it has {columns}")
@@ -223,13 +230,22 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             found.second_span = table.span(unit.path, other, row)
         return found
 
-    for batch in table.batches():
+    batches = table.batches()
+    while first < unit.stop:
+        try:
+            if (batch := next(batches, None)) is None:
+                return
+            if first + batch.num_rows > unit.start:
+                # Offsets that lead out of a buffer would end the process, not raise.
+                batch.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            where = f"{base}#{max(first, unit.start)}"
+            yield Item(where, problem="damaged_archive", detail=f"{type(error).__name__}: {error}")
+            return
         for row in range(max(unit.start - first, 0), min(batch.num_rows, unit.stop - first)):
             key = f"{base}#{first + row}"
             yield guarded(key, lambda: item(key, batch, row))  # noqa: B023
         first += batch.num_rows
-        if first >= unit.stop:
-            return
 
 
 def _with_image_field(options: Options, name: str) -> Options:
