@@ -80,14 +80,27 @@ def to_exclude(path: str) -> list[tuple[str, str]]:
 
 
 def check_excluded(paths: Sequence[str]) -> None:
-    """Raises FileNotFoundError for the first of them in which `to_exclude` would find no images."""
+    """Raises FileNotFoundError for the first of them in which `to_exclude` would find no images, and
+    ValueError for one file that is not an image."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            if next(_evaluation_images(path), None) is not None:
+            first = next(_evaluation_images(path), None)
+            if first is not None and first[0] == path:
+                _check_decodes(*first)
+            if first is not None:
                 continue
         raise FileNotFoundError(
             f"--exclude={path}: there are no images; give a prepared folder or image files"
         )
+
+
+def _check_decodes(path: str, data: Callable[[], bytes]) -> None:
+    try:
+        _fingerprint(data())
+    except Exception as error:  # file systems and decoders raise all sorts
+        raise ValueError(
+            f"--exclude={path}: {error}; give a prepared folder or image files"
+        ) from None
 
 
 def _evaluation_images(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
