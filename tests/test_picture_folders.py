@@ -51,25 +51,14 @@ def brought(format, input, out, split="train", **options):
     return {record.key: (record.texts, record.labels) for record in found}
 
 
-def test_a_split_by_names_has_its_own_pictures(tmp_path):
+def test_names_of_images_make_no_splits_and_names_of_tars_do(tmp_path, capsys):
     names = [f"test_{i:02d}" for i in range(4)] + [f"train_{i:02d}" for i in range(4, 12)]
     folder = beside(tmp_path / "a", {name: f"text of {name}" for name in names})
-    for split, own in (("train", names[4:]), ("test", names[:4])):
-        found = brought("sidecars", folder, tmp_path / "p", split)
-        assert found == {name: ((f"text of {name}",), ()) for name in own}
-    record = next(iter(filters.open_source(str(tmp_path / "p"), "train")))
-    assert record.image == encode(4)
-    # A pattern, too, stands for the pictures that it fits.
-    found = brought("sidecars", f"{folder}/*_1?.jpg", tmp_path / "q")
-    assert sorted(found) == ["train_10", "train_11"]
-
-
-def test_names_of_pictures_make_splits_only_where_all_tell_one(tmp_path, capsys):
-    names = ("dog", "cat", "steam train", "test tube")
-    folder = beside(tmp_path / "a", {name: f"a {name}" for name in names})
     assert prepare.splits_of("sidecars", str(folder)) == []
     found = brought("sidecars", folder, tmp_path / "p")
-    assert {texts[0] for texts, _ in found.values()} == {f"a {name}" for name in names}
+    assert found == {name: ((f"text of {name}",), ()) for name in names}
+    found = brought("sidecars", f"{folder}/*_1?.jpg", tmp_path / "r")
+    assert sorted(found) == ["train_10", "train_11"]
     # Of tars some may tell a split; the others are named.
     for number, name in enumerate(("bus", "plane", "train", "val")):
         write_tar(tmp_path / f"{name}.tar", 2, start=2 * number)
@@ -211,18 +200,16 @@ def test_a_split_that_folders_do_not_tell_is_refused(tmp_path):
     assert len(evaluation_data.open_source(dict(path=str(tmp_path / "a/train")), "test")) == 6
 
 
-def test_a_folder_tells_a_split_before_the_names_of_its_files(tmp_path):
+def test_the_folders_of_images_with_texts_are_splits(tmp_path):
     texts = {"red train": "a red train", "test tube": "a tube", "4": "a four"}
-    for number, folder in enumerate(("train", "test", "validation", "testing/train")):
+    for number, folder in enumerate(("train", "test", "validation")):
         beside(tmp_path / "side" / folder, texts, first=10 * number)
     found = {
         split: set(brought("sidecars", tmp_path / "side", tmp_path / "out", split))
         for split in ("train", "test", "validation")
     }
     assert found == {
-        "train": {f"train/{name}" for name in texts},
-        "test": {f"{folder}/{name}" for folder in ("test", "testing/train") for name in texts},
-        "validation": {f"validation/{name}" for name in texts},
+        split: {f"{split}/{name}" for name in texts} for split in ("train", "test", "validation")
     }
 
 

@@ -276,9 +276,7 @@ def size(path: str) -> int:
         return system.size(plain)
 
 
-def find(
-    path: str, patterns: tuple[str, ...], split: str = "", *, all_told: bool = False
-) -> list[str]:
+def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
     """Files of an input: the file itself, a glob, the files of a pattern with braces as webdataset
     has it ({000..999} or {a,b}, each of which may be a glob), or the matching files of a folder,
     sorted.
@@ -287,8 +285,6 @@ def find(
     train/), only those of `split` are taken.
 
     patterns: in lower case; names match them in any.
-
-    all_told: only where the names of all files do, as of pictures, which are called anything.
 
     Raises:
         FileNotFoundError: nothing matches, or a file of a pattern with braces is not there.
@@ -302,7 +298,7 @@ def find(
     elif system.isdir(plain):
         told = _told_splits(system, plain, patterns)
         found = list(told)
-        if split and _make_splits(told.values(), all_told):
+        if split and any(told.values()):
             wanted = SPLITS.get(split.lower(), split)
             found = [file for file in found if told[file] == wanted]
     else:
@@ -387,14 +383,14 @@ def _expanded(path: str) -> list[str]:
     return [f"{before}{part}{rest}" for part in parts for rest in behind]
 
 
-def splits_told(path: str, patterns: tuple[str, ...], *, all_told: bool = False) -> list[str]:
+def splits_told(path: str, patterns: tuple[str, ...]) -> list[str]:
     """The splits that the names of a folder's matching files tell, as `find` understands them:
     'train', 'test', 'validation' (also said valid, val, dev), sorted; [] where they tell none."""
     system, plain = filesystem(path)
     if not system.isdir(plain):
         return []
     told = _told_splits(system, plain, patterns).values()
-    return sorted({*told} - {""}) if _make_splits(told, all_told) else []
+    return sorted({*told} - {""})
 
 
 def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
@@ -402,7 +398,7 @@ def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
     system, plain = filesystem(path)
     folder = not system.isfile(plain) and system.isdir(plain)
     told = _told_splits(system, plain, patterns) if folder else {}
-    if not _make_splits(told.values()):
+    if not any(told.values()):
         return [], len(told)
     return sorted(posixpath.relpath(f, plain) for f, split in told.items() if not split), len(told)
 
@@ -432,11 +428,6 @@ def _within(file: str, start: str) -> str:
     name = file.removeprefix(start)
     odd = name == file or "//" in f"/{name}" or "/." in f"/{name}"
     return posixpath.relpath(file, start) if odd else name  # which takes ten times as long
-
-
-def _make_splits(told: Collection[str], all_told: bool = False) -> bool:
-    """Whether names make splits, by what each of them tells."""
-    return all(told) and bool(told) if all_told else any(told)
 
 
 def split_of(name: str) -> str:

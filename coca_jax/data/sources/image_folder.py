@@ -206,20 +206,13 @@ def plan_sidecars(path: str, split: str, options: Options) -> list[Unit]:
         raise ValueError(f"--image_field={options.image_field}: a file is one image, not a pair")
     root = formats.root_of(path)
     _listed.cache_clear()  # of a bucket nothing else tells that a folder has changed
-    found = sorted(
-        map(posixpath.split, files.find(path, formats.PATTERNS["sidecars"], split, all_told=True))
-    )
+    images = files.find(_folder_of(path, split), formats.PATTERNS["sidecars"])
+    found = sorted(map(posixpath.split, images))
     units = []
     for folder, inside in itertools.groupby(found, lambda file: file[0]):
         # The names and not their number: a split or a pattern need not have all of a folder.
         units += named_units(folder, [name for _, name in inside], lists.ROWS_PER_UNIT, root)
     return units
-
-
-def sidecar_splits(path: str) -> list[str]:
-    """The splits that the names of the images tell; [] unless each tells one: a picture of a
-    'steam train' tells none of the others."""
-    return files.splits_told(path, formats.PATTERNS["sidecars"], all_told=True)
 
 
 def read_sidecars(unit: Unit, options: Options) -> Iterator[Item]:
@@ -326,6 +319,4 @@ def _beside(
     return item
 
 
-READERS = {
-    "sidecars": types.SimpleNamespace(plan=plan_sidecars, read=read_sidecars, splits=sidecar_splits)
-}
+READERS = {"sidecars": types.SimpleNamespace(plan=plan_sidecars, read=read_sidecars, splits=splits)}
