@@ -47,6 +47,7 @@ setuptools.setup(
     entry_points={"console_scripts": ["coca-jax = coca_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
+        "annotated-types>=0.6",
         "absl-py>=2.1",
         "array-record>=0.8",
         "etils[epath]>=1.12",
@@ -66,6 +67,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.11.20,<0.13",
         "pillow>=10.3",
         "protobuf>=5",
+        "pydantic>=2.10",
         "safetensors>=0.5",
         "scipy>=1.13",
         "sentencepiece>=0.2.1",

@@ -179,7 +179,7 @@ def train_step_of(model: coca.CoCa, config: ConfigDict, steps: int, *of, **how):
     """(state, batch) -> (state, metrics): the step of a run of so many steps, jitted. of: what
     `make_train_step` takes besides; how: what `jax.jit` does."""
     function = jax.jit(train_step.make_train_step(model, config, *of), **how)
-    schedule = make_schedule(config.optimizer, steps)
+    schedule = make_schedule(typed(config).optimizer, steps)
     return lambda state, batch: function(state, batch, schedule)
 
 

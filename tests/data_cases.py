@@ -42,7 +42,7 @@ def write_data(root):
 def data_config(*entries, batch=8, **data_keys):
     config = base.get_config()
     config.batch_size = batch
-    config.model.image_size = 16
+    config.model.image_size, config.model.patch_size = 16, 8
     config.model.text.vocab_size, config.model.text.max_len = 400, 32
     config.data.update(data_keys)
     config.data.sources = entries

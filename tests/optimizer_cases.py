@@ -9,6 +9,7 @@ import numpy as np
 import update_rules
 from conftest import tiny
 
+from coca_jax.config import typed
 from coca_jax.training import optimizer
 from coca_jax.training.state import TrainState, trainable
 from coca_jax.training.train_step import make_update
@@ -124,7 +125,7 @@ def ours(config, gradients, start=None):
     zero = jnp.zeros((), jnp.int32)
     states = [TrainState(zero, zero, params, rule.init(trained), ema)]
     update = update_of(config)
-    schedule = optimizer.make_schedule(config.optimizer, STEPS)
+    schedule = optimizer.make_schedule(typed(config).optimizer, STEPS)
     metrics = []
     for found in gradients:
         chosen = trainable(nested(found), config)

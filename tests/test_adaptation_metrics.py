@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from coca_jax.checkpoints import config_file
-from coca_jax.config import heads
+from coca_jax.config import heads, typed
 from coca_jax.evaluation import evaluators, runner
 from coca_jax.evaluation.evaluators import probes
 from coca_jax.evaluation.evaluators.base import Setting
@@ -394,7 +393,7 @@ def test_probes_of_other_records_do_not_share_features(tmp_path):
 )
 def test_recipes_are_sound(recipe, head, rates):
     config = importlib.import_module(f"coca_jax.recipes.{recipe}").get_config()
-    config_file.check(config)
+    typed(config).check()
     assert config.head.kind == head and config.optimizer.schedule == "cosine"
     found = config.optimizer.learning_rate, config.optimizer.encoder_learning_rate
     assert found == rates

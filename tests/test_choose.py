@@ -82,7 +82,7 @@ def test_every_choice_is_a_run_that_can_be(machine, minutes):
         for seconds in (0.01, 3.0):
             found = chosen(facts, machine, minutes, seconds)
             config = found.config
-            config_file.check(config)  # among others: warm-up below the steps, sizes that divide
+            config.check()  # among others: warm-up below the steps, sizes that divide
             config_file.check_batch(config, machine.devices)
             assert sum(shares(config.data.sources, config.batch_size)) == config.batch_size
             assert config.steps >= 10 and config.optimizer.warmup_steps < config.steps
@@ -265,7 +265,7 @@ def test_weights_bring_their_model_and_gentle_rates():
     assert config.data.augment == "crop"
     trimming = chosen(CAPTIONS, weights=dataclasses.replace(small, resize="trim")).config
     assert trimming.data.resize == "trim" and trimming.data.augment == "drawing"
-    config_file.check(trimming)
+    trimming.check()
     assert config.model.text.max_len == model.text.max_len == 24
     short = dataclasses.replace(small, model=model.change({"text.max_len": 12}))
     longer = chosen(CAPTIONS, weights=short)
@@ -276,7 +276,7 @@ def test_weights_bring_their_model_and_gentle_rates():
     large = dataclasses.replace(small, parameters=150_000_000)
     config = chosen(CAPTIONS, weights=large, seconds=8.0).config
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-5)
-    config_file.check(config)
+    config.check()
 
 
 def test_data_that_cannot_train_say_what_would():

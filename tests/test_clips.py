@@ -62,7 +62,7 @@ def data(tmp_path_factory):
 def _config(data, num_frames, batch=4, **data_keys):
     config = base.get_config()
     config.batch_size = batch
-    config.model.image_size = 16
+    config.model.image_size, config.model.patch_size = 16, 8
     config.model.text.vocab_size, config.model.text.max_len = 300, 16
     config.data.sources = (dict(path=str(data / "out"), kind="caption"),)
     config.data.update(num_frames=num_frames, **data_keys)

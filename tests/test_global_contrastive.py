@@ -9,7 +9,7 @@ from quick_start import first_state
 from test_checkpointing import RUN, restore, state_of
 
 from coca_jax.checkpoints import manager
-from coca_jax.config import checks, typed
+from coca_jax.config import typed
 from coca_jax.models import coca
 from coca_jax.ops import contrastive_loss
 from coca_jax.ops.contrastive_loss import UNSEEN, Estimates, global_contrastive_loss
@@ -169,7 +169,7 @@ def test_what_does_not_go_with_it_is_named(changes, message):
     config.loss.contrastive = "global"
     config.update(changes)
     with pytest.raises(ValueError, match=message):
-        checks.check(typed(config))
+        typed(config).check()
 
 
 def test_checkpoints_keep_the_means(tmp_path):

@@ -168,10 +168,11 @@ def test_only_what_the_losses_read_is_trained():
 )
 def test_a_loss_serves_the_parts_that_it_depends_on(pooler, kind):
     """And no other one, which weight decay would shrink: by what jax's program of it reads."""
-    config = tiny(**{"head.kind": kind, "model.pooler.kind": pooler, "model.bias": False})
-    config = config.change({"model.image.class_token": pooler == "none"})
+    changes = {"head.kind": kind, "model.pooler.kind": pooler, "model.bias": False}
+    config = tiny(**changes, **{"model.image.class_token": pooler == "none"})
     weights = {name: 1.0 for name in vars(Loss()) if name.endswith("_weight")}
-    config = config.change({"loss": weights | dict(contrastive="sigmoid", global_examples=40)})
+    sizes = dict(teacher_width=16, global_examples=40)
+    config = config.change({"loss": weights | sizes | dict(contrastive="sigmoid")})
     model = coca.build(config.model, head=config.head, num_classes=CLASSES, loss=config.loss)
     params, batch = abstract_params(model), every_field(config)
     losses = []

@@ -10,7 +10,7 @@ from conftest import flags_of, scenes_words
 from one_device import smallest_run, train_alone
 from test_train import tiny_run
 
-from coca_jax.checkpoints import config_file, manager
+from coca_jax.checkpoints import manager
 from coca_jax.cli import compile
 from coca_jax.config import typed
 from coca_jax.runtime import goodput
@@ -71,7 +71,7 @@ def test_what_cannot_be_is_refused():
     config = tiny_run()
     config.checkpoint.every = "never"
     with pytest.raises(ValueError, match="checkpoint.every='never'"):
-        config_file.check(typed(config))
+        typed(config).check()
 
 
 def test_pages_count_the_hosts_that_a_slice_has():

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny
 
 from coca_jax.config import Config, Section
-from coca_jax.config.fields import inner
+from coca_jax.config.base import inner
 from coca_jax.parallel import sharding
 from coca_jax.training import memory, state, train_step
 from coca_jax.training.optimizer import make_schedule
@@ -45,7 +45,7 @@ CASES = {
         **{"loss.contrastive_weight": 0.0, "loss.captioning_weight": 0.0},
     },
     "lora": {
-        **{"optimizer.lora_rank": 2, "optimizer.name": "adafactor"},
+        **{"optimizer.lora_rank": 2, "optimizer.name": "adamw"},
         "model.pooler.token_dropout": 0.5,
     },
     "captions alone": {

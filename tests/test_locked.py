@@ -16,7 +16,7 @@ from quick_start import drawn_by_numpy, first_state  # noqa: F401
 from test_inference import random_params
 from test_train import tiny_run
 
-from coca_jax.checkpoints import config_file, manager
+from coca_jax.checkpoints import manager
 from coca_jax.config import Config, Model, Optimizer, read, typed
 from coca_jax.data import feature_cache, images, vocabulary
 from coca_jax.data.batches import Batches, trained
@@ -299,19 +299,19 @@ def test_the_tokens_are_those_of_towers_of_another_family(family, words, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer.image_learning_rate": 1e-5}, "keeps the tokens of a frozen image encoder"),
-        ({"data.augmentations": 0}, "augmentations=0 draws a new one"),
+        ({"optimizer.image_learning_rate": 1e-5}, "caches the tokens of a frozen image encoder"),
+        ({"data.augmentations": 0}, "augmentations=0 draws a new augmentation"),
         ({"image_sizes": ((0.5, 16),)}, "image_sizes=.* does not go with data.features"),
         ({"model.image.patch_dropout": 0.5}, "patch_dropout=0.5 does not go"),
         ({"init_from": ""}, "init_parts='image' needs init_from"),
-        ({"head.kind": "classification"}, "goes with no task head"),
-        ({"data.loader": "seqio"}, "needs data.loader='direct'"),
+        ({"head.kind": "classification"}, "encoder_learning_rate=0 with a task head"),
+        ({"data.loader": "seqio"}, "data.loader='seqio' does not go with"),
     ],
 )
 def test_what_does_not_go_together_is_a_line(changes, message):
     config = read(Config, locked_run("runs/x", features="f").to_dict())
     with pytest.raises(ValueError, match=message):
-        config_file.check(config.change(changes))
+        config.change(changes).check()
 
 
 def test_kept_tokens_in_what_is_no_folder_are_refused_before_anything_is_made(start, tmp_path):
@@ -392,4 +392,4 @@ def test_an_encoder_without_weights_is_not_locked(tmp_path):
     with pytest.raises(ValueError, match="keep_embeddings keeps what weights have"):
         setup.check(typed(keeping("")), str(tmp_path))
     with pytest.raises(ValueError, match="contrastive_weight=1.0 does not go with .*keep_embed"):
-        config_file.check(typed(keeping("x")).change({"loss.contrastive_weight": 1.0}))
+        typed(keeping("x")).change({"loss.contrastive_weight": 1.0}).check()

@@ -27,7 +27,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def counted(mesh):
-    config = small_run()
+    config = typed(small_run())
     return memory.step_bytes(config, mesh), memory.bounds(config, mesh)
 
 
@@ -38,7 +38,8 @@ def test_the_compiler_s_count_lies_between_the_bounds(counted):
 
 
 @pytest.mark.parametrize(
-    "init_from, optimizer", [("weights", dict(image_learning_rate=0.0)), ("", dict(lora_rank=2))]
+    "init_from, optimizer",
+    [("weights", dict(image_learning_rate=0.0)), ("", dict(lora_rank=2, name="adamw"))],
 )
 def test_what_is_frozen_has_no_gradients_and_what_fits_is_taken(
     init_from, optimizer, mesh, monkeypatch
@@ -46,6 +47,7 @@ def test_what_is_frozen_has_no_gradients_and_what_fits_is_taken(
     config = small_run(batch_size=2, init_from=init_from)
     config.model.image.update(width=128, mlp_dim=512, depth=4)
     config.optimizer.update(ema=0.0, **optimizer)
+    config = typed(config)
     found, (least, most) = memory.step_bytes(config, mesh), memory.bounds(config, mesh)
     assert least < found < most
     monkeypatch.setattr(memory, "bounds_kept", lambda *_: (least, most))
@@ -57,7 +59,7 @@ def test_what_is_frozen_has_no_gradients_and_what_fits_is_taken(
 def test_a_step_that_fits_is_not_compiled_for_the_question(mesh, monkeypatch):
     monkeypatch.setattr(memory, "step_bytes", lambda *_: pytest.fail("compiled"))
     said = []
-    memory.check(small_run(), mesh, said.append)
+    memory.check(typed(small_run()), mesh, said.append)
     assert said == []
 
 
@@ -77,7 +79,7 @@ def test_the_bounds_are_traced_once_for_a_config_and_again_for_another(mesh, mon
 @pytest.mark.long
 def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monkeypatch):
     """The settings are the compiler's word: the same step in parts, within the room."""
-    config, found, plain, asked = small_run(batch_size=64), counted[0], memory.step_bytes, {}
+    config, found, plain, asked = typed(small_run(batch_size=64)), counted[0], memory.step_bytes, {}
 
     def once(config, mesh):  # asked again, the compiler would say the same
         if (key := repr(typed(config))) not in asked:
@@ -96,9 +98,13 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monke
         part.removeprefix("--config.").split("=")
         for part in str(error.value).split("what fits: ")[1].split()
     )
-    config.remat = settings["remat"]
-    config.accumulate_steps = int(settings.get("accumulate_steps", 1))
-    config.batch_size = int(settings.get("batch_size", 64))
+    config = config.change(
+        {
+            "remat": settings["remat"],
+            "accumulate_steps": int(settings.get("accumulate_steps", 1)),
+            "batch_size": int(settings.get("batch_size", 64)),
+        }
+    )
     assert memory.step_bytes(config, mesh) <= room
 
 

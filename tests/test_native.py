@@ -14,8 +14,7 @@ from ops_cases import drawn
 from PIL import Image
 
 import coca_jax
-from coca_jax.checkpoints import config_file
-from coca_jax.config import checks, typed
+from coca_jax.config import typed
 from coca_jax.data import navit
 from coca_jax.data.batches import Batches
 from coca_jax.data.prepare import prepare
@@ -218,18 +217,17 @@ def test_plain_training_pixels_are_those_of_evaluation(data, trained):
     ],
 )
 def test_what_does_not_go_with_it_is_a_line(data, key, value):
-    config = typed(data[0]).change({key: value})
     with pytest.raises(ValueError, match=f"{key}=.*data.resize='"):
-        config_file.check(config)
+        typed(data[0]).change({key: value}).check()
 
 
 def test_conv_stems_refuse_it(data):
     config = typed(data[0])
     stem = {"model.image.conv_widths": (8, 16), "model.image.conv_depths": (1, 1)}
     with pytest.raises(ValueError, match="model.image.conv_widths=.*'native'"):
-        checks.check(config.change(stem))
-    with pytest.raises(ValueError, match="max_patches=12 is of data.resize='native'"):
-        checks.check(config.change({"data.resize": "squash"}))
+        config.change(stem).check()
+    with pytest.raises(ValueError, match="max_patches=12 is for data.resize='native'"):
+        config.change({"data.resize": "squash"})
     module = coca.build(config.change(stem).model)
     packed = jnp.zeros((1, 12, 52))
     with pytest.raises(ValueError, match="conv_widths"):

@@ -83,7 +83,7 @@ def test_faults_end_in_quarantine_with_reasons(tmp_path):
     left = {"a good one", *(f"a fine one {i}" for i in range(7))}
     assert {r.texts[0] for r in filters.open_source(str(tmp_path / "out"))} == left
     config = base.get_config()  # and training on what is left works
-    config.batch_size, config.model.image_size = 8, 16
+    config.batch_size, config.model.image_size, config.model.patch_size = 8, 16, 8
     config.model.text.update(vocab_size=400, max_len=24)
     config.data.max_bad_fraction = 0.0
     config.data.sources = (dict(path=str(tmp_path / "out")),)

@@ -134,8 +134,8 @@ def test_inspect_refuses_sources_that_train_refuses(folder, tmp_path, capsys):
     import_data("imagefolder", folder, tmp_path / "p")
     recipe, place = tiny_config(), dict(path=str(tmp_path / "p"))
     for more, says in (
-        (dict(answers=("a",)), r"sources\[0\]: answers=\('a',\) is of kind=.question., and"),
-        (dict(data_dir="d"), r"sources\[0\]: data_dir='d' is of data by tfds, and these"),
+        (dict(answers=("a",)), r"sources\[0\].answers=\('a',\) is for kind=.question."),
+        (dict(data_dir="d"), r"sources\[0\].data_dir='d' is for data by tfds"),
     ):
         recipe.data.sources = (place | more,)
         with pytest.raises(ValueError, match=says):

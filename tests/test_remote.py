@@ -70,7 +70,7 @@ def test_prepare_and_train_by_url(bucket, tmp_path, monkeypatch):
     for path in (local, out, out):
         config = base.get_config()
         config.batch_size = 8
-        config.model.image_size = 16
+        config.model.image_size, config.model.patch_size = 16, 8
         config.model.text.update(vocab_size=400, max_len=16)
         config.data.sources = (dict(path=path, kind="caption"),)
         vocabulary = run_vocabulary.load_or_train(config, str(tmp_path / "run"))

@@ -337,7 +337,9 @@ def test_an_axis_leaves_out_first_steps_that_are_far_off(values, top):
 def test_several_runs_are_laid_over_each_other(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    (other / "config.json").write_text(json.dumps(dict(batch_size=64, model=dict(image_size=64))))
+    (other / "config.json").write_text(
+        json.dumps(dict(batch_size=64, model=dict(image_size=64, patch_size=8)))
+    )
     scores = json.loads((other / "eval.json").read_text())
     results.save_results(other, {"captioning/scenes_heldout/perplexity": 9.0})
     path = report.write_comparison([run, other], tmp_path / "both.html")

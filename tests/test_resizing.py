@@ -15,7 +15,7 @@ from quick_start import drawn_by_numpy  # noqa: F401
 
 import coca_jax
 from coca_jax.cli import convert
-from coca_jax.config import checks, typed
+from coca_jax.config import typed
 from coca_jax.data import augment, images, order
 from coca_jax.data.batches import Batches
 from coca_jax.data.prepare import prepare
@@ -158,8 +158,8 @@ def test_augmentations_are_those_of_a_picture_that_had_no_margin(mode, side):
 @pytest.mark.parametrize("mode", ["crop", "inception"])
 def test_a_cut_at_random_is_refused_beside_it(mode):
     with pytest.raises(ValueError, match=f"data.augment='{mode}' does not go with data.resize='t"):
-        checks.check_trim(tiny(**{"data.resize": "trim", "data.augment": mode}))
-    checks.check_trim(tiny(**{"data.resize": "trim", "data.augment": "drawing"}))
+        tiny(**{"data.resize": "trim", "data.augment": mode})
+    tiny(**{"data.resize": "trim", "data.augment": "drawing"})
 
 
 @pytest.fixture(scope="module")

@@ -282,7 +282,7 @@ def test_likelihoods_that_are_no_numbers_are_no_perfect_ranks():
 @pytest.mark.parametrize("wrong", [-1, 2.5, True, "ten"])
 def test_what_cannot_be_a_number_of_candidates_is_refused(wrong):
     task = dict(kind="retrieval", name="toy", data=dict(builtin="scenes"), rerank=wrong)
-    with pytest.raises(ValueError, match=f"rerank={wrong!r}.*number of candidates"):
+    with pytest.raises(ValueError, match=f"rerank={wrong!r}.*whole number"):
         retrieval.Retrieval.check_task(task)
 
 

@@ -38,7 +38,7 @@ def test_the_batches_are_what_they_were():
     config = data_config(
         dict(builtin="scenes", weight=3.0), dict(builtin="scenes", kind="label"), batch=8
     )
-    config.model.image_size = 64
+    config.model.image_size, config.model.patch_size = 64, 8
     mixture = Mixture(config)
     vocabulary = run_vocabulary.vocabularies.train(["a red circle", "blue"] * 9, 300, "memory://v")
     batch = Batches(config, vocabulary, mixture).batch(1000)
@@ -191,7 +191,7 @@ def test_a_source_that_cannot_be_read_at_all_stops_the_run(run, monkeypatch):
 
 def test_texts_that_are_too_long_for_the_model_are_said_once(caplog):
     config = data_config(dict(builtin="scenes", weight=1.0), batch=64)
-    config.model.image_size = 8
+    config.model.image_size = config.model.patch_size = 8
     vocabulary = run_vocabulary.vocabularies.train(["a red circle", "blue"] * 9, 300, "memory://v")
 
     def warnings(max_len, process=0):

@@ -11,7 +11,7 @@ from conftest import random_batch, tiny_config
 from test_inference import random_params
 
 from coca_jax.checkpoints import config_file
-from coca_jax.config import shapes
+from coca_jax.config import shapes, typed
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe
 from coca_jax.models import coca
 from coca_jax.parallel import sharding
@@ -166,13 +166,13 @@ def test_every_batch_comes_once_with_its_own_lengths():
 
 def test_impossible_values_are_refused():
     for changes, message in (
-        (dict(text_lengths=(2, 6)), "a whole number of tokens, 3 to 65,536"),
+        (dict(text_lengths=(2, 6)), "a whole number from 3 to 65,536"),
         (dict(text_lengths=(), text_parts=2), "needs config.text_lengths"),
         (dict(text_parts=0), "text_parts=0"),
     ):
         config = _config(**changes)
         config.data.sources = (dict(builtin="scenes"),)
         with pytest.raises(ValueError, match=message):
-            config_file.check(config)
+            typed(config).check()
     with pytest.raises(ValueError, match="text_parts=4; choose a multiple of 32"):
         config_file.check_batch(_config(), 8)

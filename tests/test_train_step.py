@@ -9,6 +9,7 @@ import pytest
 from conftest import fresh_state, params_of, random_batch, tiny_config, train_step_of
 from ops_cases import drawn
 
+from coca_jax.config import typed
 from coca_jax.models import coca, param_groups
 from coca_jax.models.image_encoder import shrink
 from coca_jax.parallel import sharding
@@ -192,7 +193,7 @@ def learner(optimizer, mesh):
 def by_heart(optimizer, mesh):
     """A state before its first step, the step at a high rate, and a batch without equal texts."""
     config, model, step, _ = learner(optimizer, mesh)
-    batch, schedule = random_batch(config), make_schedule(config.optimizer, 100)
+    batch, schedule = random_batch(config), make_schedule(typed(config).optimizer, 100)
     batch["text_id"] = np.arange(config.batch_size, dtype=np.int32)[:, None].repeat(2, 1)
     batch, start = sharding.place_batch(mesh, batch), fresh_state(model, config, mesh)
     return start, lambda state, batch: step(state, batch, schedule), batch
@@ -203,7 +204,7 @@ def run(optimizer, mesh, start, steps=3):
     with jax.set_mesh(mesh):
         config, _, step, shardings = learner(optimizer, mesh)
         state, losses = jax.device_put(start, shardings), []
-        schedule = make_schedule(config.optimizer, steps)._replace(peak=np.float32(1e-3))
+        schedule = make_schedule(typed(config).optimizer, steps)._replace(peak=np.float32(1e-3))
         for i in range(steps):
             batch = sharding.place_batch(mesh, random_batch(config, i))
             state, metrics = step(state, batch, schedule)

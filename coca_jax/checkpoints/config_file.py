@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from coca_jax.config import Config, checks, heads, read
+from coca_jax.config import Config, read
+from coca_jax.config.base import flatten
 from coca_jax.config.data import PLACES
-from coca_jax.config.fields import flatten
 from coca_jax.data import batch_schedule
 from coca_jax.data.sources import files
-from coca_jax.models import poolers
 from coca_jax.ops import contrastive_loss
 from coca_jax.runtime import json_files, storage
 
@@ -35,39 +34,6 @@ FREE = (
 )
 PATHS = ("init_from", "data.vocabulary")  # the same place however it is spelled
 LENGTH = ("steps", "epochs", "stage_steps")  # see `continue_longer`
-
-
-def check(config: Config) -> None:
-    """Raises ValueError for the first impossible value: its name, the value, the remedy."""
-    config = read(Config, config.to_dict())
-    checks.check(config)
-    check_head(config)
-
-
-def check_head(config: Config) -> None:
-    """Raises ValueError for keys of the task head, or of separate rates, that cannot be."""
-    head, optimizer = config.head, config.optimizer
-    if optimizer.lora_rank and (head.kind or optimizer.name != "adamw" or optimizer.l2_to_start):
-        raise ValueError(
-            f"optimizer.lora_rank={optimizer.lora_rank} needs optimizer.name='adamw' and goes with "
-            f"no task head and no l2_to_start (name is {optimizer.name!r}, head.kind "
-            f"{head.kind!r}, l2_to_start {optimizer.l2_to_start})"
-        )
-    kind = heads.head_kind(head.kind)
-    if kind is None:
-        if optimizer.encoder_learning_rate >= 0:
-            raise ValueError(
-                f"optimizer.encoder_learning_rate={optimizer.encoder_learning_rate} needs a task "
-                "head (head.kind); without one set optimizer.learning_rate"
-            )
-        return
-    poolers.build(head, config.model, 2)
-    if head.weight <= 0 or optimizer.learning_rate <= 0:
-        raise ValueError(
-            f"head.weight={head.weight} and optimizer.learning_rate={optimizer.learning_rate} must "
-            "be above 0, or the head learns nothing"
-        )
-    kind.check(config)
 
 
 def check_batch(config: Config, parts: int) -> None:
@@ -145,7 +111,7 @@ def remark_dropout(config: Config) -> str:
     """A warning where a run that begins from weights hides a share of an image, as recipes have it
     of weights that were trained so, or a frozen image encoder does, else ''."""
     share, hidden = config.model.image.patch_dropout, config.model.pooler.token_dropout
-    if share and checks.frozen_encoder(config):
+    if share and config.frozen_encoder:
         return (
             f"warning: model.image.patch_dropout={share} hides patches from a frozen image "
             "encoder: what is trained on its tokens sees others than in use; set 0, unless it is "
@@ -166,7 +132,7 @@ def remark_dropout(config: Config) -> str:
 def remark_augmentations(config: Config) -> str:
     """A warning where so many augmentations of an image are all the same, else ''."""
     count = config.data.augmentations
-    if not count or checks.moving(config.data):
+    if not count or config.data.varies:
         return ""
     return (
         f"warning: data.augmentations={count} has no effect, as data.augment='none' and data.flip="
@@ -221,7 +187,7 @@ def num_steps(config: Config, num_examples: int) -> int:
             f"batch_size={config.batch_size}; raise the one or lower the other"
         )
     try:
-        checks.check_length(config, steps)
+        config.check_length(steps)
     except ValueError as error:
         if not config.epochs:
             raise

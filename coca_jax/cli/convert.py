@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags, logging
 
 from coca_jax.cli import main as cli
-from coca_jax.config import Model, StoredConfig, checks, heads, read
+from coca_jax.config import Model, StoredConfig, heads, read
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.sources import files
 from coca_jax.data.vocabulary import clip_bpe
@@ -78,7 +78,7 @@ def from_open_clip(
         layout.check(tensors)
     merges = clip_bpe.find_merges(os.path.dirname(weights), bpe)
     vocabulary = clip_bpe.ClipBpe(merges)
-    checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
+    described.check_vocabulary(vocabulary.size, "give the model's own as --bpe")
     write(out, weights, lambda: layout.read(tensors), config, vocabulary, ".bpe.gz", progress)
     return config, layout
 
@@ -139,10 +139,10 @@ def from_towers(
     config |= dict(preprocess=dict(resize=towers["resize"], **numbers), tokenizer=dict(kind="own"))
     described = read(Model, config["model"], f"{weights}: model")
     with naming(weights):
-        layout = TowersLayout(checks.check_model(described), tensors, "logit_bias" in tensors)
+        layout = TowersLayout(described, tensors, "logit_bias" in tensors)
         layout.check(tensors)
     vocabulary = towers_vocabulary(os.path.dirname(weights), described, bpe)
-    checks.check_vocabulary(described, vocabulary.size, "give the model's own as --bpe")
+    described.check_vocabulary(vocabulary.size, "give the model's own as --bpe")
     if towers.get("eos_id", vocabulary.eos_id) != vocabulary.eos_id:
         raise ValueError(
             f"{weights}: texts are pooled at the id {towers['eos_id']}, and this tokenizer "

@@ -34,7 +34,7 @@ import numpy as np
 from absl import flags
 
 from coca_jax.cli import main as cli
-from coca_jax.config import Config, Recipe, checks, typed
+from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import (
     batch_schedule,
     filters,
@@ -154,7 +154,7 @@ def inspect(config: Recipe, step: int) -> dict[str, Any]:
         ValueError: the run has no such step; or what is wrong with the data.
     """
     config = typed(config)
-    checks.check_sources(config)
+    config.check_sources()
     return _inspect(config, Mixture(config), step)
 
 

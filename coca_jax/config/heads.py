@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from coca_jax.config.base import (
+    STRICT,
+    Channels,
+    Fraction,
+    OwnChannels,
+    OwnHeads,
+    Section,
+    Weight,
+    option,
+)
 
 if typing.TYPE_CHECKING:
-    from coca_jax.config import Config
+    from coca_jax.config import Config, Model
 
 
 @dataclasses.dataclass(frozen=True)  # modules that hold equal kinds are equal
@@ -110,6 +123,41 @@ def head_kind(name: str) -> HeadKind | None:
     return HEADS[name]()
 
 
+@dataclass(frozen=True, config=STRICT)
+class Head(Section):
+    """The task head: an attentional pooler and a classifier."""
+
+    kind: Literal["", "classification", "answer", "pair"] = option(
+        "",
+        "Kind of the classifier; '': no head. "
+        + " ".join(f"{kind.name!r}: {kind.about}." for kind in HEADS.values()),
+    )
+    num_queries: Channels = option(1, "Number of queries of the head's pooler.")
+    width: OwnChannels = option(0, "Width of the head's pooler; 0: that of the decoder.")
+    num_heads: OwnHeads = option(
+        0, "Number of attention heads of the head's pooler; 0: as model.pooler."
+    )
+    classes: str = option("", "Text file with one class per line; '': the class names of the data.")
+    unknown: Literal["refuse", "skip"] = option(
+        "refuse", "What to do with examples whose label is not among the classes."
+    )
+    weight: Weight = option(1.0, "Weight of the head's loss, in addition to those of `loss`.")
+    label_smoothing: Fraction = option(0.0, "Label smoothing of the head's loss.")
+
+    def sizes(self, model: Model) -> tuple[int, int]:
+        """(width, attention heads) of the head's pooler, with the model's in place of 0.
+
+        Raises ValueError if the heads do not divide the width.
+        """
+        width, num_heads = self.width or model.text.width, self.num_heads or model.pooler.num_heads
+        if width % num_heads:
+            raise ValueError(
+                f"head.num_heads={num_heads} does not divide head.width={width} (0 stands for the "
+                "model's). Choose a divisor."
+            )
+        return width, num_heads
+
+
 # How the image embedding and the tokens that the decoder sees are pooled (paper, Section 3.2).
 #
 # A model has one kind (`config.model.pooler.kind`). This file alone parses that name; all else asks
@@ -147,14 +195,6 @@ class PoolerKind:
     def num_seen(self, num_queries: int) -> int:
         """Of so many queries, those whose tokens the decoder sees."""
         return num_queries - self.by_query
-
-    def check(self, num_queries: int) -> None:
-        """Raises ValueError where no query is left for the decoder."""
-        if self.num_seen(num_queries) < 1:
-            raise ValueError(
-                f"model.pooler.num_queries={num_queries}; {self.name} needs at least "
-                f"{num_queries + 1 - self.num_seen(num_queries)}"
-            )
 
 
 class Cascade(PoolerKind):

@@ -1,208 +1,263 @@
-"""The model's sizes and options: `config.model` and `config.head`."""
+"""The network's sizes and options: `config.model`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from annotated_types import Interval
+from pydantic import AfterValidator, model_validator
+from pydantic.dataclasses import dataclass
 
 from coca_jax.config import heads, shapes
-from coca_jax.config.fields import (  # fmt: skip
-    DEPTH,
-    FLAG,
-    HEADS,
-    MAPPING,
-    QUERIES,
-    SHARE,
-    SIDES,
-    TEXT,
-    THETA,
-    WEIGHT,
-    WIDTH,
+from coca_jax.config.base import (
+    STRICT,
+    Channels,
+    Depth,
+    Fraction,
+    Heads,
+    MlpChannels,
+    OwnHeads,
+    OwnMlpChannels,
     Section,
-    choice,
-    key,
-    number,
-    several,
-    whole,
-)
-from coca_jax.config.shapes import Size
-
-# The keys of Model that say what a block is. All blocks share them, but for those that a tower's
-# own `block` has otherwise.
-BLOCK = (
-    *("activation", "gated_mlp", "norm", "norm_eps", "bias", "layer_scale", "positions"),
-    *("qk_norm", "qk_norm_kind"),
+    Size,
+    TextLength,
+    option,
+    read,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class ImageModel(Section):
-    """The image encoder."""
-
-    width: int = key(768, WIDTH, "of the residual stream")
-    depth: int = key(12, DEPTH, "blocks")
-    mlp_dim: int = key(3072, whole(1, 1 << 20, "channels"), "width inside the MLPs")
-    num_heads: int = key(12, HEADS, "of attention")
-    patch_dropout: float = key(0.0, SHARE, "share of patches left out in training (FLIP)")
-    conv_widths: tuple[int, ...] = key(
-        (), several(WIDTH), "stages of a convolutional stem in place of plain patches ..."
-    )
-    conv_depths: tuple[int, ...] = key(
-        (), several(whole(0, 1024, "blocks")), "... and their residual blocks"
-    )
-    class_token: bool = key(False, FLAG, "a learned token before the patches, as open_clip has it")
-    pre_norm: bool = key(False, FLAG, "a norm before the first block, as open_clip has it")
-    final_norm: bool = key(True, FLAG, "a norm after the last block")
-    patch_bias: bool = key(True, FLAG, "a bias in the projection of patches")
-    registers: int = key(
-        0, whole(0, 1024, "tokens"), "learned tokens beside the patches, read by nobody at the end"
-    )
-    rope_theta: float = key(100.0, THETA, "base of the waves of rotary positions")
-    rope_start: float = key(
-        0.0,
-        number(0, 100),
-        "row and column of the first patch in rotary positions; a class token is at 0",
-    )
-    block: Mapping[str, Any] = key(
-        {}, MAPPING, "keys of the model's blocks that differ here, as {'norm_eps': 1e-6}"
-    )
+Theta = Annotated[float, Interval(gt=1, le=1e7)]
+Mean = Annotated[float, Interval(ge=-10, le=10)]
+Std = Annotated[float, Interval(ge=1e-3, le=10)]
 
 
-@dataclasses.dataclass(frozen=True)
-class TextModel(Section):
-    """The text decoder: its unimodal part, and the multimodal one that sees the image."""
+@dataclass(frozen=True, config=STRICT)
+class BlockOptions(Section):
+    """Options of a transformer block. `Model` has them for all blocks; the `block` dict of a tower
+    overrides them there."""
 
-    width: int = key(768, WIDTH, "of the residual stream")
-    unimodal_depth: int = key(12, DEPTH, "blocks that see text alone")
-    multimodal_depth: int = key(12, DEPTH, "blocks that attend to the image as well")
-    mlp_dim: int = key(3072, whole(1, 1 << 20, "channels"), "width inside the MLPs")
-    num_heads: int = key(12, HEADS, "of attention")
-    vocab_size: int = key(64_000, whole(1, 1 << 24, "tokens"), "rows of the embedding")
-    max_len: int = key(
-        64, whole(3, 65_536, "tokens"), "caption tokens with begin and end, without [CLS]"
+    activation: Literal["gelu", "gelu_exact", "relu", "quick_gelu", "silu"] = option(
+        "gelu", "Activation of the MLPs."
     )
-    tie_embeddings: bool = key(False, FLAG, "the softmax layer is the embedding")
-    head_bias: bool = key(True, FLAG, "a bias in the softmax layer")
-    cls_mask: str = key(
-        "exact", choice("exact", "shifted"), "'shifted': as open_clip's released models have it"
-    )
-    cross: str = key("paper", choice("paper", "open_clip"), "layout of the multimodal blocks")
-    multimodal_heads: int = key(0, whole(0, 4096, "heads"), "of the multimodal part; 0: num_heads")
-    multimodal_mlp_dim: int = key(
-        0, whole(0, 1 << 20, "channels"), "of the multimodal part; 0: mlp_dim"
-    )
-    kv_heads: int = key(
-        0,
-        whole(0, 4096, "heads"),
-        "of keys and values in both parts, each for several of queries; 0: as many as of queries",
-    )
-    rope_theta: float = key(10_000.0, THETA, "base of the waves of rotary positions")
-    block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the unimodal part")
-    multimodal_block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of the multimodal part")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pooler(Section):
-    """The attentional poolers between the image encoder and what reads it."""
-
-    kind: str = key(
-        "cascade",
-        choice(*heads.POOLERS),
-        "whether the contrastive pooler reads the generative one's output (paper) or the encoder; "
-        "'open_clip': one pooler, whose first query is the image embedding; 'none': none, the "
-        "class token is that, and the decoder sees the patches",
-    )
-    num_queries: int = key(256, QUERIES, "image tokens that the decoder sees")
-    num_heads: int = key(12, HEADS, "of attention")
-    mlp_dim: int = key(
-        0, whole(0, 1 << 20, "channels"), "inside the MLP of towers' pooler; 0: image.mlp_dim"
-    )
-    query_std: float = key(0.02, number(0, 100), "standard deviation of the queries at the start")
-    project: bool = key(True, FLAG, "a projection from the pooled image to the contrastive space")
-    block: Mapping[str, Any] = key({}, MAPPING, "as image.block, of all poolers and the task head")
-    token_dropout: float = key(
-        0.0, SHARE, "share of image tokens that the decoder does not see in training (OpenVision 2)"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Model(Section):
-    """The paper's architecture at its Base size (Table 1)."""
-
-    image_size: Size = key(288, SIDES, "side of the images, or (height, width)")
-    patch_size: Size = key(18, SIDES, "side of a patch, or (height, width); divides image_size")
-    family: str = key(
-        "coca",
-        choice("coca", *heads.TOWERS),
-        "others than 'coca': towers without a decoder, of converted weights; not for training",
-    )
-    embed_dim: int = key(768, WIDTH, "of the contrastive space")
-    dtype: str = key(
-        "bfloat16",
-        choice("float32", "bfloat16", "float64"),
-        "compute; parameters stay float32. float64 is for checks on the CPU",
-    )
-    image_mean: tuple[float, ...] = key(
-        (0.5, 0.5, 0.5), several(number(-10, 10), 3), "pixels in [0, 1] minus this ..."
-    )
-    image_std: tuple[float, ...] = key(
-        (0.5, 0.5, 0.5), several(number(1e-3, 10), 3), "... over this"
-    )
-    temperature: float = key(
-        0.07, number(1e-4, 100, "as 0.07"), "of the softmax at the start; learned"
-    )
-    implementation: str = key(
-        "auto",
-        choice("auto", "xla", "reference"),
-        "how operations run; 'xla': no kernels of others, 'reference': plain JAX",
-    )
-    qk_norm: bool = key(False, FLAG, "RMS norm of queries and keys in each head, in all towers")
-    qk_norm_kind: str = key(
-        "rms", choice("rms", "layer"), "of qk_norm; 'layer': LayerNorm, as open_clip has it"
-    )
-    activation: str = key(
-        "gelu", choice("gelu", "gelu_exact", "relu", "quick_gelu", "silu"), "of the MLPs"
-    )
-    gated_mlp: bool = key(
+    gated_mlp: bool = option(
         False,
-        FLAG,
-        "MLPs multiply a second projection by the activation of the first: GEGLU with 'gelu', "
-        "SwiGLU with 'silu'; half as many parameters more at equal mlp_dim",
+        "Multiply a second projection by the activation of the first: GEGLU with 'gelu', SwiGLU "
+        "with 'silu'. Adds half of an MLP's parameters at equal mlp_dim.",
     )
-    norm: str = key("layer", choice("layer", "rms"), "LayerNorm or RMSNorm, in all towers")
-    norm_eps: float = key(1e-5, number(1e-12, 1e-2, "as 1e-5"), "what norms add to the variance")
-    bias: bool = key(
+    norm: Literal["layer", "rms"] = option("layer", "LayerNorm or RMSNorm.")
+    norm_eps: Annotated[float, Interval(ge=1e-12, le=1e-2)] = option(
+        1e-5, "Added to the variance in norms."
+    )
+    bias: bool = option(
         True,
-        FLAG,
-        "biases in blocks, poolers and norms; image.patch_bias, text.head_bias and that of "
-        "qk_norm_kind='layer' are apart",
+        "Use biases in blocks, poolers and norms. Separate keys: image.patch_bias, text.head_bias; "
+        "qk_norm_kind='layer' always has one.",
     )
-    layer_scale: float = key(
-        0.0,
-        number(0, 10, "0 being none"),
-        "first value of a learned gain of each channel of every residual part; 0: none",
+    layer_scale: Annotated[float, Interval(ge=0, le=10)] = option(
+        0.0, "Initial value of a learned gain per channel of every residual branch; 0: no gain."
     )
-    positions: str = key(
+    positions: Literal["learned", "rope", "both"] = option(
         "learned",
-        choice("learned", "rope", "both"),
-        "tables that are added, or rotary positions in self-attention: of row and column in images",
+        "Learned position embeddings, rotary positions in self-attention (by row and column in "
+        "images), or both.",
     )
-    pad_id: int = key(
-        -1,
-        whole(-1, 1 << 24, "id"),
-        "behind a text that is padded, of SigLIP; -1: the vocabulary's",
+    qk_norm: bool = option(False, "Normalize queries and keys in each head.")
+    qk_norm_kind: Literal["rms", "layer"] = option(
+        "rms", "Norm of qk_norm; 'layer': LayerNorm, as in open_clip."
     )
-    clean: str = key(
+
+
+BLOCK = tuple(field.name for field in dataclasses.fields(BlockOptions))
+# A pooler has norms and attention, but no MLP, residual branch or positions.
+_POOLER_BLOCK = ("norm", "norm_eps", "bias", "qk_norm", "qk_norm_kind")
+
+
+def _check_block(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    read(BlockOptions, value, "block")
+    return value
+
+
+def _check_pooler_block(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    _check_block(value)
+    for key in value:
+        if key not in _POOLER_BLOCK:
+            raise ValueError(
+                f"{key} is an option of MLPs, residual branches or positions, which poolers do not "
+                f"have. Use {', '.join(_POOLER_BLOCK)}."
+            )
+    return value
+
+
+Overrides = Annotated[Mapping[str, Any], AfterValidator(_check_block)]
+PoolerOverrides = Annotated[Mapping[str, Any], AfterValidator(_check_pooler_block)]
+
+
+def _check_heads(name: str, count: int, width: int, of: str = "width") -> None:
+    if width % count:
+        raise ValueError(f"{name}={count} does not divide {of}={width}. Choose a divisor.")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ImageModel(Section):
+    """The image encoder, a Vision Transformer."""
+
+    width: Channels = option(768, "Width of the residual stream.")
+    depth: Depth = option(12, "Number of blocks.")
+    mlp_dim: MlpChannels = option(3072, "Hidden width of the MLPs.")
+    num_heads: Heads = option(12, "Number of attention heads.")
+    patch_dropout: Fraction = option(0.0, "Fraction of patches dropped in training (FLIP).")
+    conv_widths: tuple[Channels, ...] = option(
+        (), "Width of each stage of a convolutional stem, which replaces plain patches."
+    )
+    conv_depths: tuple[Annotated[int, Interval(ge=0, le=1024)], ...] = option(
+        (), "Number of residual blocks of each stage of the convolutional stem."
+    )
+    class_token: bool = option(False, "Learned class token before the patches, as in open_clip.")
+    pre_norm: bool = option(False, "Norm before the first block, as in open_clip.")
+    final_norm: bool = option(True, "Norm after the last block.")
+    patch_bias: bool = option(True, "Bias of the patch projection.")
+    registers: Annotated[int, Interval(ge=0, le=1024)] = option(
+        0, "Number of register tokens, discarded after the encoder."
+    )
+    rope_theta: Theta = option(100.0, "Base wavelength of rotary positions.")
+    rope_start: Annotated[float, Interval(ge=0, le=100)] = option(
+        0.0, "Row and column of the first patch in rotary positions; a class token is at 0."
+    )
+    block: Overrides = option({}, "Overrides of the model's block options, as {'norm_eps': 1e-6}.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_heads("num_heads", self.num_heads, self.width)
+        if len(self.conv_widths) != len(self.conv_depths):
+            raise ValueError(
+                f"conv_depths={self.conv_depths} and conv_widths={self.conv_widths} describe the "
+                "same stages. Give as many of both."
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class TextModel(Section):
+    """The text decoder: a unimodal part, and a multimodal part that attends to the image."""
+
+    width: Channels = option(768, "Width of the residual stream.")
+    unimodal_depth: Depth = option(12, "Number of blocks that see text only.")
+    multimodal_depth: Depth = option(12, "Number of blocks that also attend to the image.")
+    mlp_dim: MlpChannels = option(3072, "Hidden width of the MLPs.")
+    num_heads: Heads = option(12, "Number of attention heads.")
+    vocab_size: Annotated[int, Interval(ge=1, le=1 << 24)] = option(
+        64_000, "Number of rows of the token embedding."
+    )
+    max_len: TextLength = option(
+        64, "Maximum number of tokens, with begin and end symbols, without [CLS]."
+    )
+    tie_embeddings: bool = option(False, "Use the token embedding as the lm_head.")
+    head_bias: bool = option(True, "Bias of the lm_head.")
+    cls_mask: Literal["exact", "shifted"] = option(
+        "exact", "Attention mask of [CLS]; 'shifted': as in open_clip's released models."
+    )
+    cross: Literal["paper", "open_clip"] = option("paper", "Layout of the multimodal blocks.")
+    multimodal_heads: OwnHeads = option(
+        0, "Number of attention heads of the multimodal part; 0: num_heads."
+    )
+    multimodal_mlp_dim: OwnMlpChannels = option(
+        0, "Hidden width of the MLPs of the multimodal part; 0: mlp_dim."
+    )
+    kv_heads: OwnHeads = option(
+        0, "Number of key and value heads (grouped-query attention); 0: as many as query heads."
+    )
+    rope_theta: Theta = option(10_000.0, "Base wavelength of rotary positions.")
+    block: Overrides = option({}, "As image.block, for the unimodal part.")
+    multimodal_block: Overrides = option({}, "As image.block, for the multimodal part.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_heads("num_heads", self.num_heads, self.width)
+        upper = self.multimodal_heads or self.num_heads
+        _check_heads("multimodal_heads", upper, self.width)
+        if self.kv_heads:
+            _check_heads("kv_heads", self.kv_heads, self.num_heads, "num_heads")
+            _check_heads("kv_heads", self.kv_heads, upper, "multimodal_heads")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Pooler(Section):
+    """The attentional poolers between the image encoder and its readers."""
+
+    kind: Literal["cascade", "parallel", "open_clip", "none"] = option(
+        "cascade",
+        "'cascade': the contrastive pooler reads the output of the generative one (paper). "
+        "'parallel': it reads the encoder. 'open_clip': a single pooler, whose first query is the "
+        "image embedding. 'none': the class token is the image embedding and the decoder sees the "
+        "patches.",
+    )
+    num_queries: Channels = option(256, "Number of image tokens that the decoder sees.")
+    num_heads: Heads = option(12, "Number of attention heads.")
+    mlp_dim: OwnMlpChannels = option(
+        0, "Hidden width of the MLP in the pooler of dual encoders; 0: image.mlp_dim."
+    )
+    query_std: Annotated[float, Interval(ge=0, le=100)] = option(
+        0.02, "Standard deviation of the initial queries."
+    )
+    project: bool = option(True, "Project the pooled image into the contrastive space.")
+    block: PoolerOverrides = option({}, "As image.block, for all poolers and the task head.")
+    token_dropout: Fraction = option(
+        0.0, "Fraction of image tokens hidden from the decoder in training (OpenVision 2)."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kind = heads.pooler_kind(self.kind)
+        if kind.num_seen(self.num_queries) < 1:
+            raise ValueError(
+                f"num_queries={self.num_queries} leaves the decoder no token with kind="
+                f"{self.kind!r}. Give at least {self.num_queries + 1 - kind.num_seen(self.num_queries)}."
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Model(BlockOptions):
+    """The network. The defaults are the paper's Base size (Table 1)."""
+
+    image_size: Size = option(288, "Side of the images in pixels, or (height, width).")
+    patch_size: Size = option(
+        18, "Side of a patch in pixels, or (height, width). It divides image_size."
+    )
+    family: Literal["coca", "clip", "siglip", "pe", "openvision"] = option(
+        "coca", "Others than 'coca' are dual encoders with converted weights; not for training."
+    )
+    embed_dim: Channels = option(768, "Width of the contrastive space.")
+    dtype: Literal["float32", "bfloat16", "float64"] = option(
+        "bfloat16",
+        "Type of activations; parameters are float32. float64 is for checks on the CPU.",
+    )
+    image_mean: tuple[Mean, Mean, Mean] = option(
+        (0.5, 0.5, 0.5), "Mean of each color channel, subtracted from pixels in [0, 1]."
+    )
+    image_std: tuple[Std, Std, Std] = option(
+        (0.5, 0.5, 0.5), "Standard deviation, by which pixels are divided."
+    )
+    temperature: Annotated[float, Interval(ge=1e-4, le=100)] = option(
+        0.07, "Initial temperature of the contrastive softmax; it is learned."
+    )
+    implementation: Literal["auto", "xla", "reference"] = option(
+        "auto",
+        "Backend of the operations; 'xla': no other compilers' kernels, 'reference': plain JAX.",
+    )
+    pad_id: Annotated[int, Interval(ge=-1, le=1 << 24)] = option(
+        -1, "Padding token of SigLIP's texts; -1: the vocabulary's."
+    )
+    clean: Literal["canonical", "lower"] = option(
         "canonical",
-        choice("canonical", "lower"),
-        "texts of SigLIP: in lower case without punctuation, or only in lower case",
+        "Text normalization of SigLIP; 'canonical': lower case without punctuation.",
     )
-    mend_texts: bool = key(
+    mend_texts: bool = option(
         False,
-        FLAG,
-        "mojibake and HTML entities of image and text towers' texts are repaired first, as "
-        "open_clip does; CLIP's own vocabulary always does",
+        "Repair mojibake and HTML entities in texts of dual encoders first, as open_clip does. "
+        "CLIP's own vocabulary always does.",
     )
     image: ImageModel = ImageModel()
     text: TextModel = TextModel()
@@ -215,25 +270,65 @@ class Model(Section):
 
     @property
     def num_patches(self) -> int:
-        """Of an image."""
+        """Number of patches of an image."""
         return shapes.patches(self.image_size, self.patch_size)
 
+    def check_vocabulary(self, size: int, remedy: str = "") -> None:
+        """Raises ValueError if a tokenizer has more ids than the model has embeddings.
 
-@dataclasses.dataclass(frozen=True)
-class Head(Section):
-    """The task head: a pooler of its own and a classifier."""
+        remedy: what to do, where the user does not choose the size of the model.
+        """
+        if size > self.text.vocab_size:
+            remedy = remedy or f"set it to {size} or more, or use the model's own vocabulary"
+            raise ValueError(
+                f"model.text.vocab_size={self.text.vocab_size} is less than the {size} ids of the "
+                f"vocabulary; {remedy}"
+            )
 
-    kind: str = key(
-        "",
-        choice("", *heads.HEADS),
-        f"'': none; {', '.join(f'{one.name!r} {one.about}' for one in heads.HEADS.values())}",
-    )
-    num_queries: int = key(1, QUERIES, "of the head's attentional pooler")
-    width: int = key(0, whole(0, 65_536, "channels"), "of that pooler; 0: that of the decoder")
-    num_heads: int = key(0, whole(0, 4096, "heads"), "of its attention; 0: as model.pooler")
-    classes: str = key("", TEXT, "a text file, one class a line; '': the class names of the data")
-    unknown: str = key(
-        "refuse", choice("refuse", "skip"), "examples with no label among the classes"
-    )
-    weight: float = key(1.0, WEIGHT, "of the head's loss, beside the weights of `loss`")
-    label_smoothing: float = key(0.0, SHARE, "of the head's loss")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        divides = shapes.divides(self.patch_size, self.image_size)
+        if not divides and (self.family == "coca" or not self.num_patches):
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide model.image_size={self.image_size}. "
+                "Choose a divisor."
+            )
+        stages = len(self.image.conv_widths)
+        if stages and self.patch_size != 2**stages:
+            raise ValueError(
+                f"image.conv_widths has {stages} stages, which need model.patch_size={2**stages} "
+                f"(it is {self.patch_size})."
+            )
+        _check_heads("pooler.num_heads", self.pooler.num_heads, self.text.width, "model.text.width")
+        self._check_rotary()
+        if self.family != "coca":
+            return self
+        if not self.pooler.project and self.embed_dim != self.text.width:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} must be model.text.width={self.text.width} without a "
+                "projection. Set it, or model.pooler.project=True."
+            )
+        if not heads.pooler_kind(self.pooler.kind).pools:
+            self.require(
+                "model.pooler.kind='none'",
+                image__class_token=(True,),
+                image__width=(self.text.width,),
+                pooler__project=(True,),
+            )
+        return self
+
+    def _check_rotary(self) -> None:
+        image, text = self.image, self.text
+        upper = text.multimodal_heads or text.num_heads
+        for name, block, width, count, multiple in (
+            ("image", image.block, image.width, image.num_heads, 4),
+            ("text", text.block, text.width, text.num_heads, 2),
+            ("text", text.multimodal_block, text.width, upper, 2),
+        ):
+            positions = block.get("positions", self.positions)
+            if positions != "learned" and width // count % multiple:
+                raise ValueError(
+                    f"positions={positions!r}: the heads of model.{name} are {width // count} "
+                    f"wide, and rotary positions need a multiple of {multiple}. Choose another "
+                    f"model.{name}.num_heads."
+                )

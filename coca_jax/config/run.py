@@ -1,325 +1,92 @@
-"""A run's configuration: `Config`, and the sections of its training."""
+"""A run's config: all sections, and the rules that involve several of them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from typing import Annotated, Any, Literal
 
-from coca_jax.config.data import Data
-from coca_jax.config.fields import (  # fmt: skip
-    DEVICES,
-    EXAMPLES,
-    FLAG,
-    INTERVAL,
-    MAPPINGS,
-    RAMP,
-    RATE,
-    SEED,
-    SHARE,
-    SPAN,
-    STAGES,
-    STEPS,
-    TEXT,
-    TEXTS,
-    WEIGHT,
-    Rule,
+from annotated_types import Interval
+from pydantic import AfterValidator
+from pydantic.dataclasses import dataclass
+
+from coca_jax.config import heads, shapes
+from coca_jax.config.base import (
+    STRICT,
+    BatchSize,
     Section,
-    choice,
-    is_number,
-    key,
-    number,
-    several,
-    whole,
+    Seed,
+    Size,
+    Steps,
+    TextLength,
+    option,
 )
-from coca_jax.config.model import Head, Model
-from coca_jax.config.shapes import Size
+from coca_jax.config.checkpoint import Checkpoint, Faults
+from coca_jax.config.data import Data
+from coca_jax.config.evaluation import Eval
+from coca_jax.config.heads import Head
+from coca_jax.config.log import Log
+from coca_jax.config.loss import Loss
+from coca_jax.config.mesh import Mesh
+from coca_jax.config.model import Model
+from coca_jax.config.optimizer import Optimizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Loss(Section):
-    """The losses and how they are computed."""
-
-    contrastive_weight: float = key(1.0, WEIGHT, "of the contrastive loss in the sum")
-    captioning_weight: float = key(2.0, WEIGHT, "of the captioning loss in the sum")
-    caption_labels: bool = key(
-        True,
-        FLAG,
-        "Compute the captioning loss on rows of label sources, too, as in the paper. False trains "
-        "the decoder on captions only; label rows still have the contrastive loss.",
-    )
-    bag_weight: float = key(
-        0.0, WEIGHT, "of the loss of a text's tokens in any order, from the image encoder alone"
-    )
-    hidden_weight: float = key(
-        0.0, WEIGHT, "of the loss of hidden patches' tokens, as the averaged model (ema) sees them"
-    )
-    hidden_share: float = key(
-        0.5, number(0, 1, above=True, below=True), "of the patches that are hidden for it"
-    )
-    affinity_weight: float = key(
-        0.0,
-        WEIGHT,
-        "of a teacher's similarities, by embeddings that `recaption` wrote into the data",
-    )
-    imitation_weight: float = key(
-        0.0, WEIGHT, "of those embeddings themselves; needs a model.embed_dim of their width"
-    )
-    teacher_width: int = key(
-        0, whole(0, 65_536, "numbers"), "width of those embeddings, where one of both is set"
-    )
-    teacher_scale: float = key(
-        100.0, number(0, 1000, above=True), "factor on the teacher's cosines before its softmax"
-    )
-    contrastive: str = key(
-        "softmax",
-        choice("softmax", "sigmoid", "global"),
-        "its form; 'global': softmax against all examples, by means kept of each (SogCLR)",
-    )
-    min_temperature: float = key(
-        0.0,
-        number(0, 100, "0 being no bound"),
-        "the temperature of the similarities is learned, but falls no lower; 0: no bound",
-    )
-    global_rate: float = key(
-        0.6, number(0, 1, above=True), "of 'global': the share of a batch in an example's mean"
-    )
-    global_examples: int = key(
-        0, whole(0, (1 << 31) - 1, "examples"), "of 'global': how many; 0: those of the data"
-    )
-    reduction: str = key("sum", choice("sum", "mean"), "of the two directions: sum (paper, Eq. 2)")
-    contrastive_chunk: int = key(
-        0, whole(0, 1 << 31, "columns"), "columns per tile of the similarity matrix; 0: one tile"
-    )
-    caption_chunk: int = key(
-        0, whole(0, 1 << 31, "tokens"), "tokens per chunk of the softmax layer; 0: all at once"
-    )
-    z_loss: float = key(0.0, number(0, 1), "weight of log-sum-exp squared in the captioning loss")
-    label_smoothing: float = key(0.0, SHARE, "of the captioning loss")
-    duplicate_texts: str = key(
-        "negatives",
-        choice("negatives", "ignore", "positives"),
-        "what equal texts of a batch are to each other: negatives in the paper",
-    )
+def _stages(value: tuple[tuple[float, Any], ...]) -> tuple[tuple[float, Any], ...]:
+    # 0.8, 0.05, 0.05 and 0.1 add up to slightly more than 1.
+    if math.fsum(share for share, _ in value) > 1 + 1e-9:
+        raise ValueError("give fractions of the steps that add up to at most 1")
+    return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Optimizer(Section):
-    """The update rule and its rates."""
-
-    name: str = key("adafactor", choice("adafactor", "adamw", "muon"), "the update rule")
-    learning_rate: float = key(8e-4, RATE, "with a head: that of the head")
-    encoder_learning_rate: float = key(
-        -1.0,
-        Rule(
-            lambda v: is_number(v) and (v == -1 or 0 <= v <= 1), f"{RATE.words}, or -1 (the same)"
-        ),
-        "of all but the head; 0: frozen, -1: as learning_rate",
-    )
-    image_learning_rate: float = key(
-        -1.0,
-        Rule(
-            lambda v: is_number(v) and (v == -1 or 0 <= v <= 1), f"{RATE.words}, or -1 (the same)"
-        ),
-        "of the image encoder, without a head; 0: frozen, -1: as learning_rate",
-    )
-    projection_rate: float = key(
-        1.0,
-        number(0, 1),
-        "share of the rate that the two projections into the joint space have; 0: they stay",
-    )
-    layer_decay: float = key(
-        1.0,
-        number(0, 1, "1 being none", above=True),
-        "factor on the rate for each layer below the top",
-    )
-    warmup_steps: int = key(0, STEPS, "over which the rate rises from 0")
-    schedule: str = key(
-        "linear",
-        choice("linear", "cosine", "constant", "wsd"),
-        "after warm-up; 'wsd': constant, then down; all but 'constant' end at 0",
-    )
-    decay_share: float = key(
-        0.2, number(0, 1, "of the steps", above=True), "last part of 'wsd', in which the rate falls"
-    )
-    weight_decay: float = key(0.01, number(0, 10), "decoupled, on matrices only")
-    beta1: float = key(0.9, SHARE, "decay of the mean of gradients; kernels under Muon have 0.95")
-    beta2: float = key(0.999, SHARE, "decay of the mean of their squares")
-    clip_norm: float = key(
-        1.0, number(0, 1e6, "0 being no clipping"), "global gradient norm; 0: no clipping"
-    )
-    ema: float = key(
-        0.0,
-        SHARE,
-        "decay of the averaged parameters used in evaluation, at step s at most (1 + s) / "
-        "(10 + s); 0: none",
-    )
-    average_share: float = key(
-        0.0, SHARE, "last part of the steps whose parameters' mean is used in place of ema; 0: none"
-    )
-    l2_to_start: float = key(
-        0.0, number(0, 10), "decoupled decay towards where the run started, not towards 0"
-    )
-    keep_embeddings: bool = key(
-        False, FLAG, "trains only what captions alone depend on: retrieval stays bit for bit"
-    )
-    lora_rank: int = key(
-        0,
-        whole(0, 4096, "columns"),
-        "trains changes of kernels of this rank alone, with adamw; 0: all as it is",
-    )
-    lora: str = key(
-        "qv", choice("qv", "all"), "which: queries' and values', or all of attention and MLPs"
-    )
-    lora_alpha: float = key(
-        16.0, number(0, 1e4, "as 16", above=True), "a change's factor x lora_rank"
-    )
+Positive = Annotated[float, Interval(gt=0)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Mesh(Section):
-    """The devices along each axis."""
-
-    data: int = key(-1, DEVICES, "parts of the batch, each with all parameters")
-    fsdp: int = key(1, DEVICES, "parts of the batch, with the parameters shared out between them")
-    tensor: int = key(1, DEVICES, "parts of each layer")
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint(Section):
-    """When the run saves."""
-
-    every: str = key(
-        "steps",
-        choice("steps", "auto")._replace(words="'steps', and how many in every_steps, or 'auto'"),
-        "auto: as often as the time of a save and mean_hours_between_failures say (Daly 2006)",
-    )
-    every_steps: int = key(1000, INTERVAL, "between saves, for every='steps'")
-    mean_hours_between_failures: float = key(
-        24.0, number(0, 1e6, "hours", above=True), "of the whole run, for every='auto'"
-    )
-    keep: int = key(3, whole(1, 1_000_000, "checkpoints"), "the newest ones")
-    best: str = key(
-        "",
-        TEXT,
-        "a score, as retrieval/NAME/mean_recall: the step where it was best stays besides",
-    )
-    max_skipped: int = key(
-        50,
-        whole(0, 1_000_000_000, "steps, 0 being no limit"),
-        "steps in a row without finite gradients that end the run; 0: none",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Faults(Section):
-    """What a run does about hangs, bad numbers and devices that compute wrongly."""
-
-    hang_minutes: float = key(
-        20.0,
-        number(0, 1e6, "minutes, 0 being no bound"),
-        "without a step before a run is ended to start again; 0: never",
-    )
-    spike_deviations: float = key(
-        0.0,
-        number(0, 1000, "standard deviations, 0 being off"),
-        "above its running mean, three steps in a row, the loss has spiked: the run goes back",
-    )
-    spike_batches: int = key(
-        64, whole(1, 1_000_000, "batches"), "up to a spike, which are then left out"
-    )
-    compare_every_steps: int = key(
-        0,
-        whole(0, 1_000_000_000, "steps, 0 being never"),
-        "and before each save: checksums of what several devices hold alike",
-    )
-
-
-# Kinds of tasks, and the score of each, that `eval.guard` watches.
-GUARDED = dict(retrieval="mean_recall", zero_shot="top1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Eval(Section):
-    """What a run evaluates."""
-
-    every_steps: int = key(0, STEPS, "0: at the end alone")
-    guard: str = key(
-        "",
-        choice("", "warn", "stop"),
-        "whether retrieval and zero-shot of `tasks` are compared with those before the first step",
-    )
-    most_lost: float = key(0.1, SHARE, "share of such a score that may go before the guard speaks")
-    tasks: tuple[Mapping[str, Any], ...] = key(
-        (), MAPPINGS, "dicts of kind, name, data and what the kind takes; also run at the end"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Log(Section):
-    """What a run writes about itself."""
-
-    every_steps: int = key(10, INTERVAL, "between logged steps")
-    profile_steps: tuple[int, ...] = key((), SPAN, "first and last step of a profile")
-    trackers: tuple[str, ...] = key(
-        ("tensorboard",),
-        several(choice("tensorboard", "wandb", "trackio")),
-        "where metrics go besides metrics.jsonl; each is an extra",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config(Section):
-    """Every key of a run, with its default."""
+    """All keys of a run.
 
-    seed: int = key(0, SEED, "of the parameters and the order of the data")
-    batch_size: int = key(256, EXAMPLES, "pairs a step, over all devices and processes")
-    batch_sizes: tuple[tuple[float, int], ...] = key(
-        (), RAMP, "((share of the steps, batch size), ...) before batch_size"
+    A Config is valid value by value and section by section. `check` adds the rules that involve
+    several sections, and what a run needs to start. It is called where a run starts and not by the
+    constructor, because the defaults, the config of an export, and a config that a command builds
+    up in several steps need not describe a run.
+    """
+
+    seed: Seed = option(0, "Seed of the parameters and of the order of the data.")
+    batch_size: BatchSize = option(256, "Examples per step, over all devices and processes.")
+    batch_sizes: Annotated[tuple[tuple[Positive, BatchSize], ...], AfterValidator(_stages)] = (
+        option((), "Stages before batch_size: ((fraction of the steps, batch size), ...).")
     )
-    steps: int = key(0, STEPS, "of the optimizer; 0: use epochs")
-    stage_steps: int = key(
+    steps: Steps = option(0, "Number of training steps; 0: use epochs.")
+    stage_steps: Steps = option(
         0,
-        STEPS,
-        "length that the shares in batch_sizes and image_sizes refer to; 0: all steps. A run that "
-        "is trained longer keeps the length that it started with",
+        "Length that the fractions in batch_sizes and image_sizes refer to; 0: all steps. A run "
+        "that is trained longer keeps its original length.",
     )
-    epochs: float = key(
-        0.0,
-        number(0, 1e6, "passes over the data"),
-        "passes over the data (the sum of all sources); 0: use steps",
+    epochs: Annotated[float, Interval(ge=0, le=1e6)] = option(
+        0.0, "Passes over the data (the sum of all sources); 0: use steps."
     )
-    remat: str = key(
-        "auto",
-        choice("auto", "none", "dots", "named", "full"),
-        "what the backward pass recomputes; 'auto': 'named' on a CPU, 'none' elsewhere",
+    remat: Literal["auto", "none", "dots", "named", "full"] = option(
+        "auto", "Remat policy; 'auto': 'named' on CPUs, 'none' elsewhere."
     )
-    accumulate_steps: int = key(
-        1, whole(1, 65_536, "micro-batches"), "per step; the contrastive loss stays exact"
+    accumulate_steps: Annotated[int, Interval(ge=1, le=65_536)] = option(
+        1, "Micro-batches per step (gradient accumulation); the contrastive loss stays exact."
     )
-    image_sizes: tuple[tuple[float, Size], ...] = key(
-        (), STAGES, "((share of the steps, image size), ...) before the model's own size"
+    image_sizes: Annotated[tuple[tuple[Positive, Size], ...], AfterValidator(_stages)] = option(
+        (), "Stages before model.image_size: ((fraction of the steps, image size), ...)."
     )
-    text_lengths: tuple[int, ...] = key(
-        (),
-        several(whole(3, 65_536, "tokens")),
-        "captions of a batch are cut to the smallest of these that fits ...",
+    text_lengths: tuple[TextLength, ...] = option(
+        (), "Cut the captions of a batch to the smallest of these lengths that fits."
     )
-    text_parts: int = key(
-        1,
-        whole(1, 1024, "parts"),
-        "... and with n > 1 the longest n-th of them runs apart from the others",
+    text_parts: Annotated[int, Interval(ge=1, le=1024)] = option(
+        1, "Split a batch by caption length: the longest 1/text_parts of it runs separately."
     )
-    init_from: str = key("", TEXT, "a run, checkpoint or converted weights to start from")
-    init_parts: str = key(
-        "all",
-        choice("all", "image"),
-        "what of those weights is taken; 'image': the image encoder alone, of any family",
+    init_from: str = option("", "Run, checkpoint or converted weights to start from.")
+    init_parts: Literal["all", "image"] = option(
+        "all", "Part of init_from to load; 'image': only the image encoder, of any family."
     )
-    init_positions: str = key(
+    init_positions: Literal["extend", "interpolate"] = option(
         "extend",
-        choice("extend", "interpolate"),
-        "of texts longer than those weights know: new rows behind, or those that are there, spread",
+        "How to load position embeddings for longer texts: add new rows, or interpolate.",
     )
     model: Model = Model()
     head: Head = Head()
@@ -332,17 +99,198 @@ class Config(Section):
     eval: Eval = Eval()
     log: Log = Log()
 
+    @property
+    def frozen_encoder(self) -> bool:
+        """Whether no parameter of the image encoder is trained."""
+        if self.head.kind:
+            return self.optimizer.encoder_learning_rate == 0
+        return self.optimizer.image_learning_rate == 0 or self.optimizer.keep_embeddings
 
-@dataclasses.dataclass(frozen=True)
+    def check(self) -> None:
+        """Raises ValueError for the first rule between sections that the config breaks, and for
+        what a run lacks to start."""
+        if bool(self.steps) == bool(self.epochs):
+            both = "; --config.steps=0 leaves the epochs, --config.epochs=0 the steps"
+            raise ValueError(
+                f"config.steps={self.steps} and config.epochs={self.epochs}; set exactly one"
+                + (both if self.steps else "")
+            )
+        self.check_length(self.steps)
+        self._check_image_sizes()
+        self._check_losses()
+        self._check_partial_training()
+        if self.text_parts > 1 and not self.text_lengths:
+            raise ValueError(
+                f"config.text_parts={self.text_parts} needs config.text_lengths. Set (16, 32), say."
+            )
+        if self.batch_sizes:
+            self._require(f"config.batch_sizes={self.batch_sizes}", data__loader=("direct",))
+        if self.data.resize == "native":
+            self._check_native()
+        self.check_sources()
+        self._check_head()
+
+    def check_sources(self) -> None:
+        """Raises ValueError for a run without data."""
+        if not self.data.sources:
+            raise ValueError("config.data.sources is empty; name at least one source of data")
+
+    def check_length(self, steps: int) -> None:
+        """Raises ValueError for what a run of so many steps (0: not known) never reaches."""
+        self.optimizer.check_warmup(steps)
+        if self.log.profile_steps[:1] > (steps,) > (0,):
+            raise ValueError(
+                f"log.profile_steps={self.log.profile_steps} is behind the run's {steps} steps; "
+                "name steps of the run"
+            )
+
+    def _require(self, reason: str, **wanted: tuple[Any, ...]) -> None:
+        self.require(reason, "config.", **wanted)
+
+    def _check_head(self) -> None:
+        head, optimizer = self.head, self.optimizer
+        kind = heads.head_kind(head.kind)
+        if kind is None:
+            if optimizer.encoder_learning_rate >= 0:
+                raise ValueError(
+                    f"config.optimizer.encoder_learning_rate={optimizer.encoder_learning_rate} "
+                    "needs a task head (head.kind). Without one set optimizer.learning_rate."
+                )
+            if not any(self.loss.weights.values()):
+                names = ", ".join(f"loss.{name}" for name in self.loss.weights)
+                raise ValueError(f"config: {names} are all 0. Set one of them.")
+            return
+        head.sizes(self.model)
+        for key in ("lora_rank", "image_learning_rate", "keep_embeddings"):
+            value = getattr(optimizer, key)
+            if value != getattr(Optimizer(), key):
+                raise ValueError(
+                    f"config.optimizer.{key}={value} does not go with head.kind={head.kind!r}. Set "
+                    f"{getattr(Optimizer(), key)}; encoder_learning_rate is the rate of all but "
+                    "the head."
+                )
+        if head.weight <= 0 or optimizer.learning_rate <= 0:
+            raise ValueError(
+                f"config.head.weight={head.weight} and optimizer.learning_rate="
+                f"{optimizer.learning_rate} must be above 0, or the head learns nothing."
+            )
+        kind.check(self)
+
+    def _check_image_sizes(self) -> None:
+        own, patch = self.model.image_size, self.model.patch_size
+        for _, size in self.image_sizes:
+            name = f"config.image_sizes={self.image_sizes}: {size}"
+            if not shapes.divides(patch, size):
+                raise ValueError(f"{name} is not a multiple of model.patch_size={patch}.")
+            if isinstance(size, int) != isinstance(own, int):
+                form = "one number" if isinstance(own, int) else "a pair"
+                raise ValueError(f"{name}: give {form}, as model.image_size={own}.")
+            if any(one > most for one, most in zip(shapes.pair(size), shapes.pair(own))):
+                raise ValueError(
+                    f"{name} is larger than model.image_size={own}, at which images are read."
+                )
+
+    def _check_losses(self) -> None:
+        loss, optimizer = self.loss, self.optimizer
+        if loss.min_temperature > self.model.temperature and not self.init_from:
+            raise ValueError(
+                f"config.loss.min_temperature={loss.min_temperature} is above model.temperature="
+                f"{self.model.temperature}, where a run starts. Raise that, or lower this."
+            )
+        if loss.contrastive == "global" and loss.contrastive_weight:
+            self._require("loss.contrastive='global'", data__loader=("direct",))
+        if loss.teacher_width:
+            self._require(f"loss.teacher_width={loss.teacher_width}", data__loader=("direct",))
+        kinds = {source.kind for source in self.data.sources}
+        if loss.captioning_weight and not loss.caption_labels and kinds == {"label"}:
+            raise ValueError(
+                f"config.loss.captioning_weight={loss.captioning_weight} has nothing to learn from "
+                "sources of kind='label' with loss.caption_labels=False. Set "
+                "loss.caption_labels=True, or loss.captioning_weight=0."
+            )
+        if loss.imitation_weight and loss.teacher_width != self.model.embed_dim:
+            raise ValueError(
+                f"config.loss.imitation_weight={loss.imitation_weight} compares embeddings of "
+                f"model.embed_dim={self.model.embed_dim} with those of loss.teacher_width="
+                f"{loss.teacher_width}. Make them equal, or use loss.affinity_weight."
+            )
+        if loss.hidden_weight:
+            reason = f"loss.hidden_weight={loss.hidden_weight}"
+            self._require(reason, data__num_frames=(0,), head__kind=("",))
+            if not optimizer.ema:
+                raise ValueError(
+                    f"config.{reason} learns from averaged parameters. Set optimizer.ema=0.996, say."
+                )
+
+    def _check_partial_training(self) -> None:
+        """For LoRA, frozen parts, cached tokens and weights to start from."""
+        loss, optimizer, data = self.loss, self.optimizer, self.data
+        if optimizer.lora_rank:
+            # These losses have a layer of their own, which LoRA would leave at random.
+            self._require(
+                f"optimizer.lora_rank={optimizer.lora_rank}",
+                loss__min_temperature=(0.0,),
+                loss__bag_weight=(0.0,),
+                loss__hidden_weight=(0.0,),
+            )
+        if optimizer.keep_embeddings:
+            others = {key: (0.0,) for key in loss.weights if key != "captioning_weight"}
+            self._require(
+                "optimizer.keep_embeddings=True", **{f"loss__{k}": v for k, v in others.items()}
+            )
+        if data.features:
+            reason = f"data.features={data.features!r}"
+            if not self.frozen_encoder:
+                raise ValueError(
+                    f"config.{reason} caches the tokens of a frozen image encoder. Set optimizer."
+                    "image_learning_rate=0 (encoder_learning_rate=0 with a task head), or "
+                    "data.features=''."
+                )
+            self._require(
+                reason,
+                model__image__patch_dropout=(0.0,),
+                image_sizes=((),),
+                loss__hidden_weight=(0.0,),
+                head__kind=_single_image(),
+            )
+        if self.init_parts != "all" and not self.init_from:
+            raise ValueError(
+                f"config.init_parts={self.init_parts!r} needs init_from, the weights to load it "
+                "from."
+            )
+
+    def _check_native(self) -> None:
+        for key in ("image_size", "patch_size"):
+            size = getattr(self.model, key)
+            if not isinstance(size, int):
+                raise ValueError(
+                    f"config.model.{key}={size} does not go with data.resize='native', whose "
+                    "images have any shape. Give one number, or data.resize='squash'."
+                )
+        self._require(
+            "data.resize='native'",
+            model__image__conv_widths=((),),
+            model__image__patch_dropout=(0.0,),
+            image_sizes=((),),
+            loss__hidden_weight=(0.0,),
+            model__pooler__kind=tuple(k for k, kind in heads.POOLERS.items() if kind.pools),
+            head__kind=_single_image(),
+        )
+
+
+def _single_image() -> tuple[str, ...]:
+    """The kinds of heads that read one image per example."""
+    return ("", *(name for name, kind in heads.HEADS.items() if kind.images == 1))
+
+
+@dataclass(frozen=True, config=STRICT)
 class StoredConfig(Config):
-    """A configuration as it stands beside weights, with what their run found out.
+    """A config as it is stored with weights, and what their run found out.
 
-    Beside an export only `model`, the head, and of `data` `resize`, `num_frames` and `label_token`
-    are known; the rest is as by default.
+    Next to an export only `model`, the head, and of `data` `resize`, `num_frames` and
+    `label_token` are known; the rest is as by default.
     """
 
-    # Runs of before the bound had any, of which JAX took the lower 32 bits.
-    seed: int = key(0, whole(0, (1 << 63) - 1), "of the run")
-    class_names: tuple[str, ...] = key((), TEXTS, "of the task head, in the order of its outputs")
-    vocabulary_checksum: str = key("", TEXT, "sha256 of the tokenizer's file; '': not known")
-    tokenizer: str = key("", TEXT, "of an export: the tokenizer's file in its folder")
+    class_names: tuple[str, ...] = option((), "Classes of the head, in the order of its outputs.")
+    vocabulary_checksum: str = option("", "sha256 of the tokenizer's file; '': not known.")
+    tokenizer: str = option("", "Tokenizer's file in the folder of an export.")

@@ -311,7 +311,7 @@ class Records:
     ):
         entry = Entry.of(data)
         if need and not _suits(entry, need):
-            entry = dataclasses.replace(entry, kind=need)
+            entry = entry.change({"kind": need}, "data")
         self.scenes = bool(entry.builtin)
         if self.scenes:
             from coca_jax.data.synthetic_source import Scenes

@@ -25,7 +25,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (makes numpy know bfloat16)
 import numpy as np
 
-from coca_jax.config import Config, Entry, checks, shapes
+from coca_jax.config import Config, Entry, shapes
 from coca_jax.config.model import BLOCK
 from coca_jax.data import pixels
 from coca_jax.data.pixels import Plan
@@ -60,7 +60,7 @@ def augmentations(config: Config) -> int:
 
 def _drawn(config: Config) -> int:
     """config.data.augmentations, or 0 where nothing is drawn for an image."""
-    return config.data.augmentations if checks.moving(config.data) else 0
+    return config.data.augmentations if config.data.varies else 0
 
 
 def about(config: Config, source: Source, number: int, weights: Mapping[str, int]) -> dict:

@@ -86,7 +86,7 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
     Raises ValueError for bad input. `fits` is False where the compiler runs out of memory.
     """
     config = typed(config)
-    config_file.check(config)
+    config.check()
     with tpu.quiet_plugin(), tpu.asked(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)
         mesh = sharding.make_mesh(

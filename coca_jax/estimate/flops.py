@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from coca_jax.config import Config, ImageModel, Model, checks, heads, shapes
+from coca_jax.config import Config, ImageModel, Model, heads, shapes
 from coca_jax.data import navit
 from coca_jax.models.image_encoder import num_kept
 from coca_jax.training import losses
@@ -23,7 +23,7 @@ def step_flops(config: Config) -> int:
         places, source = frames * (kept + int(model.image.class_token)), model.image.width
         if head.reads_text:
             places, source = model.text.max_len, model.text.width
-        width = checks.head_sizes(config.head, model)[0]
+        width = config.head.sizes(model)[0]
         parts["head"] = _attention(config.head.num_queries, places, width, source)
     if config.loss.hidden_weight:
         # Each sees all patches, some of them hidden, beside the pass that the other losses read.
@@ -47,7 +47,7 @@ def _frozen(config: Config, parts: set[str]) -> set[str]:
         return parts - {"head"}
     if optimizer.keep_embeddings:
         return reads(config, "image_embedding") | reads(config, "text_embedding")
-    return {"encoder"} if checks.frozen_encoder(config) else set()
+    return {"encoder"} if config.frozen_encoder else set()
 
 
 def reads(config: Config, output: str) -> set[str]:

@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 
 from coca_jax.config import shapes
-from coca_jax.config.fields import flatten
+from coca_jax.config.base import flatten
 from coca_jax.evaluation import report_charts, report_data, verdict
 from coca_jax.evaluation.report_data import RunFiles
 from coca_jax.runtime import goodput as training

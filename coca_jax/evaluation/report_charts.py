@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from coca_jax.config.fields import is_number
+from coca_jax.config.base import is_number
 from coca_jax.evaluation import report_data
 from coca_jax.evaluation.evaluators.base import Scale
 from coca_jax.evaluation.report_data import RunFiles, headline_metrics, tasks_of

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from coca_jax import config as typed
-from coca_jax.config.fields import is_number
+from coca_jax.config.base import is_number
 from coca_jax.data.sources import files
 from coca_jax.evaluation import history
 from coca_jax.evaluation.evaluators import base, results

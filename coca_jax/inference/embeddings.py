@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.config import Config, StoredConfig, checks, heads
+from coca_jax.config import Config, StoredConfig, heads, typed
 from coca_jax.config.shapes import Size
 from coca_jax.data import navit
 from coca_jax.data import prompts as prompt_sets
@@ -43,9 +43,10 @@ class Encoders:
         devices: Sequence[jax.Device] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
+        config = typed(config)
         model = config.model
-        checks.check_vocabulary(
-            model, vocabulary.size, "use the vocabulary that the model was trained with"
+        model.check_vocabulary(
+            vocabulary.size, "use the vocabulary that the model was trained with"
         )
         self.config, self.vocabulary = config, vocabulary
         self.stored_dtype: str = model.dtype

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.config import Config, typed
-from coca_jax.config.fields import Section
+from coca_jax.config.base import Section
 from coca_jax.data.vocabulary import Vocabulary
 
 # Of config.model: what only training reads, and how the same numbers are computed.

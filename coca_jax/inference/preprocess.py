@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from coca_jax.config import fields, shapes
+from coca_jax.config import base, shapes
 from coca_jax.config.shapes import Size
 from coca_jax.data import image_files, images, videos
 from coca_jax.data import images as image_data
@@ -183,13 +183,13 @@ def as_list(images: Any, clips: bool = False) -> Sequence:
 
 def check_batch_size(batch_size: int) -> int:
     """Returns it; raises ValueError for what is not a number of images."""
-    if not fields.is_whole(batch_size) or batch_size < 1:
+    if not base.is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: give a whole number of images, at least 1")
     return int(batch_size)
 
 
 def check_frames(num_frames: int) -> int:
     """Returns it; raises ValueError for what is not a number of frames."""
-    if not fields.is_whole(num_frames) or num_frames < 0:
+    if not base.is_whole(num_frames) or num_frames < 0:
         raise ValueError(f"num_frames={num_frames!r}; give the frames of a video, or 0 for images")
     return int(num_frames)

@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from coca_jax.config import StoredConfig, fields, read
+from coca_jax.config import StoredConfig, base, read
 from coca_jax.interop import safetensors
 from coca_jax.interop.safetensors import Blocks
 from coca_jax.runtime import bounded_json, json_files, out_folder, storage
@@ -356,7 +356,7 @@ def place(params: Any, shardings: Any) -> Any:
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dict -> flat dict by path 'a/b/c'."""
-    return fields.flatten(params, "/")
+    return base.flatten(params, "/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:

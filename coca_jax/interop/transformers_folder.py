@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.config import BLOCK, Model, StoredConfig, checks, shapes
+from coca_jax.config import BLOCK, Model, StoredConfig, shapes
 from coca_jax.data.vocabulary import ClipBpe, SentencePiece, Vocabulary
 from coca_jax.interop import export_format, safetensors
 from coca_jax.models import image_encoder, layers, param_groups
@@ -126,7 +126,7 @@ def configuration(
         tokenizer=tokenizer_settings(vocabulary),
     )
     if param_groups.has_task_head(params):
-        width, heads = checks.head_sizes(config.head, model)
+        width, heads = config.head.sizes(model)
         settings["head"] = dict(
             kind=config.head.kind,
             num_queries=config.head.num_queries,

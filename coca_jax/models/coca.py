@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coca_jax import ops as operations
-from coca_jax.config import Head, Loss, Model, checks, heads, shapes
+from coca_jax.config import Head, Loss, Model, heads, read, shapes
 from coca_jax.models import image_encoder, initializers, layers, poolers
 from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
 from coca_jax.models.layers import Part
@@ -363,9 +363,15 @@ def build(
     platform: where it will run ('cpu', 'gpu', 'tpu'; default: here); with model.implementation it
     decides how operations run (see `coca_jax.ops`), not what they compute.
     head: `config.head`; a task head over num_classes is added where its kind is not ''.
-    Raises ValueError for sizes that cannot be (see `checks.check_model`).
+    Raises ValueError for a model without a decoder.
     """
-    model, loss = checks.check_captioner(model), loss or Loss()
+    model, loss = read(Model, model, "model"), read(Loss, loss or {}, "loss")
+    head = read(Head, head, "head") if head is not None else None
+    if model.family != "coca":
+        raise ValueError(
+            f"model.family={model.family!r}: dual encoders have no decoder. They can be loaded, "
+            "evaluated and searched with, but not trained."
+        )
     platform = platform or jax.default_backend()
     ops = operations.choose(platform, model.implementation)
     if model.dtype == "float64" and not (

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from coca_jax.config import Head, Model, checks, heads
+from coca_jax.config import Head, Model, heads
 from coca_jax.models import layers
 from coca_jax.ops.reference import Reference
 
@@ -92,7 +92,7 @@ def build(head: Head, model: Model, num_classes: int, ops: Reference = REFERENCE
 
     Raises ValueError for heads that do not divide the pooler's width, or fewer than two classes.
     """
-    width, num_heads = checks.head_sizes(head, model)
+    width, num_heads = head.sizes(model)
     kind = heads.head_kind(head.kind)
     assert kind is not None, "called for a run without a head"
     if num_classes < 2:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax import ops as operations
-from coca_jax.config import Model, checks, heads, shapes
+from coca_jax.config import Model, heads, read, shapes
 from coca_jax.config.heads import CLASS, QUERY, TowerKind
 from coca_jax.models import block, layers
 from coca_jax.models.coca import normalise
@@ -177,7 +177,7 @@ class TwoTowers(nn.Module):
 def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -> TwoTowers:
     """Makes the towers that `config.model` describes. Raises ValueError for sizes that cannot be,
     or towers that this family does not have."""
-    model = checks.check_model(model)
+    model = read(Model, model, "model")
     kind = heads.tower_kind(model.family)
     if not kind.projection and model.embed_dim != model.image.width:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from coca_jax.config import Config, Entry
 from coca_jax.config.data import PLACES
-from coca_jax.config.run import GUARDED
+from coca_jax.config.evaluation import GUARDED
 from coca_jax.data import filters, holdout, mixture, prepare, quarantine, source_index, supervision
 from coca_jax.data.sources import files, formats, in_place, manifest
 from coca_jax.data.sources.items import Item, Options

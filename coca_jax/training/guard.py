@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_jax.config import Eval
-from coca_jax.config.run import GUARDED
+from coca_jax.config.evaluation import GUARDED
 from coca_jax.evaluation import history
 from coca_jax.evaluation.evaluators.base import kinds
 

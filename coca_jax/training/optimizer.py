@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from coca_jax.config import Optimizer, checks
+from coca_jax.config import Optimizer
 from coca_jax.models.layers import TOP
 from coca_jax.models.param_groups import Role, depths, map_with_roles
 from coca_jax.ops.reference import Reference
@@ -49,11 +48,9 @@ class Schedule(NamedTuple):
 def make_schedule(optimizer: Optimizer, steps: int) -> Schedule:
     """The schedule of a run of so many steps: see `learning_rate`.
 
-    Raises ValueError for an unknown schedule or a warm-up longer than the run.
+    Raises ValueError for a warm-up longer than the run.
     """
-    checks.check_warmup(optimizer, steps)
-    if optimizer.schedule not in DECAYS:
-        raise ValueError(f"optimizer.schedule={optimizer.schedule!r}; choose from {list(DECAYS)}")
+    optimizer.check_warmup(steps)
     first = optimizer.warmup_steps
     if optimizer.schedule == "wsd":
         first = max(first, steps - max(1, round(optimizer.decay_share * steps)))
@@ -80,8 +77,8 @@ def without_schedule(optimizer: Optimizer) -> Optimizer:
     rates = {part: getattr(optimizer, part) for part in parts}
     relative = {k: v / optimizer.learning_rate for k, v in rates.items() if v > 0}
     plain = Optimizer()
-    return dataclasses.replace(
-        optimizer,
+    # The ratio of two rates may be above 1, which is not allowed in a config.
+    return optimizer.replace_unchecked(
         learning_rate=1.0,
         warmup_steps=plain.warmup_steps,
         decay_share=plain.decay_share,

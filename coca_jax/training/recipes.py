@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 import coca_jax.recipes
 from coca_jax.config import Config, Recipe, read
-from coca_jax.config.fields import is_value, nearest, whole_dict
+from coca_jax.config.base import is_value, nearest, whole_dict
 from coca_jax.training import inherit, trackers
 
 FOLDER = pathlib.Path(coca_jax.recipes.__path__[0])

@@ -7,7 +7,7 @@ import time
 
 from absl import logging
 
-from coca_jax.config import Config, checks
+from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import vocabulary as vocabularies
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.vocabulary import Vocabulary
@@ -19,7 +19,7 @@ _SENTENCES_PER_PIECE = 50  # enough for stable unigram probabilities, and quick 
 
 
 def load_or_train(
-    config: Config, workdir: str, mixture: Mixture | None = None, *, process_index: int = 0
+    config: Recipe, workdir: str, mixture: Mixture | None = None, *, process_index: int = 0
 ) -> Vocabulary:
     """The vocabulary of a run: the one in `workdir`, else a given one, else that of the run or
     weights it starts from, else a trained one.
@@ -33,6 +33,7 @@ def load_or_train(
             from without theirs, or nothing to train on.
         FileNotFoundError: `config.data.vocabulary` does not exist, and no run began here.
     """
+    config = typed(config)
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
     place = config.data.vocabulary or _vocabulary_of_weights(config)
     kept = storage.place(path).exists()
@@ -91,7 +92,7 @@ def _train(config: Config, path: str, mixture: Mixture | None, process_index: in
 
 
 def _check(config: Config, vocabulary: Vocabulary) -> None:
-    checks.check_vocabulary(config.model, vocabulary.size)
+    config.model.check_vocabulary(vocabulary.size)
     if config.data.label_token and vocabulary.label_id is None:
         raise ValueError("data.label_token: this vocabulary has no symbol for it; set false")
 

@@ -87,7 +87,7 @@ def check_config(config: Config) -> Mesh:
 def check_devices(config: Config) -> Mesh:
     """The mesh of a run whose data are still to come. Raises as `check`, for what needs neither
     them nor a workdir."""
-    config_file.check(config)
+    config.check()
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Set
 from typing import Any
@@ -155,9 +154,9 @@ def of_state(config: Recipe) -> Alike:
     config = typed(config)
     plain = Optimizer()
     rates = ("learning_rate", "warmup_steps", "schedule", "decay_share")
-    optimizer = dataclasses.replace(config.optimizer, **{k: getattr(plain, k) for k in rates})
+    optimizer = config.optimizer.replace_unchecked(**{k: getattr(plain, k) for k in rates})
     sections: dict[str, Any] = dict(model=config.model, head=config.head, loss=config.loss)
-    return Alike(Config(**sections, optimizer=optimizer))
+    return Alike(Config().replace_unchecked(**sections, optimizer=optimizer))
 
 
 @functools.lru_cache(maxsize=4)  # a start asks four times, and a trace of the model takes a second

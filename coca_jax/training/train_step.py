@@ -472,7 +472,8 @@ def of_step(config: Recipe) -> Alike:
     keys = ["accumulate_steps", "text_parts", "model", "head", "loss"]
     keys += ["seed"] * draws(config)
     sections: dict[str, Any] = {key: getattr(config, key) for key in keys}
-    return Alike(Config(**sections, optimizer=without_schedule(config.optimizer)))
+    optimizer = without_schedule(config.optimizer)
+    return Alike(Config().replace_unchecked(**sections, optimizer=optimizer))
 
 
 def shared_train_step(

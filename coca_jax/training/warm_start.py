@@ -12,7 +12,7 @@ from absl import logging
 
 from coca_jax.checkpoints import manager
 from coca_jax.config import Config, Model
-from coca_jax.config.fields import flatten
+from coca_jax.config.base import flatten
 from coca_jax.interop import export_format, open_clip_config
 from coca_jax.models import coca, param_groups
 from coca_jax.parallel import sharding

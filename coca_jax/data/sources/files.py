@@ -88,7 +88,7 @@ def walk(path: str) -> Iterator[list[str]]:
     that are hidden."""
     system, plain = filesystem(path)
     walk = os.walk if "file" in system.protocol else system.walk  # which asks of each file
-    for folder, folders, names in walk(plain, topdown=True):
+    for folder, folders, names in walk(plain):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         within = posixpath.relpath(folder, plain)
         yield [posixpath.normpath(f"{within}/{n}") for n in sorted(names) if not is_hidden(n)]

@@ -16,11 +16,13 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Interval, MinLen
 
 import coca_jax.evaluation.evaluators
-from coca_jax.config import Entry, fields
-from coca_jax.config.fields import Rule
+from coca_jax.config import Entry
+from coca_jax.config.base import allowed, check_value
 from coca_jax.data import evaluation_data
 from coca_jax.data import supervision as sources
 from coca_jax.data.filters import open_whole
@@ -67,18 +69,15 @@ class Writing:
             raise NotWritten(line)
 
 
-RECORDS = Rule(
-    lambda v: fields.is_whole(v) and v >= 0, "a whole number of records, from the first on; 0: all"
-)
-DATA = Rule(fields.is_mapping, "a dict, such as dict(path='data/mine', split='test')")
-# Keys of every task, and what each may be; an evaluator may have options of its own.
+RecordLimit = Annotated[int, Interval(ge=0)]  # 0: all
+# Keys of every task and their types; an evaluator may have options of its own.
 TASK = dict(
-    kind=fields.TEXT,
-    name=Rule(lambda v: isinstance(v, str) and bool(v), "a text, by which its scores are called"),
-    data=DATA,
-    limit=RECORDS,
-    known_only=fields.FLAG,
-    candidates=DATA,
+    kind=str,
+    name=Annotated[str, MinLen(1)],
+    data=Mapping[str, Any],
+    limit=RecordLimit,
+    known_only=bool,
+    candidates=Mapping[str, Any],
 )
 _NEEDED = ("kind", "name", "data")
 
@@ -149,7 +148,7 @@ class Evaluator(abc.ABC):
         programs: the methods of a model that it calls.
         usual: whether `evaluate` runs it unasked, where the data have what it needs.
         flags: of `evaluate`, read in `from_flags`.
-        options: keys of a task that it takes beside TASK, and what each may be.
+        options: keys of a task in addition to TASK, and their types.
         metrics: name -> how the report shows it; one that is not declared is shown by its name.
         headlines: metrics that stand at the top of the report, the first of them large.
     Of an instance:
@@ -168,7 +167,7 @@ class Evaluator(abc.ABC):
     programs: ClassVar[tuple[str, ...]] = ()
     usual: ClassVar[bool] = False
     flags: ClassVar[tuple[Flag, ...]] = ()
-    options: ClassVar[Mapping[str, Rule]] = {}
+    options: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[Mapping[str, Metric]] = {}
     headlines: ClassVar[tuple[str, ...]] = ()
 
@@ -391,11 +390,10 @@ def check_keys(task: Mapping[str, Any], evaluator: type[Evaluator]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
             raise ValueError(f"{name}: no key {key!r}; {remedy}")
-        if not known[key].holds(value):
-            raise ValueError(f"{name}: {key}={value!r}: give {known[key].words}")
+        check_value(known[key], value, f"{name}: {key}")
     for key in _NEEDED:
         if key not in task:
-            raise ValueError(f"{name}: no {key!r}; give {known[key].words}")
+            raise ValueError(f"{name}: no {key!r}; give {allowed(known[key])}")
     if task.get("known_only") and not task.get("candidates"):
         raise ValueError(
             f"{name}: known_only=True needs candidates, whose texts are the known ones"

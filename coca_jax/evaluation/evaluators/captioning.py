@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.config import fields, shapes
+from coca_jax.config import shapes
 from coca_jax.data.dedup import content_digest, firsts
 from coca_jax.evaluation.evaluators import (
     Predictor,
@@ -92,7 +92,7 @@ class Captioning(Evaluator):
     """
 
     kind, order, title, usual = "captioning", 40, "Captioning", True
-    options = dict(decode=fields.MAPPING, java_metrics=fields.FLAG, attention=fields.FLAG)
+    options = dict(decode=Mapping[str, Any], java_metrics=bool, attention=bool)
     needs, programs = "caption", ("caption", "caption_log_likelihood")
     flags = (
         Flag("num_beams", 1, "Beams of the captions.", least=1),

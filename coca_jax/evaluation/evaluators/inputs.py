@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coca_jax.config import fields
-from coca_jax.config.fields import Rule
 from coca_jax.data import evaluation_data, prompts
 from coca_jax.data.evaluation_data import Records
 from coca_jax.data.sources.fields import printable
@@ -43,10 +41,7 @@ def texts_of(record: Record) -> list[str]:
 
 FLAG = Flag("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
 _SHOWN = 4  # names in a line
-RULE = Rule(
-    lambda v: fields.TEXT.holds(v) or fields.TEXTS.holds(v),
-    "the names, a tuple of texts, or a text file with one a line",
-)
+ClassNames = str | tuple[str, ...]  # a text file, or the names
 
 
 def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -19,11 +19,10 @@ from coca_jax.evaluation.evaluators import (
     warn,
 )
 from coca_jax.evaluation.evaluators.base import (
-    DATA,
-    RECORDS,
     Evaluator,
     Flag,
     Metric,
+    RecordLimit,
     Scale,
     Setting,
     check_apart,
@@ -54,7 +53,7 @@ class Probe(Evaluator):
         inputs.FLAG,
         Flag("train_limit", 0, "Records that probes learn from; 0: all.", least=0),
     )
-    options = dict(class_names=inputs.RULE, train=DATA, train_limit=RECORDS)
+    options = dict(class_names=inputs.ClassNames, train=Mapping[str, Any], train_limit=RecordLimit)
     metrics, headlines = METRICS, HEADLINES
 
     def __init__(

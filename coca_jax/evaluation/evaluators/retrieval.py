@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.config import fields
 from coca_jax.data.dedup import content_digest
 from coca_jax.data.evaluation_data import Records
 from coca_jax.evaluation.evaluators import (
@@ -23,10 +22,10 @@ from coca_jax.evaluation.evaluators import (
     stack_images,
 )
 from coca_jax.evaluation.evaluators.base import (
-    DATA,
     Evaluator,
     Flag,
     Metric,
+    RecordLimit,
     Scale,
     Setting,
     check_apart,
@@ -192,7 +191,7 @@ class Retrieval(Evaluator):
         Flag("rerank", 0, "Candidates that the captioner orders anew; 0: none.", least=0),
         Flag("querybank", "", "Data, no test, whose split 'train' tells hubs among candidates."),
     )
-    options = dict(rerank=fields.whole(0, 1 << 30, "candidates to order anew"), querybank=DATA)
+    options = dict(rerank=RecordLimit, querybank=Mapping[str, Any])
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
     metrics = _METRICS | {
         f"{how}_{name}": dataclasses.replace(metric, title=f"{metric.title}, {how}")

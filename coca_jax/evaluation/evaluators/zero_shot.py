@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.config import fields
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.evaluation.evaluators import (
     LIKELIHOOD_TIE,
@@ -99,7 +98,7 @@ class ByPrompts(Evaluator):
     """What classifies by texts made of class names."""
 
     needs, flags, metrics, headlines = "label", FLAGS, METRICS, HEADLINES
-    options = dict(class_names=inputs.RULE, prompts=fields.TEXT)
+    options = dict(class_names=inputs.ClassNames, prompts=str)
     default_prompts = "photo"
     several_batches = True
     class_names: list[str]

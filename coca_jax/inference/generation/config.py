@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.config import fields
+from coca_jax.config import base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,7 @@ class Settings:
                 raise ValueError(
                     f"caption: unknown field {name!r}.{hint} Fields: {', '.join(kinds)}."
                 )
-            if not _TYPES[kinds[name]].holds(value):
-                raise ValueError(f"{name}={value!r}: give {_TYPES[kinds[name]].words}")
+            base.check_value(kinds[name], value, name)
         return cls(**how)
 
 
@@ -130,11 +129,6 @@ SAME = (
     ("temperature", "do_sample"),
     ("no_repeat_ngram", "no_repeat_ngram_size"),
 )
-_TYPES = {
-    int: fields.Rule(fields.is_whole, "a whole number"),
-    float: fields.Rule(fields.is_number, "a number"),
-    bool: fields.FLAG,
-}
 # What each means, for the flags of commands and the fields of forms.
 NOTES = dict(
     max_tokens="New tokens at most.",
@@ -161,7 +155,7 @@ def own_seeds(seeds: Sequence[int] | None, count: int) -> np.ndarray:
     seeds = list(seeds)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} images; give one each")
-    wrong = [seed for seed in seeds if not (fields.is_whole(seed) and 0 <= seed < 1 << 32)]
+    wrong = [seed for seed in seeds if not (base.is_whole(seed) and 0 <= seed < 1 << 32)]
     if wrong:
         raise ValueError(f"seeds: {wrong[0]!r}; give whole numbers from 0 and below 2**32")
     return np.asarray(seeds, np.uint32)

@@ -8,7 +8,7 @@ import random
 
 import mutate
 
-from coca_jax.config import Model, checks, read
+from coca_jax.config import Model, read
 from coca_jax.interop import towers_config
 from coca_jax.interop.towers_weights import TowersLayout
 from kinds import Kind
@@ -51,7 +51,7 @@ def run_towers(path: pathlib.Path) -> str:
     found = towers_config.find(str(path.with_name("weights.bin")), str(copy))
     if found is None:
         return "no towers"
-    model = checks.check_model(read(Model, found["model"], "model"))
+    model = read(Model, found["model"], "model")
     names = ["vision_model."] if model.norm_eps < 1e-5 else []
     return f"{found['resize']} {sorted(TowersLayout(model, names).tensors())[:9]}"
 
