@@ -20,7 +20,7 @@ fail() { say "$@"; exit 2; }
 
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
-  *[!a-z0-9,]*) fail "'$1' is not a list of extras, as tpu or tpu,gcs" ;;
+  *[!a-z0-9_,]*) fail "'$1' is not a list of extras, as tpu or tpu,gcs" ;;
 esac
 [[ $# -le 1 ]] || fail "one list of extras, with commas between them, not '$*'"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
