@@ -111,7 +111,7 @@ import importlib.metadata
 import sys
 
 there = importlib.metadata.metadata("coca_jax").get_all("Provides-Extra") or []
-unknown = [name for name in sys.argv[1].split(",") if name and name not in there]
+unknown = [name for name in sys.argv[1].split(",") if name and name.replace("_", "-") not in there]
 if unknown:
     print(f"install.sh: no extra {unknown[0]!r}; there are {', '.join(sorted(there))}", file=sys.stderr)
     sys.exit(2)
