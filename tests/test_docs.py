@@ -243,7 +243,7 @@ def walk(tmp_path_factory, site):
     folder = tmp_path_factory.mktemp("walk") / "empty"
     imagefolder(folder / "FOLDER", 40)
     imagefolder(folder / "IMAGES", 24)
-    imagefolder(folder / "photos", 3)
+    imagefolder(folder / "photos", 24)  # of which a tenth, by name, is one
     imagefolder(folder / "more", 1)
     tars(folder / "laion", 12)
     for number, name in enumerate(("cat.jpg", "dog.jpg", "shapes.png", "more/cat.jpg")):
