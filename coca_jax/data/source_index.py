@@ -325,18 +325,6 @@ def _stamp(folder: str, name: str, roots: Sequence[str]) -> tuple[int, int]:
     return found or (-1, 0)
 
 
-def state_of_place(path: str, suffixes: Sequence[str] = ("",), but: Sequence[str] = ()) -> str:
-    """What tells whether a file, or any file below a folder, has changed: a digest of names, sizes
-    and times (of a bucket, checksums). suffixes: of the files in a folder that count; but: files
-    and folders that do not. Raises FileNotFoundError where nothing is there."""
-    left = tuple(f"{files.filesystem(one)[1].rstrip('/')}/" for one in but)
-
-    def wanted(name: str) -> bool:
-        return name.lower().endswith(tuple(suffixes)) and not f"{name}/".startswith(left)
-
-    return _digest(_files([path], wanted))
-
-
 def _digest(told: Any) -> str:
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 

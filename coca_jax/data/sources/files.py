@@ -431,18 +431,12 @@ def _within(file: str, start: str) -> str:
 
 
 def split_of(name: str) -> str:
-    """The split that the topmost folder tells that tells one, else a file's own name, '' for none;
-    of several in one part of the name the first of SPLITS."""
-    for part in name.split("/"):
-        if found := _words_of(part) & SPLITS.keys():
+    """The split that the first part of a path with such a word names ("train-0001.tar", "val2017/"),
+    '' for none; of several in one part the first of SPLITS."""
+    for part in name.lower().split("/"):
+        if found := SPLITS.keys() & set(re.findall("[a-z]+", part)):
             return next(split for word, split in SPLITS.items() if word in found)
     return ""
-
-
-def _words_of(part: str) -> set[str]:
-    for mark in "-_.":
-        part = part.replace(mark, " ")
-    return set(part.lower().split())
 
 
 def is_prepared(names: Collection[str]) -> bool:

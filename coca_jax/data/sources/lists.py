@@ -16,7 +16,6 @@ import functools
 import itertools
 import json
 import posixpath
-import re
 import shlex
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -171,7 +170,7 @@ def json_splits(path: str) -> list[str]:
     """The splits that the names of a folder's lists tell, [] where they tell none."""
     if not _is_folder(path):
         return files.splits_told(path, formats.PATTERNS["json"])
-    return sorted({_split_of(file) for file in formats.caption_lists(path)} - {""})
+    return sorted({*map(_split_of, formats.caption_lists(path))} - {""})
 
 
 def _json_lists(path: str, split: str) -> list[str]:
@@ -197,9 +196,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _split_of(file: str) -> str:
-    """The split that a list's name tells, as captions_train2017.json does; '' for none."""
-    words = re.findall("[a-z]+", posixpath.basename(file).lower())
-    return next((files.SPLITS[word] for word in words if word in files.SPLITS), "")
+    return files.split_of(posixpath.basename(file))
 
 
 def _objects(file: str) -> list[dict[str, Any]]:
