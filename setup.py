@@ -131,7 +131,7 @@ setuptools.setup(
         "parquet": PARQUET,  # parquet files, and lists packed by zstd
         "video": ["av>=18.1"],
         "docs": DOCS,
-        "clip_benchmark": ["clip_benchmark==1.6.2", "webdataset"],  # runs our models by itself
+        "clip-benchmark": ["clip_benchmark==1.6.2", "webdataset"],  # runs our models by itself
         "eval": ["pycocoevalcap>=1.2"],  # METEOR and SPICE; 100 MB, and they need Java
         "parity": [
             "torch>=2.6",

@@ -20,7 +20,7 @@ fail() { say "$@"; exit 2; }
 
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
-  *[!a-z0-9_,]*) fail "'$1' is not a list of extras, as tpu or tpu,gcs" ;;
+  *[!a-z0-9,-]*) fail "'$1' is not a list of extras, as tpu or tpu,gcs" ;;
 esac
 [[ $# -le 1 ]] || fail "one list of extras, with commas between them, not '$*'"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -111,7 +111,7 @@ import importlib.metadata
 import sys
 
 there = importlib.metadata.metadata("coca_jax").get_all("Provides-Extra") or []
-unknown = [name for name in sys.argv[1].split(",") if name and name.replace("_", "-") not in there]
+unknown = [name for name in sys.argv[1].split(",") if name and name not in there]
 if unknown:
     print(f"install.sh: no extra {unknown[0]!r}; there are {', '.join(sorted(there))}", file=sys.stderr)
     sys.exit(2)

@@ -10,7 +10,7 @@ from PIL import Image
 
 pytestmark = [pytest.mark.torch]
 pytest.importorskip("torch")
-pytest.importorskip("clip_benchmark", reason="needs the extra 'clip_benchmark'")
+pytest.importorskip("clip_benchmark", reason="needs the extra 'clip-benchmark'")
 
 from conftest import tiny_config  # noqa: E402
 from test_inference import random_params  # noqa: E402

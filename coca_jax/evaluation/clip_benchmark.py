@@ -97,7 +97,7 @@ def register() -> None:
         models: Any = importlib.import_module("clip_benchmark.models")
     except ImportError as error:
         why = f"CLIP_benchmark cannot be imported ({error})"
-        raise ValueError(f"{why}: {extras.remedy('clip_benchmark')}") from None
+        raise ValueError(f"{why}: {extras.remedy('clip-benchmark')}") from None
     for name in ("zeroshot_classification", "linear_probe"):
         module: Any = importlib.import_module(f"clip_benchmark.metrics.{name}")
         module.accuracy = accuracy
