@@ -21,14 +21,13 @@ from typing import Any
 import open_clip
 import torch
 from PIL import Image
-from search import write_weights
 
 BATCH, LENGTH = 32, 30
 
 
-def built() -> tuple[Any, Any]:
+def built(name: str = "coca_ViT-B-32") -> tuple[Any, Any]:
     """(model, its preprocessing), every parameter drawn: some are left as memory was found."""
-    model, _, preprocess = open_clip.create_model_and_transforms("coca_ViT-B-32")
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,7 +68,10 @@ def main() -> None:
     if given.act == "weights":
         folder = pathlib.Path(given.place)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(built()[0], folder)
+        folder.mkdir()
+        about = dict(model_cfg=open_clip.get_model_config("coca_ViT-B-32"))
+        (folder / "open_clip_config.json").write_text(json.dumps(about))
+        torch.save(built()[0].state_dict(), folder / "open_clip_pytorch_model.bin")
         print(json.dumps(dict(folder=given.place)))
     else:
         print(json.dumps(generate(given.place, given.dtype, given.count)))

@@ -134,7 +134,7 @@ def test_a_model_of_another_kind_is_refused():
 @pytest.mark.long  # open_clip takes ten seconds to import
 def test_no_weight_of_the_peer_is_as_memory_was_found(monkeypatch, tmp_path):
     open_clip = pytest.importorskip("open_clip", reason="needs the extra 'parity'")
-    import search
+    import recaption_peer
     import torch
 
     (tmp_path / "coca_small.json").write_text(json.dumps(SMALL))
@@ -145,5 +145,5 @@ def test_no_weight_of_the_peer_is_as_memory_was_found(monkeypatch, tmp_path):
         return found(*shape, **more).fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty", empty)
-    model, _ = search.random_peer("coca_small")
+    model, _ = recaption_peer.built("coca_small")
     assert [name for name, x in model.named_parameters() if not x.isfinite().all()] == []

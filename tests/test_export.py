@@ -292,7 +292,7 @@ def test_a_refused_export_leaves_the_folder_as_it_was(model, monkeypatch, tmp_pa
 def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     given = dict(checkpoint="nowhere", out=str(tmp_path / "out"), format="onnx", push="")
-    given |= dict(private=False)
+    given |= dict(private=False, base="", share=None)
     args = types.SimpleNamespace(**given, platforms=["cpu"], int8=False, batch_size=1)
     monkeypatch.setattr(export, "flags", types.SimpleNamespace(FLAGS=args))
     with pytest.raises(ValueError, match="--format=onnx needs jax2onnx: pip install"):

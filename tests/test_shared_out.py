@@ -147,11 +147,6 @@ def test_what_a_holdout_or_sample_left_is_drawn_from_anew(tmp_path):
     keys = [r.key for r in filters.open_source(str(tmp_path / "o"))]
     asked = [Item(r.key) for r in filters.open_source(str(tmp_path / "s1"))]
     assert keys == [one.key for one in asked if not quarantine.wanted(one, other["options"])]
-    # One that was made before that was counted tells it by its request.
-    with metadata.changing(str(tmp_path / "1")) as manifest:
-        del manifest["splits"]["train"]["drawn"]
-    halves = prepare.prepare_with_holdout("prepared", str(tmp_path / "1"), out + "b", 0.5, **QUIET)
-    assert images(out + "b", "test") == images(tmp_path / "2", "test") and halves[1]["written"]
 
 
 def test_a_holdout_of_what_an_earlier_one_left_as_plain_files_says_so(tmp_path):

@@ -443,7 +443,7 @@ def test_a_workdir_may_be_spelled_otherwise_and_moved(before, now, tmp_path, mon
         (dict(batch_size=15), "batch_size=15 is not a multiple of 8"),
         (dict(steps=0), "set exactly one$"),
         (dict(epochs=1.0), "set exactly one; --config.steps=0 leaves the epochs"),
-        (dict(checkpoint=dict(every="10")), "every='10': give 'steps', and how many in every_ste"),
+        (dict(checkpoint=dict(every="10")), "checkpoint.every='10': give one of 'steps'"),
         (dict(epochs=1e-9, steps=0), "is no step of batch_size=16"),
         (dict(remat="some"), "config.remat='some'"),
         (dict(optimizer=dict(learning_rate=float("nan"))), "optimizer.learning_rate=nan"),
@@ -474,9 +474,9 @@ def test_missing_data_is_named(tmp_path):
 
 
 def test_epochs_become_steps():
-    config = tiny_run(steps=0, epochs=2.5)
+    config = typed(tiny_run(steps=0, epochs=2.5))
     assert config_file.num_steps(config, 64) == 10
-    config.optimizer.warmup_steps = 10
+    config = config.change({"optimizer.warmup_steps": 10})
     line = r"not below the run's 10 steps; shorten it \(config.epochs=2.5 of 64 examples"
     with pytest.raises(ValueError, match=line):
         config_file.num_steps(config, 64)

@@ -70,7 +70,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("private", False, "Makes a repository that --push creates private.")
     flags.DEFINE_string("base", "", "What the checkpoint was tuned from, to interpolate with.")
     flags.DEFINE_float(
-        "share", 0.5, "With --base: how far from it (0) to the tuned weights (1).", 0.0, 1.0
+        "share",
+        None,
+        "With --base: how far from it (0) to the tuned weights (1); default: 0.5.",
+        0.0,
+        1.0,
     )
     known = ", ".join(export_format.PLATFORMS)
     flags.DEFINE_list("platforms", ["cpu"], f"What the programs run on: {known}.")
@@ -93,7 +97,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--push={args.push}: only with --format=hub")
     if args.private and not args.push:
         raise ValueError("--private: only with --push=org/name")
-    if args["share"].present and not args.base:
+    if args.share is not None and not args.base:
         raise ValueError(f"--share={args.share:g}: only with --base=DIR")
     if args.format == "onnx":
         _onnx().packages()
@@ -105,7 +109,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if args.base:
         cli.say(f"loading {args.base}")
         base = coca_jax.load(args.base, narrow=False)
-        interpolation.interpolate(base, model, args.share)
+        interpolation.interpolate(base, model, 0.5 if args.share is None else args.share)
     export_folder.check(model)
     export_format.refuse_other(args.out, model.params)
     if args.format == "hub":

@@ -108,7 +108,8 @@ def damage(rng: random.Random, seed: bytes) -> bytes:
 
 def _pixels(frames: int) -> Pixels:
     config = base.get_config()
-    config.model.image_size, config.data.num_threads = 16, 1
+    config.model.image_size, config.model.patch_size = 16, 8
+    config.data.num_threads = 1
     config.data.num_frames = frames
     config.data.augment = "crop"
     return Pixels(typed(config))
