@@ -199,7 +199,9 @@ def set_up_logging(verbose: bool = False) -> None:
     logging.get_absl_handler().setFormatter(PlainFormatter())
     if not verbose:
         logging.set_verbosity(logging.WARNING)
-        py_logging.getLogger("absl").addFilter(_no_error_of_orbax)
+        for name in ("absl", "asyncio"):
+            py_logging.getLogger(name).addFilter(_no_error_of_orbax)
+        warnings.filterwarnings("ignore", "coroutine '.*write_fragment' was never awaited")
     former = warnings.formatwarning
 
     def plain(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
@@ -211,9 +213,10 @@ def set_up_logging(verbose: bool = False) -> None:
 
 
 def _no_error_of_orbax(record: py_logging.LogRecord) -> bool:
-    """Orbax logs hundreds of lines of tracebacks when a disk is full; the exception that it raises
-    is reported in one line."""
-    of_orbax = "orbax" in pathlib.PurePath(record.pathname).parts
+    """Orbax logs hundreds of lines of tracebacks when a disk is full, and asyncio those of the
+    writes that Orbax abandons; the exception that it raises is reported in one line."""
+    of_asyncio = record.name == "asyncio" and "orbax" in record.getMessage()
+    of_orbax = of_asyncio or "orbax" in pathlib.PurePath(record.pathname).parts
     return not of_orbax or record.levelno < py_logging.ERROR
 
 
