@@ -65,6 +65,15 @@ def load(
     )
 
 
+def __getattr__(name: str) -> typing.Any:
+    """`coca_jax.apps` without an import of its own."""
+    if name != "apps":
+        raise AttributeError(f"module 'coca_jax' has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module("coca_jax.apps")
+
+
 def list_pretrained() -> list[tuple[str, str]]:
     """The (model, tag) pairs that `load(model, pretrained=tag)` accepts."""
     from coca_jax.interop import hub

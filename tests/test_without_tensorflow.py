@@ -9,7 +9,9 @@ from conftest import COMPILE_FAST
 from data_cases import write_data
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "coca_jax"
-BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "pyarrow")
+BLOCKED = (
+    *("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "pyarrow", "datasets"),
+)
 
 # Import of what is not installed fails as it does there.
 START = f"""
@@ -78,6 +80,7 @@ from coca_jax.recipes import coca_2b, coca_base, coca_large
 from coca_jax.data import batches as loaders, filters as sources; from coca_jax.training import run_vocabulary
 from coca_jax.data import evaluation_data as unprepared
 from coca_jax.data.prepare import prepare
+from coca_jax.data.sources import formats
 from coca_jax.apps.recaption.request import Request
 root = pathlib.Path({str(tmp_path)!r})
 config = tiny_config()
@@ -93,6 +96,7 @@ for call in (
     lambda: prepare("parquet", str(root / "x.parquet"), str(root / "out"), progress=False),
     lambda: prepare("jsonl", str(root / "x.jsonl.zst"), str(root / "out"), progress=False),
     lambda: Request(input="x", format="csv", out=str(root / "out"), to="parquet"),
+    lambda: formats.from_hub("hf://owner/name"),
 ):
     try:
         call()
@@ -102,8 +106,8 @@ assert not (root / "run").exists() and not (root / "out").exists()
 assert {{m.get_config().data.loader for m in (coca_base, coca_large, coca_2b)}} == {{"seqio"}}
 """)
     lines = out.splitlines()
-    assert len(lines) == 9
-    for line, extra in zip(lines, ["seqio"] * 3 + ["tfds"] * 3 + ["parquet"] * 3):
+    wanted = ["seqio"] * 3 + ["tfds"] * 3 + ["parquet"] * 3 + ["datasets"]
+    for line, extra in zip(lines, wanted, strict=True):
         assert f"pip install 'coca_jax[{extra}]'" in line
 
 

@@ -18,7 +18,6 @@ Examples:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -106,8 +105,12 @@ def request_of_flags(folder: str) -> Any:
 
     args, named = flags.FLAGS, None
     able = [name for name, kind in supervision.KINDS.items() if kind.counted]
-    with contextlib.suppress(ValueError):  # which is of --data, with kinds and weights besides
+    try:
         named = data_flag.parse(folder)
+    except ValueError:
+        if folder.startswith("hf://"):
+            raise
+        # Else the message is about --data, which takes weights besides.
     if named is None or named.kind not in ("", *able) or named.weight != 1.0:
         takes = " or ".join(f"FOLDER:{name}" for name in able)
         raise ValueError(f"{folder}: fit takes FOLDER, {takes}")

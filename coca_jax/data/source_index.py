@@ -99,6 +99,8 @@ def folder_names(paths: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for path in paths:
         last = re.split(r"[*{]", posixpath.basename(path.rstrip("/")))[0] or "data"
+        if of_hub := re.search(r"/[^/]+___([^/]+)/", path):  # OWNER___NAME/..., the hub's cache
+            last = of_hub[1]
         name = last.partition(".")[0].removeprefix("tfds:") or "data"
         numbered = (f"{name}-{number}" for number in itertools.count(2))
         names[next(one for one in itertools.chain([name], numbered) if one not in names)] = None

@@ -38,12 +38,16 @@ _TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF":
 
 
 class _Refused(Exception):
-    """What the server says to a request that it would refuse again."""
+    """The server refused a request, and would refuse it again."""
 
 
 class ChatCaptioner:
-    """Asks a chat API for the captions of a request. Raises OSError, ValueError where there is none
-    at its URL, or no such model."""
+    """Gets the captions of a recaption request from a chat API.
+
+    Raises:
+        OSError: no chat API answers at the URL.
+        ValueError: it lists no models, and the request names none.
+    """
 
     def __init__(self, request: Request):
         self._request, self._url = request, request.captioner
@@ -66,8 +70,8 @@ class ChatCaptioner:
         return names[0]
 
     def captions(self, images: Sequence[bytes], keys: Sequence[str]) -> list[list[dict] | str]:
-        """The captions of each image, one for each prompt and --how (dicts of text, log_prob,
-        tokens, finished, checkpoint, prompt, way), or why there are none.
+        """For each image its captions, one per prompt and --how (dicts of text, log_prob, tokens,
+        finished, checkpoint, prompt, way), or the reason why it has none.
 
         keys: of the images; they give the seeds.
 
@@ -127,7 +131,7 @@ class ChatCaptioner:
         return found
 
     def _answer(self, body: dict[str, Any]) -> tuple[str, int, bool]:
-        """(text, its tokens, whether it ended by itself). Raises _Refused after ATTEMPTS."""
+        """(text, number of tokens, whether it is complete). Raises _Refused after ATTEMPTS."""
         pause, why, attempt = PAUSE, "", 0
         for attempt in range(ATTEMPTS):
             if attempt:

@@ -12,13 +12,14 @@ import itertools
 import os
 import posixpath
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from coca_jax.data.sources import files
-from coca_jax.runtime import bounded_json, storage
+from coca_jax.runtime import bounded_json, extras, storage
 
 MEDIA = files.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in files.VIDEO_SUFFIXES)
 # Of pictures that are not opened, and which phones and cameras write beside others.
@@ -70,11 +71,14 @@ _FILE_NAME = re.compile(rb'"file_?name"\s*:\s*"([^"]+)"')
 def from_hub(path: str) -> str:
     """A path, and for hf://OWNER/NAME[/CONFIG][:SPLIT] that of its Arrow files here, which the
     first call downloads. Raises ValueError."""
-    if not path.startswith("hf://"):
+    if not path.startswith("hf://") or path.startswith("hf://datasets/"):  # a file, of fsspec
         return path
+    extras.check("datasets", "datasets", f"{path}: reading the Hugging Face hub")
     from coca_jax.data.sources import hf_datasets  # and with it pyarrow
 
-    return hf_datasets.resolve(path)
+    found = hf_datasets.resolve(path)
+    print(f"{path}: reading its Arrow files, {found}", file=sys.stderr)
+    return found
 
 
 def guess(path: str) -> str:

@@ -8,6 +8,7 @@ read from those files by their byte range, so a row is as cheap to read as one o
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import json
 import os
@@ -22,37 +23,30 @@ import pyarrow as pa
 from coca_jax.data.sources import files, formats, parquet
 from coca_jax.data.sources.items import Item, Options, Unit, guarded, split_units
 from coca_jax.data.sources.references import UNKNOWN, Span
-from coca_jax.runtime import extras
 
 ROWS_PER_UNIT = 4096
 PATTERNS = formats.PATTERNS["arrow"]
 # NAME-SPLIT.arrow or NAME-SPLIT-00000-of-00002.arrow in the cache, SPLIT/data-00000-of-00001.arrow
 # of save_to_disk.
-_IN_CACHE = re.compile(r".+-(\w+?)(?:-\d{5}-of-\d{5})?\.arrow")
+_IN_CACHE = re.compile(r".+-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")
 _SHARDS = "*-{}-?????-of-?????.arrow"
 _SAVED = re.compile(r"data-\d{5}-of-\d{5}\.arrow")
 _URL = re.compile(r"hf://(?!datasets/)([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")
 
 
 def resolve(path: str) -> str:
-    """The folder of Arrow files, or of a named split a glob of them, that
-    hf://OWNER/NAME[/CONFIG][:SPLIT] stands for; another path as it is. The first call downloads.
+    """The folder of the Arrow files of hf://OWNER/NAME[/CONFIG][:SPLIT], or a glob of those of a
+    named split. The first call downloads.
 
     Raises:
-        ValueError: `datasets` is not installed, or cannot load such a dataset.
+        ValueError: `datasets` cannot load such a dataset, or it has no such split.
     """
-    if not path.startswith("hf://") or path.startswith("hf://datasets/"):  # a file, of fsspec
-        return path
     found = _URL.fullmatch(path)
     if not found:
         raise ValueError(f"{path}: write hf://OWNER/NAME[/CONFIG][:SPLIT]")
     name, config, split = found.groups()
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{path}: reading the Hugging Face hub needs `datasets`: {extras.remedy('datasets')}"
-        ) from None
+    import datasets
+
     try:
         builder = datasets.load_dataset_builder(name, config)
         builder.download_and_prepare()
@@ -209,7 +203,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
     name = table.image_column(options)
     images = name if options.image_field else ""
     if not images and name not in parquet.IMAGE_FIELDS:
-        options = _with_image_field(options, name)
+        options = dataclasses.replace(options, image_field=name)
     pairs = "," in options.image_field
     first = 0
 
@@ -246,9 +240,3 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             key = f"{base}#{first + row}"
             yield guarded(key, lambda: item(key, batch, row))  # noqa: B023
         first += batch.num_rows
-
-
-def _with_image_field(options: Options, name: str) -> Options:
-    import dataclasses
-
-    return dataclasses.replace(options, image_field=name)
