@@ -16,6 +16,7 @@ import pytest
 from conftest import tiny_config
 
 from coca_jax.config import typed
+from coca_jax.config.log import TRACKERS
 from coca_jax.runtime import metric_log
 from coca_jax.training import setup, trackers
 
@@ -201,7 +202,9 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, caplog)
 
         flush = close = None
 
-    writer = metric_log.MetricWriter(tmp_path, trackers=[trackers.Careful("wandb", Failing())])
+    writer = metric_log.MetricWriter(
+        tmp_path, trackers=[trackers.FaultTolerant("wandb", Failing())]
+    )
     for step in (1, 2):
         writer.write(step, VALUES)
     writer.flush()
@@ -219,18 +222,18 @@ def test_a_tracker_that_cannot_be_opened_ends_no_run_that_goes_on(
         raise kind("no network")
 
     monkeypatch.setattr(service, "init", refuse)
-    with pytest.raises(ValueError, match=r"log.trackers=.*wandb cannot be opened \(no network\)"):
+    with pytest.raises(ValueError, match=r"log.trackers=.*wandb.*no network"):
         trackers.open_all(("wandb",), tmp_path, 0, {})
     assert trackers.open_all(("wandb",), tmp_path, 5, {}) == []
-    assert sum("(no network): it goes on" in one.getMessage() for one in caplog.records) == 1
+    assert sum("(no network)" in one.getMessage() for one in caplog.records) == 1
     (tmp_path / trackers.NAMES_FILE).write_text("[")
     with pytest.raises(ValueError, match="is damaged"):
         trackers.open_all(("wandb",), tmp_path, 5, {})
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
-    monkeypatch.setitem(trackers.PACKAGES, "tensorboard", "no_such_package")
+    monkeypatch.setitem(TRACKERS, "wandb", "no_such_package")
+    monkeypatch.setitem(TRACKERS, "tensorboard", "no_such_package")
     config = tiny_config()
     config.data.sources = (dict(builtin="scenes", split="train", kind="caption"),)
     config.log.trackers = ("wandb",)

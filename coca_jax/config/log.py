@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from coca_jax.config.base import STRICT, EverySteps, Section, option
+
+# To add a tracker: its name and package here, its extra in setup.py, a file in training/trackers/.
+Tracker: TypeAlias = Literal["tensorboard", "wandb", "trackio"]
+TRACKERS: dict[str, str] = {
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}
 
 
 def _first_and_last(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -24,6 +32,6 @@ class Log(Section):
     profile_steps: Annotated[tuple[EverySteps, ...], AfterValidator(_first_and_last)] = option(
         (), "First and last step of a profile; (): none."
     )
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+    trackers: tuple[Tracker, ...] = option(
         ("tensorboard",), "Trackers for the metrics, in addition to metrics.jsonl."
     )

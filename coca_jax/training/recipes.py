@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 import coca_jax.recipes
 from coca_jax.config import Config, Recipe, read
 from coca_jax.config.base import is_value, nearest, whole_dict
+from coca_jax.config.log import TRACKERS
 from coca_jax.training import inherit, trackers
 
 FOLDER = pathlib.Path(coca_jax.recipes.__path__[0])
@@ -245,7 +246,7 @@ def changes() -> dict[str, Any]:
 def check_trackers() -> None:
     """Raises ValueError for a tracker that the command line names and that is not installed."""
     names = changes().get("log.trackers", ())
-    trackers.check([name for name in names if name in trackers.PACKAGES], asked=True)
+    trackers.check([name for name in names if name in TRACKERS], asked=True)
 
 
 def change(config: Config, given: Mapping[str, Any] | None = None) -> Config:

@@ -1,8 +1,8 @@
-"""Where a run's metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio.
+"""Trackers, which receive a run's metrics in addition to metrics.jsonl.
 
-Each is a file here with a class that has `write`, `flush` and `close`, and an extra of setup.py of
-the same name. `config.log.trackers` names those of a run. metrics.jsonl is what resuming and the
-report read: a tracker that fails is said and left, the run goes on.
+Each tracker is a file here with `open_run(workdir, start_step, config)`, which returns an object
+with `write`, `flush` and `close`; `config.log.trackers` names a run's trackers. Resuming and the
+report read only metrics.jsonl, so a tracker that fails is logged and training continues without it.
 """
 
 from __future__ import annotations
@@ -18,63 +18,63 @@ from typing import Any
 
 from absl import logging
 
+from coca_jax.config.log import TRACKERS
 from coca_jax.runtime import bounded_json, extras, storage
 from coca_jax.runtime.metric_log import Tracker
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-UNASKED = "tensorboard"  # the default of a run: written where its package is there
+DEFAULT = "tensorboard"  # skipped, unless a user names it, if its package is not installed
 NAMES_FILE = "trackers.json"
-_NO_ID = re.compile(r"[^\w.-]")  # W&B refuses some of these in an id, as : # % and ?
-_LONGEST = 100  # letters of a folder's name in an id, which has 128 at most
+_NOT_IN_ID = re.compile(r"[^\w.-]")  # W&B refuses : # % and ? in a run's id
+_MAX_FOLDER = 100  # characters of the folder's name in an id of at most 128
 
 
 class DamagedNames(ValueError):
-    """The file that keeps what services call a run cannot be read."""
+    """trackers.json, which stores the run's name at each service, is unreadable."""
 
 
 def check(names: Sequence[str], *, asked: bool = False) -> None:
-    """Raises ValueError for a tracker that was asked for and whose package is not installed.
+    """Raises ValueError for a tracker whose package is not installed.
 
-    asked: the user named them all, the default too.
+    asked: the user named these trackers, so the default must be installed too.
     """
     for name in names:
-        if (asked or name != UNASKED) and importlib.util.find_spec(PACKAGES[name]) is None:
+        if (asked or name != DEFAULT) and importlib.util.find_spec(TRACKERS[name]) is None:
             raise ValueError(f"log.trackers={tuple(names)}: {name} needs {extras.remedy(name)}")
 
 
 def open_all(
     names: Sequence[str], workdir: str | os.PathLike[str], start_step: int, config: dict[str, Any]
 ) -> list[Tracker]:
-    """The trackers of a run that starts or resumes from `start_step`.
+    """Opens the trackers of a run that starts or resumes at `start_step`.
 
-    config: of the run, as JSON holds it, shown by those that show one. TensorBoard is left out,
-    with a line of the log, where its package is missing; one that cannot be opened, as without a
-    network, where a run goes on. Raises ValueError as `check`, and for one that cannot be opened
-    when a run begins.
+    config: the run's config as JSON values, for trackers that display it.
+
+    Raises ValueError for a package that is not installed and for a tracker that cannot be opened
+    when a run starts. On a resume, such a tracker is skipped with a warning.
     """
     check(names)
     found: list[Tracker] = []
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            logging.info("%s is not installed: metrics go to metrics.jsonl only.", PACKAGES[name])
+        if importlib.util.find_spec(TRACKERS[name]) is None:
+            logging.info("%s is not installed: metrics go to metrics.jsonl only.", TRACKERS[name])
             continue
         maker = importlib.import_module(f"coca_jax.training.trackers.{name}").open_run
         try:
-            found.append(Careful(name, maker(workdir, start_step, config)))
+            found.append(FaultTolerant(name, maker(workdir, start_step, config)))
         except DamagedNames:
             raise
-        except Exception as error:  # of a server, a network, a login; some are ValueErrors
+        except Exception as error:  # server, network or login; some raise ValueError
             if not start_step:
                 raise ValueError(
-                    f"log.trackers={tuple(names)}: {name} cannot be opened ({error}); mend that, "
-                    "or leave it out"
+                    f"log.trackers={tuple(names)}: cannot open {name} ({error}). Fix that, or "
+                    "remove it from log.trackers"
                 ) from error
-            logging.warning("%s takes no metrics of this run (%s): it goes on", name, error)
+            logging.warning("%s: cannot open (%s). Training continues without it.", name, error)
     return found
 
 
-class Careful:
-    """A tracker whose failures end it and nothing else."""
+class FaultTolerant:
+    """Stops using a tracker after its first failure, and never raises."""
 
     def __init__(self, name: str, tracker: Tracker):
         self._name, self._tracker = name, tracker
@@ -85,10 +85,10 @@ class Careful:
             return
         try:
             work()
-        except Exception as error:  # of a server, a network, a full disk
+        except Exception as error:  # server, network or full disk
             self._failed = True
             logging.warning(
-                "%s takes no more metrics of this run (%s); metrics.jsonl has all of them",
+                "%s: stopped after an error (%s). metrics.jsonl still has all metrics.",
                 self._name,
                 error,
             )
@@ -107,20 +107,21 @@ class Careful:
 
 
 def run_name(workdir: str | os.PathLike[str], tracker: str) -> str:
-    """What a service calls this run, '<folder>-<8 digits>': kept in the workdir, so that a run that
-    goes on is the same one there, and a new run in a folder of the same name is another. Raises
-    DamagedNames where the file that keeps it is damaged."""
+    """The run's name at a service, '<folder>-<8 hex digits>'.
+
+    It is stored in the workdir, so a resumed run keeps its name, and a new run in a folder of the
+    same name gets another one. Raises DamagedNames if trackers.json is damaged.
+    """
     folder = storage.place(workdir)
     file = folder / NAMES_FILE
     try:
         names = bounded_json.parse(file.read_bytes()) if file.exists() else {}
     except ValueError as error:
         raise DamagedNames(
-            f"{file} is damaged ({error}); restore it, or delete it: {tracker} then takes this run "
-            "for a new one"
+            f"{file} is damaged ({error}); restore it, or delete it to start a new run in {tracker}"
         ) from None
     if tracker not in names:
-        start = _NO_ID.sub("-", folder.name.encode(errors="replace").decode())[:_LONGEST]
+        start = _NOT_IN_ID.sub("-", folder.name.encode(errors="replace").decode())[:_MAX_FOLDER]
         names[tracker] = f"{start}-{uuid.uuid4().hex[:8]}"
         storage.write_text(file, json.dumps(names, indent=1) + "\n")
     return names[tracker]
