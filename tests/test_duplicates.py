@@ -48,7 +48,7 @@ def test_twins_are_on_one_side_of_a_holdout(tmp_path):
 
 def by_field(folder, out, **options):
     """Of each split that the field tells: key -> reason of what is left out, and the keys kept."""
-    told = holdout.told("imagefolder", str(folder), Options())
+    told = holdout.find_splits("imagefolder", str(folder), Options())
     left_out, kept = {}, {}
     for split in told.values:
         chosen = dataclasses.asdict(told.options(split, Options(**options)))

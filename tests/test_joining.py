@@ -148,7 +148,7 @@ def test_what_another_process_writes_is_waited_for_with_a_word_and_a_bound(monke
 ALONE = """
 import sys
 from coca_jax.runtime import multihost as processes
-processes.TOLD_AFTER = processes.TOLD_EVERY = 0.3
+processes.NOTICE_AFTER = processes.NOTICE_EVERY = 0.3
 processes.start(f"localhost:{sys.argv[1]}", 2, 0)
 """
 
@@ -210,7 +210,7 @@ other_data = {"--data": f"{folder}/{'ab'[number]}"} | ({"--text_field": "x"} if 
 tell("flags", lambda: agreement.on_command(plain, shared, other_data))
 tell("source", lambda: agreement.on_command(mine, shared))
 tell("workdir", lambda: agreement.on_command(plain, other))
-told = dict(plain.to_dict(), data_told=[dict(examples=9 + number, sha256="a")], workdir=other)
+told = dict(plain.to_dict(), data_digests=[dict(examples=9 + number, sha256="a")], workdir=other)
 tell("data", lambda: agreement.on_data(told, shared, 9))
 tell("again", lambda: agreement.on_data(plain.to_dict(), shared, 9))
 
@@ -270,7 +270,7 @@ def test_processes_that_differ_all_say_so_and_end(tmp_path):
         f"{tmp_path}/own1 of process 1 is not the folder of process 0 ({tmp_path}/own0): the "
         "workdir must be shared by all processes, or lie in a bucket"
     )
-    assert "process 1 has data_told[0].examples=10, process 0 has 9; start" in first["data"]
+    assert "process 1 has data_digests[0].examples=10, process 0 has 9; start" in first["data"]
     assert first["scores"] == "" and not any(
         json.loads((tmp_path / "scores/eval.json").read_text())
     )

@@ -50,7 +50,7 @@ def test_what_is_frozen_has_no_gradients_and_what_fits_is_taken(
     config = typed(config)
     found, (least, most) = memory.step_bytes(config, mesh), memory.bounds(config, mesh)
     assert least < found < most
-    monkeypatch.setattr(memory, "bounds_kept", lambda *_: (least, most))
+    monkeypatch.setattr(memory, "cached_bounds", lambda *_: (least, most))
     monkeypatch.setattr(memory, "step_bytes", lambda *_: found)
     monkeypatch.setattr(memory, "available", lambda: found)
     memory.check(typed(config), mesh, lambda _: None)
@@ -67,13 +67,13 @@ def test_the_bounds_are_traced_once_for_a_config_and_again_for_another(mesh, mon
     monkeypatch.setattr(cache_folder, "folder", lambda: tmp_path)
     plain, traced = memory.bounds, []
     monkeypatch.setattr(memory, "bounds", lambda *of: traced.append(of) or plain(*of))
-    first = memory.bounds_kept(typed(small_run()), mesh)
-    assert first == memory.bounds_kept(typed(small_run()), mesh) and len(traced) == 1
-    assert memory.bounds_kept(typed(small_run(batch_size=64)), mesh)[1] > first[1]
-    memory.bounds_kept(typed(small_run(text_lengths=(4,), text_parts=2)), mesh)
+    first = memory.cached_bounds(typed(small_run()), mesh)
+    assert first == memory.cached_bounds(typed(small_run()), mesh) and len(traced) == 1
+    assert memory.cached_bounds(typed(small_run(batch_size=64)), mesh)[1] > first[1]
+    memory.cached_bounds(typed(small_run(text_lengths=(4,), text_parts=2)), mesh)
     assert len(traced) == 3
     (tmp_path / memory.KEPT).write_text('{"damaged": [')
-    assert memory.bounds_kept(typed(small_run()), mesh) == first and len(traced) == 4
+    assert memory.cached_bounds(typed(small_run()), mesh) == first and len(traced) == 4
 
 
 @pytest.mark.long

@@ -75,7 +75,7 @@ def test_the_field_split_beside_pictures_is_looked_for_in_all_of_them(tmp_path, 
     rows = {f"{n}": json.dumps(dict(text=f"no. {n}", split=s)) for n, s in enumerate(8 * ["train"])}
     rows |= {"8": json.dumps(dict(text="no. 8", split="test"))}
     folder = beside(tmp_path / "a", rows, ".json")
-    told = holdout.told("sidecars", str(folder), Options())
+    told = holdout.find_splits("sidecars", str(folder), Options())
     assert told.rows == dict(train=8, test=1) and told.values["test"] == ("test",)
 
 

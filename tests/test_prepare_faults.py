@@ -185,7 +185,7 @@ def test_what_cannot_be_used_is_listed_with_its_own_split(tmp_path):
         (tmp_path / f"a/{n}.jpg").write_bytes(encode(n))
     lines = [json.dumps(row) for row in rows] + ["{"]
     (tmp_path / "a/metadata.jsonl").write_text("\n".join(lines))
-    told = holdout.told("imagefolder", str(tmp_path / "a"), Options())
+    told = holdout.find_splits("imagefolder", str(tmp_path / "a"), Options())
     listed = {}
     for split in told.values:
         options = dataclasses.asdict(told.options(split, Options()))

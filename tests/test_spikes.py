@@ -63,7 +63,7 @@ def test_inspect_shows_what_a_step_of_a_run_trained_on(tmp_path, capsys):
     config.steps, config.optimizer.warmup_steps = 6, 0
     config, words = typed(config), types.SimpleNamespace(checksum="")
     mixture = Mixture(config)
-    told = (str(workdir), words, (), mixture.data_told)
+    told = (str(workdir), words, (), mixture.data_digests)
     config_file.write(config_file.contents(config, *told), str(workdir))
     batches = [[row["index"] for row in mixture.step_examples(n)] for n in range(8)]
     now = str(workdir.rename(tmp_path / "now"))

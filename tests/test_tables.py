@@ -205,10 +205,10 @@ def test_the_field_split_in_any_case_with_all_rows_told(tmp_path, kind, capsys):
 def test_no_rows_to_train_on_or_to_hold_out_are_no_splits(tmp_path):
     for name, values in (("a", ["test", "val"]), ("b", ["train", "restval"]), ("c", [None] * 3)):
         split_table(tmp_path / name, values)
-        assert holdout.told("imagefolder", str(tmp_path / name), Options()) is None
+        assert holdout.find_splits("imagefolder", str(tmp_path / name), Options()) is None
     (tmp_path / "d").mkdir()
     (tmp_path / "d/a.parquet").write_bytes(b"damaged")
-    assert holdout.told("parquet", str(tmp_path / "d"), Options()) is None
+    assert holdout.find_splits("parquet", str(tmp_path / "d"), Options()) is None
 
 
 @pytest.fixture

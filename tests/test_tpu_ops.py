@@ -144,7 +144,7 @@ def test_long_sequences_take_the_kernels_for_them(caplog):
     single = str(jax.make_jaxpr(attend)(query[:, :1], *arrays(1, 8192, 64, count=2)))
     assert "long_attention" not in single  # float32
     mask = reference.causal_mask(512, 512)
-    reference.say_once.cache_clear()
+    reference.log_once.cache_clear()
     with caplog.at_level("WARNING", "coca_jax"):
         masked = jax.make_jaxpr(lambda q: tpu_attention.attend(q, key, value, mask, 1))(query)
     assert "long_attention" not in str(masked)

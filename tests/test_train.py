@@ -391,7 +391,7 @@ def test_a_run_does_not_go_on_with_data_that_were_prepared_anew(tmp_path):
         found.open_data()
         return found
 
-    told = started().mixture.data_told
+    told = started().mixture.data_digests
     assert told[0]["examples"] == 12 and told[1] is None
     words = types.SimpleNamespace(checksum=vocabulary.load(scenes_words()).checksum)
     config_file.write(config_file.contents(typed(config), workdir, words, (), told), workdir)

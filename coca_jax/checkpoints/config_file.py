@@ -203,17 +203,17 @@ def contents(
     workdir: str,
     vocabulary: Any,
     class_names: Sequence[str] = (),
-    data_told: Sequence[Mapping[str, Any] | None] = (),
+    data_digests: Sequence[Mapping[str, Any] | None] = (),
 ) -> dict[str, Any]:
     """What config.json holds: the config, the workdir as it is spelled in the config's paths, the
-    vocabulary's checksum, what tells each source's data (`Mixture.data_told`) and the head's
+    vocabulary's checksum, what tells each source's data (`Mixture.data_digests`) and the head's
     classes, in the order of its outputs."""
     data = config.to_dict()
     data |= {"workdir": str(workdir), "vocabulary_checksum": vocabulary.checksum}
     if class_names:
         data["class_names"] = list(class_names)
-    if any(data_told):
-        data["data_told"] = list(data_told)
+    if any(data_digests):
+        data["data_digests"] = list(data_digests)
     return _json(data)
 
 
@@ -252,7 +252,7 @@ def check_resumable(
     new = flatten(_json(read(Config, config.to_dict()).to_dict()))
     # A run from before a key was there has its default; keys of today as they are written today.
     old = flatten(old) | flatten(_json(read(Config, old, f"{workdir}/config.json", True).to_dict()))
-    old.pop("data_told", None)  # by `check_data`
+    old.pop("data_digests", None)  # by `check_data`
     classes = old.pop("class_names", [])
     before = old.pop("workdir", workdir)
     changed = [
@@ -279,14 +279,14 @@ def check_resumable(
 
 
 def check_data(
-    data_told: Sequence[Mapping[str, Any] | None],
+    data_digests: Sequence[Mapping[str, Any] | None],
     config: Config,
     old: Mapping[str, Any],
     workdir: str,
 ) -> None:
     """Raises ValueError naming the first prepared source that has other data than the run of
     `workdir` began with, whose config.json holds `old`. Runs from before that was kept pass."""
-    for number, (before, now) in enumerate(zip(old.get("data_told", ()), data_told)):
+    for number, (before, now) in enumerate(zip(old.get("data_digests", ()), data_digests)):
         if before and now and before != now:
             there, here = (
                 f"{one['examples']} examples (sha256 {one['sha256'][:12]})" for one in (before, now)

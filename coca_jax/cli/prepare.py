@@ -180,7 +180,7 @@ def inspect_run(workdir: str, step: int) -> dict[str, Any]:
     config = config.change({"data.sources": tuple(one.to_dict() for one in moved)})
     setup.check_seen(config.data.sources, workdir)
     mixture = Mixture(config, workdir)
-    config_file.check_data(mixture.data_told, config, old, workdir)
+    config_file.check_data(mixture.data_digests, config, old, workdir)
     left_out = bad_steps.LossSpikes(workdir, config.faults, write=False).left_out
     return _inspect(config, mixture, step, left_out)
 
@@ -394,7 +394,7 @@ def _alone(input: str, out: str, names: Sequence[str]) -> Iterator[None]:
 
 
 def _write(
-    where: tuple[str, str, str], by_field: holdout.Told | None, keywords: dict[str, Any]
+    where: tuple[str, str, str], by_field: holdout.SplitField | None, keywords: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes one split, the two of a holdout, or those that a field tells; says how many."""
     if by_field:
@@ -410,7 +410,7 @@ def _write(
     return result | {"held_out": held}
 
 
-def _by_field(format: str, options: Options) -> holdout.Told | None:
+def _by_field(format: str, options: Options) -> holdout.SplitField | None:
     """The splits that the field `split` tells, where neither flags nor names say others."""
     said = flags.FLAGS["split"].present or flags.FLAGS.holdout
     if said or any(name == holdout.FIELD for name, _ in options.where):
@@ -419,7 +419,7 @@ def _by_field(format: str, options: Options) -> holdout.Told | None:
 
 
 def _write_told(
-    by_field: holdout.Told, where: tuple[str, str, str], keywords: dict[str, Any]
+    by_field: holdout.SplitField, where: tuple[str, str, str], keywords: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes each split that the field `split` tells; what is returned is that of the first, which
     is 'train' unless nothing is left of it, with all of them as 'splits'."""

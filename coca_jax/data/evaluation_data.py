@@ -110,18 +110,18 @@ def splits(entry: Given) -> list[str]:
     entry = Entry.of(entry)
     if entry.tfds:
         return tfds.splits(tfds.data_path(entry.tfds, entry.data_dir))
-    found = told(entry)
+    found = find_splits(entry)
     return sorted(array_record.read_manifest(entry.path)["splits"]) if found is None else found[0]
 
 
-def told(entry: Entry) -> tuple[list[str], holdout.Told | None] | None:
+def find_splits(entry: Entry) -> tuple[list[str], holdout.SplitField | None] | None:
     """What data at a path tell of their splits, as `split_field.of_data`; None of prepared ones."""
     if _is_plain_folder(entry):
         return _of_folder(entry)
-    return source_index.told(entry) if source_index.is_needed(entry) else None
+    return source_index.find_splits(entry) if source_index.is_needed(entry) else None
 
 
-def _of_folder(entry: Entry) -> tuple[list[str], holdout.Told | None]:
+def _of_folder(entry: Entry) -> tuple[list[str], holdout.SplitField | None]:
     if holdout.FIELD in entry.where:
         return image_folder.splits(entry.path), None
     path, options = entry.path, _options(entry)
@@ -131,7 +131,7 @@ def _of_folder(entry: Entry) -> tuple[list[str], holdout.Told | None]:
 def check_split(entry: Given, split: str) -> None:
     """Raises ValueError for a split that data do not have, where they have or tell some."""
     entry = Entry.of(entry)
-    by_path = None if entry.tfds else told(entry)
+    by_path = None if entry.tfds else find_splits(entry)
     found = splits(entry) if by_path is None else by_path[0]
     called = str if by_path is None else holdout.split_of  # the former are names as such
     if found and called(split) not in map(called, found):

@@ -19,7 +19,7 @@ _SHOWN = 5  # values in a line
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class SplitField:
     """The splits that the field tells: 'train', and 'test', 'validation' or both.
 
     Attributes:
@@ -52,11 +52,11 @@ class Told:
         return f"rows not used, by their field {FIELD!r}: {', '.join(shown)}{more}"
 
 
-def read(told: Mapping[str, Any] | None) -> Told | None:
+def read(told: Mapping[str, Any] | None) -> SplitField | None:
     """What `dataclasses.asdict` made of it, from JSON."""
     if told is None:
         return None
-    return Told({k: tuple(values) for k, values in told["values"].items()}, told["rows"])
+    return SplitField({k: tuple(values) for k, values in told["values"].items()}, told["rows"])
 
 
 def split_of(value: str) -> str:
@@ -66,18 +66,18 @@ def split_of(value: str) -> str:
     return "train" if name == "restval" else files.SPLITS.get(name, name)
 
 
-def of_data(format: str, input: str, options: Options) -> tuple[list[str], Told | None]:
+def of_data(format: str, input: str, options: Options) -> tuple[list[str], SplitField | None]:
     """(the splits that data tell, what their field tells): by the names of their files or folders,
     else by the field; of names, and where nothing tells a split, ([...], None).
 
-    Raises as `splits.splits_of` and `told`.
+    Raises as `splits.splits_of` and `find_splits`.
     """
     names = prepare.splits_of(format, input)
-    found = None if names else told(format, input, options)
+    found = None if names else find_splits(format, input, options)
     return (list(found.values) if found else names), found
 
 
-def told(format: str, input: str, options: Options) -> Told | None:
+def find_splits(format: str, input: str, options: Options) -> SplitField | None:
     """The splits that the field tells; None where there is no such field, or it has not both
     examples to train on and others.
 
@@ -91,8 +91,8 @@ def told(format: str, input: str, options: Options) -> Told | None:
         return of_values(_values(format, input, options))
 
 
-def of_values(values: Iterable[Any]) -> Told | None:
-    """`told` by the field's values, of each example in order; None and NaN, as tables have it, are
+def of_values(values: Iterable[Any]) -> SplitField | None:
+    """`find_splits` by the field's values, of each example in order; None and NaN, as tables have it, are
     nothing."""
     spelled = ("" if value is None or value != value else str(value) for value in values)
     first = list(itertools.islice(spelled, _LOOK_AT))
@@ -105,11 +105,11 @@ def of_values(values: Iterable[Any]) -> Told | None:
     there = [split for split in ("train", "test", "validation") if split in known]
     if "train" not in there or len(there) < 2:
         return None
-    return Told({split: tuple(known[split]) for split in there}, dict(rows))
+    return SplitField({split: tuple(known[split]) for split in there}, dict(rows))
 
 
 def prepare_each(
-    by_field: Told,
+    by_field: SplitField,
     where: tuple[str, str, str],
     keywords: Mapping[str, Any],
     say: Callable[[str], None],
@@ -155,7 +155,7 @@ def prepare_each(
     raise ValueError(why + empty[0].more)
 
 
-def narrowed(path: str, by_field: Told | None, split: str, options: Options) -> Options:
+def narrowed(path: str, by_field: SplitField | None, split: str, options: Options) -> Options:
     """The options with which a split of the data at a path is read; those given where no field
     tells splits. Raises ValueError for a split that it does not tell."""
     if not by_field:

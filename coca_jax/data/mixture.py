@@ -111,12 +111,12 @@ class Mixture:
         return sum(self.sizes)
 
     @functools.cached_property
-    def data_told(self) -> list[dict[str, Any] | None]:
-        """`manifest.told` of each source, what it leaves out included; None of those that are no
+    def data_digests(self) -> list[dict[str, Any] | None]:
+        """`manifest.digest` of each source, what it leaves out included; None of those that are no
         prepared data."""
         _ = self.sources  # what is wrong with them is said in its own words
         return [
-            manifest.told(entry.path, entry.split or "train") if entry.path else None
+            manifest.digest(entry.path, entry.split or "train") if entry.path else None
             for entry in self.entries
         ]
 

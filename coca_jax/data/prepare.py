@@ -675,7 +675,7 @@ def splits_of(format: str, input: str) -> list[str]:
     module = importer(format)
     if hasattr(module, "splits"):
         return module.splits(input)
-    return files.splits_told(input, module.PATTERNS)
+    return files.splits_in_names(input, module.PATTERNS)
 
 
 def tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
@@ -954,7 +954,7 @@ def _finish(
     if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
         told["state"] = state
     if jobs[0].root:
-        told["root"] = in_place.told_root(jobs[0].root, out)
+        told["root"] = in_place.relative_root(jobs[0].root, out)
     with metadata.changing(out) as manifest:
         manifest["class_names"] = classes or metadata.class_names(manifest, split, seen)
         manifest["splits"][split] = told

@@ -138,7 +138,7 @@ def _kept(path: str, split: str, options: Options, *, images: bool = True) -> pa
     return folder / _digest(mark)
 
 
-def told(entry: Entry) -> tuple[list[str], holdout.Told | None]:
+def find_splits(entry: Entry) -> tuple[list[str], holdout.SplitField | None]:
     """`split_field.of_data` of data which are not prepared, gone through once for the same files:
     of tars that reads the pictures too. A field for which `where` has values tells none.
 
@@ -149,7 +149,7 @@ def told(entry: Entry) -> tuple[list[str], holdout.Told | None]:
         return names, None
     kept = str(_kept(path, "", options, images=False)) + ".split.json"
     if not files.exists(kept):
-        found = holdout.told(formats.guess(path), path, options)
+        found = holdout.find_splits(formats.guess(path), path, options)
         write_bytes(kept, json.dumps(found and dataclasses.asdict(found)).encode())
     found = holdout.read(json.loads(files.read(kept)))
     return (list(found.values) if found else []), found
@@ -159,7 +159,7 @@ def _of_split(entry: Entry, split: str) -> tuple[str, str, Options]:
     """The format of data which are not prepared, and what is read for a split of them, and how.
     Raises ValueError for one that they do not tell, where they tell some."""
     path, options = files.absolute(entry.path), _options(entry)
-    narrowed = holdout.narrowed(entry.path, told(entry)[1], split, options)
+    narrowed = holdout.narrowed(entry.path, find_splits(entry)[1], split, options)
     return formats.guess(path), path, narrowed
 
 

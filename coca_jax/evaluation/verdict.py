@@ -71,7 +71,7 @@ def of_run(run: RunFiles) -> str:
 
 def _training_images(config: Mapping[str, Any]) -> int:
     """Number of examples of the sources, each counted once; 0 if unknown for one of them."""
-    told = config.get("data_told", ())
+    told = config.get("data_digests", ())
     return sum({one["sha256"]: one["examples"] for one in told}.values()) if all(told) else 0
 
 

@@ -18,7 +18,7 @@ from coca_jax.models.layers import BOTTOM, STACK, BlockOptions, Part
 from coca_jax.ops import decode_layouts
 from coca_jax.ops.cpu_kernels import decode
 from coca_jax.ops.decode_layouts import LAYOUTS, Cache, Layout
-from coca_jax.ops.reference import say_once
+from coca_jax.ops.reference import log_once
 from coca_jax.parallel.sharding import constrain
 
 # See roles.Role. The halves are one tower: the upper one's layers stand on the lower one's.
@@ -216,7 +216,7 @@ def pack_block(params: dict, dtype: Any, layout: Layout, unknown: dict[str, Any]
     modules alone know what they mean, so that nothing is packed.
     """
     if unknown:
-        say_once(f"decoding runs the block's own modules: packing does not know {unknown}")
+        log_once(f"decoding runs the block's own modules: packing does not know {unknown}")
     if layout == "reference" or unknown:
         return {}
     found: dict[str, Any] = {"attention": _pack_attention(params["attention"], dtype, layout)}

@@ -24,8 +24,8 @@ from coca_jax.ops.reference import (
     SLOPE,
     Reference,
     gelu_slope,
+    log_once,
     merge_heads,
-    say_once,
     split_heads,
     wide,
 )
@@ -102,7 +102,7 @@ class Gpu(Reference):
         why = _refusal(query.dtype, width) if self.cudnn else "switched off"
         if why:
             if self.cudnn:
-                say_once(f"attention of {heads} heads of {width} runs without cuDNN: {why}")
+                log_once(f"attention of {heads} heads of {width} runs without cuDNN: {why}")
             return super().attend(query, key, value, mask, heads, causal)
         query, key, value = (split_heads(x, heads) for x in (query, key, value))
         return checkpoint_name(

@@ -49,7 +49,7 @@ class Before(NamedTuple):
 
 
 @functools.cache
-def say_once(text: str) -> None:
+def log_once(text: str) -> None:
     """A warning in the log, once a process for each text."""
     logging.getLogger("coca_jax").warning("%s", text)
 

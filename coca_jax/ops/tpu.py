@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax.ops import tpu_attention, tpu_layer_loop, tpu_norm
-from coca_jax.ops.reference import NORM_EPSILON, Reference, say_once, whole_mask
+from coca_jax.ops.reference import NORM_EPSILON, Reference, log_once, whole_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Tpu(Reference):
         if block["cross"] not in (None, "paper"):
             other["cross"] = block["cross"]
         if other:
-            say_once(
+            log_once(
                 "the layers run by XLA's loop: the one written out does not know " + str(other)
             )
             return None

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from coca_jax.ops import tpu_attention_long, tpu_attention_short
-from coca_jax.ops.reference import say_once
+from coca_jax.ops.reference import log_once
 from coca_jax.ops.tpu_norm import parts_of, per_device
 from coca_jax.parallel import sharding
 from coca_jax.parallel.sharding import active_mesh
@@ -169,7 +169,7 @@ def _on_device(kernel, plain, arrays, mask, heads):
     if not (long or (_even(query, heads) and tpu_attention_short.fits(query, key))):
         tokens = query.shape[-2], key.shape[-2]
         if math.prod(tokens) > tpu_attention_short.MOST_WEIGHTS:
-            say_once(
+            log_once(
                 f"attention of {tokens[0]:,} tokens to {tokens[1]:,} runs as XLA makes it: of so "
                 "many the kernels take bfloat16 without a mask, up to about 2,500 that a multiple "
                 "of 16 from 64 to 128 divides"

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 SAID_EVERY = 10.0  # seconds between lines on work whose parts nobody can count
-TOLD_AFTER = 60.0  # seconds after which a line says what is waited for
+NOTICE_AFTER = 60.0  # seconds after which a line says what is waited for
 
 _under_way: dict[object, tuple[str, float]] = {}
 _parts = 0
@@ -106,7 +106,7 @@ def until(what: str, look: Callable[[], T | None], *, hours: int = 1, pause: flo
         waited = time.monotonic() - began
         if waited > 3600 * hours:
             raise ValueError(f"waited {hours} h for {what}, in vain")
-        if waited > TOLD_AFTER and not told:
+        if waited > NOTICE_AFTER and not told:
             told = True
             print(f"waiting for {what}", file=sys.stderr, flush=True)
         time.sleep(pause)

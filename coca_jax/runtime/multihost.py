@@ -19,7 +19,7 @@ from coca_jax.runtime import activity
 
 # Without a sign of life of another process for so long, a process ends in place of waiting.
 PEER_SECONDS = 60
-TOLD_AFTER, TOLD_EVERY = 30.0, 60.0  # seconds of waiting for others to join
+NOTICE_AFTER, NOTICE_EVERY = 30.0, 60.0  # seconds of waiting for others to join
 STOPPED, ENDED = "coca_jax/stopped", "coca_jax/ended"  # keys, set by the first that leaves
 _BY_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID")  # what jax reads of a step
 
@@ -63,7 +63,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
     told: dict[str, Any] = {"heartbeat_timeout_seconds": PEER_SECONDS}
     if _takes_all_gpus(all(given)):
         told["local_device_ids"] = ()  # no choice among them
-    with activity.telling(_tell, TOLD_AFTER, TOLD_EVERY):
+    with activity.telling(_tell, NOTICE_AFTER, NOTICE_EVERY):
         if all(given):
             jax.distributed.initialize(coordinator, num_processes, process_id, **told)
         elif _environment_has_processes():

@@ -27,7 +27,7 @@ class Diverged(ValueError):
     """Too many steps in a row had gradients that are not finite."""
 
 
-def told(skipped: int, steps: int) -> str:
+def summary(skipped: int, steps: int) -> str:
     """What is said of a run of so many steps at its end, of which `skipped` had gradients that are
     not finite; '' for none."""
     if not skipped:

@@ -425,7 +425,7 @@ class Layout:
     input: str
     train: str = ""
     held: str = ""
-    by_field: holdout.Told | None = None
+    by_field: holdout.SplitField | None = None
 
     def options(self, split: str, options: Options) -> Options:
         """The options with which one of the two splits is read."""

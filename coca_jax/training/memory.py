@@ -115,7 +115,7 @@ def least(config: Config, mesh: Mesh) -> int:
     return (kept + gradients) // mesh.size
 
 
-def bounds_kept(config: Config, mesh: Mesh) -> tuple[int, int]:
+def cached_bounds(config: Config, mesh: Mesh) -> tuple[int, int]:
     """`bounds`, kept in the cache folder from start to start: a trace of the step takes a third of
     the time that a small run needs to go on."""
     file, key = cache_folder.folder() / KEPT, _key(config, mesh)
@@ -177,7 +177,7 @@ def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
     room = available()
     if config.batch_sizes:
         config = config.change({"batch_size": max(batch_schedule.sizes(config)), "batch_sizes": ()})
-    need, most = bounds_kept(config, mesh)
+    need, most = cached_bounds(config, mesh)
     if most <= room:
         return
     if need <= room:
@@ -272,5 +272,5 @@ def needed(config: Config) -> int:
     """Bytes that a step takes on one of this machine's devices: the bound from above where that
     fits, for it costs no compilation, else what the compiler counts."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    most = bounds_kept(config, mesh)[1]
+    most = cached_bounds(config, mesh)[1]
     return most if most <= available() // 2 else _bytes_or_all(config, mesh)

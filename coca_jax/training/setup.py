@@ -26,7 +26,7 @@ from coca_jax.training import best_checkpoint, guard, run_vocabulary, trackers, 
 from coca_jax.training.optimizer import orthogonalises
 
 
-def _goes_on(workdir: str) -> bool:
+def _resumes(workdir: str) -> bool:
     """Whether a run there has saved a step: it does not read again what it started from."""
     try:
         return bool(manager.find_steps(workdir)[1])
@@ -37,7 +37,7 @@ def _goes_on(workdir: str) -> bool:
 def check_start(config: Config, workdir: str) -> None:
     """Raises ValueError or FileNotFoundError for weights that a new run cannot start from, before
     any data are read."""
-    if config.init_from and not _goes_on(workdir):
+    if config.init_from and not _resumes(workdir):
         warm_start.check_weights(config.init_from)
         warm_start.check_model(config)
 

@@ -206,7 +206,7 @@ class Trainer:
         if (storage.place(self.workdir) / "config.json").exists():
             old = manager.read_run(self.workdir)
             # First: other data have other classes and numbers of examples, which say less.
-            config_file.check_data(mixture.data_told, config, old, self.workdir)
+            config_file.check_data(mixture.data_digests, config, old, self.workdir)
             config_file.check_resumable(config, old, self.workdir, self.class_names)
             setup.check_vocabulary(config, old, self.workdir)
             longer, self.steps_before = config_file.continue_longer(
@@ -243,7 +243,7 @@ class Trainer:
 
     def _config_contents(self) -> dict[str, Any]:
         """The contents of config.json."""
-        known = (self.vocabulary, self.class_names, self.mixture.data_told)
+        known = (self.vocabulary, self.class_names, self.mixture.data_digests)
         return config_file.contents(self.config, self.workdir, *known)
 
     def restore_or_init(self) -> None:
@@ -448,7 +448,7 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Evaluates the last state and writes the report; returns the summary."""
         skipped = int(self.state.skipped)
-        if line := bad_steps.told(skipped, self.steps):
+        if line := bad_steps.summary(skipped, self.steps):
             self.say(f"warning: {line}")
         self.stop.end("evaluating")
         scores = self.evaluate.evaluate(self.steps)

@@ -296,7 +296,7 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
     elif system.isfile(plain):
         return [storage.plain_path(path)]
     elif system.isdir(plain):
-        told = _told_splits(system, plain, patterns)
+        told = _splits_by_file(system, plain, patterns)
         found = list(told)
         if split and any(told.values()):
             wanted = SPLITS.get(split.lower(), split)
@@ -383,13 +383,13 @@ def _expanded(path: str) -> list[str]:
     return [f"{before}{part}{rest}" for part in parts for rest in behind]
 
 
-def splits_told(path: str, patterns: tuple[str, ...]) -> list[str]:
+def splits_in_names(path: str, patterns: tuple[str, ...]) -> list[str]:
     """The splits that the names of a folder's matching files tell, as `find` understands them:
     'train', 'test', 'validation' (also said valid, val, dev), sorted; [] where they tell none."""
     system, plain = filesystem(path)
     if not system.isdir(plain):
         return []
-    told = _told_splits(system, plain, patterns).values()
+    told = _splits_by_file(system, plain, patterns).values()
     return sorted({*told} - {""})
 
 
@@ -397,13 +397,13 @@ def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
     """(names of the files that `find` takes for no split, as others tell theirs; number of all)."""
     system, plain = filesystem(path)
     folder = not system.isfile(plain) and system.isdir(plain)
-    told = _told_splits(system, plain, patterns) if folder else {}
+    told = _splits_by_file(system, plain, patterns) if folder else {}
     if not any(told.values()):
         return [], len(told)
     return sorted(posixpath.relpath(f, plain) for f, split in told.items() if not split), len(told)
 
 
-def _told_splits(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
+def _splits_by_file(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:
     """Matching files of a folder and below -> the split that their names within it tell, or ''."""
     start = plain.rstrip("/") + "/"
     names = {_within(file, start): file for file in _below(system, plain)}

@@ -338,7 +338,7 @@ def root_of(input: str) -> str:
     return found if files.is_remote(found) else os.path.realpath(storage.plain_path(found))
 
 
-def told_root(root: str, out: str) -> str:
+def relative_root(root: str, out: str) -> str:
     """The root as the manifest in `out` says it: relative to `out` where that lies in the data's
     folder, so that both may move together."""
     if files.is_remote(root) or files.is_remote(out):

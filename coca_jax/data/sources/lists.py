@@ -169,7 +169,7 @@ def _count(path: str) -> int:
 def json_splits(path: str) -> list[str]:
     """The splits that the names of a folder's lists tell, [] where they tell none."""
     if not _is_folder(path):
-        return files.splits_told(path, formats.PATTERNS["json"])
+        return files.splits_in_names(path, formats.PATTERNS["json"])
     return sorted({*map(_split_of, formats.caption_lists(path))} - {""})
 
 

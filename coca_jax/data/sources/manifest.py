@@ -43,7 +43,7 @@ def read(path: str) -> dict[str, Any] | None:
     return found
 
 
-def told(path: str, split: str) -> dict[str, Any]:
+def digest(path: str, split: str) -> dict[str, Any]:
     """{examples, sha256}: how many examples a split of prepared data has, and a digest of its
     shards' checksums, which tells its data from others. Raises KeyError where there is none."""
     found = (read(storage.plain_path(path)) or {"splits": {}})["splits"][split]
