@@ -170,9 +170,9 @@ def test_the_field_that_tells_splits_tells_them_to_evaluations(kind, ask, tmp_pa
         data_flag.apply(own, [path], str(tmp_path / "of_flag")),
     ):
         assert Mixture(config).sizes == [30]
-        assert leakage.trained_on(config, dict(path=path, split="train"))
-        assert not leakage.trained_on(config, data)
-    assert leakage.trained_on(own, dict(path=path, split="train"))
+        assert leakage.trained_on(config.data.sources, dict(path=path, split="train"))
+        assert not leakage.trained_on(config.data.sources, data)
+    assert leakage.trained_on(own.data.sources, dict(path=path, split="train"))
 
 
 def test_a_run_goes_on_with_the_index_that_it_made_of_all_rows(tmp_path):
@@ -183,7 +183,7 @@ def test_a_run_goes_on_with_the_index_that_it_made_of_all_rows(tmp_path):
     found = source_index.of_sources(config, str(tmp_path / "run"))
     assert Mixture(found).sizes == [40]
     for split in ("train", "validation"):  # the rows of both trained
-        assert leakage.trained_on(found, dict(path=path, split=split))
+        assert leakage.trained_on(found.data.sources, dict(path=path, split=split))
 
 
 def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_path):
@@ -191,17 +191,19 @@ def test_examples_that_trained_are_known_where_nothing_tells_a_split(ask, tmp_pa
     config = data_flag.apply(typed(recipe()), [folder], str(tmp_path / "run"))
     (source,) = config.data.sources
     ask(data=f"{folder}/../a/")
-    assert leakage.trained_on(config, evaluate.data_of_flags()) == source
+    assert leakage.trained_on(config.data.sources, evaluate.data_of_flags()) == source
     held = f"; what was held out of them is --data={tmp_path}/run/data/a --split=test"
     assert leakage.held_out(source) == held
-    assert not leakage.trained_on(config, dict(path=source.path, split="test"))
-    assert not leakage.trained_on(config, dict(path=str(captioned(tmp_path / "b", 3)), split=""))
+    assert not leakage.trained_on(config.data.sources, dict(path=source.path, split="test"))
+    assert not leakage.trained_on(
+        config.data.sources, dict(path=str(captioned(tmp_path / "b", 3)), split="")
+    )
     gone = typed(recipe(data=dict(sources=(dict(path="nowhere://bucket/a"),))))
-    assert not leakage.trained_on(gone, dict(path=folder, split="test"))
+    assert not leakage.trained_on(gone.data.sources, dict(path=folder, split="test"))
     only = typed(recipe(data=dict(sources=(dict(path=folder, where={"site": ["x", "y"]}),))))
     asked = dict(path=folder, split="train", where={"site": "z"})
-    assert not leakage.trained_on(only, asked)
-    assert leakage.trained_on(only, dict(asked, where={"site": ["y", "z"]}))
+    assert not leakage.trained_on(only.data.sources, asked)
+    assert leakage.trained_on(only.data.sources, dict(asked, where={"site": ["y", "z"]}))
 
 
 def test_examples_that_trained_are_known_by_what_they_were_imported_from(tmp_path):
@@ -218,15 +220,19 @@ def test_examples_that_trained_are_known_by_what_they_were_imported_from(tmp_pat
         splits.prepare_with_holdout("imagefolder", folder, out, share, **how)
         held = {record.texts for record in filters.open_source(out, "test")}
         asked = dict(path=out, split="test")
-        assert bool(leakage.trained_on(config, asked)) == bool(held & trained) == (share > 0.1)
-        assert leakage.trained_on(config, dict(asked, split="train")) == source
+        assert (
+            bool(leakage.trained_on(config.data.sources, asked))
+            == bool(held & trained)
+            == (share > 0.1)
+        )
+        assert leakage.trained_on(config.data.sources, dict(asked, split="train")) == source
         # Another tenth, chosen by the examples' names, is in both of its splits.
-        assert leakage.trained_on(by_name, asked) == by_name.data.sources[0]
+        assert leakage.trained_on(by_name.data.sources, asked) == by_name.data.sources[0]
     assert leakage.part(source, asked) == "some of these" and 0 < len(held & trained) < len(trained)
     assert leakage.part(source, dict(path=folder, split="test")) == "these very"
     other = str(tmp_path / "other")
     prepare.prepare("imagefolder", str(captioned(tmp_path / "b", 9)), other, progress=False)
-    assert not leakage.trained_on(config, dict(path=other, split="train"))
+    assert not leakage.trained_on(config.data.sources, dict(path=other, split="train"))
 
 
 def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch, capsys):

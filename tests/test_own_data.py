@@ -380,8 +380,8 @@ def test_the_split_of_an_evaluation_where_none_is_named(tmp_path):
     with pytest.raises(ValueError, match="have no split 'test'; they have train, val, web"):
         declarations.check([dict(kind="retrieval", name="x", data=dict(path=out))])
     config = recipe(data=dict(sources=(dict(path=out, split="train"),)))
-    assert leakage.trained_on(typed(config), dict(path=f"{out}/../p", split="train"))
-    assert not leakage.trained_on(typed(config), dict(path=out, split="val"))
+    assert leakage.trained_on(typed(config).data.sources, dict(path=f"{out}/../p", split="train"))
+    assert not leakage.trained_on(typed(config).data.sources, dict(path=out, split="val"))
 
 
 def test_tasks_need_captions_or_labels(tmp_path):

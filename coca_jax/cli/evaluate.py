@@ -340,7 +340,7 @@ def score(tasks: list[dict[str, Any]]) -> dict[str, float]:
         devices=devices,
         num_frames=args.num_frames,
     )
-    if source := leakage.trained_on(model.config, data := tasks[0]["data"]):
+    if source := leakage.trained_on(model.config.data.sources, data := tasks[0]["data"]):
         cli.say(
             f"{args.data}: the model trained on {leakage.part(source, data)} examples; the scores say "
             f"how well it remembers them, not how well it does on new ones{leakage.held_out(source)}"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from coca_jax.config import Config, Entry
+from coca_jax.config import Entry
 from coca_jax.data import evaluation_data, holdout
 from coca_jax.data.sources import files, manifest
 
 
-def trained_on(config: Config, data: Mapping[str, Any]) -> Entry | None:
-    """The source of a run's config that has examples of the data at this split, itself or as an
-    index or copy that was made of them; None where there is none."""
+def trained_on(sources: Iterable[Entry], data: Mapping[str, Any]) -> Entry | None:
+    """The source (of a run's `data.sources`) that has examples of the data at this split, itself or
+    as an index or copy that was made of them; None where there is none."""
     asked = Entry.of(data)
-    return next((e for e in config.data.sources if not e.builtin and _overlap(e, asked)), None)
+    return next((e for e in sources if not e.builtin and _overlap(e, asked)), None)
 
 
 def _overlap(source: Entry, asked: Entry) -> bool:
@@ -30,7 +30,7 @@ def _overlap(source: Entry, asked: Entry) -> bool:
         return _share(made["options"], other["options"], same)
     if not asked.path or not made or files.real(made["input"]) != files.real(asked.path):
         return False
-    names, by_field = evaluation_data.told(asked) or ([], None)
+    names, by_field = evaluation_data.find_splits(asked) or ([], None)
     split, where = holdout.split_of(asked.split), dict(asked.where)
     if by_field:
         where[holdout.FIELD] = by_field.values.get(split, ())
