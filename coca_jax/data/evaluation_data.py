@@ -115,7 +115,7 @@ def splits(entry: Given) -> list[str]:
 
 
 def find_splits(entry: Entry) -> tuple[list[str], holdout.SplitField | None] | None:
-    """What data at a path tell of their splits, as `split_field.of_data`; None of prepared ones."""
+    """What data at a path tell of their splits, as `holdout.of_data`; None of prepared ones."""
     if _is_plain_folder(entry):
         return _of_folder(entry)
     return source_index.find_splits(entry) if source_index.is_needed(entry) else None

@@ -52,11 +52,11 @@ class SplitField:
         return f"rows not used, by their field {FIELD!r}: {', '.join(shown)}{more}"
 
 
-def read(told: Mapping[str, Any] | None) -> SplitField | None:
-    """What `dataclasses.asdict` made of it, from JSON."""
-    if told is None:
+def read(stored: Mapping[str, Any] | None) -> SplitField | None:
+    """A SplitField from the dict that `dataclasses.asdict` made of one; None from None."""
+    if stored is None:
         return None
-    return SplitField({k: tuple(values) for k, values in told["values"].items()}, told["rows"])
+    return SplitField({k: tuple(values) for k, values in stored["values"].items()}, stored["rows"])
 
 
 def split_of(value: str) -> str:
@@ -92,8 +92,7 @@ def find_splits(format: str, input: str, options: Options) -> SplitField | None:
 
 
 def of_values(values: Iterable[Any]) -> SplitField | None:
-    """`find_splits` by the field's values, of each example in order; None and NaN, as tables have it, are
-    nothing."""
+    """As `find_splits`, from the value of each example in order; None and NaN count as no value."""
     spelled = ("" if value is None or value != value else str(value) for value in values)
     first = list(itertools.islice(spelled, _LOOK_AT))
     if not any(first):

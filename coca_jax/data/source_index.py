@@ -139,10 +139,10 @@ def _kept(path: str, split: str, options: Options, *, images: bool = True) -> pa
 
 
 def find_splits(entry: Entry) -> tuple[list[str], holdout.SplitField | None]:
-    """`split_field.of_data` of data which are not prepared, gone through once for the same files:
+    """`holdout.of_data` of data which are not prepared, gone through once for the same files:
     of tars that reads the pictures too. A field for which `where` has values tells none.
 
-    Raises as `split_field.of_data`, and as `cached`."""
+    Raises as `holdout.of_data`, and as `cached`."""
     path, options = files.absolute(entry.path), _options(entry)
     names = prepare.splits_of(formats.guess(path), path)
     if names or holdout.FIELD in entry.where:
