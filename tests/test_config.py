@@ -238,15 +238,6 @@ def test_several_keys_without_effect_are_one_line():
     ]
 
 
-def test_a_batch_that_no_wide_tile_divides_is_told():
-    config = tiny(batch_size=2038, **{"loss.contrastive_chunk": 512})  # 2 x 1019
-    (line,) = config_file.remarks(config, 5000)
-    assert "contrastive_chunk=512: a batch of 2038 is cut into tiles of 2, the largest" in line
-    for changes in ({"batch_size": 2048}, {"loss.contrastive_chunk": 0}, {"batch_size": 300}):
-        assert not config_file.remarks(config.change(changes), 5000)
-    assert not config_file.remarks(config.change({"loss.contrastive_weight": 0.0}), 5000)
-
-
 def test_the_page_on_resuming_names_all_that_may_change():
     page_ = (pathlib.Path(__file__).parents[1] / "docs/training.md").read_text()
     said = page_.partition("## Resuming")[2].partition("\n\n")[2].partition("\n\n")[0]

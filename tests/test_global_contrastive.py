@@ -1,5 +1,7 @@
 """The contrastive loss against all examples: its formula, its memory, and a run that goes on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,45 @@ def test_a_batch_of_all_examples_has_the_loss_and_gradient_of_softmax(scale, red
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for a, b in zip(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_tiles_give_the_loss_gradient_and_means_of_the_full_matrix(sizes):
+    """Tiles of 4 rows of 16, with equal texts and visited examples; on a mesh, too. The compiled
+    gradient holds no array of the size of the full matrix."""
+    count = 16
+    image, text = embeddings(2, count)
+    ids = np.arange(count).repeat(2).reshape(count, 2)
+    ids[3] = ids[0]
+    old = np.linspace(-2, 1, count).astype(np.float32)
+    old[5:9] = UNSEEN
+
+    def loss(chunk, image, text, scale):
+        value, rows, new = global_contrastive_loss(
+            *(image, text, scale, Estimates(old, old[::-1])),
+            num_examples=40,
+            rate=0.3,
+            text_id=ids,
+            chunk=chunk,
+        )
+        return value, (rows, new)
+
+    def run(chunk, mesh=None):
+        function = jax.jit(
+            jax.value_and_grad(functools.partial(loss, chunk), (0, 1, 2), has_aux=True)
+        )
+        arguments = (image, text, jnp.float32(8.0))
+        if mesh is None:
+            assert ("f32[16,16]" in function.lower(*arguments).compile().as_text()) == (chunk == 0)
+            return function(*arguments)
+        rows = sharding.place_batch(mesh, dict(image=image, text=text))
+        with jax.set_mesh(mesh):
+            return function(rows["image"], rows["text"], arguments[2])
+
+    mesh = None if sizes is None else sharding.make_mesh(*sizes)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(4, mesh), run(0)
+    )
 
 
 def test_means_are_kept_from_visit_to_visit():
@@ -159,7 +200,6 @@ def test_a_step_keeps_the_means_of_its_examples(one_device_mesh):
     ("changes", "message"),
     [
         (dict(loss=dict(duplicate_texts="positives")), "loss.duplicate_texts='positives' does not"),
-        (dict(loss=dict(contrastive_chunk=8)), "loss.contrastive_chunk=8 does not go with"),
         (dict(data=dict(loader="seqio")), "data.loader='seqio' does not go with"),
         (dict(loss=dict(global_examples=1)), "loss.global_examples=1"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from coca_jax.ops import cpu
 from coca_jax.ops.captioning_loss import captioning_loss, weighted_captioning_loss
-from coca_jax.ops.contrastive_loss import contrastive_loss
+from coca_jax.ops.contrastive_loss import contrastive_loss, tile_width
 from coca_jax.ops.gpu import Gpu
 from coca_jax.ops.reference import Reference
 from coca_jax.parallel import sharding
@@ -44,6 +44,15 @@ def test_the_mean_of_both_directions_is_half_their_sum():
             for reduction in ("sum", "mean")
         )
         assert_equal(half, [share * x for x in whole], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk", "rows", "width"),
+    [(16384, 0, 16384, 1024), (16384, 0, 64, 16384), (4096, 0, 4096, 4096), (24, 7, 24, 6)]
+    + [(2038, 512, 2038, 1019), (32768, 0, 128, 32768), (65536, 0, 8192, 2048)],
+)
+def test_a_tile_holds_at_most_64_mib_by_default(size, chunk, rows, width):
+    assert tile_width(size, chunk, rows) == width
 
 
 def test_scores_are_never_wider_than_the_chunk():

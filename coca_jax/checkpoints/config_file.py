@@ -12,7 +12,6 @@ from coca_jax.config.base import flatten
 from coca_jax.config.data import PLACES
 from coca_jax.data import batch_schedule
 from coca_jax.data.sources import files
-from coca_jax.ops import contrastive_loss
 from coca_jax.runtime import json_files, storage
 
 # What may differ when a run is resumed: it changes where and how often, not what is computed.
@@ -57,7 +56,7 @@ def check_batch(config: Config, parts: int) -> None:
 
 def remarks(config: Config, num_examples: int) -> list[str]:
     """Warnings of what can be, and is hardly meant. num_examples: of the run's data."""
-    found = [remark_batch(config, num_examples), remark_losses(config), remark_tiles(config)]
+    found = [remark_batch(config, num_examples), remark_losses(config)]
     found += [remark_augmentations(config), remark_start(config), remark_unread(config)]
     found.append(remark_dropout(config))
     return [one for one in found if one]
@@ -159,20 +158,6 @@ def remark_unread(config: Config) -> str:
             if value != plain[section][key]:
                 told.append(f"{section}.{key}={value!r} without {read_by}")
     return f"warning: no effect has {', and none '.join(told)}" if told else ""
-
-
-def remark_tiles(config: Config) -> str:
-    """A warning where tiles of the contrastive loss are less than half as wide as asked for, as
-    they are all alike and a batch has no such divisor, else ''."""
-    largest, chunk = max(batch_schedule.sizes(config)), config.loss.contrastive_chunk
-    width = contrastive_loss.tile_width(largest, chunk)
-    if not config.loss.contrastive_weight or 2 * width >= min(chunk, largest):
-        return ""
-    return (
-        f"warning: loss.contrastive_chunk={chunk}: a batch of {largest} is cut into tiles of "
-        f"{width}, the largest number up to that which divides it, and many small ones are slow; "
-        f"choose a batch_size that is a multiple of {chunk}, or another chunk"
-    )
 
 
 def num_steps(config: Config, num_examples: int) -> int:

@@ -75,7 +75,9 @@ class Loss(Section):
         "sum", "Reduction over the two directions of the contrastive loss (paper, Eq. 2: sum)."
     )
     contrastive_chunk: Chunk = option(
-        0, "Columns per tile of the similarity matrix; 0: a single tile."
+        0,
+        "Columns per tile of the similarity matrix, rounded to a divisor of the batch size; 0: as "
+        "many as fit into 64 MiB on each device.",
     )
     caption_chunk: Chunk = option(0, "Tokens per chunk of the lm_head; 0: all at once.")
     z_loss: Share = option(0.0, "Weight of the squared log-sum-exp in the captioning loss.")
@@ -96,7 +98,6 @@ class Loss(Section):
         if self.contrastive == "global" and self.contrastive_weight:
             self.require(
                 "loss.contrastive='global'",
-                contrastive_chunk=(0,),
                 duplicate_texts=("negatives", "ignore"),
             )
             if self.global_examples == 1:

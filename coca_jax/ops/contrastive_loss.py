@@ -1,8 +1,8 @@
 """The contrastive loss on arrays, exact on any mesh and small in memory.
 
-It works per device on the rows that the device holds and defines its own gradient, so that the
-similarity matrix [B, B] never exists when a chunk size is given. Without a mesh it is a plain
-function of arrays.
+It works per device on the rows that the device holds, on a tile of columns at a time, and defines
+its own gradient: a large similarity matrix [B, B] never exists. Without a mesh it is a plain function
+of arrays.
 
 Shape letters: B batch, b a device's rows, C columns of a tile, E embedding.
 """
@@ -20,12 +20,13 @@ from coca_jax.ops.reference import wide
 from coca_jax.parallel import sharding
 
 HIGHEST = jax.lax.Precision.HIGHEST
+TILE_ELEMENTS = 1 << 24  # similarities on a device at a time by default: 64 MiB of float32
 NEGATIVE = -1e30  # stands for minus infinity where a difference of two must stay finite
 
 
 class ContrastiveOptions(NamedTuple):
     """kind: 'softmax' (paper, Eq. 2) or 'sigmoid' (SigLIP). duplicates: what pairs with equal text
-    are to each other: 'negatives', 'ignore' or 'positives'. chunk: columns per tile, 0: all."""
+    are to each other: 'negatives', 'ignore' or 'positives'. chunk: see `tile_width`."""
 
     kind: str = "softmax"
     duplicates: str = "negatives"
@@ -54,7 +55,7 @@ def contrastive_loss(
       text_id: int32 [B, 2]; equal rows are equal texts. Needed unless duplicates='negatives'.
       kind: 'softmax' or 'sigmoid'.
       duplicates: what equal texts are to each other: 'negatives', 'ignore' or 'positives'.
-      chunk: columns of the similarities that exist at a time; 0: all.
+      chunk: columns of the similarities that exist at a time; see `tile_width`.
       reduction: of the softmax loss's two directions, 'sum' (paper, Eq. 2) or 'mean'.
 
     Returns:
@@ -119,14 +120,19 @@ def _contrastive_backward(options, saved, cotangents):
 _contrastive.defvjp(_contrastive_forward, _contrastive_backward)
 
 
-def tile_width(size: int, chunk: int) -> int:
-    """Columns of a tile of `size` in all: the largest number up to chunk that divides it."""
-    return size if chunk <= 0 else max(c for c in range(1, min(chunk, size) + 1) if size % c == 0)
+def tile_width(size: int, chunk: int, rows: int) -> int:
+    """Columns per tile of a matrix [rows, size] on one device: the largest divisor of `size` up to
+    `chunk` (for chunk=0: up to what fills TILE_ELEMENTS). Many narrow tiles are slow, so a divisor
+    below half of that is replaced by the next larger one."""
+    target = min(chunk or max(TILE_ELEMENTS // rows, 1), size)
+    divisors = [c for c in range(1, size + 1) if size % c == 0]
+    below = max(c for c in divisors if c <= target)
+    return below if 2 * below >= target else min(c for c in divisors if c >= target)
 
 
-def _tiles(x: jax.Array, chunk: int) -> jax.Array:
+def _tiles(x: jax.Array, chunk: int, rows: int) -> jax.Array:
     """[B, ...] -> [B / C, C, ...]; C is the tile's width."""
-    width = tile_width(size := x.shape[0], chunk)
+    width = tile_width(size := x.shape[0], chunk, rows)
     return x.reshape((size // width, width) + x.shape[1:])
 
 
@@ -145,7 +151,8 @@ def _columns(collectives, text, text_id, options):
     """The gathered texts cut in tiles: embeddings, ids, positions in the batch."""
     ids = collectives.gather(text_id)
     index = jnp.arange(ids.shape[0])
-    return tuple(_tiles(x, options.chunk) for x in (collectives.gather(text), ids, index))
+    arrays = (collectives.gather(text), ids, index)
+    return tuple(_tiles(x, options.chunk, text.shape[0]) for x in arrays)
 
 
 def _forward_rows(collectives, _, image, text, scale, logit_bias, text_id, *, options):
@@ -233,7 +240,7 @@ def _backward_rows(
         return (d_image, d_bias + g.sum()), d_columns
 
     start = (jnp.zeros_like(image), jnp.zeros((), image.dtype))
-    lse_tiles = _tiles(column_lse, options.chunk)
+    lse_tiles = _tiles(column_lse, options.chunk, local)
     (d_image, d_bias), d_text = jax.lax.scan(tile_gradient, start, (tiles, lse_tiles))
     d_text = collectives.scatter_sum(d_text.reshape((batch, -1)))
     d_scale = collectives.sum((d_image * image).sum()) / batch
@@ -271,6 +278,7 @@ def global_contrastive_loss(
     num_examples: int,
     rate: float,
     text_id: jax.Array | None = None,
+    chunk: int = 0,
     reduction: str = "sum",
 ) -> tuple[jax.Array, jax.Array, Estimates]:
     """The loss of a batch's rows against all examples.
@@ -284,35 +292,50 @@ def global_contrastive_loss(
         rate: the share that a batch has in the new means.
         text_id: int32 [B, 2]; rows that are equal in it are no negatives of each other. None: all
             others are.
+        chunk: rows of the similarities that exist at a time; see `tile_width`.
         reduction: of both directions, 'sum' or 'mean'.
 
     Returns:
         (loss: the mean over the rows, by the means kept; its rows [B]; the new means). Nothing but
         the loss has a gradient.
     """
-    similarity = scale * jnp.dot(image, text.T, precision=HIGHEST)
-    count = similarity.shape[0]
-    negative = ~jnp.eye(count, dtype=bool)
-    if text_id is not None:
-        negative &= ~(text_id[:, None] == text_id[None]).all(-1)
-    own = jnp.diagonal(similarity)
+    count = image.shape[0]
+    ids = jnp.arange(count)[:, None] if text_id is None else text_id
+    own = scale * (image * text).sum(1)
     factor = 0.5 if reduction == "mean" else 1.0
-    loss, rows, found = jnp.zeros((), similarity.dtype), jnp.zeros_like(own), []
-    for scores, old in ((similarity, kept.image), (similarity.T, kept.text)):
-        excess = scores - own[:, None]  # [B, B]
+    width = tile_width(
+        count, chunk, max(count // sharding.batch_parts(jax.sharding.get_abstract_mesh()), 1)
+    )
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, ...] -> [B / C, C, ...]. A tile takes rows at equal distances, so that each device
+        holds a part of every tile."""
+        return x.reshape((width, count // width) + x.shape[1:]).swapaxes(0, 1)
+
+    # Computed again in the backward pass, which would otherwise store the tiles of all rows.
+    @jax.checkpoint
+    def tile(columns, rows, own, ids_of_rows, old):
+        excess = scale * jnp.dot(rows, columns.T, precision=HIGHEST) - own[:, None]  # [C, B]
+        negative = ~(ids_of_rows[:, None] == ids[None]).all(-1)
         number = jnp.maximum(negative.sum(1), 1)
         now = jax.nn.logsumexp(jnp.where(negative, excess, UNSEEN), axis=1) - jnp.log(number)
         new = jnp.where(negative.any(1), updated(old, now, rate), old)
         new = jax.lax.stop_gradient(new)
-        whole = jnp.logaddexp(-math.log(num_examples - 1), new)
-        share = excess - (jnp.log(number) + whole)[:, None]
+        total = jnp.logaddexp(-math.log(num_examples - 1), new)
+        share = excess - (jnp.log(number) + total)[:, None]
         share = jax.lax.stop_gradient(jnp.exp(jnp.where(negative, share, UNSEEN)))
-        slope = (share * excess).sum(1)  # has the gradient; the value is that of `whole`
-        value = math.log(num_examples - 1) + whole
-        each = factor * (value + slope - jax.lax.stop_gradient(slope))
-        loss, rows = loss + each.mean(), rows + each
+        slope = (share * excess).sum(1)  # has the gradient; the value is that of `total`
+        value = math.log(num_examples - 1) + total
+        return factor * (value + slope - jax.lax.stop_gradient(slope)), new
+
+    losses, found = jnp.zeros_like(own), []
+    for rows, columns, old in ((image, text, kept.image), (text, image, kept.text)):
+        tiles = tuple(split(x) for x in (rows, own, ids, old))
+        each, new = jax.lax.map(lambda t, columns=columns: tile(columns, *t), tiles)
+        each, new = (x.swapaxes(0, 1).reshape(count) for x in (each, new))
+        losses = losses + each
         found.append(new)
-    return loss, jax.lax.stop_gradient(rows), Estimates(*found)
+    return losses.mean(), jax.lax.stop_gradient(losses), Estimates(*found)
 
 
 def updated(old: jax.Array, now: jax.Array, rate: float) -> jax.Array:

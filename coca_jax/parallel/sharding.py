@@ -178,8 +178,7 @@ def per_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
         return functools.partial(function, Collectives(()), Collectives(()))
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
+    if rows % (parts := batch_parts(mesh)):
         raise ValueError(f"a batch of {rows} {thing} cannot be split over {parts} devices evenly")
 
     def specs(kinds: tuple[str | P, ...]) -> tuple[P, ...]:
@@ -369,9 +368,9 @@ def check_divisible(mesh: Mesh, abstract: Any, specs: Any) -> None:
     jax.tree_util.tree_map_with_path(one, abstract, specs)
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """How many ways a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Number of parts that the mesh splits a batch into; 1 without a mesh."""
+    return math.prod(dict(mesh.shape).get(axis, 1) for axis in BATCH_AXES)
 
 
 def readers(mesh: Mesh) -> tuple[int, int]:

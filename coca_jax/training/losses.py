@@ -365,6 +365,7 @@ class GlobalContrastive(Configured):
     num_examples: int
     rate: float
     duplicates: str
+    chunk: int
     reduction: str
 
     name = "contrastive_loss"
@@ -382,6 +383,7 @@ class GlobalContrastive(Configured):
             loss.global_examples,
             loss.global_rate,
             loss.duplicate_texts,
+            loss.contrastive_chunk,
             loss.reduction,
         )
 
@@ -394,6 +396,7 @@ class GlobalContrastive(Configured):
             num_examples=self.num_examples,
             rate=self.rate,
             text_id=None if self.duplicates == "negatives" else inputs["text_id"],
+            chunk=self.chunk,
             reduction=self.reduction,
         )
         ones = jnp.ones_like(rows)
