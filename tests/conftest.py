@@ -207,7 +207,7 @@ def one_device_mesh():
 @pytest.fixture
 def nothing_kept():
     """Steps are traced anew, and what is traced of stand-ins is not kept."""
-    kept = (programs.program, train_step._kept_train_step)
+    kept = (programs.program, train_step._cached_train_step)
     for each in kept:
         each.cache_clear()
     yield

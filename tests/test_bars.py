@@ -73,10 +73,10 @@ def slow(work):
 
 def test_what_takes_long_is_said_as_long_as_it_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(activity, "SAID_EVERY", 0.04)
-    with activity.saying("listing"), activity.saying("a part of it"):
+    with activity.announce("listing"), activity.announce("a part of it"):
         time.sleep(0.1)
     assert set(capsys.readouterr().err.splitlines()) == {"listing ... 0 s so far"}
-    with activity.saying("listing"):
+    with activity.announce("listing"):
         pass
     time.sleep(0.1)
     assert capsys.readouterr().err == ""

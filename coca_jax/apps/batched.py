@@ -86,17 +86,19 @@ class Batched:
         model = self._model()
         pixels, errors = _decoded(model, list(columns[self.image_column]))
         good = [number for number, error in enumerate(errors) if not error]
-        kept = [pixels[number] for number in good]
+        usable = [pixels[number] for number in good]
         found: dict[str, Any] = {k: v for k, v in columns.items() if k != self.image_column}
         if self.kind == "captions":
             captions = [""] * len(errors)
-            for number, text in zip(good, model.caption(kept, **self.generation) if kept else ()):
+            for number, text in zip(
+                good, model.caption(usable, **self.generation) if usable else ()
+            ):
                 captions[number] = text
             return found | dict(caption=captions, error=errors)
         size = model.config.model.embed_dim
         images = np.full((len(errors), size), np.nan, np.float32)
-        if kept:
-            images[good] = model.encode_image(kept)
+        if usable:
+            images[good] = model.encode_image(usable)
         if self.kind == "embeddings":
             found["image_embedding"] = images
         if self.text_column in columns:

@@ -117,13 +117,13 @@ def remark_dropout(config: Config) -> str:
             "meant"
         )
     captions = not config.head.kind and config.loss.captioning_weight
-    told = [f"model.image.patch_dropout={share}"] if share else []
-    told += [f"model.pooler.token_dropout={hidden}"] if hidden and captions else []
-    if not told or not config.init_from:
+    settings = [f"model.image.patch_dropout={share}"] if share else []
+    settings += [f"model.pooler.token_dropout={hidden}"] if hidden and captions else []
+    if not settings or not config.init_from:
         return ""
-    verb = "hide" if len(told) > 1 else "hides"
+    verb = "hide" if len(settings) > 1 else "hides"
     return (
-        f"warning: {' and '.join(told)} {verb} so much of each image while the run trains on from "
+        f"warning: {' and '.join(settings)} {verb} so much of each image while the run trains on from "
         "its weights, and in use nothing is hidden; set 0, unless it is meant"
     )
 
@@ -143,7 +143,7 @@ def remark_unread(config: Config) -> str:
     """A warning where keys are set that say how something is done which the run does not, else
     ''."""
     optimizer, loss, data = config.optimizer, config.loss, config.data
-    plain, told = Config().to_dict(), []
+    plain, unread = Config().to_dict(), []
     for read_by, keys in (
         ("" if optimizer.lora_rank else "optimizer.lora_rank above 0", ("lora", "lora_alpha")),
         ("" if optimizer.schedule == "wsd" else "optimizer.schedule='wsd'", ("decay_share",)),
@@ -156,8 +156,8 @@ def remark_unread(config: Config) -> str:
         for key in keys if read_by else ():
             value = getattr(getattr(config, section), key)
             if value != plain[section][key]:
-                told.append(f"{section}.{key}={value!r} without {read_by}")
-    return f"warning: no effect has {', and none '.join(told)}" if told else ""
+                unread.append(f"{section}.{key}={value!r} without {read_by}")
+    return f"warning: no effect has {', and none '.join(unread)}" if unread else ""
 
 
 def num_steps(config: Config, num_examples: int) -> int:

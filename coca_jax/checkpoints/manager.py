@@ -79,12 +79,12 @@ class Barrier:
         skipped = any(name in key for name in SKIPPED)
         while True:
             number = next(self._rounds)
-            said = multihost.meet(f"{self._name}/{number}", {key: _failure()}, timeout_ms)
+            replies = multihost.meet(f"{self._name}/{number}", {key: _failure()}, timeout_ms)
             multihost.forget(f"{self._name}/{number - 1}")
-            others = [text for name, text in said.items() if name != key]
+            others = [text for name, text in replies.items() if name != key]
             if not others:
                 return
-            if skipped or len(said) > 2:
+            if skipped or len(replies) > 2:
                 raise FailedElsewhere(others[0] or "another process could not write its part")
 
 

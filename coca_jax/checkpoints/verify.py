@@ -145,10 +145,10 @@ def make(
     for item, tree in items.items():
         sums = of_tree(tree)
         trees[item] = {k: [shape, sums[k]] for k, shape in tree_shapes(tree).items()}
-    told = {"format": FORMAT, "config": run, "items": trees}
+    manifest = {"format": FORMAT, "config": run, "items": trees}
     if quarantine:
-        told["quarantine"] = list(quarantine)
-    return json_files.seal(told)
+        manifest["quarantine"] = list(quarantine)
+    return json_files.seal(manifest)
 
 
 def read_record(folder: epath.Path) -> dict[str, Any]:

@@ -66,8 +66,8 @@ def summary(result: dict[str, Any]) -> list[str]:
         "captioned before": result["already_done"],
         "failed": result["failed"],
     }
-    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    return [f"{told or 'nothing captioned'}, in {result['seconds']:.1f} s"]
+    counts_text = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return [f"{counts_text or 'nothing captioned'}, in {result['seconds']:.1f} s"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
             )
     paths: dict[str, str] = {}
     # Without --num_frames the model tells, once it is loaded, whether it takes videos.
-    with activity.saying(f"looking for pictures in {', '.join(named)}"):
+    with activity.announce(f"looking for pictures in {', '.join(named)}"):
         found = image_files.find(named, video=args.num_frames != 0)
     image_files.refuse_others(found)
     for path in found:
@@ -116,8 +116,8 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
     paths: of all images, by their whole paths; named: what the command line names; how: settings.
     """
     args = flags.FLAGS
-    told = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
-    done, size, before = _there(told)
+    how_made = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
+    done, size, before = _there(how_made)
     base = caption_files.base(before)
     left = [path for whole, path in paths.items() if whole not in done]
     already_done, failed = len(paths) - len(left), 0
@@ -129,7 +129,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
                 left = _images(left, named, bool(already_done))
             if base != os.getcwd():  # names in the file begin there
                 left = [storage.whole_path(path) for path in left]
-            _tell_room(model)
+            _warn_room(model)
         if left:
             results = caption_files.caption_files(
                 model, left, batch_size=args.batch_size, prompt=args.prompt, **how
@@ -141,7 +141,7 @@ def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> di
             growing = growing_file.Growing(args.out, keep=size)
             out = stack.enter_context(contextlib.closing(growing))
             if left and not size:
-                caption_files.remember(args.out, args.checkpoint, model.checksum(), told)
+                caption_files.remember(args.out, args.checkpoint, model.checksum(), how_made)
         bar = stack.enter_context(
             tqdm.tqdm(total=len(left), unit="image", disable=not sys.stderr.isatty())
         )
@@ -169,7 +169,7 @@ def _add(out: growing_file.Growing, line: bytes) -> None:
         ) from error
 
 
-def _tell_room(model: Any) -> None:
+def _warn_room(model: Any) -> None:
     """Says where --max_tokens asks for more than a caption can have."""
     args = flags.FLAGS
     room = model.max_len - 1 - len(model.vocabulary.encode(args.prompt))
@@ -184,16 +184,16 @@ def _tell_room(model: Any) -> None:
 def _images(paths: list[str], named: list[str], may_be_none: bool) -> list[str]:
     """Those paths that are no videos in folders, which this model does not take. Raises ValueError
     where none is left and some must be."""
-    kept = image_files.without_videos(paths, named)
-    what = f"{len(paths) - len(kept)} videos, which this model takes with --num_frames alone"
-    if not kept and not may_be_none:
+    images = image_files.without_videos(paths, named)
+    what = f"{len(paths) - len(images)} videos, which this model takes with --num_frames alone"
+    if not images and not may_be_none:
         raise ValueError(f"no image in {', '.join(named)}, but {what}")
-    if len(kept) < len(paths):
+    if len(images) < len(paths):
         cli.say(f"left out: {what}")
-    return kept
+    return images
 
 
-def _there(told: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:
+def _there(header: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:
     """The whole paths of the images that --out holds, its bytes, and what it was begun with, None
     where it does not say. Raises ValueError where it was begun with other settings than `told`."""
     out = flags.FLAGS.out
@@ -202,7 +202,7 @@ def _there(told: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:
     done, size = caption_files.read_done(out)
     before = caption_files.begun_with(out) if size else None
     if before:
-        caption_files.check_settings(out, before, told)
+        caption_files.check_settings(out, before, header)
     base = caption_files.base(before)
     return {storage.whole_path(name, base) for name in done}, size, before
 

@@ -411,10 +411,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source = hub.local(source)
     if target == "coca_jax":
         source = weights_files.find(source)
-    bar, said = sys.stderr.isatty(), f"converting {source}"
+    bar, message = sys.stderr.isatty(), f"converting {source}"
     if bar:
-        cli.say(said)
-    with contextlib.nullcontext() if bar else cli.waiting(said):
+        cli.say(message)
+    with contextlib.nullcontext() if bar else cli.waiting(message):
         if target == "transformers":
             found = to_transformers(source, out, flags.FLAGS.dtype)
             tensors, parameters = len(found), sum(array.size for array in found.values())

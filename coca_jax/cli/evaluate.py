@@ -217,8 +217,8 @@ def _part(where: Mapping[str, Sequence[str]], limit: int) -> str:
     name = re.sub(r"[^\w.+-]+", "_", found)
     several = any("+" in value for values in where.values() for value in values)
     if several or name != "".join(f"-{field}-{text}" for field, text in joined.items()):
-        told = json.dumps([[field, list(values)] for field, values in where.items()])
-        name += f"-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        where_text = json.dumps([[field, list(values)] for field, values in where.items()])
+        name += f"-{hashlib.sha256(where_text.encode()).hexdigest()[:8]}"
     return name + (f"-first{limit}" if limit else "")
 
 

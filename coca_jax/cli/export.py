@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"the programs were not compared with the model: {', '.join(args.platforms)} does not "
             "run here"
         )
-    return _told(files) | dict(differences=differences)
+    return _sizes(files) | dict(differences=differences)
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -177,7 +177,7 @@ def _to_hub(model: CoCaModel) -> dict[str, Any]:
         args.push or f"org/{posixpath.basename(args.out.rstrip('/'))}",
         _scores(model),
     )
-    summary = _told(files)
+    summary = _sizes(files)
     if args.push:
         cli.say(f"uploading to {args.push}")
         with storage.local_copy(args.out) as folder:
@@ -195,10 +195,10 @@ def _to_onnx(model: CoCaModel) -> dict[str, Any]:
     args = flags.FLAGS
     with cli.waiting("converting the programs and running them beside the model"):
         found = _onnx().export(model, args.out, batch=args.batch_size, int8=args.int8)
-    return _told(found.pop("files")) | found
+    return _sizes(found.pop("files")) | found
 
 
-def _told(files: dict[str, int]) -> dict[str, Any]:
+def _sizes(files: dict[str, int]) -> dict[str, Any]:
     """Prints the files; the summary of a command."""
     for name, size in files.items():
         print(f"{name:40s} {size:>14,} bytes")

@@ -101,14 +101,14 @@ def command(name: str, arguments: Sequence[str] | None = None) -> None:
     status 2. Anything else is a defect and keeps its traceback. `--help` ends with status 0,
     Ctrl-C with 130, or as runtime/signals.py says where the command saves.
     """
-    said: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    redirect: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if name in signals.SAVED:
         signals.install()  # again, or at last: `coca-jax fit` comes straight here
-        said = contextlib.redirect_stderr(LossyStream(sys.stderr))  # type: ignore[type-var]
+        redirect = contextlib.redirect_stderr(LossyStream(sys.stderr))  # type: ignore[type-var]
     else:
         signals.end_on_interrupt()
     try:
-        with said:
+        with redirect:
             _start(name, arguments)
     except KeyboardInterrupt:
         signals.leave(f"coca-jax {name}: ended by Ctrl-C", signals.AT_ONCE)
@@ -309,10 +309,10 @@ def waiting(text: str, every: float = 10.0) -> Iterator[None]:
     say(f"{text} ...")
     began = time.monotonic()
 
-    def tell() -> None:
+    def report() -> None:
         say(f"{text} ... {time.monotonic() - began:.0f} s so far")
 
-    with activity.telling(tell, every, every):
+    with activity.periodically(report, every, every):
         yield
 
 

@@ -398,27 +398,27 @@ def _write(
 ) -> dict[str, Any]:
     """Writes one split, the two of a holdout, or those that a field tells; says how many."""
     if by_field:
-        return _write_told(by_field, where, keywords)
+        return _write_results(by_field, where, keywords)
     if not flags.FLAGS.holdout:
         result = prepare(*where, **keywords)
         if "waiting" in result:
-            return _told(result)
+            return _printed_result(result)
         return result
     result, held = prepare_with_holdout(*where, flags.FLAGS.holdout, **keywords)
     if "waiting" in result:
-        return _told(result)
+        return _printed_result(result)
     return result | {"held_out": held}
 
 
 def _by_field(format: str, options: Options) -> holdout.SplitField | None:
     """The splits that the field `split` tells, where neither flags nor names say others."""
-    said = flags.FLAGS["split"].present or flags.FLAGS.holdout
-    if said or any(name == holdout.FIELD for name, _ in options.where):
+    given = flags.FLAGS["split"].present or flags.FLAGS.holdout
+    if given or any(name == holdout.FIELD for name, _ in options.where):
         return None
     return holdout.of_data(format, flags.FLAGS.input, options)[1]
 
 
-def _write_told(
+def _write_results(
     by_field: holdout.SplitField, where: tuple[str, str, str], keywords: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes each split that the field `split` tells; what is returned is that of the first, which
@@ -426,14 +426,14 @@ def _write_told(
     if line := by_field.unused(list(by_field.values)):
         cli.say(f"{where[1]}: {line}")
     results = holdout.prepare_each(by_field, where, keywords, cli.say)
-    told = next(iter(results.values())) | {"splits": results}
+    printed = next(iter(results.values())) | {"splits": results}
     if any("waiting" in result for result in results.values()):
         counts = {k: sum(result[k] for result in results.values()) for k in ("waiting", "shards")}
-        return _told(told | counts)
-    return told
+        return _printed_result(printed | counts)
+    return printed
 
 
-def _told(result: dict[str, Any]) -> dict[str, Any]:
+def _printed_result(result: dict[str, Any]) -> dict[str, Any]:
     """Says what a job of several leaves to do."""
     left, count = result["waiting"], result["shards"]
     what = (

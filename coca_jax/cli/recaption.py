@@ -147,30 +147,30 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     engine = workers.of_flags()  # a wrong --shard is told before anything is written
     storage.check_writable(request.out, make=False)
-    work, says = files.join(request.out, "recaption"), dict(use="captions into it", flag="--out")
+    work, hint = files.join(request.out, "recaption"), dict(use="captions into it", flag="--out")
     own = f"shard-{engine.share.replace('/', '-of-')}" if engine.share else ""
-    with lease.alone(files.join(work, own) if own else work, beside=bool(own), **says):
-        lease.refuse_held(work, _leases_of_others(work, own), **says)
+    with lease.alone(files.join(work, own) if own else work, beside=bool(own), **hint):
+        lease.refuse_held(work, _leases_of_others(work, own), **hint)
         request = job.as_begun(request)
-        with activity.saying(f"looking through {request.input}"):
+        with activity.announce(f"looking through {request.input}"):
             jobs = job.plan(request)
-        told = job.finished(request) or job.run(request, jobs, engine, say=cli.say, progress=True)
+        result = job.finished(request) or job.run(request, jobs, engine, say=cli.say, progress=True)
     seconds = round(time.time() - start, 2)
-    if "waiting" in told:
-        cli.say(f"{told['waiting']} of {len(jobs)} shards are not there yet")
-        return dict(out=request.out, shards=len(jobs), **told, seconds=seconds)
-    if told["collapse"]["warning"]:
-        cli.say(f"warning: {told['collapse']['warning']}")
-    if told.get("kept_by_alarm"):
+    if "waiting" in result:
+        cli.say(f"{result['waiting']} of {len(jobs)} shards are not there yet")
+        return dict(out=request.out, shards=len(jobs), **result, seconds=seconds)
+    if result["collapse"]["warning"]:
+        cli.say(f"warning: {result['collapse']['warning']}")
+    if result.get("kept_by_alarm"):
         cli.say(
-            f"warning: {told['kept_by_alarm']} of {told['with_original']} images keep their "
+            f"warning: {result['kept_by_alarm']} of {result['with_original']} images keep their "
             "original texts, as the model's captions or scores in their shards raise the alarm. "
             "Use a model trained on images like these, or --text=synthetic."
         )
-    if told.get("with_original") == 0 and (field := request.options.text_field):
+    if result.get("with_original") == 0 and (field := request.options.text_field):
         cli.say(f"warning: {request.input}: --text_field={field}: no image has a text in it")
-    told = {key: value for key, value in told.items() if key != "request"}
-    return dict(out=request.out, **told | dict(shards=len(told["shards"])), seconds=seconds)
+    result = {key: value for key, value in result.items() if key != "request"}
+    return dict(out=request.out, **result | dict(shards=len(result["shards"])), seconds=seconds)
 
 
 if __name__ == "__main__":

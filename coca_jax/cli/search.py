@@ -133,7 +133,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(checkpoint=checkpoint)
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
-            for line in (f"{input}: {_told(input, parts)}", *quarantine.of_links(input)):
+            for line in (f"{input}: {_describe_input(input, parts)}", *quarantine.of_links(input)):
                 cli.say(line)
     storage.check_writable(args.out, make=False)
     apart = engine.name != "local" or engine.share
@@ -144,7 +144,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     if apart:
         from coca_jax.apps.search import index
 
-        with activity.saying(f"looking for pictures in {', '.join(inputs)}"):
+        with activity.announce(f"looking for pictures in {', '.join(inputs)}"):
             groups = index.groups(inputs, parts, allow_paths=args.allow_paths)
         waiting = index.stage(load, groups, parts, engine, **_how())
         if engine.share:  # of which others do theirs at the same time
@@ -155,7 +155,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
         return _join(model, inputs)
 
 
-def _told(input: str, parts: Any) -> str:
+def _describe_input(input: str, parts: Any) -> str:
     """How an input is read, and what in it is not. Raises what `formats.guess` raises."""
     from coca_jax.apps.search import index
     from coca_jax.data import quarantine
@@ -171,8 +171,8 @@ def _told(input: str, parts: Any) -> str:
 
 def _how() -> dict[str, Any]:
     args = flags.FLAGS
-    told = dict(checkpoint=args.checkpoint, batch_size=args.batch_size)
-    return told | dict(progress=True)
+    how = dict(checkpoint=args.checkpoint, batch_size=args.batch_size)
+    return how | dict(progress=True)
 
 
 def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _join(model: Any, inputs: list[str]) -> dict[str, Any]:
 
     out, allow = flags.FLAGS.out, flags.FLAGS.allow_paths
     parts = Parts(out)  # as it is now: another process may have written to it
-    with activity.saying(f"looking for pictures in {', '.join(inputs)}"):
+    with activity.announce(f"looking for pictures in {', '.join(inputs)}"):
         groups = index.groups(inputs, parts, allow_paths=allow)
         gone = index.gone(inputs, parts, allow)
     done = index.add(model, groups, parts, gone=gone, say=cli.say, **_how())

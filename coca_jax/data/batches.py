@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from coca_jax.config import Config
-from coca_jax.data import batch_schedule
-from coca_jax.data import feature_cache as kept_features
+from coca_jax.data import batch_schedule, feature_cache
 from coca_jax.data import pixels as pixel_work
 from coca_jax.data.examples import Examples, Lengths, Tally
 from coca_jax.data.feature_cache import Features
@@ -75,7 +74,7 @@ def fields(config: Config) -> dict[str, Field]:
 def _seen(config: Config) -> dict[str, Field]:
     """What the model sees of the image."""
     if config.data.features:
-        shape = kept_features.shape(config)
+        shape = feature_cache.shape(config)
         return dict(encoded=Field(config.model.dtype, shape, "tokens of a frozen image encoder"))
     shape = pixel_work.example_shape(config)
     return dict(image=Field("uint8", shape, "RGB pixels of image, clip or pair, or patches"))
@@ -139,7 +138,7 @@ class Batches:
         process_index: int = 0,
         process_count: int = 1,
         class_names: Sequence[str] = (),
-        features: Sequence[kept_features.Features] = (),
+        features: Sequence[feature_cache.Features] = (),
         quarantine: Quarantine | None = None,
     ):
         self.mixture = mixture or Mixture(config)
@@ -148,9 +147,9 @@ class Batches:
         here = process_index, process_count
         self._rows = [self.mixture.rows_of(stage, *here) for stage in self.mixture.stages]
         self.rows = self._rows[-1]
-        self.pixels: pixel_work.Pixels | kept_features.Tokens
+        self.pixels: pixel_work.Pixels | feature_cache.Tokens
         if config.data.features:
-            self.pixels = kept_features.Tokens(config, features)
+            self.pixels = feature_cache.Tokens(config, features)
         else:
             self.pixels = pixel_work.Pixels(config)
         self._names = tuple(fields(config))

@@ -185,13 +185,15 @@ def _near(looks: np.ndarray, fixed: int, distance: int, among: bool) -> dict[int
         starts = np.cumsum([0, *(len(group) for group in found)])
         of_row = np.argsort(members, kind="stable")
         groups = np.searchsorted(starts, of_row, side="right") - 1
-        kept = [np.empty(len(group), np.int64) for group in found]  # the rows that stay, of each
+        survivors = [
+            np.empty(len(group), np.int64) for group in found
+        ]  # the rows that stay, of each
         counts = [0] * len(found)
         edges = np.flatnonzero(np.diff(members[of_row])) + 1
         for place in np.split(np.arange(len(members)), edges):
             row, here = int(members[of_row[place[0]]]), groups[place].tolist()
             if row >= fixed:
-                others = np.concatenate([kept[group][: counts[group]] for group in here])
+                others = np.concatenate([survivors[group][: counts[group]] for group in here])
                 apart = np.bitwise_count(words[others] ^ words[row]).sum(axis=1, dtype=np.int64)
                 if near := others[apart <= distance].tolist():
                     result[row] = min(near)
@@ -199,7 +201,7 @@ def _near(looks: np.ndarray, fixed: int, distance: int, among: bool) -> dict[int
                 if not among:
                     continue
             for group in here:
-                kept[group][counts[group]] = row
+                survivors[group][counts[group]] = row
                 counts[group] += 1
     for row, one in enumerate(first[same.reshape(-1)].tolist()):
         if row >= fixed and row != one and (among or one < fixed or one in result):

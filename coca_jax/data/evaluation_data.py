@@ -338,7 +338,7 @@ class Records:
     def _choose(self, limit: int, known: set[str] | None, need: str) -> None:
         """Leaves the first `limit` records that count. Those behind the last are not read."""
         has = supervision.KINDS[need]().trains if need else None
-        kept: list[int] = []
+        chosen: list[int] = []
         for part in self._parts():
             for index, record in zip(part, self._source.read_texts(part)):
                 if has is not None and not has(record):
@@ -347,12 +347,12 @@ class Records:
                     if not self.scenes and self._source.unchecked and not self._is_sound(index):
                         self.damaged += 1
                         continue
-                    kept.append(index)
-                    if len(kept) == limit:
+                    chosen.append(index)
+                    if len(chosen) == limit:
                         break
-            if len(kept) == limit:
+            if len(chosen) == limit:
                 break
-        self._indices = np.array(kept, np.int64)
+        self._indices = np.array(chosen, np.int64)
 
     def _is_sound(self, index: int) -> bool:
         """Whether the images of a record of an index without checks can be read. An evaluation in a

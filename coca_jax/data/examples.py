@@ -280,10 +280,10 @@ class Tally:
         if read < min(self.FIRST, size) or len(rows_bad) <= self._max_fraction * read:
             return
         reasons = Counter(found.reason for found in rows_bad)
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise ValueError(
             f"data source {self._source.name}: {len(rows_bad)} of the {read} images read so far "
-            f"cannot be used ({told}), more than data.max_bad_fraction={self._max_fraction:g}; "
+            f"cannot be used ({counts}), more than data.max_bad_fraction={self._max_fraction:g}; "
             f"first: {rows_bad[0].line()}. {self._quarantine.where()} Repair or remove them, or "
             "raise data.max_bad_fraction; the run resumes"
         )

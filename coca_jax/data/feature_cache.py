@@ -237,7 +237,7 @@ class Tokens:
 
     Args:
         config: of the run.
-        kept: of each source.
+        stores: of each source.
 
     Attributes:
         field: of the batch.
@@ -247,8 +247,8 @@ class Tokens:
 
     field, pairs, threads = "encoded", False, 1
 
-    def __init__(self, config: Config, kept: Sequence[Features]):
-        self._kept, self._count = kept, augmentations(config)
+    def __init__(self, config: Config, stores: Sequence[Features]):
+        self._stores, self._count = stores, augmentations(config)
         self.shape, self._dtype = shape(config), np.dtype(config.model.dtype)
 
     def plan(
@@ -259,7 +259,7 @@ class Tokens:
             raise ValueError("kept tokens are read by the places of the records in their source")
         rows = pixels.one_of(draw, indices, self._count).positions
         source = np.broadcast_to(np.asarray(draw.source, np.int64), len(records))
-        return dict(kept=source.copy(), row=rows.astype(np.int64))
+        return dict(store=source.copy(), row=rows.astype(np.int64))
 
     def render(self, records: Sequence[Record], plan: Plan) -> tuple[np.ndarray, dict[int, str]]:
         """Tokens [n, ...] of `shape`; {row: why} of those that are not there.
@@ -269,9 +269,9 @@ class Tokens:
         """
         out = np.zeros((len(records), *self.shape), self._dtype)
         failed: dict[int, str] = {}
-        places = zip(plan["kept"].tolist(), plan["row"].tolist())
+        places = zip(plan["store"].tolist(), plan["row"].tolist())
         for at, (record, (source, row)) in enumerate(zip(records, places)):
-            found = self._kept[source].read(row, record)
+            found = self._stores[source].read(row, record)
             if found is None:
                 failed[at] = "no tokens are kept of it: it did not decode when they were made"
             else:

@@ -359,14 +359,14 @@ class Missed:
 
     def line(self) -> str:
         """What is not there, and what is, the nearest first."""
-        told = [f"no record has {dict(self._where)}"]
+        parts = [f"no record has {dict(self._where)}"]
         for field, seen in self._values.items():
             if field not in self._fields:
-                told.append(f"no field is called {field!r}: {self._nearest(field, self._fields)}")
+                parts.append(f"no field is called {field!r}: {self._nearest(field, self._fields)}")
                 continue
             first = [*wanted_values(self._where[field]), ""][0]
-            told.append(f"{field!r} is {self._nearest(str(first), seen)}")
-        return "; ".join(told)
+            parts.append(f"{field!r} is {self._nearest(str(first), seen)}")
+        return "; ".join(parts)
 
     def _nearest(self, word: str, there: set[str]) -> str:
         def far(one: str) -> tuple[float, str]:

@@ -87,7 +87,7 @@ def find_splits(format: str, input: str, options: Options) -> SplitField | None:
     Raises:
         FileNotFoundError, ValueError: as the format's `plan`.
     """
-    with unreachable.required(), activity.saying(f"looking for splits in {input}"):
+    with unreachable.required(), activity.announce(f"looking for splits in {input}"):
         return of_values(_values(format, input, options))
 
 

@@ -50,8 +50,8 @@ def refuse_others(paths: Sequence[str]) -> None:
             images.open_image(data)
             return
         except (OSError, ValueError) as error:
-            told = str(error) if path in str(error) else f"{path}: {error}"
-            first = first or f"{told}{formats.other_form([path])}"
+            message = str(error) if path in str(error) else f"{path}: {error}"
+            first = first or f"{message}{formats.other_form([path])}"
     raise ValueError(first)
 
 

@@ -220,21 +220,21 @@ def decode_rgba(data: bytes, max_pixels: int = files.MAX_PIXELS) -> np.ndarray:
     return _whole(open_image(data, max_pixels), f" ({len(data)} bytes)")
 
 
-def _whole(image: Image.Image, told: str = "") -> np.ndarray:
+def _whole(image: Image.Image, name: str = "") -> np.ndarray:
     """`to_rgba`. Raises ValueError for a damaged image; told: what the text says of it."""
     try:
         return to_rgba(image)
     except (ValueError, AssertionError) as error:
         file = getattr(image, "fp", image)
-        if not told and (file is None or getattr(file, "closed", False)):
+        if not name and (file is None or getattr(file, "closed", False)):
             raise ValueError(
                 "its file was closed before its pixels were read; call its load() while it is open"
             ) from None
         if isinstance(error, ValueError):
             raise
-        raise ValueError(f"damaged image{told}: {error}") from None
+        raise ValueError(f"damaged image{name}: {error}") from None
     except Exception as error:  # a damaged file surfaces as any of a dozen types
-        raise ValueError(f"damaged image{told}: {error}") from None
+        raise ValueError(f"damaged image{name}: {error}") from None
 
 
 def decode(image: Any) -> np.ndarray:

@@ -176,13 +176,13 @@ class Mixture:
         equal = len({entry.weight for entry in self.entries}) == 1
         if not equal or times[often] < UNEVEN * max(1, times[seldom]):
             return ""
-        told = [
+        shares = [
             f"source {number}, {self.sources[number].name} ({self.sizes[number]:,} examples), "
             f"{times[number]:,.3g} times"
             for number in (often, seldom)
         ]
         return (
-            f"warning: the run goes through {told[0]}, and through {told[1]}: a weight is a share "
+            f"warning: the run goes through {shares[0]}, and through {shares[1]}: a weight is a share "
             "of the batch, whatever the size, and these are equal. For other shares give "
             "--data=PATH:KIND:WEIGHT, or weight in config.data.sources"
         )
@@ -211,8 +211,8 @@ class Mixture:
             records, unread = read_all(source, picked, texts=True)
             shown = source.kind.shown(records, self.draw(number, positions))
             rows = np.flatnonzero(pattern == number)
-            told = zip(rows, positions, picked, records, shown)
-            for n, (row, at, index, record, text) in enumerate(told):
+            rows_of_step = zip(rows, positions, picked, records, shown)
+            for n, (row, at, index, record, text) in enumerate(rows_of_step):
                 result[row] = dict(
                     row=int(row),
                     source=source.name,

@@ -254,7 +254,7 @@ class _Part:
     def add(self, number: int, item: Item) -> None:
         """Writes an item, or says in the account why it is left out."""
         try:
-            kept, record, reason, detail = _judged(number, item, self._job)
+            accepted, record, reason, detail = _judged(number, item, self._job)
         except Exception as error:  # one bad row never ends an import
             record, reason, detail = None, "bad_record", f"{type(error).__name__}: {error}"
         if record is None and not reason:
@@ -265,7 +265,7 @@ class _Part:
             self._quarantined.append({"key": item.key, "reason": reason, "detail": detail})
             return
         with records.writing(self._data):
-            self._writer.write(kept)
+            self._writer.write(accepted)
         self._counts["count"] += 1
         self._counts["with_text"] += bool(record.texts)
         self._counts["with_label"] += bool(record.labels)
@@ -361,8 +361,8 @@ def scan(job: Job, report: Callable[[int], None]) -> list[tuple[int, int, str, s
             for rank, one in enumerate(ranked):
                 if not quarantine.wanted(item, one.options):
                     if _judged(number, item, one)[1]:
-                        told = dedup.fingerprint(item.image, item.second)
-                        found.append((rank, number, item.key, _files(item), *told))
+                        fingerprint = dedup.fingerprint(item.image, item.second)
+                        found.append((rank, number, item.key, _files(item), *fingerprint))
                     break
         except Exception:  # `write` says what is wrong with it
             continue
@@ -438,7 +438,7 @@ def written(jobs: list[Job], options: Options, hands: Hands) -> list[dict[str, A
         known = [entries for entries in scanned if entries is not None]
         if len(known) < len(jobs):
             return [None] * len(jobs)
-        with activity.saying(f"comparing {sum(map(len, known))} images"):
+        with activity.announce(f"comparing {sum(map(len, known))} images"):
             jobs = _deduplicated(jobs, known, options)
     numbers = [job.number for job in jobs]
     found = dict(zip(numbers, of_each(finished, jobs)))
@@ -467,11 +467,11 @@ def _deduplicated(
             found.append((shard, number, key, content, look))
     exclude = [one for path in options.exclude for one in dedup.to_exclude(path)]
     drop = dedup.decide(found, options.dedup, options.distance, exclude)
-    told: dict[int, dict[int, str]] = {job.number: {} for job in jobs}
+    duplicates: dict[int, dict[int, str]] = {job.number: {} for job in jobs}
     for (shard, number), first in like.items():
         if first in drop:
-            told[shard][number] = drop[first]
-    return [dataclasses.replace(job, drop=told[job.number]) for job in jobs]
+            duplicates[shard][number] = drop[first]
+    return [dataclasses.replace(job, drop=duplicates[job.number]) for job in jobs]
 
 
 # What is asked for of a split, as its manifest keeps it, and whether that is there already, or
@@ -546,8 +546,8 @@ def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str])
 
 def refuse_pairs(format: str, input: str, split: str, options: Options) -> None:
     """Raises ValueError for pairs of images, which by the bytes of one image cannot be held out."""
-    told = getattr(importer(format), "has_pairs", None)
-    if "," in options.image_field or (told and told(input, split)):
+    has_pairs = getattr(importer(format), "has_pairs", None)
+    if "," in options.image_field or (has_pairs and has_pairs(input, split)):
         raise ValueError(
             f"--input={input}: --holdout keeps no pairs of images apart, as an image may stand in "
             "several; give them a field 'split', or write each side by --where and --split"
@@ -576,12 +576,12 @@ def begun(
 ) -> list[list[Unit]]:
     """The shards that an earlier run began to write in `work`, by their units. Raises ValueError
     where it did so for another request, or of files that have changed since."""
-    kept = json.loads(files.read(files.join(work, "plan.json")))
-    if kept["request"] != request:
+    plan = json.loads(files.read(files.join(work, "plan.json")))
+    if plan["request"] != request:
         why = f"{work} is an unfinished import with other options"
         raise Otherwise(work, why, "give --overwrite, or remove it")
-    groups = [[Unit(**unit) for unit in group] for group in kept["groups"]]
-    before, now = kept.get("state"), state([unit for group in groups for unit in group])
+    groups = [[Unit(**unit) for unit in group] for group in plan["groups"]]
+    before, now = plan.get("state"), state([unit for group in groups for unit in group])
     if before and now and manifest.have_changed(before, now):
         why = f"{input} has changed since {work} was begun"
         raise Otherwise(work, why, "give --overwrite, or remove that folder")
@@ -622,12 +622,12 @@ def why_empty(work: str, input: str) -> str:
     if not (listed or filtered) or any(account["count"] for account in accounts):
         return ""
     read = sum(account["read"] for account in accounts)
-    kept = json.loads(files.read(files.join(work, "plan.json")))
-    said = quarantine.of_encoding(
-        (unit["path"] for group in kept["groups"] for unit in group), listed
+    plan = json.loads(files.read(files.join(work, "plan.json")))
+    notes = quarantine.of_encoding(
+        (unit["path"] for group in plan["groups"] for unit in group), listed
     )
-    more = where_counts(work, listed, filtered) + "".join(f"; {line}" for line in said)
-    options = kept["request"]["options"]
+    more = where_counts(work, listed, filtered) + "".join(f"; {line}" for line in notes)
+    options = plan["request"]["options"]
     return quarantine.nothing_usable(input, read, listed, filtered, options) + more
 
 
@@ -638,9 +638,9 @@ def where_counts(
     '' where some that it chose are `listed`, as their likeness is looked at last."""
     if not filtered.get("where") or any(entry["reason"] in dedup.REASONS for entry in listed):
         return ""
-    kept = json.loads(files.read(files.join(work, "plan.json")))
-    module, options = importer(kept["request"]["format"]), kept["request"]["options"]
-    units = (Unit(**unit) for group in kept["groups"] for unit in group)
+    plan = json.loads(files.read(files.join(work, "plan.json")))
+    module, options = importer(plan["request"]["format"]), plan["request"]["options"]
+    units = (Unit(**unit) for group in plan["groups"] for unit in group)
     items = (item for unit in units for item in module.read(unit, Options(**options)))
     return quarantine.of_where(dict(options["where"]), items)
 
@@ -678,7 +678,7 @@ def splits_of(format: str, input: str) -> list[str]:
     return files.splits_in_names(input, module.PATTERNS)
 
 
-def tell_of_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
+def warn_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
     """Says which files of an input no split has: once, with the first of the splits."""
     if there or hasattr(module, "splits"):  # the latter have no files that belong to none
         return
@@ -786,7 +786,7 @@ def prepare(
     refuse_held_out(out, request, {split, beside[0] if beside else split})
     dedup.check_excluded(options.exclude)
     work = unfinished(out, split)
-    tell_of_no_split(module, str(input), manifest["splits"])
+    warn_no_split(module, str(input), manifest["splits"])
     begun = (work, shard_count, request, state)
     jobs = plan(module, format, str(input), read_split or split, options, *begun, replace=overwrite)
     classes = declared_classes(module, jobs[0].units[0], options)
@@ -877,17 +877,17 @@ def plan(
             system, plain_work = files.filesystem(work)
             system.rm(plain_work, recursive=True)
     if groups is None:
-        with activity.saying(f"looking through {input}"):
+        with activity.announce(f"looking through {input}"):
             with unreachable.required():
                 units = module.plan(input, split, options)
             if not units:
                 raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
             in_place.check(format, units, options)
             groups = _group(units, shard_count)
-            kept: dict[str, Any] = {"request": request, "state": state(units)}
-        kept["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
+            saved: dict[str, Any] = {"request": request, "state": state(units)}
+        saved["groups"] = [[dataclasses.asdict(unit) for unit in group] for group in groups]
         try:
-            storage.write_bytes(path, json.dumps(kept).encode())
+            storage.write_bytes(path, json.dumps(saved).encode())
         except OSError as error:
             raise OSError(
                 f"--out: {path} cannot be written ({error}); give another folder"
@@ -928,9 +928,9 @@ def _finish(
         filtered.update(account["filtered"])
     if read != written + len(listed) + sum(filtered.values()):
         raise RuntimeError(f"{read} read, but {written} + {len(listed)} + {filtered} accounted for")
-    said = quarantine.of_encoding((unit.path for job in jobs for unit in job.units), listed)
+    notes = quarantine.of_encoding((unit.path for job in jobs for unit in job.units), listed)
     if not written:
-        _refuse_empty(work, split, request, read, listed, filtered, said)
+        _refuse_empty(work, split, request, read, listed, filtered, notes)
     entries = _named(out, split, work, jobs, accounts)
     lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
@@ -939,7 +939,7 @@ def _finish(
         print(quarantine.of_no_class(seen, classes), file=sys.stderr)
         classes = []
     drawn = metadata.with_drawn(drawn_before(jobs[0]), request["options"])
-    told = dict(
+    manifest_entry = dict(
         count=written,
         with_text=sum(account["with_text"] for account in accounts),
         with_label=sum(account["with_label"] for account in accounts),
@@ -952,22 +952,22 @@ def _finish(
         drawn=dataclasses.asdict(drawn),
     )
     if state := json.loads(files.read(files.join(work, "plan.json"))).get("state"):
-        told["state"] = state
+        manifest_entry["state"] = state
     if jobs[0].root:
-        told["root"] = in_place.relative_root(jobs[0].root, out)
+        manifest_entry["root"] = in_place.relative_root(jobs[0].root, out)
     with metadata.changing(out) as manifest:
         manifest["class_names"] = classes or metadata.class_names(manifest, split, seen)
-        manifest["splits"][split] = told
+        manifest["splits"][split] = manifest_entry
     shard = re.compile(rf"{re.escape(split)}-\d{{5,}}-of-\d{{5,}}\.array_record")
-    kept = {entry["file"] for entry in entries}
+    present = {entry["file"] for entry in entries}
     for name in files.listing(out):  # of the split that was there before
-        if shard.fullmatch(name) and name not in kept:
+        if shard.fullmatch(name) and name not in present:
             storage.remove(files.join(out, name))
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    with activity.saying(f"looking for what is not read in {request['input']}"):
-        said = quarantine.of_split(out, split, manifest, accounts) + said
-    print(*said, sep="\n", end="\n" * bool(said), file=sys.stderr)
+    with activity.announce(f"looking for what is not read in {request['input']}"):
+        notes = quarantine.of_split(out, split, manifest, accounts) + notes
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     return _summary(out, split, manifest)
 
 
@@ -978,7 +978,7 @@ def _refuse_empty(
     read: int,
     listed: list[dict[str, str]],
     filtered: Mapping[str, int],
-    said: Sequence[str],
+    notes: Sequence[str],
 ) -> NoReturn:
     """Raises nothing_left.NothingLeft: why nothing of `read` items is in the split, and what else
     is `said`."""
@@ -989,7 +989,7 @@ def _refuse_empty(
         raise EmptySide(request, read, split, filtered)
     input = request["input"]
     more = of_where + quarantine.not_read(input, request["format"])
-    more += "".join(f"; {line}" for line in said)
+    more += "".join(f"; {line}" for line in notes)
     raise NothingLeft(request, read, listed, filtered, more)
 
 
@@ -999,10 +999,10 @@ def _named(
     """Moves the shards that hold something to their names; what the manifest says of each."""
     system, plain_out = files.filesystem(out)
     plain_work = files.filesystem(work)[1]
-    kept = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
+    nonempty = [(job, account) for job, account in zip(jobs, accounts) if account["count"]]
     names = {
-        job.number: f"{split}-{number:05d}-of-{len(kept):05d}.array_record"
-        for number, (job, _) in enumerate(kept)
+        job.number: f"{split}-{number:05d}-of-{len(nonempty):05d}.array_record"
+        for number, (job, _) in enumerate(nonempty)
     }
 
     def move(job: Job) -> None:
@@ -1010,10 +1010,11 @@ def _named(
         if system.exists(part):
             system.mv(part, f"{plain_out}/{names[job.number]}")
 
-    of_each(move, [job for job, _ in kept])  # a bucket copies each
-    told = ("count", "bytes", "sha256")
+    of_each(move, [job for job, _ in nonempty])  # a bucket copies each
+    keys = ("count", "bytes", "sha256")
     return [
-        {"file": names[job.number], **{key: account[key] for key in told}} for job, account in kept
+        {"file": names[job.number], **{key: account[key] for key in keys}}
+        for job, account in nonempty
     ]
 
 

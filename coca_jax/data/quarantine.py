@@ -225,15 +225,15 @@ def not_read(input: str, format: str) -> str:
     own = _OF_FORMAT.get(format)
     if own is None or files.is_pattern(input) or not system.isdir(plain):
         return ""
-    with activity.saying(f"looking for what is not read in {input}"):
+    with activity.announce(f"looking for what is not read in {input}"):
         every = itertools.chain.from_iterable(files.walk(input))
         names = files.without_ours(list(itertools.islice(every, _MOST_LOOKED_AT)))
     left = [n for n in names if n.lower().endswith(_OF_DATA) and not n.lower().endswith(own)]
     ends = Counter(next(e for e in _LONGEST_FIRST if name.lower().endswith(e)) for name in left)
     if not ends:
         return ""
-    told = ", ".join(f"{count} {end}" for end, count in ends.most_common())
-    return f"; not read: {told} ({_first(left)})"
+    counts = ", ".join(f"{count} {end}" for end, count in ends.most_common())
+    return f"; not read: {counts} ({_first(left)})"
 
 
 _LONGEST_FIRST = sorted(_OF_DATA, key=len, reverse=True)
@@ -254,9 +254,9 @@ def nothing_usable(
     text = f"{input}: none of {read} examples can be used: "
     if set(reasons) != {"missing_text"} or filtered:
         again = [entry for entry in listed if entry["reason"] == "duplicate_key"]
-        told = [*again, *listed][:1]  # of an archive out of order the former says what is wrong
+        notes = [*again, *listed][:1]  # of an archive out of order the former says what is wrong
         which = "the first quarantined" if filtered else "the first"
-        first = "".join(f"; {which}: {one['key']}: {one['detail']}" for one in told)
+        first = "".join(f"; {which}: {one['key']}: {one['detail']}" for one in notes)
         return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
     fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
     there = fields.most_common(1)[0][0]
@@ -335,12 +335,12 @@ def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
 def _of_named(found: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     """What is said of fields that were named and gave nothing: of archives, whose members all have
     to be read before that is known."""
-    told = []
+    notes = []
     for flag, kind in (("text_field", "text"), ("label_field", "label")):
         name = options.get(flag)
         if name and not found[f"with_{kind}"]:
-            told.append(f"--{flag}={name}: no example has a {kind} in it")
-    return told
+            notes.append(f"--{flag}={name}: no example has a {kind} in it")
+    return notes
 
 
 def caption_like(extra: Mapping[str, Any]) -> set[str]:
@@ -372,8 +372,8 @@ def of_split(
     request = found.get("request") or {}
     apart = request.get("options", {}).get("held_out")  # the other side says it
     others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
-    told = [one["input"] for one in others if one and not one["options"].get("held_out")]
-    first = bool(request) and not apart and request["input"] not in told  # of the input's splits
+    inputs = [one["input"] for one in others if one and not one["options"].get("held_out")]
+    first = bool(request) and not apart and request["input"] not in inputs  # of the input's splits
     if request.get("format") == "imagefolder" and not apart:
         lines += _by_folder(found, classes, request["input"])
     if first and request["format"] not in ("tfds", "prepared"):
@@ -459,7 +459,7 @@ class Quarantine:
         self._path = files.join(workdir, self.FILE) if workdir else ""
         self._rows: dict[tuple[int, int], Row] = {}
         self._of_source: dict[int, list[Row]] = {}
-        self._told: set[tuple[int, int]] = set()
+        self._reported: set[tuple[int, int]] = set()
         self._new: list[Row] = []
         self._lock = threading.Lock()
         self.merge(Row(*one) for one in recorded)
@@ -500,9 +500,9 @@ class Quarantine:
 
     def compare(self, name: str, row: Row, record: Record, unread: bool) -> None:
         """Warns once where an example in quarantine can be used by now."""
-        if unread or (row.source, row.index) in self._told:
+        if unread or (row.source, row.index) in self._reported:
             return
-        self._told.add((row.source, row.index))
+        self._reported.add((row.source, row.index))
         if not problem_of(record):
             logging.warning(
                 "%s: example %d, %s, was in quarantine (%s) and can be read now; this run continues "

@@ -114,19 +114,19 @@ def cached(entry: Entry, split: str) -> str:
     """
     format, path, options = _of_split(entry, split)
     options = dataclasses.replace(options, check=True)  # once, and not in each evaluation
-    out = _kept(path, split, options)
+    out = _cache_file(path, split, options)
     with open(out.with_suffix(".lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may evaluate
         _make(format, path, split, str(out), options)
     return str(out)
 
 
-def _kept(path: str, split: str, options: Options, *, images: bool = True) -> pathlib.Path:
+def _cache_file(path: str, split: str, options: Options, *, images: bool = True) -> pathlib.Path:
     """The place in the cache folder of what is told of a split, as these options read it: another
     one where they or the files are others, images=False: those that rows name left out."""
     format = formats.guess(path)
     _check(path, format)
-    with activity.saying(f"looking through {path}"):
+    with activity.announce(f"looking through {path}"):
         units = prepare.importer(format).plan(path, split, options)
     asked = dataclasses.asdict(options)
     del asked["yields_to"]  # which no index does
@@ -147,11 +147,11 @@ def find_splits(entry: Entry) -> tuple[list[str], holdout.SplitField | None]:
     names = prepare.splits_of(formats.guess(path), path)
     if names or holdout.FIELD in entry.where:
         return names, None
-    kept = str(_kept(path, "", options, images=False)) + ".split.json"
-    if not files.exists(kept):
+    cache = str(_cache_file(path, "", options, images=False)) + ".split.json"
+    if not files.exists(cache):
         found = holdout.find_splits(formats.guess(path), path, options)
-        write_bytes(kept, json.dumps(found and dataclasses.asdict(found)).encode())
-    found = holdout.read(json.loads(files.read(kept)))
+        write_bytes(cache, json.dumps(found and dataclasses.asdict(found)).encode())
+    found = holdout.read(json.loads(files.read(cache)))
     return (list(found.values) if found else []), found
 
 
@@ -327,8 +327,8 @@ def _stamp(folder: str, name: str, roots: Sequence[str]) -> tuple[int, int]:
     return found or (-1, 0)
 
 
-def _digest(told: Any) -> str:
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def state_of_input(
@@ -337,7 +337,7 @@ def state_of_input(
     """`state` of an input, or of a split of it. Raises as `plan`."""
     if format not in in_place.FORMATS:  # of which some have no split ''
         return ""
-    with activity.saying(f"looking through {input}"):
+    with activity.announce(f"looking through {input}"):
         units = prepare.importer(format).plan(input, read_split, options)
         return state(format, out, options, units)
 
@@ -394,12 +394,12 @@ def too_many_lost(
     listed = f"{out}-quarantine.jsonl"
     write_bytes(listed, "".join(f"{json.dumps(one, sort_keys=True)}\n" for one in lost).encode())
     reasons = Counter(one["reason"] for one in lost)
-    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
     allow = ""
     if "outside_input" in reasons:
         allow = ", or let fit and prepare read them with --allow_paths=FOLDER"
     return ValueError(
-        f"{input}: {len(lost):,} of {len(lost) + usable:,} rows cannot be used ({told}), more than "
+        f"{input}: {len(lost):,} of {len(lost) + usable:,} rows cannot be used ({counts}), more than "
         f"half. They are listed in {listed}. Correct them or remove them from the data{allow}."
     )
 

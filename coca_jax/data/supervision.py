@@ -327,13 +327,13 @@ def questions_of(record: Record, field: str) -> list[Asked]:
             f"field {field!r} of {record.key!r} must list {{question, answer}} objects"
         ) from None
     asked = [
-        (_said(q), tuple(filter(None, map(_said, a if isinstance(a, list) else [a]))))
+        (_shown(q), tuple(filter(None, map(_shown, a if isinstance(a, list) else [a]))))
         for q, a in pairs
     ]
     return [(question, answers) for question, answers in asked if question and answers]
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     """'' where nothing is said: null, or blanks alone."""
     text = "" if value is None else json_text(value)
     return text if text.strip() else ""

@@ -203,26 +203,26 @@ def _sample_image(image: Image.Image, data: bytes, offsets: np.ndarray) -> list[
     span = _span(image, data)
     try:
         wanted = [span[index] for index in sample(len(span), offsets)]
-        kept: dict[int, np.ndarray] = {}
+        frames: dict[int, np.ndarray] = {}
         for index in wanted:  # ascending: each frame is drawn over the ones before
-            if index not in kept:
+            if index not in frames:
                 image.seek(index)
-                kept[index] = images.to_rgba(image)
+                frames[index] = images.to_rgba(image)
     except Exception as error:  # a damaged file surfaces as any of a dozen types
         raise _damaged(data, error) from None
-    return [kept[index] for index in wanted]
+    return [frames[index] for index in wanted]
 
 
 def _sample_video(data: bytes, offsets: np.ndarray, max_pixels: int) -> list[np.ndarray]:
     count = _count_packets(data)
     for _ in range(2):
-        wanted, kept, seen = sample(count, offsets).tolist(), {}, 0
+        wanted, frames, seen = sample(count, offsets).tolist(), {}, 0
         for frame in _video_frames(data, max_pixels):
             if seen in wanted:
-                kept[seen] = _pixels(frame)
+                frames[seen] = _pixels(frame)
             seen += 1
         if seen == count:
-            return [kept[index] for index in wanted]
+            return [frames[index] for index in wanted]
         count = seen  # some packets show nothing: alternate references, what an edit list hides
         if not count:
             break

@@ -6,7 +6,7 @@ import math
 
 from coca_jax.config import Config, ImageModel, Model, heads, shapes
 from coca_jax.data import navit
-from coca_jax.models.image_encoder import num_kept
+from coca_jax.models.image_encoder import num_remaining
 from coca_jax.training import losses
 
 
@@ -19,8 +19,8 @@ def step_flops(config: Config) -> int:
     frames, patches = max(config.data.num_frames, 1), navit.budget(config)
     parts = forward_flops(model, frames, patches, training=True)
     if head:
-        kept = num_kept(patches, model.image.patch_dropout)
-        places, source = frames * (kept + int(model.image.class_token)), model.image.width
+        num_patches = num_remaining(patches, model.image.patch_dropout)
+        places, source = frames * (num_patches + int(model.image.class_token)), model.image.width
         if head.reads_text:
             places, source = model.text.max_len, model.text.width
         width = config.head.sizes(model)[0]
@@ -96,7 +96,7 @@ def forward_flops(
     frames = max(num_frames, 1)
     image, text, pooler = model.image, model.text, model.pooler
     patches = patches or shapes.patches(model.image_size, model.patch_size)
-    num_patches = num_kept(patches, image.patch_dropout) if training else patches
+    num_patches = num_remaining(patches, image.patch_dropout) if training else patches
     tokens = num_patches + int(image.class_token)
     inside = tokens + image.registers
     length, queries = text.max_len, pooler.num_queries
@@ -124,7 +124,7 @@ def forward_flops(
         + mlp(with_cls, text.width, text.mlp_dim)
     )
     seen = kind.num_seen(queries) if kind.pools else frames * num_patches
-    seen = num_kept(seen, pooler.token_dropout) if training else seen
+    seen = num_remaining(seen, pooler.token_dropout) if training else seen
     multimodal_dim = text.multimodal_mlp_dim or text.mlp_dim
     upper = text.multimodal_heads or text.num_heads
     mlps = 2 if text.cross == "open_clip" else 1

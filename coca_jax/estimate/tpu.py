@@ -162,8 +162,8 @@ def count_bundles(topology: str, options: dict, calls: list[tuple[str, list[str]
             },
         )
         if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-            raise ValueError(f"no schedule of the kernels: {said[-1]}")
+            errors = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise ValueError(f"no schedule of the kernels: {errors[-1]}")
         return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -45,9 +45,9 @@ def add(workdir: str | os.PathLike[str], step: int, scores: Mapping[str, float])
 def drop_after(workdir: str | os.PathLike[str], step: int) -> None:
     """Drops the evaluations of later steps than `step`, whose weights the run gives up."""
     rows = read(workdir)
-    kept = [row for row in rows if row["step"] <= step]
-    if len(kept) < len(rows):
-        _write(workdir, kept)
+    remaining = [row for row in rows if row["step"] <= step]
+    if len(remaining) < len(rows):
+        _write(workdir, remaining)
 
 
 def _write(workdir: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -71,7 +71,7 @@ class Unfinished:
 
     def _found(self) -> dict[str, Any]:
         try:
-            return results.kept(self._path, request=dict, started=int, tasks=dict)
+            return results.read_sealed(self._path, request=dict, started=int, tasks=dict)
         except FileNotFoundError:  # another evaluation has just finished
             return {}
 
@@ -146,9 +146,9 @@ def run_tasks(
     )
     for task in tasks:
         key = json.dumps(task, sort_keys=True)
-        kept = unfinished.scores(key)
-        if kept is not None:
-            scores |= kept
+        scores_before = unfinished.scores(key)
+        if scores_before is not None:
+            scores |= scores_before
             if main_process:
                 print(_named(task, ": kept from before"), file=sys.stderr)
             continue
@@ -200,12 +200,12 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
     evaluator = kind.from_task(task, setting)
     for some, of in ((records, ""), *((one, " to learn from") for one in evaluator.further)):
         if some.left_out and setting.main_process:
-            evaluators.tell(
+            evaluators.notify(
                 f"{task['kind']}/{task['name']}: {some.left_out} examples{of} have no {need} "
                 "and are left out"
             )
         if some.damaged and setting.main_process:
-            evaluators.tell(
+            evaluators.notify(
                 f"{task['kind']}/{task['name']}: {some.damaged} examples{of} have an image that "
                 "cannot be read, and are left out"
             )
@@ -229,5 +229,5 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
         setting.write(lambda: results.save_classes(workdir, name, classes))
     if setting.main_process:
         for metric, why in evaluator.skipped.items():
-            evaluators.tell(f"{evaluator.name}: {metric.upper()} skipped, {why}")
+            evaluators.notify(f"{evaluator.name}: {metric.upper()} skipped, {why}")
     return new

@@ -45,12 +45,12 @@ def verdict(
         ("weak at", [use for use in uses if WEAK <= use.skill < USABLE]),
         ("not usable for", [use for use in uses if use.skill < WEAK]),
     ]
-    said = [
+    sentences = [
         f"{how} " + " and ".join(f"{use.name} ({use.evidence})" for use in found)
         for how, found in groups
         if found
     ]
-    sentence = f"The model is {', '.join(said)}"
+    sentence = f"The model is {', '.join(sentences)}"
     if groups[0][1] == uses:
         return f"{sentence}."
     return f"{sentence}; {_remedy(images, passes, pretrained)} would help most."
@@ -71,8 +71,8 @@ def of_run(run: RunFiles) -> str:
 
 def _training_images(config: Mapping[str, Any]) -> int:
     """Number of examples of the sources, each counted once; 0 if unknown for one of them."""
-    told = config.get("data_digests", ())
-    return sum({one["sha256"]: one["examples"] for one in told}.values()) if all(told) else 0
+    digests = config.get("data_digests", ())
+    return sum({one["sha256"]: one["examples"] for one in digests}.values()) if all(digests) else 0
 
 
 def _remedy(images: int, passes: float, pretrained: bool) -> str:

@@ -63,8 +63,8 @@ def check_name(out: str) -> None:
 
 def remember(out: str, checkpoint: str, checksum: str, how: dict[str, Any]) -> None:
     """Writes beside a file of captions what they are made with; how: prompt and settings."""
-    told = dict(checkpoint=checkpoint, made_in=os.getcwd(), model=checksum, how=how)
-    json_files.write_sealed(f"{out}{_HOW}", told)
+    header = dict(checkpoint=checkpoint, made_in=os.getcwd(), model=checksum, how=how)
+    json_files.write_sealed(f"{out}{_HOW}", header)
 
 
 def begun_with(out: str) -> dict[str, Any] | None:
@@ -72,10 +72,10 @@ def begun_with(out: str) -> dict[str, Any] | None:
     path = storage.place(f"{out}{_HOW}")
     if not path.exists():
         return None
-    told = json_files.read_sealed(path)
-    texts = all(isinstance(told.get(name), str) for name in ("checkpoint", "made_in", "model"))
-    if texts and isinstance(told.get("how"), dict):
-        return told
+    header = json_files.read_sealed(path)
+    texts = all(isinstance(header.get(name), str) for name in ("checkpoint", "made_in", "model"))
+    if texts and isinstance(header.get("how"), dict):
+        return header
     raise ValueError(f"{path} is damaged: it names no model and settings; delete it")
 
 

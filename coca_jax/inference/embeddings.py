@@ -84,8 +84,8 @@ class Encoders:
         how = dict(
             batch_size=self.batch_size, num_frames=self.num_frames, class_names=self.class_names
         )
-        told = dict(stored_dtype=self.stored_dtype, step=self.step)
-        return _made_again, (type(self), (self.config, params, self.vocabulary), how, told)
+        attributes = dict(stored_dtype=self.stored_dtype, step=self.step)
+        return _made_again, (type(self), (self.config, params, self.vocabulary), how, attributes)
 
     def _module(self, params: dict) -> Any:
         """The model that the parameters are of."""
@@ -134,7 +134,7 @@ class Encoders:
         ]
         return joined(parts, (self.config.model.embed_dim,))
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def encode_text(
         self, texts: str | Sequence[str], *, labels: bool = False, progress: bool = False
     ) -> np.ndarray:
@@ -185,12 +185,12 @@ class Encoders:
         """The inverse of the temperature, which cosine similarities are multiplied by as logits."""
         return float(np.exp(np.asarray(param_groups.log_scale(self.params))))
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def similarity(self, images: Any, texts: str | Sequence[str]) -> np.ndarray:
         """Cosine similarity of every image with every text: float32 [N, M]."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def zero_shot(
         self,
         images: Any,
@@ -225,7 +225,7 @@ class Encoders:
 
     # -- the task head --------------------------------------------------------------------------
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def classify(
         self, images: Any, texts: str | Sequence[str] | None = None, *, progress: bool = False
     ) -> np.ndarray:
@@ -298,7 +298,7 @@ class Encoders:
         fitted = jnp.asarray(self._reader.read(images))
         return np.array(pixel_values.normalise_pixels(fitted, self.config.model))
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts -> token_ids int32 [N, max_len], as `forward` takes them: begin symbol, tokens, end
         symbol, padding."""
@@ -312,7 +312,7 @@ class Encoders:
         """
         return self._reader.preprocess(image, num_frames)
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def tokenize_with_mask(
         self, texts: str | Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -336,11 +336,11 @@ class Encoders:
 
 
 def _made_again(
-    kind: Callable, made_of: Sequence[Any], how: dict[str, Any], told: dict[str, Any]
+    kind: Callable, made_of: Sequence[Any], how: dict[str, Any], attributes: dict[str, Any]
 ) -> Encoders:
     """What `Encoders.__reduce__` took apart."""
     model: Encoders = kind(*made_of, **how)
-    vars(model).update(told)
+    vars(model).update(attributes)
     return model
 
 

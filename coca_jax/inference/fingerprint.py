@@ -24,8 +24,8 @@ _NO_MATTER = (
 
 def of_rest(config: Config, vocabulary: Vocabulary) -> str:
     """16 hexadecimal digits of `rest`."""
-    told = json.dumps(rest(config, vocabulary), sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    text = json.dumps(rest(config, vocabulary), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def rest(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -33,13 +33,13 @@ def rest(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
     are the default count for nothing, so that a new key changes no checksum. How many frames a
     model takes is each caller's own: an index, which is of pictures, takes none."""
     config = typed(config)
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         name: value for name, value in _changed(config.model) if name not in _NO_MATTER
     }
-    told |= dict(_changed(config.data, ("resize", "label_token")))
+    settings |= dict(_changed(config.data, ("resize", "label_token")))
     if config.data.resize == "native":
-        told |= dict(_changed(config.data, ("max_patches",)))
-    return told | dict(vocabulary=vocabulary.checksum)
+        settings |= dict(_changed(config.data, ("max_patches",)))
+    return settings | dict(vocabulary=vocabulary.checksum)
 
 
 def _changed(section: Section, names: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:

@@ -262,7 +262,7 @@ class CoCaModel(Scores):
         with self._devices.context():
             return text_decoder.pack(self._spec, self.params, self._decoding.result()[1])
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def answer(
         self, images: Any, questions: str | Sequence[str], *, progress: bool = False, **how: Any
     ) -> list[str]:
@@ -297,7 +297,7 @@ class CoCaModel(Scores):
         """Whether `explain` is for this model: its images are of one shape."""
         return self.resize != "native"
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def explain(
         self, images: Any, texts: str | Caption | Sequence[str | Caption], *, progress: bool = False
     ) -> list[Explanation]:

@@ -20,7 +20,7 @@ from coca_jax.inference.embeddings import Encoders, joined
 class Scores(Encoders):
     """Adds log probabilities of texts to the encoders; see `model.CoCaModel`."""
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def caption_log_likelihood(
         self, images: Any, texts: str | Sequence[str], *, progress: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +45,7 @@ class Scores(Encoders):
             raise ValueError(f"{len(texts)} texts for {done} images; give one text an image")
         return joined(sums, ()), joined(counts, ()).astype(np.int32)
 
-    @text_arrays.telling_cuts()
+    @text_arrays.warn_truncated()
     def score(
         self,
         images: Any,

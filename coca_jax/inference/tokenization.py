@@ -40,7 +40,7 @@ def noting_cuts() -> Iterator[Cuts]:
 
 
 @contextlib.contextmanager
-def telling_cuts() -> Iterator[None]:
+def warn_truncated() -> Iterator[None]:
     """Warns, once and at the end, where texts were cut within; of calls within a call the outermost
     warns. To stand over a method."""
     if _cuts.get() is not None:

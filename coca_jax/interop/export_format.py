@@ -199,24 +199,26 @@ def _keep_programs(
 ) -> dict[str, Any]:
     """What is known of the programs of the export before, where it was of the same model; else {},
     and their files are removed, but for those that are `written` anew."""
-    old = {name: told for name, told in json_files.listed_files(before).items() if is_program(name)}
-    kept = {}
-    for name, told in old.items():
+    old = {
+        name: entry for name, entry in json_files.listed_files(before).items() if is_program(name)
+    }
+    copied = {}
+    for name, entry in old.items():
         path = pathlib.Path(directory) / name
         if name in written or not path.is_file():
             continue
         if _identity(before) == _identity(now):
-            kept[name] = told
+            copied[name] = entry
         else:
             logging.warning("%s is removed: it is of another model", path)
             path.unlink()
-    return kept
+    return copied
 
 
 def _identity(config: dict[str, Any]) -> tuple:
     """What the programs of a model go by: its sizes, preprocessing, weights and tokenizer."""
     listed = json_files.listed_files(config)
-    files = sorted(str(told) for name, told in listed.items() if not is_program(name))
+    files = sorted(str(digest) for name, digest in listed.items() if not is_program(name))
     return config.get("model"), config.get("preprocess"), files
 
 
@@ -301,8 +303,8 @@ def _read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _typed(data: dict[str, Any], path: str) -> StoredConfig:
-    kept = ("model", "head", "class_names")
-    tree: dict[str, Any] = {key: data[key] for key in kept if key in data}
+    required = ("model", "head", "class_names")
+    tree: dict[str, Any] = {key: data[key] for key in required if key in data}
     preprocess = data.get("preprocess") or {}
     try:
         tree["data"] = {name: preprocess[name] for name in PREPROCESSED if name in preprocess}

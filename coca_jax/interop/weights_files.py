@@ -73,9 +73,9 @@ def refuse(path: str | os.PathLike[str]) -> None:
     if found:
         name = found[0].name
         already = name in open_clip_config.WEIGHTS_FILES
-        told = f"open_clip's already ({name})" if already else f"another program's ({name})"
+        origin = f"open_clip's already ({name})" if already else f"another program's ({name})"
         raise ValueError(
-            f"--input={path} is {told}, not a run or an export; to write a CoCa of open_clip's "
+            f"--input={path} is {origin}, not a run or an export; to write a CoCa of open_clip's "
             f"anew, convert it (coca-jax convert --input={path} --out=weights) and give "
             "--input=weights"
         )

@@ -15,7 +15,7 @@ import numpy as np
 from coca_jax import ops as operations
 from coca_jax.config import Head, Loss, Model, heads, read, shapes
 from coca_jax.models import image_encoder, initializers, layers, poolers
-from coca_jax.models.image_encoder import ImageEncoder, kept_tokens, take_tokens
+from coca_jax.models.image_encoder import ImageEncoder, drop_tokens, take_tokens
 from coca_jax.models.layers import Part
 from coca_jax.models.poolers import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
@@ -278,8 +278,8 @@ class CoCa(nn.Module):
         image_embedding, image_tokens = self.pool(encoded, there)
         seen = image_tokens
         if self.token_dropout and not deterministic:
-            kept = kept_tokens(seen, self.token_dropout, self.make_rng("patch_dropout"))
-            seen = take_tokens(seen, kept)
+            indices = drop_tokens(seen, self.token_dropout, self.make_rng("patch_dropout"))
+            seen = take_tokens(seen, indices)
         cls, states = self.text_decoder(tokens, text_valid, seen)
         class_logits = None
         if self.task_head is not None and self.task_head.kind.shares_pass:

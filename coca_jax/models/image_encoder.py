@@ -280,9 +280,9 @@ class ImageEncoder(nn.Module):
             first = None if first is None else first.astype(x.dtype) + table[0].astype(x.dtype)
         rotation = self._rotation(size, patches) if options.rotary else None
         if self.patch_dropout and not deterministic:
-            kept = kept_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
-            x = take_tokens(x, kept)
-            rotation = None if rotation is None else take_tokens(rotation, kept)
+            indices = drop_tokens(x, self.patch_dropout, self.make_rng("patch_dropout"))
+            x = take_tokens(x, indices)
+            rotation = None if rotation is None else take_tokens(rotation, indices)
         before = [] if first is None else [first[None].astype(x.dtype)]
         if self.registers:
             shape, axes = (self.registers, self.width), ("position", "embed")
@@ -419,15 +419,15 @@ def patchify(pixels: jax.Array, patch_size: Size) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 
 
-def num_kept(length: int, rate: float) -> int:
+def num_remaining(length: int, rate: float) -> int:
     """How many of so many tokens are left where a share `rate` is left out: one at least."""
     return max(1, round(length * (1 - rate)))
 
 
-def kept_tokens(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
-    """A random subset of each row's tokens: [B, N, D] -> places int32 [B, num_kept(N, rate)]."""
+def drop_tokens(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
+    """A random subset of each row's tokens: [B, N, D] -> places int32 [B, num_remaining(N, rate)]."""
     batch, length, _ = x.shape
-    keep = num_kept(length, rate)
+    keep = num_remaining(length, rate)
     return jnp.argsort(jax.random.uniform(rng, (batch, length)), axis=1)[:, :keep]
 
 

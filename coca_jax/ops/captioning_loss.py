@@ -243,8 +243,8 @@ def _chunk(x, y, w, kernel, bias, vocab_axis, chunk, options, with_gradients, i,
         rows, target, kernel, bias, vocab_axis, options, with_gradients
     )
     loss = loss + (token_loss * weight).sum()
-    kept = jnp.where(weight > 0, token_nll, 0.0)
-    nll = jax.lax.dynamic_update_slice_in_dim(nll, kept, start, 0)
+    masked_nll = jnp.where(weight > 0, token_nll, 0.0)
+    nll = jax.lax.dynamic_update_slice_in_dim(nll, masked_nll, start, 0)
     if not with_gradients:
         return _Sums(loss, nll, d_x, d_kernel)
     gradient = functools.partial(_logit_gradients, softmax, weight, options)

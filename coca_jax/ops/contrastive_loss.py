@@ -273,7 +273,7 @@ def global_contrastive_loss(
     image: jax.Array,
     text: jax.Array,
     scale: jax.Array,
-    kept: Estimates,
+    stored: Estimates,
     *,
     num_examples: int,
     rate: float,
@@ -329,7 +329,7 @@ def global_contrastive_loss(
         return factor * (value + slope - jax.lax.stop_gradient(slope)), new
 
     losses, found = jnp.zeros_like(own), []
-    for rows, columns, old in ((image, text, kept.image), (text, image, kept.text)):
+    for rows, columns, old in ((image, text, stored.image), (text, image, stored.text)):
         tiles = tuple(split(x) for x in (rows, own, ids, old))
         each, new = jax.lax.map(lambda t, columns=columns: tile(columns, *t), tiles)
         each, new = (x.swapaxes(0, 1).reshape(count) for x in (each, new))

@@ -267,24 +267,24 @@ class _Kept:
 
 
 @_named
-def _normalised(layer: Weights, name: str, kept: _Kept, x: str) -> jax.Array:
+def _normalised(layer: Weights, name: str, saved: _Kept, x: str) -> jax.Array:
     return tpu_norm.normalised(
-        kept(x),
-        kept(f"{name}/mean"),
-        kept(f"{name}/inverse"),
+        saved(x),
+        saved(f"{name}/mean"),
+        saved(f"{name}/inverse"),
         layer[f"{name}/scale"],
         layer[f"{name}/bias"],
     )
 
 
 @_named
-def _norm_backward(gradients, layer, name, kept, x, d_normal, g, epsilon):
+def _norm_backward(gradients, layer, name, saved, x, d_normal, g, epsilon):
     """(gradient of the stream before the norm, its sum over all but the width)."""
     g, gradients[f"{name}/scale"], gradients[f"{name}/bias"], total = tpu_norm.norm_backward(
-        kept.stacks[x],
-        kept.index,
-        kept(f"{name}/mean"),
-        kept(f"{name}/inverse"),
+        saved.stacks[x],
+        saved.index,
+        saved(f"{name}/mean"),
+        saved(f"{name}/inverse"),
         layer[f"{name}/scale"],
         d_normal,
         g,
@@ -293,15 +293,17 @@ def _norm_backward(gradients, layer, name, kept, x, d_normal, g, epsilon):
     return _stream(g), total
 
 
-def _attention_backward(gradients, layer, name, kept, x, context, mask, heads, g, total):
+def _attention_backward(gradients, layer, name, saved, x, context, mask, heads, g, total):
     """Gradients of x and of context (None where that is x: both are in the first)."""
-    g = _heads(_dense_backward(gradients, layer, f"{name}/out", kept(f"{name}/attended"), g, total))
-    query, key, value, out = (
-        kept.stacks[f"{name}/{part}"] for part in ("query", "key", "value", "attended")
+    g = _heads(
+        _dense_backward(gradients, layer, f"{name}/out", saved(f"{name}/attended"), g, total)
     )
-    sums = kept.stacks.get(f"{name}/sums")
+    query, key, value, out = (
+        saved.stacks[f"{name}/{part}"] for part in ("query", "key", "value", "attended")
+    )
+    sums = saved.stacks.get(f"{name}/sums")
     d_query, d_key, d_value = tpu_attention.backward(
-        query, key, value, mask, out, g, kept.index, heads, sums
+        query, key, value, mask, out, g, saved.index, heads, sums
     )
     source = x if context is None else context
     dx = _dense_backward(gradients, layer, f"{name}/query", x, d_query)
@@ -317,27 +319,27 @@ def _backward(layer, stacks, index, mask, context, options, g, total, d_context)
     width, of the context with what was in d_context). total: the sum of g likewise."""
     gradients: Weights = {}
     heads, epsilon, cross = options
-    kept = _Kept(stacks, index)
-    hidden = kept("hidden")
+    saved = _Kept(stacks, index)
+    hidden = saved("hidden")
     d_gelu = _dense_backward(gradients, layer, "mlp/out", tpu_norm.gelu(hidden), g, total)
     d_hidden, d_bias = tpu_norm.gelu_gradients(hidden, d_gelu)
-    normal = _normalised(layer, "mlp_norm", kept, "middle")
+    normal = _normalised(layer, "mlp_norm", saved, "middle")
     d_normal = _dense_backward(gradients, layer, "mlp/in", normal, d_hidden, d_bias)
-    g, total = _norm_backward(gradients, layer, "mlp_norm", kept, "middle", d_normal, g, epsilon)
+    g, total = _norm_backward(gradients, layer, "mlp_norm", saved, "middle", d_normal, g, epsilon)
     if cross:
-        normal = _normalised(layer, "cross_norm", kept, "crossing")
+        normal = _normalised(layer, "cross_norm", saved, "crossing")
         d_normal, more = _attention_backward(
-            gradients, layer, "cross_attention", kept, normal, context, None, heads, g, total
+            gradients, layer, "cross_attention", saved, normal, context, None, heads, g, total
         )
         d_context = _stream(d_context + more)
         g, total = _norm_backward(
-            gradients, layer, "cross_norm", kept, "crossing", d_normal, g, epsilon
+            gradients, layer, "cross_norm", saved, "crossing", d_normal, g, epsilon
         )
-    normal = _normalised(layer, "attention_norm", kept, "input")
+    normal = _normalised(layer, "attention_norm", saved, "input")
     d_normal, _ = _attention_backward(
-        gradients, layer, "attention", kept, normal, None, mask, heads, g, total
+        gradients, layer, "attention", saved, normal, None, mask, heads, g, total
     )
     g, total = _norm_backward(
-        gradients, layer, "attention_norm", kept, "input", d_normal, g, epsilon
+        gradients, layer, "attention_norm", saved, "input", d_normal, g, epsilon
     )
     return gradients, g, total, d_context

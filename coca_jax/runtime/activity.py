@@ -4,7 +4,7 @@ told from its cause, and from long work.
 `with activity.doing("reading data/mine"): ...` stands around reads and writes that may stall, in
 any thread. Work of many parts that is no step, as an evaluation, calls `activity.alive()` after
 each. Both cost a microsecond. `activity.until` waits for what another process has to do first, and
-inside `activity.telling` a thread says what takes long.
+inside `activity.periodically` a thread says what takes long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOTICE_AFTER = 60.0  # seconds after which a line says what is waited for
 
 _under_way: dict[object, tuple[str, float]] = {}
 _parts = 0
-_said = False  # whether a thread says what goes on
+_announcing = False  # whether a thread says what goes on
 
 
 @contextlib.contextmanager
@@ -55,15 +55,15 @@ def under_way() -> list[tuple[str, float]]:
 
 
 @contextlib.contextmanager
-def telling(tell: Callable[[], None], first: float, every: float) -> Iterator[None]:
-    """Inside, a thread calls `tell` after `first` seconds, and then each `every` seconds."""
+def periodically(report: Callable[[], None], first: float, every: float) -> Iterator[None]:
+    """Inside, a thread calls `report` after `first` seconds, and then each `every` seconds."""
     over = threading.Event()
 
     def run() -> None:
         pause = first
         while not over.wait(pause):
             pause = every
-            tell()
+            report()
 
     teller = threading.Thread(target=run, name="telling", daemon=True)
     teller.start()
@@ -75,25 +75,25 @@ def telling(tell: Callable[[], None], first: float, every: float) -> Iterator[No
 
 
 @contextlib.contextmanager
-def saying(text: str) -> Iterator[None]:
+def announce(text: str) -> Iterator[None]:
     """Inside, a line on standard error says each ten seconds that `text` goes on, and for how long
     already: a folder of millions of files takes minutes to be listed. Work that is short says
     nothing, and nor does what stands inside another one."""
-    global _said
-    if _said:
+    global _announcing
+    if _announcing:
         yield
         return
-    began, _said = time.monotonic(), True
+    began, _announcing = time.monotonic(), True
 
-    def tell() -> None:
+    def report() -> None:
         took = time.monotonic() - began
         print(f"{text} ... {took:.0f} s so far", file=sys.stderr, flush=True)
 
     try:
-        with telling(tell, SAID_EVERY, SAID_EVERY):
+        with periodically(report, SAID_EVERY, SAID_EVERY):
             yield
     finally:
-        _said = False
+        _announcing = False
 
 
 def until(what: str, look: Callable[[], T | None], *, hours: int = 1, pause: float = 1.0) -> T:
@@ -101,13 +101,13 @@ def until(what: str, look: Callable[[], T | None], *, hours: int = 1, pause: flo
 
     After a minute a line says `what` is waited for. Raises ValueError after so many hours.
     """
-    began, told = time.monotonic(), False
+    began, announced = time.monotonic(), False
     while (found := look()) is None:
         waited = time.monotonic() - began
         if waited > 3600 * hours:
             raise ValueError(f"waited {hours} h for {what}, in vain")
-        if waited > NOTICE_AFTER and not told:
-            told = True
+        if waited > NOTICE_AFTER and not announced:
+            announced = True
             print(f"waiting for {what}", file=sys.stderr, flush=True)
         time.sleep(pause)
         alive()  # the hours are the bound

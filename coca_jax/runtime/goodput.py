@@ -51,13 +51,13 @@ def process_age() -> float:
         return 0.0
 
 
-_told = False  # of several runs of a process, the first one has its imports
+_counted_imports = False  # of several runs of a process, the first one has its imports
 
 
 def age_before(buckets: TimeBuckets) -> float:
     """Seconds of this process before `buckets` was made: imports. 0 but for its first run."""
-    global _told
-    first, _told = not _told, True
+    global _counted_imports
+    first, _counted_imports = not _counted_imports, True
     return max(0.0, process_age() - (time.perf_counter() - buckets.born)) if first else 0.0
 
 

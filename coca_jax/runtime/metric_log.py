@@ -232,7 +232,7 @@ class Progress:
         seconds, steps = max(now - self._time, 1e-9), step - self._step
         pairs = self._pairs(step) - self._pairs(self._step)
         own = [n for n in self._compiled if n <= step]
-        if told := len(own) < steps:  # else nothing but the compiled steps could tell a rate
+        if known := len(own) < steps:  # else nothing but the compiled steps could tell a rate
             seconds = max(seconds - self._compiling, 1e-9)
             steps -= len(own)
             pairs -= sum(self._pairs(n) - self._pairs(n - 1) for n in own)
@@ -254,7 +254,7 @@ class Progress:
             share = step / max(self._total, 1)
             eta = tqdm.tqdm.format_interval(left)
             line = f"step {step}/{self._total} ({share:.0%}) {shown}"
-            line += f" | {eta} left" if told else ""
+            line += f" | {eta} left" if known else ""
             print(line, file=self._file, flush=True)
         return rate
 

@@ -60,15 +60,15 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         )
     # It would take SIGTERM from now on. A run switches it on where it can save (training/stopping).
     jax.config.update("jax_enable_preemption_service", False)
-    told: dict[str, Any] = {"heartbeat_timeout_seconds": PEER_SECONDS}
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": PEER_SECONDS}
     if _takes_all_gpus(all(given)):
-        told["local_device_ids"] = ()  # no choice among them
-    with activity.telling(_tell, NOTICE_AFTER, NOTICE_EVERY):
+        options["local_device_ids"] = ()  # no choice among them
+    with activity.periodically(_report_wait, NOTICE_AFTER, NOTICE_EVERY):
         if all(given):
-            jax.distributed.initialize(coordinator, num_processes, process_id, **told)
+            jax.distributed.initialize(coordinator, num_processes, process_id, **options)
         elif _environment_has_processes():
             try:
-                jax.distributed.initialize(**told)
+                jax.distributed.initialize(**options)
             except ValueError as error:  # as of Open MPI 5, which says no place to meet
                 raise ValueError(
                     f"the environment says that the run has several processes, and not all that "
@@ -83,7 +83,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _tell() -> None:
+def _report_wait() -> None:
     """Says which processes are waited for, and where."""
     if (state := _state()).num_processes:
         print(
@@ -106,7 +106,7 @@ def _environment_has_processes() -> bool:
     return _tpu_vm_workers() > 1
 
 
-def _takes_all_gpus(told: bool) -> bool:
+def _takes_all_gpus(coordinated: bool) -> bool:
     """Whether this process has all GPUs that it sees. jax gives a process of SLURM's or MPI's the
     one of its number on the node: of a process that is alone there all others would have nothing
     to do, and one that is let see a single GPU has none of that number.
@@ -122,7 +122,7 @@ def _takes_all_gpus(told: bool) -> bool:
     elif all(name in env for name in _BY_SLURM):
         alone = _number("SLURM_NTASKS") == _number("SLURM_STEP_NUM_NODES") > 1
     else:
-        return told
+        return coordinated
     seen = env.get("CUDA_VISIBLE_DEVICES", "")
     return alone or bool(seen and "," not in seen)
 
@@ -184,7 +184,7 @@ def _look(key: str) -> str:
         return ""
 
 
-def tell_stopped() -> None:
+def publish_stopped() -> None:
     """Says to the other processes that this one was asked to stop, and leaves."""
     _state().client.key_value_set(STOPPED, "1", allow_overwrite=True)
 
@@ -194,7 +194,7 @@ def has_stopped() -> bool:
     return bool(_look(STOPPED))
 
 
-def tell_ended(line: str) -> None:
+def publish_ended(line: str) -> None:
     """Says to the other processes with which line this one ends; the first that does so counts."""
     with contextlib.suppress(Exception):
         _state().client.key_value_set(ENDED, f"process {_state().process_id} ended: {line}")

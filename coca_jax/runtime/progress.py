@@ -35,7 +35,7 @@ class Bar:
         self._lines = shown and not terminal
         self._total, self._unit, self._what, self._thousands = total, unit, what, thousands
         self._done, self._began = 0, time.monotonic()
-        self._told, self._at = -1, self._began  # what the last line said, and when
+        self._printed, self._at = -1, self._began  # what the last line said, and when
         self._bar = tqdm.tqdm(
             total=total,
             unit=f" {unit}" if unit else "it",
@@ -51,10 +51,10 @@ class Bar:
         self._bar.update(count)
         self._done += count
         if self._lines and time.monotonic() - self._at >= LINE_EVERY:
-            self._tell()
+            self._print()
 
-    def _tell(self) -> None:
-        self._told, self._at = self._done, time.monotonic()
+    def _print(self) -> None:
+        self._printed, self._at = self._done, time.monotonic()
         size = tqdm.tqdm.format_sizeof if self._thousands else "{:,}".format
         shown = size(self._done) + (f" of {size(self._total)}" if self._total else "")
         shown += f" {self._unit}" if self._unit else ""
@@ -67,5 +67,8 @@ class Bar:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
-        if self._lines and self._told not in (-1, self._done):  # work that was short tells nothing
-            self._tell()
+        if self._lines and self._printed not in (
+            -1,
+            self._done,
+        ):  # work that was short tells nothing
+            self._print()

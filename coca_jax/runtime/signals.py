@@ -144,7 +144,7 @@ class Stop:
                 except Exception as error:
                     lost = str(error)
             if self._processes > 1:
-                _tell_peers()
+                _notify_peers()
             leave(f"{why} while {stage}: {lost}; {AGAIN}", EXIT_AGAIN)
 
     @property
@@ -340,7 +340,7 @@ def failing_alone(count: int) -> Iterator[None]:
             _end_together("ended by this error", 1)
         line = " ".join(str(error).split())
         if not isinstance(error, multihost.KnownToAll):
-            multihost.tell_ended(line)
+            multihost.publish_ended(line)
         _end_together(f"error: {line}", 2)
 
 
@@ -358,10 +358,10 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """A handler must be there for the interpreter to write the signal into the pipe."""
 
 
-def _tell_peers() -> None:
+def _notify_peers() -> None:
     """Makes the others leave too, in place of waiting for this process until jax misses it."""
     with contextlib.suppress(Exception):
-        multihost.tell_stopped()
+        multihost.publish_stopped()
         time.sleep(2.5 * POLL)  # process 0 holds the store: the others look first
 
 

@@ -175,7 +175,7 @@ class Interval:
         self._trainer, self._auto, self._start = trainer, given.every == "auto", trainer.step
         self._between = 3600 * given.mean_hours_between_failures
         self._steps = FIRST if self._auto else given.every_steps
-        self._said = 0
+        self._logged = 0
         self._since: tuple[int, float] | None = None  # a step, and when it was seen
 
     def due(self, step: int) -> bool:
@@ -198,8 +198,8 @@ class Interval:
             if jax.process_count() > 1:  # each has other times
                 steps = multihost_utils.broadcast_one_to_all(steps)
             self._steps = int(steps)
-            if not self._said / 2 < self._steps < self._said * 2:
-                self._said = self._steps
+            if not self._logged / 2 < self._steps < self._logged * 2:
+                self._logged = self._steps
                 self._trainer.say(
                     f"a checkpoint every {self._steps} steps: a save takes {seconds:.2f} s, a step "
                     f"{one:.3g} s, and the run fails every {self._between / 3600:g} h"
@@ -223,7 +223,7 @@ class Save(Callback):
     def __init__(self, trainer: Trainer):
         self._trainer, self._checkpoints = trainer, trainer.checkpoints
         # (step, skipped steps) of the last completed save and of the last started save.
-        self._kept = self._begun = (trainer.step, int(trainer.state.skipped))
+        self._saved = self._begun = (trainer.step, int(trainer.state.skipped))
         self._interval = Interval(trainer)
         self._failures, self._retry_at, self._why = 0, float("inf"), ""
 
@@ -248,7 +248,7 @@ class Save(Callback):
 
     def _try_again(self) -> bool:
         """Whether an earlier save has failed and it is time to try again."""
-        if self._begun != self._kept and not self._checkpoints.busy():
+        if self._begun != self._saved and not self._checkpoints.busy():
             self._settle()
         return time.monotonic() >= self._retry_at
 
@@ -256,7 +256,7 @@ class Save(Callback):
         """Waits for the save under way and notes how it ended."""
         try:
             self._checkpoints.wait()
-            self._kept = self._begun
+            self._saved = self._begun
         except SaveFailed as error:
             self._note(error)
 
@@ -270,7 +270,7 @@ class Save(Callback):
         with self._trainer.buckets("save"):
             self._settle()
             skipped = int(self._trainer.state.skipped)
-            before, skipped_before = self._kept
+            before, skipped_before = self._saved
             if skipped - skipped_before == step - before > 0:
                 self._trainer.say(
                     f"step {step} is not saved: every step since {before} was skipped"
@@ -285,7 +285,7 @@ class Save(Callback):
                 if pause is None:
                     break
                 time.sleep(pause)
-        if last and self._kept[0] != step:
+        if last and self._saved[0] != step:
             newest = f"step {before} is the newest" if before else "no step is kept"
             raise SaveFailed(
                 f"step {step} could not be saved in {self._trainer.workdir} ({self._why}); {newest}; "
@@ -301,7 +301,7 @@ class Save(Callback):
             self._begun = this
             if wait:
                 self._checkpoints.wait_for(this[0])
-                self._kept = this
+                self._saved = this
             self._retry_at = float("inf")
             return True
         except SaveFailed as error:
@@ -309,12 +309,12 @@ class Save(Callback):
             return False
 
     def _note(self, error: SaveFailed) -> None:
-        self._begun, self._why = self._kept, error.why
+        self._begun, self._why = self._saved, error.why
         pause = RETRY[min(self._failures, len(RETRY) - 1)]
         self._failures += 1
         self._retry_at = time.monotonic() + pause
-        kept = self._kept[0]  # 0: the beginning, of which there is no checkpoint
-        newest = f"step {kept} stays the newest" if kept else "no step is kept yet"
+        saved = self._saved[0]  # 0: the beginning, of which there is no checkpoint
+        newest = f"step {saved} stays the newest" if saved else "no step is kept yet"
         self._trainer.say(f"warning: {error}; {newest}; it is tried again")
 
     def at_end(self, error: BaseException | None) -> None:
@@ -422,12 +422,12 @@ class Evaluate(Callback):
     def _evaluate(self, step: int) -> dict[str, float]:
         trainer = self._trainer
 
-        def kept() -> None:
+        def keep_scores() -> None:
             if step:  # what no step has changed is not saved: the next start makes it again
                 trainer.checkpoints.wait_for(step)
 
         trainer.say(f"evaluating step {step} ...")
-        with trainer.buckets("eval"), trainer.stop.saved("evaluating", kept):
+        with trainer.buckets("eval"), trainer.stop.saved("evaluating", keep_scores):
             from coca_jax.evaluation import runner
 
             model = self._load_model()

@@ -240,7 +240,7 @@ def check_rows(count: int, batch_size: int) -> None:
         )
 
 
-def tell_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
+def log_shares(weights: Sequence[float], rows: Sequence[int]) -> None:
     """Says where the rows of a batch are far from the weights that were asked for."""
     exact = [weight / sum(weights) * sum(rows) for weight in weights]
     if any(max(one / all_of, all_of / one) >= _FAR for one, all_of in zip(exact, rows)):
@@ -287,7 +287,7 @@ def apply(
     _check_run(config, found, workdir)
     names = source_index.folder_names([one.path for one in found])
     outs = source_index.places(workdir, [(one.path,) for one in found])
-    sources, tasks, kept = [], [], []
+    sources, tasks, kept_tasks = [], [], []
     named: dict[str, Any] = {name: field for name, field in (fields or {}).items() if field}
     for one, name, out in zip(found, names, outs):
         if one.path == "scenes":
@@ -306,7 +306,7 @@ def apply(
                 line = described(one, path, entries[0], train, held, left, scored)
                 print(line, file=sys.stderr)
         sources += [dict(place, split=train, **entry) for entry in entries]
-        kept += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
+        kept_tasks += [t for t in config.eval.tasks if t["data"].items() >= place.items()]
         if held:
             of_all = {k: v for k, v in entries[0].items() if k in ("kind", "questions")}
             tasks += evaluations(config, dict(place, split=held, **of_all), f"{name}_{held}")
@@ -315,15 +315,15 @@ def apply(
     weights = [source["weight"] for source in sources]
     shares = mixture.nearest_shares(weights, config.batch_size)
     if main_process:
-        tell_shares(weights, shares)
+        log_shares(weights, shares)
     sources = [dict(source, weight=float(rows)) for source, rows in zip(sources, shares)]
-    probes = [] if keep_tasks else _probes(config, kept, main_process)
-    told = config.eval.tasks if keep_tasks else (*probes, *(kept or tasks))
-    return config.change({"data.sources": tuple(sources), "eval.tasks": tuple(told)})
+    probes = [] if keep_tasks else _probes(config, kept_tasks, main_process)
+    tasks_of_run = config.eval.tasks if keep_tasks else (*probes, *(kept_tasks or tasks))
+    return config.change({"data.sources": tuple(sources), "eval.tasks": tuple(tasks_of_run)})
 
 
 def _probes(
-    config: Config, kept: Sequence[Mapping[str, Any]], tell: bool
+    config: Config, kept_tasks: Sequence[Mapping[str, Any]], tell: bool
 ) -> list[Mapping[str, Any]]:
     """Where eval.guard is set, the tasks that it watches on other data than the recipe's sources:
     what the model could do before. Those that are `kept` anyway are not among them, nor those whose
@@ -334,7 +334,7 @@ def _probes(
     found = []
     for task in config.eval.tasks:
         place = [task["data"].get(k, "") for k in PLACES]
-        if task["kind"] in GUARDED and task not in kept and tuple(place) not in sources:
+        if task["kind"] in GUARDED and task not in kept_tasks and tuple(place) not in sources:
             if (path := task["data"].get("path")) is None or files.exists(path):
                 found.append(task)
             elif tell:

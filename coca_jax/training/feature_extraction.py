@@ -46,20 +46,20 @@ def keep(trainer: Trainer) -> tuple[Features, ...]:
     for number, source in enumerate(trainer.mixture.sources):  # all, before hours go into the first
         rows = len(source) * feature_cache.augmentations(config)
         about = feature_cache.about(config, source, number, sums)
-        before = sum(kept.to_come for kept in found)
+        before = sum(store.to_come for store in found)
         found.append(Features(config.data.features, about, rows, config, before))
-    for number, kept in enumerate(found):
-        missing = kept.missing()
+    for number, store in enumerate(found):
+        missing = store.missing()
         if len(missing):
             name = trainer.mixture.sources[number].name
-            trainer.begin(f"computing features of {name} ({len(missing)} of {kept.rows} images)")
+            trainer.begin(f"computing features of {name} ({len(missing)} of {store.rows} images)")
             reads = trainer.mixture.stages[-1].seen(trainer.steps)[number]
             if reads < len(missing):
                 trainer.say(
                     f"features: this run reads {reads} of these at most, and all are kept, for "
                     "other runs too; `limit` of the source, or data.features='', does with fewer"
                 )
-            _Filling(trainer, encoder, pixels, number, kept).fill(missing)
+            _Filling(trainer, encoder, pixels, number, store).fill(missing)
     pixels.close()
     return tuple(found)
 
@@ -67,8 +67,10 @@ def keep(trainer: Trainer) -> tuple[Features, ...]:
 class _Filling:
     """Computes the tokens of one source, a block read ahead."""
 
-    def __init__(self, trainer: Trainer, encoder: Any, pixels: Pixels, number: int, kept: Features):
-        self._trainer, self._encoder, self._pixels, self._kept = trainer, encoder, pixels, kept
+    def __init__(
+        self, trainer: Trainer, encoder: Any, pixels: Pixels, number: int, store: Features
+    ):
+        self._trainer, self._encoder, self._pixels, self._store = trainer, encoder, pixels, store
         self._number, self._source = number, trainer.mixture.sources[number]
         self._count = feature_cache.augmentations(trainer.config)
         model, config = trainer.model, trainer.config
@@ -85,7 +87,7 @@ class _Filling:
         size = BLOCK * sharding.batch_parts(self._trainer.mesh)
         blocks = [missing[start : start + size] for start in range(0, len(missing), size)]
         began, done = time.monotonic(), 0
-        said = began
+        last_log = began
         with ThreadPoolExecutor(1, "features") as ahead:
             coming = ahead.submit(self._read, blocks[0])
             for number, rows in enumerate(blocks):
@@ -96,11 +98,11 @@ class _Filling:
                 activity.alive()
                 done += len(rows)
                 now = time.monotonic()
-                if now - said > SAY_SECONDS and done < len(missing):
+                if now - last_log > SAY_SECONDS and done < len(missing):
                     left = (now - began) / done * (len(missing) - done)
-                    told = f"features: {done} of {len(missing)} images"
-                    self._trainer.say(f"{told}, {max(1, round(left / 60))} min left")
-                    said = now
+                    message = f"features: {done} of {len(missing)} images"
+                    self._trainer.say(f"{message}, {max(1, round(left / 60))} min left")
+                    last_log = now
 
     def _read(self, rows: np.ndarray) -> tuple[list[Record], np.ndarray, dict[int, str]]:
         records, _ = read_all(self._source, rows // self._count)
@@ -121,6 +123,8 @@ class _Filling:
         tokens = np.asarray(self._encode(self._encoder, placed["image"]))
         bad = np.array(sorted(failed), np.int64)
         good = np.setdiff1d(np.arange(len(rows)), bad)
-        self._kept.write(rows[good], [records[i] for i in good], tokens[good])
-        told = [i for i in bad.tolist() if records[i].image]  # others could not be read at all
-        self._kept.write_bad(rows[told], [records[i] for i in told])
+        self._store.write(rows[good], [records[i] for i in good], tokens[good])
+        unreadable = [
+            i for i in bad.tolist() if records[i].image
+        ]  # others could not be read at all
+        self._store.write_bad(rows[unreadable], [records[i] for i in unreadable])

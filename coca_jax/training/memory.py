@@ -108,27 +108,27 @@ def least(config: Config, mesh: Mesh) -> int:
     the gradients of what is trained, in the model's dtype where that is smaller, spread evenly."""
     with jax.set_mesh(mesh):
         arguments = build_step(config, mesh)[1]
-    kept = sum(_bytes(x) for x in jax.tree.leaves(arguments))
+    argument_bytes = sum(_bytes(x) for x in jax.tree.leaves(arguments))
     width = np.dtype(config.model.dtype).itemsize  # in which the compiler may keep them
     trained = jax.tree.leaves(trainable(arguments[0].params, typed(config)))
     gradients = sum(x.size * min(width, x.dtype.itemsize) for x in trained)
-    return (kept + gradients) // mesh.size
+    return (argument_bytes + gradients) // mesh.size
 
 
 def cached_bounds(config: Config, mesh: Mesh) -> tuple[int, int]:
     """`bounds`, kept in the cache folder from start to start: a trace of the step takes a third of
     the time that a small run needs to go on."""
     file, key = cache_folder.folder() / KEPT, _key(config, mesh)
-    kept: dict[str, list[int]] = {}
+    cached: dict[str, list[int]] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged
-        kept = dict(json.loads(file.read_text()))
-        low, high = kept[key]
+        cached = dict(json.loads(file.read_text()))
+        low, high = cached[key]
         return int(low), int(high)
-    kept[key] = list(bounds(config, mesh))
+    cached[key] = list(bounds(config, mesh))
     with contextlib.suppress(OSError):  # it is for the next start only
-        newest = dict(list(kept.items())[-MOST_KEPT:])
+        newest = dict(list(cached.items())[-MOST_KEPT:])
         storage.write_text(file, json.dumps(newest, indent=0))
-    return kept[key][0], kept[key][1]
+    return cached[key][0], cached[key][1]
 
 
 def _key(config: Config, mesh: Mesh) -> str:

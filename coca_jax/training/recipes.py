@@ -316,15 +316,15 @@ def check_key(config: ConfigDict, key: str, text: str = "") -> None:
                 raise ValueError(
                     f"--config.{key}={text}: {done}.{plain} is no tuple and has no elements"
                 )
-            told = "no such element, or it has no such key"
+            problem = "no such element, or it has no such key"
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
                 kind = config_flags.config_flags.GetType(key, config)
                 if not key.endswith("]"):
                     return
-                told = "an element of a tuple is not set by itself"
+                problem = "an element of a tuple is not set by itself"
                 if kind is dict:
-                    told = f"it is a dict, of which keys are set, as --config.{key}.KEY=VALUE"
-            raise ValueError(f"--config.{key}={text}: {told}; {_whole(f'{done}.{plain}')}")
+                    problem = f"it is a dict, of which keys are set, as --config.{key}.KEY=VALUE"
+            raise ValueError(f"--config.{key}={text}: {problem}; {_whole(f'{done}.{plain}')}")
         if not isinstance(group, ConfigDict):
             raise ValueError(f"--config.{key}={text}: {done} is a value and has no keys")
         if part not in group:

@@ -36,12 +36,12 @@ def load_or_train(
     config = typed(config)
     path = f"{os.fspath(workdir)}/{VOCABULARY_FILE}"
     place = config.data.vocabulary or _vocabulary_of_weights(config)
-    kept = storage.place(path).exists()
+    stored = storage.place(path).exists()
     began = storage.place(f"{os.fspath(workdir)}/config.json").exists()
-    given = _load_given(place, bool(config.data.vocabulary), kept and began) if place else None
+    given = _load_given(place, bool(config.data.vocabulary), stored and began) if place else None
     if given and config.data.vocabulary and not process_index:
         _warn_of_another(config, given)
-    if kept:
+    if stored:
         vocabulary = vocabularies.load(path)
         if given is None and not began and not process_index:
             # Of a start that was stopped, or put there. Its data may have been others.

@@ -161,11 +161,11 @@ def check_vocabulary(config: Config, old: dict[str, Any], workdir: str) -> None:
     bound = old.get("vocabulary_checksum")
     if bound is None:
         return
-    kept = storage.place(workdir) / run_vocabulary.VOCABULARY_FILE
-    place = kept if kept.exists() else config.data.vocabulary
+    path = storage.place(workdir) / run_vocabulary.VOCABULARY_FILE
+    place = path if path.exists() else config.data.vocabulary
     if not place:
         raise ValueError(
-            f"{kept} is missing, and the run of {workdir} was trained with it (sha256 "
+            f"{path} is missing, and the run of {workdir} was trained with it (sha256 "
             f"{bound[:12]}); put it back"
         )
     found = vocabulary.load(place).checksum

@@ -139,13 +139,13 @@ class Alike:
 
     def __init__(self, config: Config):
         self.config = config
-        self._said = repr(config)  # a model's blocks are mappings, which have no hash
+        self._text = repr(config)  # a model's blocks are mappings, which have no hash
 
     def __hash__(self) -> int:
-        return hash(self._said)
+        return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Alike) and self._said == other._said
+        return isinstance(other, Alike) and self._text == other._text
 
 
 def of_state(config: Recipe) -> Alike:

@@ -275,8 +275,10 @@ def finish(losses: tuple[Objective, ...], values: Values) -> Metrics:
     loss = jnp.zeros((), jnp.float32)
     for objective in losses:
         loss += objective.weight * of_losses[objective.name]
-    kept = {objective.name: of_losses[objective.name] for objective in losses}
-    return kept | {name: total / count for name, (total, count) in means.items()} | {"loss": loss}
+    reported = {objective.name: of_losses[objective.name] for objective in losses}
+    return (
+        reported | {name: total / count for name, (total, count) in means.items()} | {"loss": loss}
+    )
 
 
 def temperature(model: CoCa, params: Any, losses: tuple[Objective, ...]) -> Metrics:
@@ -454,7 +456,7 @@ def make_train_step(
         batch = trim(batch, length)
         if "image" in batch:
             batch |= {"image": shrink(batch["image"], image_size)}
-        batch |= kept_of(state, batch) | teacher_of(state, model, config, batch)
+        batch |= stored_estimates(state, batch) | teacher_of(state, model, config, batch)
         gradients, metrics = value_and_gradients(state.params, model, config, batch, rng, lengths)
         before = state.skipped
         state, of_update = update(state, gradients, schedule)
@@ -486,11 +488,11 @@ def shared_train_step(
     it traced of a function, and to trace a step takes seconds. alike: by `of_step`."""
     longest = alike.config.model.text.max_len
     size = image_size or alike.config.model.image_size
-    return _kept_train_step(model, alike, size, lengths or (longest, longest))
+    return _cached_train_step(model, alike, size, lengths or (longest, longest))
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_train_step(model: CoCa, alike: Alike, size: Size, lengths: Lengths) -> TrainStep:
+def _cached_train_step(model: CoCa, alike: Alike, size: Size, lengths: Lengths) -> TrainStep:
     return make_train_step(model, alike.config, size, lengths)
 
 
@@ -512,10 +514,10 @@ def teacher_of(state: TrainState, model: CoCa, config: Config, batch: Batch) -> 
     return {"teacher_tokens": merge_rows(each)}
 
 
-def kept_of(state: TrainState, batch: Batch) -> Batch:
+def stored_estimates(state: TrainState, batch: Batch) -> Batch:
     """What the state keeps of the examples in a batch, as fields of it."""
-    kept = state.estimates or {}
-    return {ESTIMATE.format(side): table[batch["example"]] for side, table in kept.items()}
+    stored = state.estimates or {}
+    return {ESTIMATE.format(side): table[batch["example"]] for side, table in stored.items()}
 
 
 def keep(

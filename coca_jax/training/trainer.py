@@ -385,8 +385,8 @@ class Trainer:
         the workdir. All processes call it."""
         if jax.process_count() > 1:
             new = json.dumps([dataclasses.astuple(row) for row in self.quarantine.take_new()])
-            for told in multihost.gathered("quarantine", new):
-                self.quarantine.merge(Row(*row) for row in json.loads(told))
+            for entries in multihost.gathered("quarantine", new):
+                self.quarantine.merge(Row(*row) for row in json.loads(entries))
         if self.main_process:
             try:
                 self.quarantine.write()

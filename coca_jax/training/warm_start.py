@@ -88,9 +88,9 @@ def _of_texts(array: np.ndarray, length: int, how: str) -> np.ndarray:
     """Positions of `length` tokens; says so where the weights have more or less."""
     if len(array) != length:
         beyond = "the others start untrained" if len(array) < length else "those beyond go"
-        said = "they are spread" if how == "interpolate" and len(array) < length else beyond
-        told = "init_from: the weights have %d positions of texts, this model %d: %s"
-        logging.warning(told, len(array), length, said)
+        action = "they are spread" if how == "interpolate" and len(array) < length else beyond
+        template = "init_from: the weights have %d positions of texts, this model %d: %s"
+        logging.warning(template, len(array), length, action)
     if how == "interpolate" and len(array) < length:
         array = spread_text_positions(array, length)
     return fit_text_positions(array, length)
@@ -169,8 +169,8 @@ def check_model(config: Config) -> None:
     ]
     if not keys or not _differ(_shapes(there), _shapes(config.model), parts):
         return
-    told = (f"model.{key} is {old.get(key)} there, {new[key]} here" for key in keys)
-    raise ValueError(f"init_from={path}: {'; '.join(told)}; set what the weights have")
+    differences = (f"model.{key} is {old.get(key)} there, {new[key]} here" for key in keys)
+    raise ValueError(f"init_from={path}: {'; '.join(differences)}; set what the weights have")
 
 
 # Keys of config.model by which the same parameters are another model; those of blocks besides.
@@ -185,17 +185,17 @@ def remark(config: Config) -> str:
     they were trained, which no shape tells, else ''."""
     there, parts = _model_of(config.init_from), config.init_parts
     old, new = (flatten(model.to_dict()) for model in (there, config.model))
-    told = [
+    notes = [
         f"model.{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and (key in _MEANINGS or "block." in key)
         if parts == "all" or not key.startswith(_NOT_OF_IMAGES)
         if "rope" not in key or config.model.positions != "learned"
     ]
-    if not told:
+    if not notes:
         return ""
     return (
-        f"warning: init_from={config.init_from}: {'; '.join(told)}: the same weights are another "
+        f"warning: init_from={config.init_from}: {'; '.join(notes)}: the same weights are another "
         "model then; set what they have, unless it is meant"
     )
 
@@ -243,9 +243,9 @@ def fit_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
 
     Rows that are missing are drawn as a new model's, the same ones on every process.
     """
-    kept = min(len(positions), length) - 1
-    fresh = np.random.default_rng(0).normal(0, 0.02, (length - 1 - kept, positions.shape[1]))
-    return np.concatenate([positions[:kept], fresh.astype(positions.dtype), positions[-1:]])
+    count = min(len(positions), length) - 1
+    fresh = np.random.default_rng(0).normal(0, 0.02, (length - 1 - count, positions.shape[1]))
+    return np.concatenate([positions[:count], fresh.astype(positions.dtype), positions[-1:]])
 
 
 WELL_TRAINED = 20  # first places, in nearly every caption
@@ -255,12 +255,12 @@ def spread_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     """[M, D] -> [length, D], longer: the first 20 rows stay, those behind are drawn out linearly
     (Long-CLIP, Zhang et al. 2024); the last row is [CLS]'s."""
     places, cls = positions[:-1], positions[-1:]
-    kept = min(WELL_TRAINED, len(places) - 1)
-    tail = places[kept:]
-    at = np.linspace(0, len(tail) - 1, length - 1 - kept)
+    count = min(WELL_TRAINED, len(places) - 1)
+    tail = places[count:]
+    at = np.linspace(0, len(tail) - 1, length - 1 - count)
     low = np.floor(at).astype(int)
     high, share = np.minimum(low + 1, len(tail) - 1), (at - low)[:, None].astype(positions.dtype)
-    return np.concatenate([places[:kept], (1 - share) * tail[low] + share * tail[high], cls])
+    return np.concatenate([places[:count], (1 - share) * tail[low] + share * tail[high], cls])
 
 
 def resize_positions(

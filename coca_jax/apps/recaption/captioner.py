@@ -151,13 +151,13 @@ class Captioner:
         with self.timed("scores"):
             every = [text for several in texts for text in several]
             captions = model.encode_text(every)
-            said = model.encode_text([text for several in originals for text in several])
+            originals_rows = model.encode_text([text for several in originals for text in several])
         owners = firsts(content_digest(picture.pixels[0]) for picture in pictures)
         wrong = selection.of_part(texts, originals, finished, images, captions, owners)
         found, at, first = [], 0, 0
         for i, picture in enumerate(pictures):
             own = captions[at : at + len(texts[i])]
-            known = said[first : first + len(originals[i])]
+            known = originals_rows[first : first + len(originals[i])]
             at, first = at + len(own), first + len(known)
             for one, score, marks in zip(written[i], own @ images[i], wrong[i]):
                 one.update(score=_short(score), flags=marks)
@@ -174,19 +174,19 @@ class Captioner:
                 result["image_emb"] = _packed(images[i : i + 1])
                 result["text_emb"] = _packed(np.concatenate([known, own]))
             found.append(result)
-        told: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         firsts_of = np.cumsum([0, *map(len, originals)])
         texted = [i for i in np.unique(owners) if originals[i]]
         if texted:
             share, count = selection.match(
-                images[texted], said[firsts_of[texted]], [originals[i][0] for i in texted]
+                images[texted], originals_rows[firsts_of[texted]], [originals[i][0] for i in texted]
             )
-            told |= dict(match=round(share, 3), matched=count) if count else {}
+            figures |= dict(match=round(share, 3), matched=count) if count else {}
         if look and not self._api:  # which has no likelihood of a caption
             blocks = [tokens for _, tokens in first_model]
             once = np.unique(owners[:_LOOKED_AT])
-            told |= self._look(blocks, [texts[i][0] for i in once], once)
-        return found, told
+            figures |= self._look(blocks, [texts[i][0] for i in once], once)
+        return found, figures
 
     def _look(
         self, blocks: Sequence[jax.Array], texts: Sequence[str], numbers: np.ndarray

@@ -61,13 +61,13 @@ def of_split(request: Request) -> tuple[str, Options]:
     if by_field:
         return "", holdout.narrowed(input, by_field, split, request.options)
     if split and holdout.split_of(split) not in map(holdout.split_of, names):
-        told = f"the splits {of_what}; give one of them" if names else "no splits; drop --split"
-        raise ValueError(f"--split={split}: --input={input} tells {told}")
-    prepare.tell_of_no_split(prepare.importer(request.format), input, {})
+        splits = f"the splits {of_what}; give one of them" if names else "no splits; drop --split"
+        raise ValueError(f"--split={split}: --input={input} tells {splits}")
+    prepare.warn_no_split(prepare.importer(request.format), input, {})
     return split or "".join(names), request.options
 
 
-def kept_split(request: Request) -> tuple[str, Options]:
+def recorded_split(request: Request) -> tuple[str, Options]:
     """What `of_split` gave when the work began; all of the input where an older version did so."""
     path = files.join(request.out, _FILE)
     before = json_files.read_sealed(path) if files.exists(path) else {}
@@ -78,8 +78,8 @@ def kept_split(request: Request) -> tuple[str, Options]:
 
 def write(request: Request, units: Iterable[Unit], split: str, options: Options) -> None:
     """Writes down the files of the units of a plan, and what `of_split` gave."""
-    told = dict(files=_told(request.format, units), split=split, where=options.where)
-    json_files.write_sealed(files.join(request.out, _FILE), told)
+    query = dict(files=_input_stamps(request.format, units), split=split, where=options.where)
+    json_files.write_sealed(files.join(request.out, _FILE), query)
 
 
 def check(request: Request, done: bool) -> None:
@@ -96,12 +96,12 @@ def check(request: Request, done: bool) -> None:
         return
     before = json_files.read_sealed(path)["files"]
     try:
-        units = prepare.importer(request.format).plan(request.input, *kept_split(request))
+        units = prepare.importer(request.format).plan(request.input, *recorded_split(request))
     except FileNotFoundError:
         if not done:
             raise
         return
-    now = json.loads(json.dumps(_told(request.format, units)))
+    now = json.loads(json.dumps(_input_stamps(request.format, units)))
     found = []
     for names, more, one in (
         (now.keys() - before.keys(), "more ", ("file", "files")),
@@ -120,30 +120,30 @@ def check(request: Request, done: bool) -> None:
 
 
 def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two entries of `_told` are of the same file; those of older versions tell nothing of
+    """Whether two entries of `_input_stamps` are of the same file; those of older versions tell nothing of
     what lies in a folder."""
-    told = [before["read"], now["read"]]
-    least = min((len(one) for some in told for one in some), default=0)
-    first, second = ([one[:least] for one in some] for some in told)
+    reads = [before["read"], now["read"]]
+    least = min((len(one) for some in reads for one in some), default=0)
+    first, second = ([one[:least] for one in some] for some in reads)
     return before["size"] == now["size"] and first == second
 
 
-def _told(format: str, units: Iterable[Unit]) -> dict[str, Any]:
+def _input_stamps(format: str, units: Iterable[Unit]) -> dict[str, Any]:
     """{file: its size in bytes and what is read of it}. Of a folder of pictures, which has no size,
     also a digest of what is read: of names, and here of sizes; a bucket would be asked once a
     file."""
     found: dict[str, Any] = {}
     for unit in units:
         stamp = None if os.path.isdir(unit.path) else storage.stamp(unit.path)
-        told = found.setdefault(unit.path, dict(size=stamp and stamp[0], read=[]))
+        stamp_of = found.setdefault(unit.path, dict(size=stamp and stamp[0], read=[]))
         inside = [_digest(format, unit)] if unit.names else []
-        told["read"].append([unit.start, unit.stop, unit.rows, *inside])
+        stamp_of["read"].append([unit.start, unit.stop, unit.rows, *inside])
     return found
 
 
 def _digest(format: str, unit: Unit) -> str:
     """Of the names of a unit of a folder; of a local one with the texts beside them, and sizes."""
-    told = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     here = not files.is_remote(unit.path)
     names = image_folder.with_texts(unit) if here and format == "sidecars" else unit.names
     names = list(names)
@@ -151,8 +151,8 @@ def _digest(format: str, unit: Unit) -> str:
         _stamps([files.join(unit.path, name) for name in names]) if here else [None] * len(names)
     )
     for name, stamp in zip(names, stamps):
-        told.update(f"{name!r} {stamp and stamp[0]}\n".encode())
-    return told.hexdigest()
+        digest.update(f"{name!r} {stamp and stamp[0]}\n".encode())
+    return digest.hexdigest()
 
 
 def _stamps(paths: list[str]) -> list[tuple[int, int] | None]:
@@ -206,9 +206,9 @@ def plan(request: Request) -> list[Job]:
     """
     work = files.join(request.out, "recaption")
     path = files.join(work, "request.json")
-    told = json.loads(json.dumps(request.told()))
+    fields = json.loads(json.dumps(request.to_dict()))
     if files.exists(path):
-        _refuse_other(request.out, _flat(json_files.read_sealed(path)), _flat(told))
+        _refuse_other(request.out, _flat(json_files.read_sealed(path)), _flat(fields))
         check(request, done=finished(request) is not None)
     elif files.exists(request.out):
         for found in files.listing(request.out):
@@ -217,8 +217,8 @@ def plan(request: Request) -> list[Job]:
     if begins := not files.exists(path):
         refuse_inside(request)
     module = prepare.importer(request.format)
-    wanted = {key: told[key] for key in ("format", "input", "options", "split") if key in told}
-    split, options = of_split(request) if begins else kept_split(request)
+    wanted = {key: fields[key] for key in ("format", "input", "options", "split") if key in fields}
+    split, options = of_split(request) if begins else recorded_split(request)
     where = request.format, request.input, split, options, work
     # A plan without a request is of a start that came no further, or of another job of this one,
     # which reads it now: it is not removed but written again.
@@ -228,9 +228,9 @@ def plan(request: Request) -> list[Job]:
     return jobs
 
 
-def _flat(told: dict[str, Any]) -> dict[str, Any]:
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
     """What a request says, with its options one by one."""
-    return {key: value for key, value in told.items() if key != "options"} | told["options"]
+    return {key: value for key, value in fields.items() if key != "options"} | fields["options"]
 
 
 def _refuse_other(out: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -248,7 +248,7 @@ def begin(request: Request, checksums: Sequence[str]) -> None:
     """Writes down what is asked for. Raises ValueError where other models than these began."""
     path = files.join(request.out, "recaption/request.json")
     if not files.exists(path):
-        json_files.write_sealed(path, request.told() | dict(weights=list(checksums)))
+        json_files.write_sealed(path, request.to_dict() | dict(weights=list(checksums)))
     else:
         before = json_files.read_sealed(path)["weights"]
         if len(before) != len(checksums) or not all(map(fingerprint.same, before, checksums)):
@@ -318,18 +318,18 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
     }
     if all("with_original" in account for account in known):  # those of older versions lack it
         totals["with_original"] = sum(account["with_original"] for account in known)
-    told = dict(
+    result = dict(
         totals,
         quarantined=dict(Counter(one["reason"] for one in listed)),
         threshold=shard.as_number(least),
         collapse=_collapse(known),
         shards=entries,
-        request=request.told(),
+        request=request.to_dict(),
     )
     if request.to == "array_record" and entries:
         _manifest(request, jobs, known, entries)
-    json_files.write_sealed(files.join(request.out, MANIFEST), told)
-    return told
+    json_files.write_sealed(files.join(request.out, MANIFEST), result)
+    return result
 
 
 def _manifest(
@@ -346,8 +346,8 @@ def _manifest(
     module = prepare.importer(request.format)
     classes = prepare.declared_classes(module, jobs[0].units[0], jobs[0].options)
     classes = classes or sorted({name for one in accounts for name in one.get("classes", ())})
-    told = dict(format="coca_jax-1", class_names=classes, splits={_split(request): split})
-    manifest.write(request.out, told)
+    written = dict(format="coca_jax-1", class_names=classes, splits={_split(request): split})
+    manifest.write(request.out, written)
 
 
 def remove(request: Request, jobs: Sequence[Job]) -> None:
@@ -376,13 +376,13 @@ def finished(request: Request) -> dict[str, Any] | None:
     path = files.join(request.out, MANIFEST)
     if not files.exists(path):
         return None
-    told = json_files.read_sealed(path)
+    result = json_files.read_sealed(path)
     system, plain = files.filesystem(request.out)
     there = {posixpath.basename(one["name"]): one["size"] for one in system.ls(plain, detail=True)}
-    sizes = {one["file"]: one["bytes"] for one in told["shards"]}
+    sizes = {one["file"]: one["bytes"] for one in result["shards"]}
     beside = [QUARANTINE, *([manifest.MANIFEST] if request.to == "array_record" and sizes else [])]
     whole = all(there.get(file) == size for file, size in sizes.items())
-    return told if whole and all(name in there for name in beside) else None
+    return result if whole and all(name in there for name in beside) else None
 
 
 def _collapse(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -451,8 +451,8 @@ def run(
                     remove(request, jobs)
                 raise
     waiting = _write(request, jobs, own)
-    told = waiting or _end(request, jobs)
-    return told | dict(spent={what: round(took, 2) for what, took in spent.items()})
+    result = waiting or _end(request, jobs)
+    return result | dict(spent={what: round(took, 2) for what, took in spent.items()})
 
 
 class Work:
@@ -488,10 +488,10 @@ def _write(request: Request, jobs: Sequence[Job], own: Sequence[Job]) -> dict[st
 
 def _end(request: Request, jobs: Sequence[Job]) -> dict[str, Any]:
     least = threshold(request, jobs)
-    told = None if least is None else finish(request, jobs, least)
-    if told is None:
+    result = None if least is None else finish(request, jobs, least)
+    if result is None:
         return dict(waiting=len(_without(jobs, shard.account)))
-    return told
+    return result
 
 
 def _without(jobs: Sequence[Job], there: Callable[[Job], Any]) -> list[Job]:

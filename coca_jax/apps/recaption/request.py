@@ -103,7 +103,7 @@ class Request:
                 f"--part={self.part}: give a multiple of --batch_size={self.batch_size}"
             )
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All but the place of the output, for the file that says how it was made."""
         found = dataclasses.asdict(self)
         # Neither of these changes an answer: the same server may be at another address now.

@@ -62,10 +62,10 @@ def of_part(
     """
     plain = [[canonical_text(text) for text in several] for several in texts]
     owners = np.arange(len(images)) if owners is None else owners
-    said = [set[str]() for _ in plain]
+    seen = [set[str]() for _ in plain]
     for owner, several in zip(owners, plain):
-        said[owner].update(several)
-    held = collections.Counter(itertools.chain.from_iterable(said))
+        seen[owner].update(several)
+    held = collections.Counter(itertools.chain.from_iterable(seen))
     own_images = images[np.unique(owners)]
     count = len(own_images)
     enough = max(ALIKE, SHARE * count)

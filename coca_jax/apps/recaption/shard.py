@@ -160,9 +160,9 @@ def _make(path: str, taken: list, number: int, last: bool, captioner: Captioner)
         pairs = [(one, answer) for one, answer in zip(good, asked) if isinstance(answer, list)]
         good, answers = [one for one, _ in pairs], [answer for _, answer in pairs]
     digests = [content_digest(one.image).hex() for one in good]
-    found, told = captioner.part(good, look=not number, answers=answers)
+    found, details = captioner.part(good, look=not number, answers=answers)
     part = dict(results=found, quarantined=quarantined, read=sum(map(len, taken)), last=last)
-    json_files.write_sealed(path, part | dict(digests=digests, figures=told))
+    json_files.write_sealed(path, part | dict(digests=digests, figures=details))
 
 
 def write(job: Job, request: Request, threshold: float, name: str) -> None:
@@ -170,7 +170,7 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
     if account(job) is not None:
         return
     read = read_parts(job)
-    told: dict[str, Any] = dict(
+    entry: dict[str, Any] = dict(
         read=sum(part["read"] for part in read),
         quarantined=[one for part in read for one in part["quarantined"]],
         with_original=sum(bool(one["originals"]) for part in read for one in part["results"]),
@@ -192,27 +192,27 @@ def write(job: Job, request: Request, threshold: float, name: str) -> None:
                     f"{item.key}: the input has changed; give another --out"
                 )
             texts = selection.texts(result, request.text, **how)
-            kept = [one for one in texts if one[1] >= threshold]
+            good = [one for one in texts if one[1] >= threshold]
             scores.extend(score for _, score in texts)
-            if kept or threshold == float("-inf"):
+            if good or threshold == float("-inf"):
                 known = {one["text"] for one in result["originals"]}
-                told["replaced"] += bool(kept) and kept[0][0] not in known
+                entry["replaced"] += bool(good) and good[0][0] not in known
                 several = request.text in selection.SEVERAL
                 # As texts are: class folders may have names that are no UTF-8.
                 item.labels = list(map(printable, item.labels))
-                yield writers.Example(_key(job, number, item), item, kept, result, several)
+                yield writers.Example(_key(job, number, item), item, good, result, several)
 
     path = files.join(request.out, name)
     with storage.whole_file(path) as local:
-        told |= writers.write(request.to, local, examples())
-        if told["count"]:
-            told |= dict(file=name, bytes=os.path.getsize(local), sha256=prepare.sha256(local))
+        entry |= writers.write(request.to, local, examples())
+        if entry["count"]:
+            entry |= dict(file=name, bytes=os.path.getsize(local), sha256=prepare.sha256(local))
         else:
             os.remove(local)
-    told["kept_by_alarm"] = told["with_original"] if how["keep"] else 0
-    told["filtered"] = told["read"] - told["count"] - len(told["quarantined"])
-    told["highest"] = max(scores, default=None)
-    json_files.write_sealed(f"{job.part}.json", told)
+    entry["kept_by_alarm"] = entry["with_original"] if how["keep"] else 0
+    entry["filtered"] = entry["read"] - entry["count"] - len(entry["quarantined"])
+    entry["highest"] = max(scores, default=None)
+    json_files.write_sealed(f"{job.part}.json", entry)
     clear(job)
 
 
@@ -238,7 +238,7 @@ def alarm(figures: dict[str, Any]) -> str:
     """What is wrong with the captions and scores of a shard, by its `_figures`; '' for nothing."""
     tokens, matched = figures["tokens"], figures["matched"]
     gain = dict(image_gain=figures["gain"] / tokens) if tokens else {}
-    said = collapse.warning(
+    message = collapse.warning(
         figures | gain,
         figures["count"],
         figures["of_originals"] or 1.0,
@@ -246,7 +246,7 @@ def alarm(figures: dict[str, Any]) -> str:
         start_of_references=figures["start_of_originals"],
     )
     unmatched = selection.warning_of_match(figures["match"] / max(matched, 1), matched)
-    return "; ".join(filter(None, (said, unmatched)))
+    return "; ".join(filter(None, (message, unmatched)))
 
 
 def _figures(read: list[dict[str, Any]]) -> dict[str, Any]:
@@ -261,22 +261,24 @@ def _figures(read: list[dict[str, Any]]) -> dict[str, Any]:
                 once.add(digest)
                 looked.append(one)
     first = [one["captions"][0]["text"] for one in looked][: collapse.MOST]
-    said = [one["originals"][0]["text"] for one in looked if one["originals"]][: collapse.MOST]
+    originals = [one["originals"][0]["text"] for one in looked if one["originals"]][: collapse.MOST]
     start, begins = collapse.same_start(first)
-    told = [part["figures"] for part in read]
+    figures = [part["figures"] for part in read]
     return dict(
-        gain=sum(one.get("gain", 0.0) for one in told),
-        tokens=sum(one.get("tokens", 0) for one in told),
-        match=round(sum(one.get("match", 0.0) for one in told), 3),
-        matched=sum(one.get("matched", 0) for one in told),
+        gain=sum(one.get("gain", 0.0) for one in figures),
+        tokens=sum(one.get("tokens", 0) for one in figures),
+        match=round(sum(one.get("match", 0.0) for one in figures), 3),
+        matched=sum(one.get("matched", 0) for one in figures),
         count=len(first),
-        with_original=len(said),
+        with_original=len(originals),
         distinct=_mean(collapse.distinct(first)),
         start=start,
         same_start=_mean(begins),
-        start_of_originals=_mean(np.array([collapse.start_of(text) == start for text in said])),
+        start_of_originals=_mean(
+            np.array([collapse.start_of(text) == start for text in originals])
+        ),
         self_bleu=_mean(collapse.self_bleu(first)),
-        of_originals=_mean(collapse.distinct(said)),
+        of_originals=_mean(collapse.distinct(originals)),
     )
 
 

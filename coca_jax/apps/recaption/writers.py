@@ -38,7 +38,7 @@ class Example(NamedTuple):
 
     key: str
     item: Item
-    kept: list[Scored]
+    captions: list[Scored]
     result: dict[str, Any]
     several: bool = False
 
@@ -56,7 +56,7 @@ class Example(NamedTuple):
         names = ("captions", "originals")
         return {name: self.result[name] for name in names} | {
             "key": self.result["key"],
-            "scores": [score for _, score in self.kept],
+            "scores": [score for _, score in self.captions],
         }
 
     def embeddings(self) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ class _Counted:
     def __iter__(self) -> Iterator[Example]:
         for example in self._examples:
             self.counts["count"] += 1
-            self.counts["with_text"] += bool(example.kept)
+            self.counts["with_text"] += bool(example.captions)
             self.counts["with_label"] += bool(example.item.labels)
             self.classes.update(example.item.labels)
             yield example
@@ -112,10 +112,10 @@ def _tar(path: str, examples: _Counted) -> None:
             if one.item.labels:
                 fields["labels"] = list(one.item.labels)
             if one.several:  # of one text too: who reads this field finds it beside each image
-                fields["texts"] = [text for text, _ in one.kept]
+                fields["texts"] = [text for text, _ in one.captions]
             members = {
                 suffix(one.item.image): one.item.image,
-                "txt": one.kept[0][0].encode() if one.kept else b"",
+                "txt": one.captions[0][0].encode() if one.captions else b"",
                 "json": plain_json(fields).encode(),
             }
             arrays = one.embeddings()
@@ -172,7 +172,7 @@ def _parquet(path: str, examples: _Counted) -> None:
                     key=one.key,
                     source=one.result["key"],
                     image=one.item.image,
-                    text=[text for text, _ in one.kept],
+                    text=[text for text, _ in one.captions],
                     label=list(one.item.labels),
                     image_emb=list(arrays["image_emb"]) if arrays else None,
                     text_emb=[list(row) for row in arrays["text_emb"]] if arrays else None,
@@ -195,7 +195,7 @@ def _array_record(path: str, examples: _Counted) -> None:
         extra = one.fields() | dict(recaption=one.made())
         for name, array in one.embeddings().items():
             extra[name] = one.result[name] if array.size else ""
-        texts = tuple(text for text, _ in one.kept)
+        texts = tuple(text for text, _ in one.captions)
         record = records.Record(
             one.item.image, texts, tuple(one.item.labels), one.key, plain_json(extra)
         )

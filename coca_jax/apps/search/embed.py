@@ -130,12 +130,12 @@ def _format(path: str) -> str:
 
 
 def _of_files(found: Iterable[File], state: Callable[[str, str], State], part: int) -> list[Group]:
-    told: dict[State, list[File]] = dict(new=[], failed=[], done=[])
+    by_state: dict[State, list[File]] = dict(new=[], failed=[], done=[])
     for one in found:
-        told[state(one.name, one.caption)].append(one)
+        by_state[state(one.name, one.caption)].append(one)
     cut = [
         tuple(some[start : start + part])
-        for some in (told["new"], told["failed"])
+        for some in (by_state["new"], by_state["failed"])
         for start in range(0, len(some), part)
     ]
     return [Group("", len(some), some) for some in cut]
@@ -210,9 +210,9 @@ VERSION = 1  # of the folder's layout
 
 def about(model: CoCaModel, checkpoint: str) -> dict[str, Any]:
     """The contents of index.json."""
-    told = dict(version=VERSION, model=model.checksum(), checkpoint=checkpoint)
+    info = dict(version=VERSION, model=model.checksum(), checkpoint=checkpoint)
     sizes = model.config.model
-    return told | dict(width=sizes.embed_dim, dtype=sizes.dtype, made_in=os.getcwd())
+    return info | dict(width=sizes.embed_dim, dtype=sizes.dtype, made_in=os.getcwd())
 
 
 def add(

@@ -72,15 +72,15 @@ class _Groups:
 
     def __init__(self, count: int):
         self._label = np.arange(count, dtype=np.int32)  # of each row its group's, so far
-        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
 
     def join(self, i: np.ndarray, j: np.ndarray) -> None:
         """Pairs of rows, int [n] each, are of one group."""
         i, j = self._label[i], self._label[j]
         new = i != j
         if new.any():
-            self._kept.append((i[new], j[new]))
-        if sum(len(one) for one, _ in self._kept) >= len(self._label):
+            self._pending.append((i[new], j[new]))
+        if sum(len(one) for one, _ in self._pending) >= len(self._label):
             self._merge()
 
     def labels(self) -> np.ndarray:
@@ -89,9 +89,9 @@ class _Groups:
         return self._label
 
     def _merge(self) -> None:
-        if self._kept:
-            i, j = (np.concatenate(one) for one in zip(*self._kept))
-            self._kept = []
+        if self._pending:
+            i, j = (np.concatenate(one) for one in zip(*self._pending))
+            self._pending = []
             shape = len(self._label), len(self._label)
             joined = scipy.sparse.coo_matrix((np.ones(len(i), bool), (i, j)), shape)
             of_label = scipy.sparse.csgraph.connected_components(joined, directed=False)[1]

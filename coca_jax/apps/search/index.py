@@ -95,10 +95,10 @@ class Work:
         """Raises ValueError: another model than that of the index."""
         if self._model is None:
             self._model = self._load()
-        told = embed.about(self._model, self._checkpoint)
-        check_model(self._out, self._about, told)
+        info = embed.about(self._model, self._checkpoint)
+        check_model(self._out, self._about, info)
         own = Parts(_place(self._out, group))
-        own.begin(told)
+        own.begin(info)
         embed.add(self._model, group, own, self._batch_size, self._part, lambda text: None, report)
 
 
@@ -141,8 +141,8 @@ def staged_name(group: Group) -> str:
     """The folder of a group, as `names` lists it."""
     keys = [group.key] if group.key else [one.name for one in group.files]
     # Relative names stay so: jobs on several machines may see the data below other folders.
-    told = "\n".join(key if "://" in key else os.path.normpath(key) for key in keys)
-    return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    listing = "\n".join(key if "://" in key else os.path.normpath(key) for key in keys)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def join_staged(parts: Parts, group: Group) -> bool:
@@ -340,8 +340,8 @@ def stamp(folder: str) -> Hashable:
     if (place / LEASE).exists():
         return None
     names = sorted(path.name for path in (place / "metadata").iterdir())
-    told = [place / "metadata" / name for name in names[-1:]] + [place / nearest.FILE]
-    last = [storage.stamp(str(path)) for path in told]
+    paths = [place / "metadata" / name for name in names[-1:]] + [place / nearest.FILE]
+    last = [storage.stamp(str(path)) for path in paths]
     return (place / "index.json").read_bytes(), *names, *last
 
 
@@ -459,12 +459,12 @@ def mixed(embeddings: np.ndarray, weights: Sequence[float] = ()) -> np.ndarray:
         ValueError: weights that are not finite, or that leave nothing.
     """
     given = np.asarray(weights or np.ones(len(embeddings)), np.float64)
-    told = ", ".join(f"{weight:g}" for weight in given)
+    weights_text = ", ".join(f"{weight:g}" for weight in given)
     if not np.isfinite(given).all():
-        raise ValueError(f"the weights {told}: give finite numbers")
+        raise ValueError(f"the weights {weights_text}: give finite numbers")
     scaled = given / max(np.abs(given).max(), np.finfo(float).tiny)
     whole = scaled @ embeddings
     length = np.linalg.norm(whole)
     if length < _LEAST:
-        raise ValueError(f"the weights {told} leave nothing to look for; change one")
+        raise ValueError(f"the weights {weights_text} leave nothing to look for; change one")
     return (whole / length).astype(np.float32)

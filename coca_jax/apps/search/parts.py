@@ -385,17 +385,17 @@ class Parts:
 
     def names(self) -> list[str]:
         """Of all pictures, in the order of the embeddings."""
-        return self._kept(part.names for part in self._parts)
+        return self._selected(part.names for part in self._parts)
 
     def captions(self) -> list[str]:
         """Of all pictures, '' where the data have none."""
-        return self._kept(part.captions for part in self._parts)
+        return self._selected(part.captions for part in self._parts)
 
     def rows(self) -> np.ndarray:
         """int64 [N]: of all pictures, the rows in the files, where dropped ones count too."""
         return np.delete(np.arange(self._rows), sorted(self._dropped))
 
-    def _kept(self, parts: Iterable[list[str]]) -> list[str]:
+    def _selected(self, parts: Iterable[list[str]]) -> list[str]:
         texts = itertools.chain.from_iterable(parts)
         return [text for row, text in enumerate(texts) if row not in self._dropped]
 
@@ -411,12 +411,12 @@ class Parts:
         Raises:
             ValueError: a part is missing or damaged.
         """
-        kept = np.ones(self._rows, bool)
-        kept[list(self._dropped)] = False
-        whole = np.empty((int(kept.sum()), self.about["width"]), np.float16)
+        mask = np.ones(self._rows, bool)
+        mask[list(self._dropped)] = False
+        whole = np.empty((int(mask.sum()), self.about["width"]), np.float16)
         first = place = 0
         for number, part in enumerate(self._parts):  # one part at a time is in memory twice
-            rows = kept[first : first + len(part)]
+            rows = mask[first : first + len(part)]
             count = int(rows.sum())
             whole[place : place + count] = self._part(number)[rows]
             first, place = first + len(part), place + count
@@ -426,7 +426,7 @@ class Parts:
         """Raises ValueError where the embeddings of a part are missing or cut."""
         system, plain = storage.filesystem(f"{self.folder}/img_emb")
         found = system.find(plain, detail=True).items()
-        sizes = {posixpath.basename(name): told["size"] for name, told in found}
+        sizes = {posixpath.basename(name): entry["size"] for name, entry in found}
         for number, part in enumerate(self._parts):
             size, wanted = sizes.get(f"img_emb_{number}.npy"), 2 * len(part) * self.about["width"]
             if size != _HEADER + wanted:

@@ -311,9 +311,9 @@ def _captions(
     similar = iter(np.einsum("ne,ne->n", model.encode_image(images)[which], texts))
     answers = []
     for row in found:
-        told = [(_caption(one), next(reasons), float(next(similar))) for one in row]
-        captions = [one | dict(words=_words(why), similarity=round(x, 4)) for one, why, x in told]
-        answers.append(dict(captions=captions, attention=_rounded(told[0][1].attention)))
+        scored = [(_caption(one), next(reasons), float(next(similar))) for one in row]
+        captions = [one | dict(words=_words(why), similarity=round(x, 4)) for one, why, x in scored]
+        answers.append(dict(captions=captions, attention=_rounded(scored[0][1].attention)))
     return answers
 
 

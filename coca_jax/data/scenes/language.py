@@ -179,7 +179,9 @@ def _listing_caption(groups: list, draws: Draws) -> tuple[str, bool]:
         + ((0.05, "short"),)
     )
     # Colour is left out often: shapes are then learned apart from it, which new pairs need.
-    said = {key: draws.chance(p) for key, p in dict(size=0.94, texture=0.97, colour=0.75).items()}
+    mentioned = {
+        key: draws.chance(p) for key, p in dict(size=0.94, texture=0.97, colour=0.75).items()
+    }
     if form == "short":
         phrases = [_noun_phrase(o, len(p), draws, size=False, texture=False) for o, p in groups]
         return _join(phrases), True
@@ -188,7 +190,7 @@ def _listing_caption(groups: list, draws: Draws) -> tuple[str, bool]:
     article = form != "terse"
     phrases = []
     for o, places in groups:
-        what = _noun_phrase(o, len(places), draws, article=article, **said)
+        what = _noun_phrase(o, len(places), draws, article=article, **mentioned)
         where = _join([_place(p, draws) for p in places])
         if form == "fronted":
             phrases.append(f"{where} {what}")

@@ -146,9 +146,9 @@ def score_caption(text: str, scene: dict[str, Any]) -> tuple[bool, float]:
     Precision counts what is said and true in the picture, recall what of `described_attributes`
     is said: naming the background or a true relation is no error and not required.
     """
-    said, wanted, true = parse_caption(text), described_attributes(scene), true_attributes(scene)
-    right = len(said & true)
-    precision = right / len(said) if said else 0.0
-    recall = len(said & wanted) / len(wanted)
-    exact = wanted <= said and said <= true
+    parsed, wanted, true = parse_caption(text), described_attributes(scene), true_attributes(scene)
+    right = len(parsed & true)
+    precision = right / len(parsed) if parsed else 0.0
+    recall = len(parsed & wanted) / len(wanted)
+    exact = wanted <= parsed and parsed <= true
     return exact, 2 * precision * recall / (precision + recall) if right else 0.0

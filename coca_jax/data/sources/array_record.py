@@ -157,14 +157,14 @@ def _size(path: str) -> int | None:
         return None
 
 
-def _root(path: str, told: str) -> str:
+def _root(path: str, manifest: str) -> str:
     """The folder or URL below which an index names files.
 
     Raises:
         ValueError: neither a local one nor one in a bucket.
         FileNotFoundError: it is gone.
     """
-    root = files.real(files.join(path, told))
+    root = files.real(files.join(path, manifest))
     if not references.is_place(root):
         raise ValueError(
             f"data source {path}: it is an index of {root[:200]}, neither here nor in a bucket"
@@ -182,20 +182,20 @@ class Held:
 
     def __init__(self, read: Reader, size: int, limit: int):
         self._read, self._room = read, limit
-        self._kept: list[Record | None] = [None] * size
+        self._records: list[Record | None] = [None] * size
 
     def __call__(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order."""
-        kept = self._kept
-        missing = sorted({int(i) for i in indices if kept[i] is None})
+        records = self._records
+        missing = sorted({int(i) for i in indices if records[i] is None})
         fresh: dict[int, Record] = {}
         if missing:
             for index, record in zip(missing, self._read(missing)):
                 fresh[index] = record
                 if self._room > 0:
                     self._room -= len(record.image) + len(record.second) + 512
-                    kept[index] = record
-        return [kept[i] or fresh[int(i)] for i in indices]
+                    records[index] = record
+        return [records[i] or fresh[int(i)] for i in indices]
 
 
 class ArrayRecordFiles:
@@ -225,8 +225,8 @@ class ArrayRecordFiles:
                         file_reader_buffer_size=32768,
                     )
                 if file != self._paths[shard]:  # copies that have left take room while open
-                    for n, (_, kept) in list(self._readers.items()):
-                        if not os.path.exists(kept):
+                    for n, (_, path) in list(self._readers.items()):
+                        if not os.path.exists(path):
                             del self._readers[n]
                 self._readers[shard] = reader, file
             return self._readers[shard][0]
@@ -307,8 +307,8 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
         OSError: this process has too many files open.
     """
     path, _, split = unit.path.rpartition("@")
-    told = json.dumps(read_manifest(path)["splits"].get(split))
-    source, before = _opened(path, split, told), drawn(unit)
+    manifest = json.dumps(read_manifest(path)["splits"].get(split))
+    source, before = _opened(path, split, manifest), drawn(unit)
     for start in range(unit.start, unit.stop, 256):
         rows = range(start, min(start + 256, unit.stop))
         for row, (record, why) in zip(rows, _records(source, rows)):
@@ -324,7 +324,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: str, split: str, told: str) -> Source:
+def _opened(path: str, split: str, manifest: str) -> Source:
     """The data of all units of a split: to open them asks for each of the shards. told: what the
     manifest says of the split, other things where it was written anew."""
     return open_split(path, split)

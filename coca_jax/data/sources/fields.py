@@ -124,8 +124,8 @@ def answer(turns: Sequence[Mapping[str, Any]]) -> Any:
     names = _turn_names(turns)
     if names is None:
         raise ValueError(f"no conversation: not all of {len(turns)} turns say who speaks")
-    who, said = names
-    found = next((turn[said] for turn in turns if turn[who] in _ANSWERS), None)
+    who, content = names
+    found = next((turn[content] for turn in turns if turn[who] in _ANSWERS), None)
     if found is None:
         there = " and ".join(dict.fromkeys(str(turn[who]) for turn in turns))
         raise ValueError(f"a conversation of {there}, without an answer of {', '.join(_ANSWERS)}")

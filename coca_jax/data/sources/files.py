@@ -105,17 +105,17 @@ def linked_folders(path: str) -> str:
             folders[:] = [name for name in folders if not is_hidden(name)]
             links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
             found += [os.path.relpath(os.path.join(folder, name), top) for name in links]
-    said = []
+    linked = []
     if found:
-        said.append(
+        linked.append(
             f"folders that are links are not read: {_first(found)}; put the folders in their place"
         )
     if unread and os.path.isdir(top):
         names = [os.path.relpath(error.filename, top) for error in unread]
-        said.append(
+        linked.append(
             f"folders that cannot be read are left out: {_first(names)} ({unread[0].strerror})"
         )
-    return "; ".join(said)
+    return "; ".join(linked)
 
 
 def _first(names: Collection[str]) -> str:
@@ -296,11 +296,11 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
     elif system.isfile(plain):
         return [storage.plain_path(path)]
     elif system.isdir(plain):
-        told = _splits_by_file(system, plain, patterns)
-        found = list(told)
-        if split and any(told.values()):
+        by_split = _splits_by_file(system, plain, patterns)
+        found = list(by_split)
+        if split and any(by_split.values()):
             wanted = SPLITS.get(split.lower(), split)
-            found = [file for file in found if told[file] == wanted]
+            found = [file for file in found if by_split[file] == wanted]
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not found:
@@ -389,18 +389,20 @@ def splits_in_names(path: str, patterns: tuple[str, ...]) -> list[str]:
     system, plain = filesystem(path)
     if not system.isdir(plain):
         return []
-    told = _splits_by_file(system, plain, patterns).values()
-    return sorted({*told} - {""})
+    by_split = _splits_by_file(system, plain, patterns).values()
+    return sorted({*by_split} - {""})
 
 
 def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
     """(names of the files that `find` takes for no split, as others tell theirs; number of all)."""
     system, plain = filesystem(path)
     folder = not system.isfile(plain) and system.isdir(plain)
-    told = _splits_by_file(system, plain, patterns) if folder else {}
-    if not any(told.values()):
-        return [], len(told)
-    return sorted(posixpath.relpath(f, plain) for f, split in told.items() if not split), len(told)
+    by_split = _splits_by_file(system, plain, patterns) if folder else {}
+    if not any(by_split.values()):
+        return [], len(by_split)
+    return sorted(posixpath.relpath(f, plain) for f, split in by_split.items() if not split), len(
+        by_split
+    )
 
 
 def _splits_by_file(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:

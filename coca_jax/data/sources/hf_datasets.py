@@ -117,8 +117,8 @@ class _Table:
         if wanted or (usual := [name for name in parquet.IMAGE_FIELDS if name in names]):
             return wanted or usual[0]
         try:
-            told = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
-            features = dict(told["info"]["features"])
+            schema_info = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
+            features = dict(schema_info["info"]["features"])
         except (ValueError, KeyError, TypeError):  # none, or damaged, which `class_names` reports
             return ""
         images = [
@@ -156,10 +156,10 @@ def plan(path: str, split: str, options: Options) -> list[Unit]:
     """
     units = []
     every = _files(path)
-    told = {file: _split_of(file) for file in every}
+    split_of = {file: _split_of(file) for file in every}
     in_folder = os.path.isdir(path)  # a file or glob, as of hf://...:SPLIT, is what was asked for
     for file in every:
-        if in_folder and split and any(told.values()) and told[file] != split:
+        if in_folder and split and any(split_of.values()) and split_of[file] != split:
             continue
         try:
             table = _Table(file)

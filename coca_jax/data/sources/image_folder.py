@@ -128,10 +128,10 @@ def _split_folders(path: str, *, wrapped: bool = False) -> dict[str, list[str]]:
     folders = {name: files.join(path, name) for name in found}
     if others or (above and not any(map(_metadata, folders.values()))):
         return {}
-    told: dict[str, list[str]] = {}
+    by_split: dict[str, list[str]] = {}
     for name, folder in folders.items():
-        told.setdefault(_own_name(name), []).append(folder)
-    return told
+        by_split.setdefault(_own_name(name), []).append(folder)
+    return by_split
 
 
 def _own_name(folder: str) -> str:

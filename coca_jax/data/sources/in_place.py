@@ -94,12 +94,12 @@ class _LocalFiles:
             file = _opened(one)
         else:
             with self._lock:
-                file = self._kept(one)
+                file = self._opened(one)
         data = os.pread(file.fileno(), one.size, one.start)
         check_unchanged(one, data)
         return data
 
-    def _kept(self, one: Reference) -> io.FileIO:
+    def _opened(self, one: Reference) -> io.FileIO:
         if one.path in self._open:
             self._open.move_to_end(one.path)
         else:
@@ -138,7 +138,7 @@ class _Pages:
 
     def __init__(self, read: Callable[[Reference], bytes]):
         self._read = read
-        self._kept: collections.OrderedDict[tuple[str, int], tuple[bytes, _Places]] = (
+        self._cache: collections.OrderedDict[tuple[str, int], tuple[bytes, _Places]] = (
             collections.OrderedDict()
         )
         self._bytes, self._lock = 0, threading.Lock()
@@ -159,8 +159,8 @@ class _Pages:
         if isinstance(place, int) and page.dictionary:
             start, size, plain, codec = page.dictionary
             values = Cell(codec, 0, plain, 0, 1, PLAIN, 0, False)  # read to the last one
-            told = Reference(one.path, one.file_bytes, start, size, UNKNOWN, values)
-            unpacked, places = self._page(told, None, all_values=True)
+            reference = Reference(one.path, one.file_bytes, start, size, UNKNOWN, values)
+            unpacked, places = self._page(reference, None, all_values=True)
             place = places[place] if places and place < len(places) else None
         if not isinstance(place, tuple):
             raise ValueError(f"{one.path}: row {page.row} of the page at {one.start} has no image")
@@ -171,9 +171,9 @@ class _Pages:
     ) -> tuple[bytes, _Places]:
         key = one.path, one.start
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
         unpacked = _unpacked(one, self._read(one) if data is None else data)
         places: _Places = None
         if isinstance(one.page, Cell):
@@ -184,11 +184,11 @@ class _Pages:
                     f"{one.path}: the page at {one.start} is damaged: {error}"
                 ) from None
         with self._lock:
-            if key not in self._kept:
+            if key not in self._cache:
                 self._bytes += len(unpacked)
-            self._kept[key] = unpacked, places
-            while self._bytes > _UNPACKED_BYTES and len(self._kept) > 1:
-                self._bytes -= len(self._kept.popitem(last=False)[1][0])
+            self._cache[key] = unpacked, places
+            while self._bytes > _UNPACKED_BYTES and len(self._cache) > 1:
+                self._bytes -= len(self._cache.popitem(last=False)[1][0])
         return unpacked, places
 
 

@@ -282,14 +282,14 @@ def _with_captions(path: str, images: Sequence[_Row], annotations: Any) -> list[
 def _folder(path: str, root: str, mark: str) -> str:
     """The folder from which a list names its pictures: its own, that of its split as COCO has it
     (train2017 of captions_train2017.json), or else the root."""
-    told = posixpath.splitext(posixpath.basename(path))[0].rpartition("_")[2]
+    split = posixpath.splitext(posixpath.basename(path))[0].rpartition("_")[2]
     rows = [
         dict(row) for row in _json_rows(path, mark)[:_LOOK_AT] if not isinstance(row, csv.Error)
     ]
     names = [only(row[formats.image_field(row)]) for row in rows if formats.image_field(row)]
     named = [name for name in names if isinstance(name, str)]
     within = [name for name in named if not posixpath.isabs(name) and "://" not in name]
-    for folder in (posixpath.dirname(path) or ".", files.join(root, told)):
+    for folder in (posixpath.dirname(path) or ".", files.join(root, split)):
         with contextlib.suppress(ValueError):  # a name that cannot be a path
             if any(files.exists(files.join(folder, name)) for name in within):
                 return folder
@@ -430,18 +430,18 @@ def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
 
 def lines(file: BinaryIO | _Sips, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | None, int]]:
     """(a line with its end, its bytes in the file); None for a line of more than `most` bytes."""
-    kept: list[bytes] = []
+    pending: list[bytes] = []
     size = 0
     while block := file.read(_BLOCK):
         *ended, rest = block.split(b"\n")
         for piece in ended:
             size += len(piece) + 1
-            yield (b"".join([*kept, piece, b"\n"]) if size <= most + 1 else None), size
-            kept, size = [], 0
+            yield (b"".join([*pending, piece, b"\n"]) if size <= most + 1 else None), size
+            pending, size = [], 0
         size += len(rest)
-        kept = [*kept, rest] if size <= most else []
+        pending = [*pending, rest] if size <= most else []
     if size:
-        yield (b"".join(kept) if size <= most else None), size
+        yield (b"".join(pending) if size <= most else None), size
 
 
 class _Sips:

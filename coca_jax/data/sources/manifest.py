@@ -85,11 +85,11 @@ def _check_split(name: str, split: dict[str, Any]) -> None:
     holdouts = drawn.get("holdouts") if isinstance(drawn, dict) else None
     if not (_is_count(holdouts) and holdouts < 1 << 32 and _is_list(drawn.get("seeds"), int)):
         raise ValueError(f"what was drawn of split {name!r} is no count and seeds: {drawn!r}"[:300])
-    told = [split.get(key) for key in _COUNTS]
+    values = [split.get(key) for key in _COUNTS]
     total = sum(shard["count"] for shard in shards)
-    if not all(map(_is_count, told)) or told[0] != total or max(told) > total:
+    if not all(map(_is_count, values)) or values[0] != total or max(values) > total:
         raise ValueError(
-            f"split {name!r} has {total} examples, but says {dict(zip(_COUNTS, told))}"
+            f"split {name!r} has {total} examples, but says {dict(zip(_COUNTS, values))}"
         )
 
 
@@ -148,15 +148,15 @@ def changing(out: str) -> Iterator[dict[str, Any]]:
     """The manifest of a folder that is there, to be changed inside, and written at the end: nobody
     else changes it meanwhile, but in a bucket, which knows no locks. Raises as `read_manifest`."""
     with contextlib.nullcontext() if files.is_remote(out) else storage.alone_in(out):
-        told = read_manifest(out)
-        yield told
-        write(out, told)
+        manifest = read_manifest(out)
+        yield manifest
+        write(out, manifest)
 
 
 def drawn(split: Mapping[str, Any]) -> Drawn:
     """What was drawn until a split of a manifest was left."""
-    told = split.get("drawn", {"holdouts": 0, "seeds": ()})
-    return Drawn(told["holdouts"], tuple(told["seeds"]))
+    drawn_by = split.get("drawn", {"holdouts": 0, "seeds": ()})
+    return Drawn(drawn_by["holdouts"], tuple(drawn_by["seeds"]))
 
 
 def with_drawn(before: Drawn, options: Mapping[str, Any]) -> Drawn:
@@ -165,24 +165,26 @@ def with_drawn(before: Drawn, options: Mapping[str, Any]) -> Drawn:
     return Drawn(before.holdouts + bool(options.get("holdout")), (*before.seeds, *seeds))
 
 
-def class_names(told: dict[str, Any], split: str, seen: set[str]) -> list[str]:
+def class_names(manifest: dict[str, Any], split: str, seen: set[str]) -> list[str]:
     """The class names of all splits, `seen` being those of `split`, which may be there as another.
     Of splits that do not list theirs, as they did not once, all that there are may be theirs."""
     names = set(seen)
-    for name, other in told["splits"].items():
+    for name, other in manifest["splits"].items():
         if name != split:
-            names.update(other.get("classes", told["class_names"] if other["with_label"] else ()))
+            names.update(
+                other.get("classes", manifest["class_names"] if other["with_label"] else ())
+            )
     return sorted(names)
 
 
-def write(out: str, told: dict[str, Any]) -> None:
+def write(out: str, manifest: dict[str, Any]) -> None:
     """Writes the manifest last: while it is absent the data set is not finished."""
-    if not any("root" in split for split in told["splits"].values()):
-        _write_for_tfds(out, told)  # which would take the references of an index for images
-    _write_json(files.join(out, MANIFEST), told)
+    if not any("root" in split for split in manifest["splits"].values()):
+        _write_for_tfds(out, manifest)  # which would take the references of an index for images
+    _write_json(files.join(out, MANIFEST), manifest)
 
 
-def _write_for_tfds(out: str, told: dict[str, Any]) -> None:
+def _write_for_tfds(out: str, manifest: dict[str, Any]) -> None:
     features = {"image": _IMAGE, "text": _TEXTS, "label": _TEXTS, "key": _TEXT, "extra": _TEXT}
     _write_json(
         files.join(out, "features.json"),
@@ -198,7 +200,7 @@ def _write_for_tfds(out: str, told: dict[str, Any]) -> None:
             "shardLengths": [str(shard["count"]) for shard in split["shards"]],
             "numBytes": str(sum(shard["bytes"] for shard in split["shards"])),
         }
-        for name, split in sorted(told["splits"].items())
+        for name, split in sorted(manifest["splits"].items())
     ]
     _write_json(
         files.join(out, "dataset_info.json"),

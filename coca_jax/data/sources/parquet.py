@@ -175,8 +175,8 @@ class Columns:
         if self._handle is None:
             self._open()
         chunks = [chunk[3] for chunk in self._groups[group][1]]
-        told = [part.encode() for part in field]
-        return next((one for one in chunks if one[3] == told and one[1] == _BYTE_ARRAY), None)
+        names = [part.encode() for part in field]
+        return next((one for one in chunks if one[3] == names and one[1] == _BYTE_ARRAY), None)
 
     def levels(self, field: Sequence[str]) -> int | None:
         """The definition level of a value that is there; None of values in lists. Raises as
@@ -214,9 +214,9 @@ class Columns:
         try:
             chunks = [chunk[3] for chunk in self._groups[group][1]]
             for chunk in chunks:
-                told, *within = [part.decode() for part in chunk[3]]
+                column, *within = [part.decode() for part in chunk[3]]
                 field = [part for part in within if part not in _OF_LISTS]
-                if told == name and field in ([], ["bytes"]) and chunk[1] == _BYTE_ARRAY:
+                if column == name and field in ([], ["bytes"]) and chunk[1] == _BYTE_ARRAY:
                     return Values(_pages(self._handle, chunk), self._path, self._bytes)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError):
             pass  # damaged, which the reader of the rows says
@@ -268,9 +268,9 @@ def _header(handle: BinaryIO, position: int, end: int) -> tuple[dict[int, Any], 
 def _part(start: int, data: bytes, unpacked: int, codec: str, head: dict[int, Any]) -> _Part | None:
     plain = 0
     if head[1] == _DATA_2:
-        told = head.get(8, {})
-        plain = told.get(5, 0) + told.get(6, 0)
-        codec = codec if told.get(7, True) else ""
+        statistics = head.get(8, {})
+        plain = statistics.get(5, 0) + statistics.get(6, 0)
+        codec = codec if statistics.get(7, True) else ""
     if not isinstance(plain, int) or not 0 <= plain <= min(len(data), unpacked):
         return None
     crc, whole = zlib.crc32(data), data

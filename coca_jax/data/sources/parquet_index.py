@@ -135,22 +135,22 @@ def _pages(
             if head[1] == parquet._DICTIONARY:
                 dictionary = (start, size, unpacked, codec)
                 continue
-            told = head[5] if head[1] == parquet._DATA else head[8]
+            header = head[5] if head[1] == parquet._DATA else head[8]
             second = head[1] == parquet._DATA_2
-            encoding = _ENCODINGS[told[4] if second else told[2]]
-            if not second and levels and told[3] != 3:  # as very old writers pack levels
+            encoding = _ENCODINGS[header[4] if second else header[2]]
+            if not second and levels and header[3] != 3:  # as very old writers pack levels
                 return None
-            plain = told[5] + told.get(6, 0) if second else 0
-            packed = codec if not second or told.get(7, True) else ""
+            plain = header[5] + header.get(6, 0) if second else 0
+            packed = codec if not second or header.get(7, True) else ""
             cell = references.Cell(
-                packed, plain, unpacked, 0, told[1], encoding, levels, not second, ()
+                packed, plain, unpacked, 0, header[1], encoding, levels, not second, ()
             )
             if encoding == references.DICTIONARY:
                 cell = cell._replace(dictionary=dictionary)  # type: ignore[arg-type]
             span = references.Span(path, columns.bytes, start, size, cell, references.UNKNOWN)
             references.load(references.dump(span, b"", root), root)  # as a reader will
-            found.append(_Page(told[1], span, *references.around_row(span, root)))
-            read += told[1]
+            found.append(_Page(header[1], span, *references.around_row(span, root)))
+            read += header[1]
     except (KeyError, IndexError, TypeError, ValueError, OSError):
         return None
     return found if read == count else None
@@ -257,13 +257,13 @@ class _Batch:
             extras = [plain_json(without_bytes(dict(zip(rest, row)))) for row in fields]
         shortest, longest = max(options.min_text, 1), options.max_text
         result: list[tuple[list[str], tuple[str, ...], str] | None] = []
-        for told, named, extra in zip(texts, labels, extras):
-            sound = told is not None and named is not None and (told if text else named)
+        for caption, named, extra in zip(texts, labels, extras):
+            sound = caption is not None and named is not None and (caption if text else named)
             if sound and all(
-                shortest <= len(one) <= longest and "\ufffd" not in one for one in told
+                shortest <= len(one) <= longest and "\ufffd" not in one for one in caption
             ):
-                lacks = {"text": not told, "label": not named}.get(options.require, False)
-                result.append(None if lacks else (told, named, extra))
+                lacks = {"text": not caption, "label": not named}.get(options.require, False)
+                result.append(None if lacks else (caption, named, extra))
             else:
                 result.append(None)
         return result
@@ -304,8 +304,8 @@ class _Batch:
                 for n, key in enumerate(keys, number):
                     yield guarded(key, lambda: self._item(key, n, places.span(start + n)))  # noqa: B023
             else:
-                told = zip(*some)  # type: ignore[arg-type]
-                yield Rows(keys, *map(list, told), images[number : number + len(some)])  # type: ignore
+                columns = zip(*some)  # type: ignore[arg-type]
+                yield Rows(keys, *map(list, columns), images[number : number + len(some)])  # type: ignore
             number += len(some)
 
     def _item(self, key: str, row: int, span: references.Span) -> Item:

@@ -68,7 +68,7 @@ class RemoteFiles:
     """Reads ranges of remote files. Thread-safe."""
 
     def __init__(self) -> None:
-        self._kept = _Kept()
+        self._cache = _Kept()
 
     def read(self, wanted: Sequence[Reference]) -> list[bytes]:
         """The bytes of references that are sorted by path and start, in their order.
@@ -77,7 +77,7 @@ class RemoteFiles:
             OSError: a file is gone, or the bucket does not answer, however often it is asked.
             ValueError: the bytes are not those that were indexed.
         """
-        found = {one: data for one in wanted if (data := self._kept.get(one)) is not None}
+        found = {one: data for one in wanted if (data := self._cache.get(one)) is not None}
         requests = coalesced([one for one in wanted if one not in found])
         for request, data in zip(requests, fetched(requests)):
             for one in request:
@@ -86,7 +86,7 @@ class RemoteFiles:
                 if len(here) != one.size or (known and zlib.crc32(here) != one.crc):
                     raise changed(one, 0)
                 found[one] = here
-                self._kept.put(one, here)
+                self._cache.put(one, here)
         return [found[one] for one in wanted]
 
 
@@ -160,8 +160,8 @@ class _Kept:
             try:
                 crc = one.crc
                 if crc == references.UNKNOWN:
-                    told = os.pread(self._file(one, sums=True).fileno(), _SUM.size, one.start)
-                    size, crc = _SUM.unpack(told) if len(told) == _SUM.size else (0, 0)
+                    checksum = os.pread(self._file(one, sums=True).fileno(), _SUM.size, one.start)
+                    size, crc = _SUM.unpack(checksum) if len(checksum) == _SUM.size else (0, 0)
                     if size != one.size:
                         return None
                 data = os.pread(self._file(one).fileno(), one.size, one.start)
@@ -180,8 +180,8 @@ class _Kept:
                     self._make_room(one.size)
                 os.pwrite(self._file(one).fileno(), data, one.start)
                 if one.crc == references.UNKNOWN:
-                    told = _SUM.pack(one.size, zlib.crc32(data))
-                    os.pwrite(self._file(one, sums=True).fileno(), told, one.start)
+                    checksum = _SUM.pack(one.size, zlib.crc32(data))
+                    os.pwrite(self._file(one, sums=True).fileno(), checksum, one.start)
             except OSError as error:
                 self._give_up(error)
             self._room -= one.size

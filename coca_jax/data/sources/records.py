@@ -109,11 +109,11 @@ def serialize(record: Record) -> bytes:
     They are those of protobuf's own deterministic writer, in a fraction of its time.
     """
     image, texts, labels, key, extra, second = record
-    told, name = extra.encode(), key.encode()
+    extra_bytes, name = extra.encode(), key.encode()
     found = b"".join(
         (
-            _before(b"extra", len(told)),
-            told,
+            _before(b"extra", len(extra_bytes)),
+            extra_bytes,
             _before(b"image", len(image)),
             image,
             _before(b"key", len(name)),

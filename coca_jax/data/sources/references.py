@@ -184,14 +184,14 @@ def _load(data: bytes, root: str) -> Reference:
     return Reference(whole, file_bytes, start, size, crc, page)
 
 
-def _page(told: Any) -> Page | Cell:
+def _page(value: Any) -> Page | Cell:
     """Raises TypeError, ValueError for what `dump` does not write."""
-    if len(told) == len(Page._fields):
-        page = Page(*told)
+    if len(value) == len(Page._fields):
+        page = Page(*value)
         if not all(map(_is_count, page[1:])) or page.start + page.size > page.unpacked:
             raise ValueError("its place in a page is beyond the page")
         return page
-    cell = Cell._make([*told[:8], tuple(told[8])])
+    cell = Cell._make([*value[:8], tuple(value[8])])
     counts = [*cell[1:7], *cell.dictionary[:3]]
     if not all(map(_is_count, counts)) or len(cell.dictionary) not in (0, 4):
         raise ValueError("its place in a page is not one")

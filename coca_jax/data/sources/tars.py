@@ -92,13 +92,13 @@ _ADLER = 65521  # zlib's checksum begins with the sum of the bytes, modulo this 
 def _plain_header(block: bytes) -> tuple[str, int, bytes] | None:
     """(name, size, type) of the header of a plain file, or of what is said of the next one, in a
     tenth of tarfile's time; None of all others, and of those that are damaged."""
-    kind, size, told = block[156:157], block[124:135], block[148:154]
+    kind, size, checksum = block[156:157], block[124:135], block[148:154]
     if len(block) < tarfile.BLOCKSIZE or kind not in b"0x" or block[345]:
         return None
-    if not (size.isdigit() and told.isdigit() and block[135:136] in b"\0 "):
+    if not (size.isdigit() and checksum.isdigit() and block[135:136] in b"\0 "):
         return None
     try:
-        sum_of_all = int(told, 8) - 256 + sum(block[148:156]) + 1
+        sum_of_all = int(checksum, 8) - 256 + sum(block[148:156]) + 1
         if (zlib.adler32(block) & 0xFFFF) != sum_of_all % _ADLER or block[154:156] != b"\0 ":
             return None
         name = block[: block.find(b"\0", 0, 100)] if b"\0" in block[:100] else block[:100]
@@ -110,7 +110,7 @@ def _plain_header(block: bytes) -> tuple[str, int, bytes] | None:
 def _plain_members(stream: _Forward) -> Iterator[Member]:
     """The members of a file that is not packed, up to the first header that tarfile has to read,
     where the stream stands then."""
-    file, position, start, told = stream.file, 0, 0, b"x"
+    file, position, start, kind_before = stream.file, 0, 0, b"x"
     file = getattr(file, "f", file)  # of fsspec, which stands between for each call
     while True:
         file.seek(position)
@@ -119,7 +119,7 @@ def _plain_members(stream: _Forward) -> Iterator[Member]:
             break
         name, size, kind = header
         if kind == b"x":  # as tarfile writes before each file: its times to the nanosecond
-            if told == b"x" and start != position or size > MAX_HEADER:
+            if kind_before == b"x" and start != position or size > MAX_HEADER:
                 break
             if not _TIMES.fullmatch(file.read(size)):
                 break
@@ -136,7 +136,7 @@ def _plain_members(stream: _Forward) -> Iterator[Member]:
         position += tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if kind != b"x":
             start = position
-        told = kind
+        kind_before = kind
     stream.seek_to(start)
 
 
@@ -260,9 +260,9 @@ _ROWS = 1024  # that are given at once
 def index_rows(unit: Unit, options: Options, root: str) -> Iterator[Item | Rows]:
     """`read` of an index without checks, in which sound examples come many at once: the members of
     one as an item by itself take twice the time. root: below which the index names files."""
-    told = Span(unit.path, (1 << 52) + 1, (1 << 51) + 1, (1 << 50) + 1, crc=UNKNOWN)
-    marks = ",".join(map(str, told[1:4])).encode()
-    before, behind = references.dump(told, b"", root).split(marks)
+    span = Span(unit.path, (1 << 52) + 1, (1 << 51) + 1, (1 << 50) + 1, crc=UNKNOWN)
+    marks = ",".join(map(str, span[1:4])).encode()
+    before, behind = references.dump(span, b"", root).split(marks)
 
     def row(key: str, group: Group, file_bytes: int) -> _Row | None:
         place = b"%b%d,%%d,%%d%b" % (before.replace(b"%", b"%%"), file_bytes, behind)

@@ -61,5 +61,5 @@ class HfTokenizer(Vocabulary):
         rest = [int(i) for i in ids]
         if rest[:1] == [self.bos_id]:  # may be the end symbol as well
             rest = rest[1:]
-        kept = list(itertools.takewhile(lambda i: i != self.eos_id, rest))
-        return self._tokenizer.decode(kept, skip_special_tokens=True)
+        ids_to_eos = list(itertools.takewhile(lambda i: i != self.eos_id, rest))
+        return self._tokenizer.decode(ids_to_eos, skip_special_tokens=True)

@@ -40,13 +40,13 @@ class SentencePiece(Vocabulary):
         return self._model.encode(list(texts), out_type=int, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        kept = []
+        pieces = []
         for token in ids:
             if token == self.eos_id:
                 break
             if int(token) not in self._special:
-                kept.append(int(token))
-        return self._model.decode(kept)
+                pieces.append(int(token))
+        return self._model.decode(pieces)
 
 
 def train(

@@ -85,7 +85,7 @@ def warn(name: str, line: str) -> None:
         logging.warning("%s: %s", name, line)
 
 
-def tell(line: str) -> None:
+def notify(line: str) -> None:
     """Says a line about the data on standard error."""
     print(line, file=sys.stderr)
 

@@ -47,17 +47,17 @@ def score_scene(caption: str, record: Record) -> tuple[bool, float]:
 
 def score_references(caption: str, record: Record) -> tuple[bool, float]:
     """Returns (equal to a reference, best F1 of words), both after `canonical_text`."""
-    said = canonical_text(caption)
+    words = canonical_text(caption)
     references = [canonical_text(text) for text in record_texts(record, "captioning")]
-    return said in references, max(_word_f1(said.split(), r.split()) for r in references)
+    return words in references, max(_word_f1(words.split(), r.split()) for r in references)
 
 
-def _word_f1(said: list[str], wanted: list[str]) -> float:
-    common = sum(min(said.count(word), wanted.count(word)) for word in set(said))
-    return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
+def _word_f1(words: list[str], wanted: list[str]) -> float:
+    common = sum(min(words.count(word), wanted.count(word)) for word in set(words))
+    return 2 * common / (len(words) + len(wanted)) if words or wanted else 1.0
 
 
-def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
+def vqa_accuracy(output: str, answers: Sequence[str]) -> float:
     """Returns the accuracy of VQA (Antol et al. 2015): an answer that three of the others' gave is
     right, that of fewer by a third each; the mean over leaving out one of the `answers`, one or
     more, at a time. Of ten: 0.3, 0.6, 0.9 and 1 where one, two, three and more gave it.
@@ -65,7 +65,7 @@ def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
     Answers are compared after `canonical_text`, without articles and apostrophes, number words as
     digits, as VQA's own code does.
     """
-    given = _plain_answer(said)
+    given = _plain_answer(output)
     count, agree = len(answers), sum(_plain_answer(answer) == given for answer in answers)
     without_one = agree * min(max(agree - 1, 0) / 3, 1.0)
     return (without_one + (count - agree) * min(agree / 3, 1.0)) / count

@@ -168,8 +168,8 @@ class Captioning(Evaluator):
         if setting.workdir:
             name = f"{task['name'].replace('/', '_')}.jsonl"
             path = storage.place(setting.workdir) / "eval_captions" / name
-            told = {key: value for key, value in task.items() if key != "attention"}
-            made_for = dict(setting.request, task=told)
+            fields = {key: value for key, value in task.items() if key != "attention"}
+            made_for = dict(setting.request, task=fields)
             outputs = Outputs(path, made_for, write=setting.write)
         drawn = getattr(setting.records, "scenes", False)
         return cls(
@@ -356,34 +356,34 @@ class Captioning(Evaluator):
         self, captions: Sequence[str], references: Sequence[Sequence[str]], owners: np.ndarray
     ) -> Iterator[tuple[str, float]]:
         """owners: the image of each caption, which is drawn with all of its records."""
-        said = [caption_metrics.tokenize(caption) for caption in captions]
+        tokenized = [caption_metrics.tokenize(caption) for caption in captions]
         wanted = [[caption_metrics.tokenize(text) for text in several] for several in references]
-        stats = caption_metrics.bleu_stats(said, wanted)
+        stats = caption_metrics.bleu_stats(tokenized, wanted)
         yield from scored(
             f"{self.name}/bleu4",
             caption_metrics.bleu(stats.sum(0))[3],
             limits(caption_metrics.bleu(resampled_sums(of_owners(stats, owners)))[:, 3]),
-            len(said),
+            len(tokenized),
         )
         for name, metric, most in (
             ("rouge_l", caption_metrics.rouge_l, 1.0),
             ("cider_d", caption_metrics.cider_d, 10.0),
         ):
-            each = metric(said, wanted)
+            each = metric(tokenized, wanted)
             yield from with_interval(f"{self.name}/{name}", each, owners=owners, most=most)
         if not self.java_metrics:
             return
         self.skipped = {m: w for m in ("meteor", "spice") if (w := caption_metrics.why_not(m))}
         if "meteor" not in self.skipped:
-            whole, each = caption_metrics.meteor(said, wanted)
+            whole, each = caption_metrics.meteor(tokenized, wanted)
             # METEOR's own figure is not the mean of the images': its interval is theirs, moved.
             counts = np.bincount(owners)
             mean, low, high = bootstrap(of_owners(each, owners), counts)
             moved = (max(whole + low - mean, 0.0), min(whole + high - mean, 1.0))
-            yield from scored(f"{self.name}/meteor", whole, moved, len(said))
+            yield from scored(f"{self.name}/meteor", whole, moved, len(tokenized))
         if "spice" not in self.skipped:
             each = caption_metrics.spice(
-                [" ".join(tokens) for tokens in said],
+                [" ".join(tokens) for tokens in tokenized],
                 [[" ".join(tokens) for tokens in several] for several in wanted],
             )
             yield from with_interval(f"{self.name}/spice", each, owners=owners)

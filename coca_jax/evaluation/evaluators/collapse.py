@@ -39,9 +39,9 @@ class Scorer(Protocol):
 def distinct(texts: Sequence[str]) -> np.ndarray:
     """One over the number of texts that say the same, float64 [N]: the mean is the share of
     different texts."""
-    said = [" ".join(captions.tokenize(text)) for text in texts]
-    counts = collections.Counter(said)
-    return np.array([1 / counts[one] for one in said])
+    normalized = [" ".join(captions.tokenize(text)) for text in texts]
+    counts = collections.Counter(normalized)
+    return np.array([1 / counts[one] for one in normalized])
 
 
 def start_of(text: str) -> str:
@@ -72,12 +72,12 @@ def self_bleu(texts: Sequence[str]) -> np.ndarray:
     The most that another text has of an n-gram is the most of all, or the second most where the
     text itself has the most: one pass for all.
     """
-    said = [captions.tokenize(text) for text in texts[:MOST]]
-    if len(said) < 2:
-        return np.zeros(len(said))
-    rows = np.zeros((len(said), 10))
+    tokens = [captions.tokenize(text) for text in texts[:MOST]]
+    if len(tokens) < 2:
+        return np.zeros(len(tokens))
+    rows = np.zeros((len(tokens), 10))
     for n in range(1, 5):
-        counts = [collections.Counter(zip(*(one[i:] for i in range(n)))) for one in said]
+        counts = [collections.Counter(zip(*(one[i:] for i in range(n)))) for one in tokens]
         most: dict[tuple, tuple[int, int]] = {}
         for found in counts:
             for gram, number in found.items():
@@ -88,12 +88,12 @@ def self_bleu(texts: Sequence[str]) -> np.ndarray:
                 first, second = most[gram]
                 row[n - 1] += min(number, second if number == first else first)
             row[n + 3] = found.total()
-    lengths = sorted(len(one) for one in said)
-    for row, one in zip(rows, said):
+    lengths = sorted(len(one) for one in tokens)
+    for row, one in zip(rows, tokens):
         row[8], row[9] = len(one), _closest(lengths, len(one))
     scores: np.ndarray = captions.bleu(rows)[:, 3]
-    same = collections.Counter(map(tuple, said))
-    short = [len(one) < 4 and same[tuple(one)] > 1 for one in said]
+    same = collections.Counter(map(tuple, tokens))
+    short = [len(one) < 4 and same[tuple(one)] > 1 for one in tokens]
     return np.where(short, 1.0, scores)
 
 
@@ -152,23 +152,23 @@ def warning(
     """
     if count < LEAST:
         return ""
-    said = []
+    problems = []
     same_start = figures.get("same_start", 0.0)
     if begin_alike(same_start, start_of_references):
-        said.append(
+        problems.append(
             f"{same_start:.0%} of {count} captions begin with the same three words ({start!r}; "
             f"{start_of_references:.0%} of the references do)"
         )
     least = LEAST_DISTINCT * of_references
     if figures["distinct"] < least:
-        said.append(
+        problems.append(
             f"the model says the same of everything: {figures['distinct']:.1%} of {count} captions "
             f"are distinct (warned of below {least:.1%})"
         )
     if "image_gain" in figures and figures["image_gain"] < LEAST_GAIN:
-        said.append(
+        problems.append(
             "the model hardly looks at its images: captions are "
             f"{figures['image_gain']:.4f} nats a token more probable with their own than with "
             f"others (warned of below {LEAST_GAIN})"
         )
-    return "; ".join(said)
+    return "; ".join(problems)

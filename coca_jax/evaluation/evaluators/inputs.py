@@ -60,7 +60,7 @@ def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return read_class_names(given, declared) if given else (declared, declared)
 
 
-def check_said(task: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_class_names(task: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raises ValueError for the name of a class that no text can have: bytes of a folder's."""
     bad = next((name for name in names if printable(name) != name), "")
     if bad:
@@ -109,7 +109,7 @@ def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], lis
     """
     names, labels = _read(path)
     if labels:
-        _tell_of_unknown(path, labels, declared)
+        _warn_unknown(path, labels, declared)
         return names, labels
     if set(names) & set(declared):
         return names, names
@@ -126,7 +126,7 @@ def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], lis
     return names, list(declared)
 
 
-def _tell_of_unknown(path: str, labels: Sequence[str], declared: Sequence[str]) -> None:
+def _warn_unknown(path: str, labels: Sequence[str], declared: Sequence[str]) -> None:
     """Says which labels may be mistyped: those of no class, where classes have no label."""
     unknown = [label for label in labels if label not in set(declared)]
     left = [name for name in declared if name not in set(labels)]

@@ -148,8 +148,8 @@ class Probe(Evaluator):
         # What is learned from is mostly the larger part: what is wrong with the other comes first.
         test_x = self._features(predict.features, records, "test", refuse)
         train_x = self._features(predict.features, self.train, "train", self._learned)
-        told = self._cache["labels of train"]
-        train_y = np.array([tally.true_classes(record)[0] for record in told])
+        labels = self._cache["labels of train"]
+        train_y = np.array([tally.true_classes(record)[0] for record in labels])
         scores, chosen = self.scores(test_x, train_x, train_y)
         scores /= scores.sum(1, keepdims=True)
         start = 0
@@ -166,17 +166,17 @@ class Probe(Evaluator):
         return [one for one in batch if not self._classes.isdisjoint(one["labels"])]
 
     def _features(
-        self, encode: Encode, records: Iterable[Record], which: str, kept: Kept
+        self, encode: Encode, records: Iterable[Record], which: str, cache: Kept
     ) -> np.ndarray:
         """Of the records that `kept` keeps of a batch, before they are encoded; their labels stay
         too: to read a million images once more for those takes as long as to read them once."""
         if which in self._cache:
             return self._cache[which]
-        told: list[dict[str, Any]] = []
+        labels: list[dict[str, Any]] = []
         show = f"{self.name} {which} images" if self.progress else ""
         parts, left = [], list[Record]()
         for batch in in_batches(records, self.batch_size, show=show):
-            some = kept(batch)
+            some = cache(batch)
             if len(some) < len(batch):
                 here = set(map(id, some))
                 left += [_labels(one) for one in batch if id(one) not in here]
@@ -184,19 +184,19 @@ class Probe(Evaluator):
                 continue
             found = np.asarray(encode(stack_images(some)), np.float32)
             parts.append(check_finite(found, "image embeddings"))
-            told += map(_labels, some)
+            labels += map(_labels, some)
         if left:
             line = (
-                f"{len(left)} of {len(left) + len(told)} examples to learn from have none of the "
+                f"{len(left)} of {len(left) + len(labels)} examples to learn from have none of the "
                 f"{self.num_classes} classes, as {left[0].get('key', 'one')} with "
                 f"{list(left[0]['labels'])[:3]}, and are left out"
             )
-            if not told:
+            if not labels:
                 raise ValueError(f"{self.name}: {line}; give data of these classes")
             warn(self.name, line)
         if not parts:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
-        self._cache[f"labels of {which}"] = told
+        self._cache[f"labels of {which}"] = labels
         self._cache[which] = np.concatenate(parts)
         return self._cache[which]
 

@@ -65,7 +65,7 @@ def _place(checkpoint: str) -> str:
     return files.real(checkpoint) if os.path.exists(checkpoint) else checkpoint.rstrip("/")
 
 
-def kept(path: Any, **needs: type) -> dict[str, Any]:
+def read_sealed(path: Any, **needs: type) -> dict[str, Any]:
     """What a file of unfinished work holds; {} where there is none, and where it is damaged, of
     which a warning tells. needs: keys that it must have, and of which type."""
     if not path.exists():
@@ -97,21 +97,21 @@ class Spread:
 
     def __init__(self, count: int):
         self._count, self._seen, self._stride = count, 0, 1
-        self._kept: list[Any] = []
+        self._items: list[Any] = []
 
     def offer(self, make: Callable[[], Any]) -> None:
         """Passes the next item of the stream, made only if it is kept for now."""
         if self._count and self._seen % self._stride == 0:
-            self._kept.append(make())
-            if len(self._kept) == 2 * self._count:
-                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            self._items.append(make())
+            if len(self._items) == 2 * self._count:
+                self._items, self._stride = self._items[::2], 2 * self._stride
         self._seen += 1
 
     def items(self) -> list[Any]:
         """The items kept, at most `count`, in their order."""
-        number = min(self._count, len(self._kept))
-        places = np.linspace(0, len(self._kept) - 1, number) if number else np.zeros(0)
-        return [self._kept[int(place)] for place in places]
+        number = min(self._count, len(self._items))
+        places = np.linspace(0, len(self._items) - 1, number) if number else np.zeros(0)
+        return [self._items[int(place)] for place in places]
 
 
 class Worst:
@@ -119,19 +119,19 @@ class Worst:
 
     def __init__(self, count: int):
         self._count, self._seen = count, 0
-        self._kept: list[tuple[float, int, Any]] = []  # a heap, the least bad on top
+        self._heap: list[tuple[float, int, Any]] = []  # a heap, the least bad on top
 
     def offer(self, badness: float, make: Callable[[], Any]) -> None:
         """Passes the next item, made only if it is kept for now; of equal ones the first stay."""
         self._seen += 1
-        if len(self._kept) < self._count:
-            heapq.heappush(self._kept, (badness, -self._seen, make()))
-        elif self._count and badness > self._kept[0][0]:
-            heapq.heapreplace(self._kept, (badness, -self._seen, make()))
+        if len(self._heap) < self._count:
+            heapq.heappush(self._heap, (badness, -self._seen, make()))
+        elif self._count and badness > self._heap[0][0]:
+            heapq.heapreplace(self._heap, (badness, -self._seen, make()))
 
     def items(self) -> list[Any]:
         """The items kept, the worst first."""
-        return [item for _, _, item in sorted(self._kept, key=lambda one: one[:2], reverse=True)]
+        return [item for _, _, item in sorted(self._heap, key=lambda one: one[:2], reverse=True)]
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -218,8 +218,8 @@ class Outputs:
                 try:
                     self._found.append(_output(line))
                 except ValueError as error:
-                    told = "%s, line %d, is damaged (%s): captions from there on are made anew"
-                    logging.warning(told, self._path, number, error)
+                    message = "%s, line %d, is damaged (%s): captions from there on are made anew"
+                    logging.warning(message, self._path, number, error)
                     break
         self._taken = 0
         self._file: growing_file.Growing | None = None
@@ -280,7 +280,7 @@ class PictureMap:
     """
 
     def __init__(self, count: int = POINTS):
-        self._kept = Spread(count)
+        self._spread = Spread(count)
 
     def add(
         self,
@@ -292,7 +292,7 @@ class PictureMap:
         """Takes images as records hold them, their embeddings float [N, E], what they show, and
         whether the model found it."""
         for image, row, text, good in zip(images, embeddings, texts, right):
-            self._kept.offer(functools.partial(_kept, image, row, text, good))
+            self._spread.offer(functools.partial(_thumbnail_row, image, row, text, good))
 
     def found(self) -> dict[str, Any]:
         """dict(points, texts, right, sheet, columns, size, share) for the report; {} of fewer than
@@ -302,10 +302,10 @@ class PictureMap:
         scale; share: of the variance that each of both axes holds. sheet: base64 JPEG of the
         thumbnails, `columns` a row, each `size` pixels a side.
         """
-        kept = self._kept.items()
-        if len(kept) < 3:
+        items = self._spread.items()
+        if len(items) < 3:
             return {}
-        pictures, rows, texts, right = zip(*kept)
+        pictures, rows, texts, right = zip(*items)
         places, share = principal(np.stack(rows).astype(np.float64))
         if not share[0] > 0:
             return {}
@@ -322,7 +322,7 @@ class PictureMap:
         )
 
 
-def _kept(image: Any, row: np.ndarray, text: str, good: bool) -> tuple[Any, ...]:
+def _thumbnail_row(image: Any, row: np.ndarray, text: str, good: bool) -> tuple[Any, ...]:
     return picture(image), np.array(row), text, good
 
 
@@ -361,7 +361,7 @@ BEST = 5
 
 def examples(
     images: np.ndarray,
-    kept: Sequence[np.ndarray],
+    rows: Sequence[np.ndarray],
     texts: Sequence[str],
     embeddings: np.ndarray,
     matches: np.ndarray,
@@ -374,20 +374,20 @@ def examples(
     embeddings: of the texts, [T, D]. matches: image and text of each pair, int64 [C, 2].
     """
     of_image: dict[int, set[int]] = {}
-    for i, t in matches[matches[:, 0] < len(kept)].tolist():
+    for i, t in matches[matches[:, 0] < len(rows)].tolist():
         of_image.setdefault(i, set()).add(t)
     items, text_items = [], []
-    for i in np.unique(np.linspace(0, len(kept) - 1, count).astype(int)).tolist():
+    for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist():
         hits = _hits(embeddings @ images[i], of_image[i])
         found: list[dict[str, Any]] = [dict(text=texts[t], **hit) for t, hit in hits]
         truth = [texts[t] for t in sorted(of_image[i])]
-        items.append(dict(image=encode_png(kept[i]), truth=truth, texts=found))
+        items.append(dict(image=encode_png(rows[i]), truth=truth, texts=found))
         query = min(of_image[i])
         owners = [j for j, own in of_image.items() if query in own]
-        hits = _hits(images[: len(kept)] @ embeddings[query], owners)
-        found = [dict(image=encode_png(kept[j]), **hit) for j, hit in hits]
+        hits = _hits(images[: len(rows)] @ embeddings[query], owners)
+        found = [dict(image=encode_png(rows[j]), **hit) for j, hit in hits]
         text_items.append(dict(text=texts[query], images=found))
-    searched = f"{len(kept):,} of {len(images):,} images"
+    searched = f"{len(rows):,} of {len(images):,} images"
     return dict(kind="retrieval", items=items, text_items=text_items, searched=searched)
 
 

@@ -140,7 +140,7 @@ class _Encoded:
     texts: list[str]
     image_of: list[int]
     texts_of: list[list[int]]
-    kept: list[np.ndarray]
+    pictures: list[np.ndarray]
 
     def matches(self) -> np.ndarray:
         """Of each caption of each record: its image and text, int64 [C, 2]."""
@@ -286,7 +286,7 @@ class Retrieval(Evaluator):
         matches = found.matches()
         ranks = retrieval_ranks(found.images, found.embeddings, matches, chunk=self.chunk)
         self.examples = results.examples(
-            found.images, found.kept, found.texts, found.embeddings, matches, self.num_examples
+            found.images, found.pictures, found.texts, found.embeddings, matches, self.num_examples
         )
         self.examples |= dict(map=self._map(found, matches, ranks[0] < 1))
         yield from self._metrics("", ranks, found, matches)
@@ -369,7 +369,7 @@ class Retrieval(Evaluator):
         image_of: list[int] = []
         texts_of: list[list[int]] = []
         parts: list[np.ndarray] = []
-        kept: list[np.ndarray] = []
+        pictures: list[np.ndarray] = []
         for batch in in_batches(records, self.batch_size, show=show and f"{show} images"):
             new: list[Record] = []
             for record in batch:
@@ -382,8 +382,8 @@ class Retrieval(Evaluator):
                 image_of.append(image_numbers[digest])
             if new:
                 parts.append(np.asarray(predict.encode_image(stack_images(new)), np.float32))
-            for record in new[: max(_KEPT_IMAGES - len(kept), 0)]:
-                kept.append(picture(record["image"]))
+            for record in new[: max(_KEPT_IMAGES - len(pictures), 0)]:
+                pictures.append(picture(record["image"]))
         if not image_of:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         for text in extra:
@@ -391,7 +391,7 @@ class Retrieval(Evaluator):
         texts, named = list(text_numbers), show and f"{show} texts"
         images = check_finite(np.concatenate(parts), "image embeddings")
         embeddings = encode_texts(predict, texts, self.batch_size, show=named)
-        return _Encoded(images, embeddings, texts, image_of, texts_of, kept)
+        return _Encoded(images, embeddings, texts, image_of, texts_of, pictures)
 
     def _metrics(
         self,
@@ -443,7 +443,7 @@ class Retrieval(Evaluator):
     def _map(self, found: _Encoded, matches: np.ndarray, right: np.ndarray) -> dict[str, Any]:
         """right: bool of each image: its text came first."""
         first_text = dict(reversed(matches.tolist()))
-        texts = [found.texts[first_text[i]] for i in range(len(found.kept))]
+        texts = [found.texts[first_text[i]] for i in range(len(found.pictures))]
         made = PictureMap(POINTS if self.num_examples else 0)
-        made.add(found.kept, found.images, texts, right.tolist())
+        made.add(found.pictures, found.images, texts, right.tolist())
         return made.found()

@@ -53,12 +53,12 @@ def question_of(record: Record, name: str) -> str:
 
 
 def by_voices(
-    name: str, said: Sequence[str], answers: Sequence[Sequence[str]], owners: np.ndarray | None
+    name: str, outputs: Sequence[str], answers: Sequence[Sequence[str]], owners: np.ndarray | None
 ) -> Iterator[tuple[str, float]]:
     """Yields vqa_accuracy of what was said, and its interval, where every question has the answers
     of several people, `VOICES` or more; nothing else. owners: as of `with_interval`."""
     if min(map(len, answers), default=0) >= VOICES:
-        each = np.asarray([vqa_accuracy(*pair) for pair in zip(said, answers, strict=True)])
+        each = np.asarray([vqa_accuracy(*pair) for pair in zip(outputs, answers, strict=True)])
         yield from with_interval(f"{name}/vqa_accuracy", each, owners=owners)
 
 
@@ -129,7 +129,7 @@ class Classification(OfRecords):
         tally = Tally(self.name, names, relative=True, **how)
         surprise: list[float] = []
         named: list[bool] = []  # of each record, whether it has a class of the head
-        said, answers = list[str](), list[Sequence[str]]()  # of questions
+        outputs, answers = list[str](), list[Sequence[str]]()  # of questions
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             images = stack_images(batch)
             if predict.head_kind.images > 1:
@@ -144,7 +144,7 @@ class Classification(OfRecords):
                 surprise += [-np.log(max(float(row[known].sum()), 1e-12))] if known else []
                 named.append(bool(known))
                 if predict.head_kind.reads_text:
-                    said.append(names[int(row.argmax())])
+                    outputs.append(names[int(row.argmax())])
                     answers.append(record["labels"])
         if named and not surprise:
             given = ", ".join(map(repr, list(record["labels"])[:3])) or "none"
@@ -163,7 +163,7 @@ class Classification(OfRecords):
             nats = np.asarray(surprise)
             yield from with_interval(f"{self.name}/nll", nats, owners=owners, most=None)
         yield f"{self.name}/unknown_labels", float(len(named) - len(surprise))
-        yield from by_voices(self.name, said, answers, tally.owners())
+        yield from by_voices(self.name, outputs, answers, tally.owners())
         self.examples, self.classes = tally.examples(), tally.classes()
 
 
@@ -191,13 +191,13 @@ class Answers(OfRecords):
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             questions = [question_of(record, self.name) for record in batch]
             answers = predict.answer(stack_images(batch), questions)
-            for record, said in zip(batch, answers, strict=True):
+            for record, output in zip(batch, answers, strict=True):
                 wanted = {canonical_text(label) for label in record["labels"]}
-                exact.append(canonical_text(said) in wanted)
+                exact.append(canonical_text(output) in wanted)
                 image_of.append(content_digest(record["image"]))
-                written.append(said)
+                written.append(output)
                 wanted_of.append(record["labels"])
-                shown.offer(functools.partial(_item, record, said, exact[-1]))
+                shown.offer(functools.partial(_item, record, output, exact[-1]))
         if not exact:
             raise ValueError(f"{self.name} has no record; check the data set and its split")
         self.examples = dict(kind="captioning", items=shown.items())
@@ -206,11 +206,11 @@ class Answers(OfRecords):
         yield from by_voices(self.name, written, wanted_of, owners)
 
 
-def _item(record: Record, said: str, exact: bool) -> dict[str, Any]:
+def _item(record: Record, output: str, exact: bool) -> dict[str, Any]:
     """One picture of the report, with the question, the answer and the labels."""
     return dict(
         image=encode_png(picture(record["image"])),
-        caption=f"{question_of(record, '')} {said}",
+        caption=f"{question_of(record, '')} {output}",
         references=list(record["labels"])[:5],
         exact=exact,
     )

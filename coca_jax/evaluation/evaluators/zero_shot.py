@@ -104,7 +104,7 @@ class ByPrompts(Evaluator):
     class_names: list[str]
     prompts: Sequence[str]
 
-    def _tell_alike(self, predict: Predictor) -> list[str]:
+    def _warn_alike(self, predict: Predictor) -> list[str]:
         """`read_alike` of the task's classes, said and for the report's notes."""
         line = read_alike(predict, self.class_names, self.prompts)
         if line:
@@ -133,7 +133,7 @@ class ByPrompts(Evaluator):
         """task: class_names, a list or a file for `class_names.read_class_names`; prompts, a set
         or a file for `prompts.load`."""
         names, labels = inputs.names_and_labels(task)
-        inputs.check_said(task, names)
+        inputs.check_class_names(task, names)
         prompts = cls.prompts_of(task)
         common = setting.common(several=cls.several_batches)
         made: Any = cls
@@ -186,7 +186,7 @@ class ZeroShot(ByPrompts):
         report shows and `classes` accuracy by class and the confusion matrix.
         """
         show = self.name if self.progress else ""
-        notes = self._tell_alike(predict)
+        notes = self._warn_alike(predict)
         tally, drawn = self._new_tally(), PictureMap(POINTS if self.num_examples else 0)
         classes = class_embeddings(
             predict, self.class_names, self.prompts, self.batch_size, show=show and f"{show} texts"
@@ -240,7 +240,7 @@ class Generative(ByPrompts):
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
         """Yields what `ZeroShot.run` does, and top1_per_token."""
-        notes = self._tell_alike(predict)
+        notes = self._warn_alike(predict)
         texts = class_texts(self.class_names, self.prompts)
         shape = (-1, len(self.class_names), len(self.prompts))
         tokens = np.concatenate(

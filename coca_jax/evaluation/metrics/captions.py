@@ -113,10 +113,10 @@ def rouge_l(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     scores = []
     for caption, several in zip(captions, references):
         # An empty text counts as one empty word, as in COCO's code.
-        said = list(caption) or [""]
+        words = list(caption) or [""]
         wanted = [list(reference) or [""] for reference in several]
-        common = [_common_length(said, reference) for reference in wanted]
-        precision = max(common) / len(said)
+        common = [_common_length(words, reference) for reference in wanted]
+        precision = max(common) / len(words)
         recall = max(c / len(reference) for c, reference in zip(common, wanted))
         scores.append(
             2.44 * precision * recall / (recall + 1.44 * precision) if max(common) else 0.0
@@ -163,12 +163,12 @@ def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
 
     scores = []
     for caption, several in zip(captions, references):
-        said, total = weigh(caption), 0.0
+        weights, total = weigh(caption), 0.0
         for reference in several:
             # Lengths are counted in bigrams, as in COCO's code.
             gap = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
             cosine = 0.0
-            for (a, norm_a), (b, norm_b) in zip(said, weigh(reference)):
+            for (a, norm_a), (b, norm_b) in zip(weights, weigh(reference)):
                 if norm_a and norm_b:
                     inner = sum(min(w, b[g]) * b[g] for g, w in a.items() if g in b)
                     cosine += inner / (norm_a * norm_b)
@@ -254,9 +254,9 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.nd
     from pycocoevalcap.spice.spice import Spice
 
     truth = {i: list(several) for i, several in enumerate(references)}
-    said = {i: [caption] for i, caption in enumerate(captions)}
+    candidates = {i: [caption] for i, caption in enumerate(captions)}
     try:
-        _, scores = Spice().compute_score(truth, said)
+        _, scores = Spice().compute_score(truth, candidates)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"SPICE did not run: {error}") from None
     return np.nan_to_num([score["All"]["f"] for score in scores])

@@ -34,7 +34,7 @@ SCRATCH = "compiling-"  # folders in which compilers write
 ABANDONED = 3600.0  # seconds: none takes so long
 
 Library = concurrent.futures.Future[ctypes.CDLL]
-_told: set[str] = set()  # why kernels are not there: one warning for all that lack a compiler
+_warned: set[str] = set()  # why kernels are not there: one warning for all that lack a compiler
 _compilers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
 
 
@@ -67,9 +67,9 @@ def register(source: pathlib.Path, names: tuple[str, ...], without: str, define:
     try:
         library = begin(source, define).result()
     except (OSError, ValueError) as error:
-        if str(error) in _told:
+        if str(error) in _warned:
             return False
-        _told.add(str(error))
+        _warned.add(str(error))
         remedy = "Name a folder in XDG_CACHE_HOME that has room, and from which programs may run"
         if isinstance(error, ValueError):
             remedy = "Install g++ or clang++, or name a C++ compiler in CXX"
