@@ -6,8 +6,8 @@ import time
 import pytest
 from prepare_cases import encode
 
-from coca_jax.data import holdout, prepare, quarantine
-from coca_jax.data.sources import files, image_folder
+from coca_jax.data import holdout, prepare
+from coca_jax.data.sources import image_folder
 from coca_jax.data.sources.items import Options
 from coca_jax.evaluation.evaluators import in_batches
 from coca_jax.runtime import activity, progress
@@ -92,12 +92,6 @@ def test_a_folder_that_takes_long_to_list_is_said(monkeypatch, capsys, tmp_path)
     holdout.of_data(*where[:2], Options())
     told = capsys.readouterr().err
     assert f"looking for splits in {where[1]} ... 0 s so far" in told
-    monkeypatch.setattr(quarantine, "of_split", slow(quarantine.of_split))
     assert prepare.prepare(*where, processes=1, progress=False)["written"] == 1
     told = capsys.readouterr().err
     assert f"looking through {where[1]} ... 0 s so far" in told
-    unread = f"looking for what is not read in {where[1]} ... 0 s so far"
-    assert unread in told
-    monkeypatch.setattr(files, "walk", slow(files.walk))
-    quarantine.of_format(where[1], "imagefolder")
-    assert unread in capsys.readouterr().err

@@ -160,7 +160,6 @@ def test_what_is_refused_leaves_nothing_and_comes_before_the_model(commands, tmp
     done = commands.run(["caption", "--checkpoint=none", "a.zip", "file"], tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: a.zip: not an image that can be read (13 bytes")
-    assert done.stderr.endswith("; unpack the archive first\n")
     shutil.copy(tmp_path / "a.png", tmp_path / "picture")  # whatever it is called
     done = commands.run(["caption", "--checkpoint=none", "a.zip", "picture"], tmp_path)
     assert "none does not exist" in done.stderr

@@ -1,15 +1,13 @@
 """Columns of captions that are called other than the usual: read, or named."""
 
 import json
-import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_cases import add_member, encode, import_data
+from prepare_cases import encode, import_data
 
-from coca_jax.data import filters, prepare
-from coca_jax.data.sources.items import Options
+from coca_jax.data import filters
 
 
 def texts_of(out):
@@ -67,25 +65,6 @@ def test_the_only_column_whose_name_ends_as_captions_do_is_read(tmp_path, name):
         import_data("jsonl", tmp_path / "a.jsonl", tmp_path / "both")
 
 
-def test_columns_like_captions_that_are_not_read_are_named(tmp_path, capsys):
-    rows = [
-        dict(image=encode(i), label="cat", web_caption=f"a cat {i}", alt_text=["x"], text_size=3)
-        for i in range(3)
-    ]
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    import_data("parquet", path, tmp_path / "out")
-    line = (
-        f"{path}: it has class names alone; not read as captions: its fields alt_text, web_caption "
-        "(`coca-jax prepare --text_field=alt_text` reads one)\n"
-    )
-    assert capsys.readouterr().err.count(line) == 1
-    import_data("parquet", path, tmp_path / "named", text_field="web_caption")
-    pq.write_table(pa.Table.from_pylist([dict(image=encode(0), label="cat", texture=3)]), path)
-    import_data("parquet", path, tmp_path / "none")
-    assert "not read" not in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("format", ["imagefolder", "jsonl", "json"])
 def test_a_field_that_no_row_of_a_list_has_is_refused_with_those_there(tmp_path, format):
     rows = [dict(file_name=f"{i}.jpg", Beschreibung=f"Hund {i}", label="dog") for i in range(4)]
@@ -109,34 +88,6 @@ def test_a_field_that_no_row_of_a_list_has_is_refused_with_those_there(tmp_path,
         (tmp_path / "metadata.csv").write_text("file_name,title\n0.jpg,a\n")
         with pytest.raises(ValueError, match=r"no field 'titel'; it has \['file_name', 'title'\]"):
             import_data(format, input, tmp_path / "out", text_field="titel")
-
-
-def test_a_field_that_gives_nothing_in_an_archive_is_a_line(tmp_path, capsys):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for i in range(2):
-            add_member(archive, f"{i}.jpg", encode(i))
-            add_member(archive, f"{i}.json", json.dumps(dict(alt="a dog", label="dog")).encode())
-    line = "a.tar: --text_field=atl: no example has a text in it\n"
-    for name, count in (("atl", 1), ("alt", 0)):
-        import_data("webdataset", tmp_path / "a.tar", tmp_path / name, text_field=name)
-        assert capsys.readouterr().err.count(line) == count
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_field_that_gives_nothing_at_all_is_named(tmp_path, share):
-    """Where a tar has neither class names nor other fields, it was refused without that name."""
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for i in range(6):
-            add_member(archive, f"{i}.jpg", encode(i))
-            add_member(archive, f"{i}.txt", b"a dog")
-    where = ("webdataset", str(tmp_path / "a.tar"), str(tmp_path / "out"))
-    given = dict(options=Options(text_field="nope"), processes=1, progress=False)
-    says = "a caption or a class name; --text_field=nope: no example has a text in it; captions are"
-    with pytest.raises(ValueError, match=f"none of 6 examples .* none has {says}"):
-        if share:
-            prepare.prepare_with_holdout(*where, share, **given)
-        else:
-            prepare.prepare(*where, **given)
 
 
 def test_one_language_of_an_object_of_texts_is_named_with_a_dot(tmp_path):

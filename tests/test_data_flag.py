@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 from conftest import flags_of
-from test_own_data import by_class, captioned, picture, recipe, tar
+from test_own_data import by_class, captioned, picture, recipe
 
 from coca_jax.checkpoints import config_file
 from coca_jax.cli import data_flags, train
@@ -237,21 +237,6 @@ def test_what_needs_no_data_is_refused_before_they_are_indexed(tmp_path):
         with pytest.raises(ValueError, match=says):
             data_flag.of_command(config, [folder], workdir, check=setup.check_devices)
     assert not (tmp_path / "run").exists()
-
-
-def test_what_is_not_read_beside_lists_and_archives_is_told(tmp_path, capsys):
-    mine = captioned(tmp_path / "mine", 40)
-    (mine / "metadata.jsonl").unlink()
-    rows = "".join(f"{i:03d}.png,text {i}\n" for i in range(37))
-    (mine / "list.csv").write_text(f"image,caption\n{rows}")
-    data_flag.apply(typed(recipe()), [str(mine)], str(tmp_path / "run"))
-    assert "not read" not in capsys.readouterr().err
-    packed = tar(tmp_path / "packed" / "a.tar", 40)
-    (packed / "loose.png").write_bytes(picture(99))
-    (packed / "texts.csv").write_text("image,caption\nloose.png,a text\n")
-    data_flag.apply(typed(recipe()), [str(packed)], str(tmp_path / "other"))
-    said = capsys.readouterr().err
-    assert "; not read: 1 .png, 1 .csv (loose.png, texts.csv)" in said
 
 
 def test_data_that_were_moved_are_told_by_their_places_and_go_on_by_a_link(tmp_path):

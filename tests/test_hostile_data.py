@@ -149,9 +149,7 @@ def test_rows_of_csv(folder, tmp_path):
     texts = [record.texts[0] for record in filters.open_source(str(tmp_path / "out"))]
     assert texts[-1:] == ["two lines"] and result["read"] == result["written"] + len(found)
     (folder / "list.csv").write_bytes("filepath,label\na.png,café\na.png,cafè\n".encode("cp1252"))
-    with pytest.raises(
-        ValueError, match=r"{'bad_utf8': 2}.* a text or label has.*list.csv: line 2"
-    ):
+    with pytest.raises(ValueError, match=r"{'bad_utf8': 2}.* a text or label has.*iconv -f CP1252"):
         _prepare("csv", folder, tmp_path / "labels")
 
 

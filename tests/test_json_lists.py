@@ -84,13 +84,11 @@ def beside(pictures, path, count=20):
         ("d/photos", "d/photos", "d/annotations/captions.json"),
     ],
 )
-def test_a_list_in_or_next_to_a_folder_of_pictures_is_read(tmp_path, capsys, given, pictures, file):
+def test_a_list_in_or_next_to_a_folder_of_pictures_is_read(tmp_path, given, pictures, file):
     beside(tmp_path / pictures, tmp_path / file)
     other = dict(images=[dict(file_name="x.jpg")], annotations=[dict(caption="of another folder")])
     (tmp_path / "other.json").write_text(json.dumps(other))
     out = data_flag.prepared(str(tmp_path / given), str(tmp_path / "out"))
-    said = capsys.readouterr().err
-    assert f"as json: making an index of it in {out}, captions from {tmp_path / file}\n" in said
     found = [*records_of(out), *records_of(out, "test")]
     assert sorted(one.texts for one in found) == sorted((f"a dog {i}",) for i in range(20))
 
@@ -188,14 +186,11 @@ def test_what_is_no_such_list_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_an_array_in_a_file_for_lines_is_told_how_it_is_read(tmp_path, indent):
-    """Beside the pictures nobody named the list, and given itself it was told what it is alone."""
     rows = [dict(image=f"{i}.jpg", text=f"a dog {i}") for i in range(3)]
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(encode(i))
     path = tmp_path / "list.jsonl"
     path.write_text(json.dumps(rows, indent=indent))
-    with pytest.raises(ValueError, match="not read: 1 .jsonl .list.jsonl"):
-        import_data(formats.guess(str(tmp_path)), tmp_path, tmp_path / "out")
     with pytest.raises(
         ValueError, match="list.jsonl line 1: .*; an array of objects is read with --format=json"
     ):

@@ -381,7 +381,7 @@ def test_a_work_that_can_write_nothing_says_why_and_may_begin_anew(tmp_path, mon
             job.run(strict, whole.plan(strict), Engine(), say=print, progress=False)
         assert str(told.value).startswith(
             "l/list.csv: none of 2 examples can be used: quarantined {'outside_input': 2}, filtered"
-            " {}; the first: images/0.png: 'images/0.png' leads to "
+            " {}; the first quarantined: images/0.png: 'images/0.png' leads to "
         )
         assert "--allow_paths=FOLDER_OR_URL" in str(told.value) and os.listdir("out") == []
     options = Options(check=False, allow_paths=(str(tmp_path / "elsewhere"),))

@@ -30,7 +30,7 @@ from absl import flags
 
 from coca_jax.cli import main as cli
 from coca_jax.data import image_files
-from coca_jax.data.sources import files, formats
+from coca_jax.data.sources import formats
 from coca_jax.inference import caption_files
 from coca_jax.inference.generation.config import NOTES, Settings
 from coca_jax.runtime import activity, growing_file, lease, storage
@@ -91,12 +91,6 @@ def main(argv: Sequence[str]) -> None:
     image_files.refuse_others(found)
     for path in found:
         paths.setdefault(storage.whole_path(path), path)  # one image, however it is spelled
-    for one in named:
-        if links := files.linked_folders(one):
-            cli.say(f"{one}: {links}")
-    if others := image_files.others(named):
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        cli.say(f"left out, being no pictures by their names: {', '.join(others[:3])}{more}")
     owned: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if args.out:
         caption_files.check_name(args.out)

@@ -40,7 +40,6 @@ from coca_jax.data import (
     filters,
     holdout,
     order,
-    quarantine,
     source_index,
     vocabulary,
 )
@@ -348,7 +347,7 @@ def _import() -> dict[str, Any]:
     format, input, out = flags.FLAGS.format, flags.FLAGS.input, flags.FLAGS.out
     if not format:
         format = formats.guess(input)
-        cli.say(quarantine.of_format(input, format))
+        cli.say(f"{input}: read as --format={format}")
     options = _options()
     keywords: dict[str, Any] = dict(
         split=flags.FLAGS.split,

@@ -30,7 +30,7 @@ from absl import flags
 from coca_jax.apps.recaption import request as requests
 from coca_jax.apps.recaption.request import Request
 from coca_jax.cli import main as cli
-from coca_jax.data import prepare, quarantine
+from coca_jax.data import prepare
 from coca_jax.data.sources import files, formats
 from coca_jax.data.sources.items import Options
 from coca_jax.runtime import activity, lease, storage, workers
@@ -94,9 +94,7 @@ def _request() -> Request:
     format = args.format
     if not format:
         format = formats.guess(args.input)
-        cli.say(quarantine.of_format(args.input, format))
-    for line in quarantine.of_links(args.input):
-        cli.say(line)
+        cli.say(f"{args.input}: read as --format={format}")
     size = args.batch_size
     return Request(
         input=args.input,

@@ -117,7 +117,6 @@ def _load(checkpoint: str) -> Any:
 
 def _index(inputs: list[str]) -> dict[str, Any]:
     from coca_jax.apps.search.parts import Parts
-    from coca_jax.data import quarantine
 
     args, engine = flags.FLAGS, workers.of_flags()
     _need(out=args.out)
@@ -133,8 +132,7 @@ def _index(inputs: list[str]) -> dict[str, Any]:
     _need(checkpoint=checkpoint)
     for input in inputs:
         if not input.lower().endswith(formats.MEDIA):
-            for line in (f"{input}: {_describe_input(input, parts)}", *quarantine.of_links(input)):
-                cli.say(line)
+            cli.say(f"{input}: {_describe_input(input, parts)}")
     storage.check_writable(args.out, make=False)
     apart = engine.name != "local" or engine.share
     cli.say(f"loading {checkpoint}")
@@ -156,13 +154,11 @@ def _index(inputs: list[str]) -> dict[str, Any]:
 
 
 def _describe_input(input: str, parts: Any) -> str:
-    """How an input is read, and what in it is not. Raises what `formats.guess` raises."""
+    """How an input is read. Raises what `formats.guess` raises."""
     from coca_jax.apps.search import index
-    from coca_jax.data import quarantine
 
     try:
-        format = formats.guess(input)
-        return f"read as {format}{quarantine.not_read(input, format)}"
+        return f"read as {formats.guess(input)}"
     except ValueError:
         if not index.emptied(input, parts):
             raise

@@ -149,9 +149,8 @@ def prepare_each(
     if found:
         return found
     listed = [entry for error in empty for entry in error.listed]
-    read, asked = len(listed) + filtered.total(), dataclasses.asdict(keywords["options"])
-    why = quarantine.nothing_usable(where[1], read, listed, filtered, asked)
-    raise ValueError(why + empty[0].more)
+    read = len(listed) + filtered.total()
+    raise ValueError(quarantine.nothing_usable(where[1], read, listed, filtered))
 
 
 def narrowed(path: str, by_field: SplitField | None, split: str, options: Options) -> Options:

@@ -30,8 +30,7 @@ def find(paths: Sequence[str], video: bool = False) -> list[str]:
             if not within or (image and not files.is_hidden(within)):
                 found[name] = None
     if not found:
-        links = next(filter(None, map(files.linked_folders, paths)), "give images or folders")
-        raise ValueError(f"no image in {', '.join(paths) or 'no path'}; {links}")
+        raise ValueError(f"no image in {', '.join(paths) or 'no path'}; give images or folders")
     return list(found)
 
 
@@ -50,8 +49,7 @@ def refuse_others(paths: Sequence[str]) -> None:
             images.open_image(data)
             return
         except (OSError, ValueError) as error:
-            message = str(error) if path in str(error) else f"{path}: {error}"
-            first = first or f"{message}{formats.other_form([path])}"
+            first = first or (str(error) if path in str(error) else f"{path}: {error}")
     raise ValueError(first)
 
 
@@ -59,18 +57,6 @@ def without_videos(paths: Sequence[str], named: Sequence[str]) -> list[str]:
     """Those of the paths that `find` would have found without videos, or that are named."""
     suffixes = tuple(files.IMAGE_SUFFIXES)
     return [path for path in paths if path.lower().endswith(suffixes) or path in named]
-
-
-def others(paths: Sequence[str]) -> list[str]:
-    """Names of the files in local folders and below that `find` leaves out: by their names neither
-    pictures, videos nor what stands beside them."""
-    known, found = (*formats.MEDIA, *formats.SIDECARS, *formats.TABLES), []
-    for path in map(storage.plain_path, paths):
-        if not files.is_remote(path) and os.path.isdir(path):
-            names = files.without_ours([within for _, within in _below(path)])
-            left = (name for name in names if not name.lower().endswith(known))
-            found += [name for name in left if not files.is_hidden(name)]
-    return found
 
 
 def _below(path: str) -> Iterator[tuple[str, str]]:

@@ -157,29 +157,6 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return values if whole else np.where(np.isfinite(values), values, values.dtype.type(0))
 
 
-def loses_range(data: bytes) -> bool:
-    """Whether an encoded image of one channel that has more than 8 bits a value becomes nearly
-    black, or is cut off, as its values are scaled (`_sixteen_to_eight`): of 16 bits a sixteenth is
-    used at most, or values are below 0, above what the scale ends with, or no numbers."""
-    png = data.startswith(b"\x89PNG") and data[24:25] == b"\x10"  # bits of a channel
-    if not png and not data.startswith((b"II*\0", b"MM\0*", b"P5")):
-        return False
-    try:
-        image = open_image(data)
-        if not image.mode.startswith("I") and image.mode != "F":
-            return False
-        values = np.asarray(image)
-    except Exception:  # whoever decodes it says what is wrong
-        return False
-    if not np.isfinite(values).all():
-        return True
-    low, high = values.min(initial=0), values.max(initial=0)
-    if values.dtype.kind == "f":
-        return bool(low < 0 or high > 255 or 1 < high < 16)
-    of_sixteen = image.mode.startswith("I;16") or high > 255
-    return bool(low < 0 or high > 65535 or (of_sixteen and 0 < high < 4096))
-
-
 def to_rgba(image: Image.Image) -> np.ndarray:
     """A PIL image, upright by its EXIF tag: uint8 [h, w, 4] with transparency, else [h, w, 3]."""
     image.load()

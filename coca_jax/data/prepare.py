@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 
 from array_record.python import array_record_module
 
-from coca_jax.data import dedup, images, quarantine
+from coca_jax.data import dedup, quarantine
 from coca_jax.data.sources import files, in_place, manifest, records
 from coca_jax.data.sources import manifest as metadata
 from coca_jax.data.sources.fields import named_classes, printable
@@ -56,7 +56,6 @@ _REPORT_EVERY = 64
 _ASKED_AT_ONCE = 16
 _MAX_CLASSES = 100_000
 _FEW_UNREAD, _ROWS_OF_ARCHIVE = 200_000, 5_000  # rows; a guess for archives, which do not tell
-_MAX_FIELDS = 8  # that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +209,8 @@ def write(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         report: called with the number of items read since the last call.
 
     Returns:
-        The account: file, count, with_text, with_label, with_lost_range, bytes,
-        sha256; read; quarantined, a list of {key, reason, detail}; filtered, reason -> number;
-        classes, the label names seen; caption_like, fields of examples without a caption that may
-        hold one.
+        The account: file, count, with_text, with_label, bytes, sha256; read; quarantined, a list
+        of {key, reason, detail}; filtered, reason -> number; classes, the label names seen.
     """
     read = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -245,11 +242,10 @@ class _Part:
         options = "group_size:1,uncompressed"
         with records.writing(self._data):
             self._writer = array_record_module.ArrayRecordWriter(self._local, options)
-        self._counts: Counter[str] = Counter(count=0, with_text=0, with_label=0, with_lost_range=0)
+        self._counts: Counter[str] = Counter(count=0, with_text=0, with_label=0)
         self._quarantined: list[dict[str, str]] = []
         self._filtered: Counter[str] = Counter()
         self._classes: set[str] = set()
-        self._caption_like: set[str] = set()
 
     def add(self, number: int, item: Item) -> None:
         """Writes an item, or says in the account why it is left out."""
@@ -269,10 +265,6 @@ class _Part:
         self._counts["count"] += 1
         self._counts["with_text"] += bool(record.texts)
         self._counts["with_label"] += bool(record.labels)
-        if self._job.options.check:  # else no image is decoded
-            self._counts["with_lost_range"] += images.loses_range(item.image)
-        if not record.texts and len(self._caption_like) < _MAX_FIELDS:
-            self._caption_like |= quarantine.caption_like(item.extra)
         if len(self._classes) < _MAX_CLASSES:
             self._classes.update(record.labels)
 
@@ -295,8 +287,6 @@ class _Part:
                     self._filtered["held_out" if held else "not_held_out"] += 1
                     continue
             self._write_row(key, texts, labels, extra, image)
-        if rows.texts and not rows.texts[0] and len(self._caption_like) < _MAX_FIELDS:
-            self._caption_like |= quarantine.caption_like(json.loads(rows.extras[0]))
 
     def _write_row(
         self, key: str, texts: list[str], labels: tuple[str, ...], extra: str, image: bytes
@@ -322,7 +312,6 @@ class _Part:
             quarantined=self._quarantined,
             filtered=dict(self._filtered),
             classes=sorted(self._classes),
-            caption_like=sorted(self._caption_like),
         )
         text = json.dumps(account, ensure_ascii=False, sort_keys=True)
         storage.write_bytes(f"{self._job.part}.json", text.encode())
@@ -592,7 +581,7 @@ def begun(
 
 
 class NothingLeft(ValueError):
-    """An import that leaves no example: what it listed and filtered, and what else is said."""
+    """An import that leaves no example: what it listed and filtered."""
 
     def __init__(
         self,
@@ -600,11 +589,9 @@ class NothingLeft(ValueError):
         read: int,
         listed: Sequence[Mapping[str, str]],
         filtered: Mapping[str, int],
-        more: str,
     ):
-        self.listed, self.filtered, self.more = listed, filtered, more
-        input, options = request["input"], request["options"]
-        super().__init__(quarantine.nothing_usable(input, read, listed, filtered, options) + more)
+        self.listed, self.filtered = listed, filtered
+        super().__init__(quarantine.nothing_usable(request["input"], read, listed, filtered))
 
     def left_out(self, rows: int) -> Counter[str]:
         """What was filtered of a split of so many rows, by reason; 'where' without those of other
@@ -613,36 +600,16 @@ class NothingLeft(ValueError):
         return found + Counter(where=rows - len(self.listed) - found.total())
 
 
-def why_empty(work: str, input: str) -> str:
-    """The line for an import whose shards are there and hold nothing; '' for any other."""
+def _check_usable(work: str) -> None:
+    """Raises NothingLeft where the shards that an import has written so far hold no example."""
     names = [n for n in files.listing(work) if re.fullmatch(r"part-\d+\.json", n)]
     accounts = [json.loads(files.read(files.join(work, name))) for name in names]
     listed = [entry for account in accounts for entry in account["quarantined"]]
-    filtered = {"where": n} if (n := sum(a["filtered"].get("where", 0) for a in accounts)) else {}
-    if not (listed or filtered) or any(account["count"] for account in accounts):
-        return ""
-    read = sum(account["read"] for account in accounts)
-    plan = json.loads(files.read(files.join(work, "plan.json")))
-    notes = quarantine.of_encoding(
-        (unit["path"] for group in plan["groups"] for unit in group), listed
-    )
-    more = where_counts(work, listed, filtered) + "".join(f"; {line}" for line in notes)
-    options = plan["request"]["options"]
-    return quarantine.nothing_usable(input, read, listed, filtered, options) + more
-
-
-def where_counts(
-    work: str, listed: Sequence[Mapping[str, str]], filtered: Mapping[str, int]
-) -> str:
-    """What is said of --where, if it left out all examples of an import of which nothing is left;
-    '' where some that it chose are `listed`, as their likeness is looked at last."""
-    if not filtered.get("where") or any(entry["reason"] in dedup.REASONS for entry in listed):
-        return ""
-    plan = json.loads(files.read(files.join(work, "plan.json")))
-    module, options = importer(plan["request"]["format"]), plan["request"]["options"]
-    units = (Unit(**unit) for group in plan["groups"] for unit in group)
-    items = (item for unit in units for item in module.read(unit, Options(**options)))
-    return quarantine.of_where(dict(options["where"]), items)
+    where = sum(account["filtered"].get("where", 0) for account in accounts)
+    if (listed or where) and not any(account["count"] for account in accounts):
+        request = json.loads(files.read(files.join(work, "plan.json")))["request"]
+        read = sum(account["read"] for account in accounts)
+        raise NothingLeft(request, read, listed, {"where": where} if where else {})
 
 
 _ROWS_PER_SHARD = 16_384
@@ -676,16 +643,6 @@ def splits_of(format: str, input: str) -> list[str]:
     if hasattr(module, "splits"):
         return module.splits(input)
     return files.splits_in_names(input, module.PATTERNS)
-
-
-def warn_no_split(module: Any, input: str, there: Mapping[str, Any]) -> None:
-    """Says which files of an input no split has: once, with the first of the splits."""
-    if there or hasattr(module, "splits"):  # the latter have no files that belong to none
-        return
-    with unreachable.required():
-        line = quarantine.of_no_split(input, module.PATTERNS)
-    if line:
-        print(line, file=sys.stderr)
 
 
 def prepare_with_holdout(
@@ -727,11 +684,11 @@ def prepare_with_holdout(
     except ValueError:  # another share is another import
         if known or not files.exists(work):
             raise
-        why = why_empty(work, input)
-        system, plain_work = files.filesystem(work)
-        system.rm(plain_work, recursive=True)
-        if why:  # and not the share
-            raise ValueError(why) from None
+        try:
+            _check_usable(work)  # then the share is not what is wrong
+        finally:
+            system, plain_work = files.filesystem(work)
+            system.rm(plain_work, recursive=True)
         raise
     return prepare(format, input, out, split=split, options=options, **keywords), held
 
@@ -786,7 +743,6 @@ def prepare(
     refuse_held_out(out, request, {split, beside[0] if beside else split})
     dedup.check_excluded(options.exclude)
     work = unfinished(out, split)
-    warn_no_split(module, str(input), manifest["splits"])
     begun = (work, shard_count, request, state)
     jobs = plan(module, format, str(input), read_split or split, options, *begun, replace=overwrite)
     classes = declared_classes(module, jobs[0].units[0], options)
@@ -928,16 +884,12 @@ def _finish(
         filtered.update(account["filtered"])
     if read != written + len(listed) + sum(filtered.values()):
         raise RuntimeError(f"{read} read, but {written} + {len(listed)} + {filtered} accounted for")
-    notes = quarantine.of_encoding((unit.path for job in jobs for unit in job.units), listed)
     if not written:
-        _refuse_empty(work, split, request, read, listed, filtered, notes)
+        _refuse_empty(work, split, request, read, listed, filtered)
     entries = _named(out, split, work, jobs, accounts)
     lines = "".join(json.dumps(e, ensure_ascii=False, sort_keys=True) + "\n" for e in listed)
     storage.write_bytes(files.join(out, f"{split}-quarantine.jsonl"), lines.encode())
     seen = {label for account in accounts for label in account["classes"]}
-    if request["options"]["class_names"] and seen and not seen & set(classes):
-        print(quarantine.of_no_class(seen, classes), file=sys.stderr)
-        classes = []
     drawn = metadata.with_drawn(drawn_before(jobs[0]), request["options"])
     manifest_entry = dict(
         count=written,
@@ -965,9 +917,8 @@ def _finish(
             storage.remove(files.join(out, name))
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)
-    with activity.announce(f"looking for what is not read in {request['input']}"):
-        notes = quarantine.of_split(out, split, manifest, accounts) + notes
-    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+    for line in quarantine.of_split(out, split, manifest):
+        print(line, file=sys.stderr)
     return _summary(out, split, manifest)
 
 
@@ -978,19 +929,13 @@ def _refuse_empty(
     read: int,
     listed: list[dict[str, str]],
     filtered: Mapping[str, int],
-    notes: Sequence[str],
 ) -> NoReturn:
-    """Raises nothing_left.NothingLeft: why nothing of `read` items is in the split, and what else
-    is `said`."""
-    of_where = where_counts(work, listed, filtered)
+    """Raises EmptySide or NothingLeft: why none of `read` items is in the split."""
     system, plain_work = files.filesystem(work)
     system.rm(plain_work, recursive=True)  # nothing in it is worth going on with
     if set(filtered) & {"held_out", "not_held_out"} and not listed:
         raise EmptySide(request, read, split, filtered)
-    input = request["input"]
-    more = of_where + quarantine.not_read(input, request["format"])
-    more += "".join(f"; {line}" for line in notes)
-    raise NothingLeft(request, read, listed, filtered, more)
+    raise NothingLeft(request, read, listed, filtered)
 
 
 def _named(

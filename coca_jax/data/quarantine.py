@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
-import re
 import threading
-import types
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
-from coca_jax.data import filters, images, order, videos
-from coca_jax.data.sources import fields, files, formats, lists, references
+from coca_jax.data import images, order, videos
+from coca_jax.data.sources import files, references
 from coca_jax.data.sources.fields import class_number, plain_json, selected
 from coca_jax.data.sources.items import Item, Options
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.source import Problem
-from coca_jax.runtime import activity, storage
+from coca_jax.runtime import storage
+
+_NOT_UTF8 = (
+    "a text or label has bytes that are not UTF-8; convert the file (iconv -f CP1252 -t UTF-8, if "
+    "it is from a spreadsheet in Western Europe)"
+)
 
 
 def wanted(item: Item, options: Options) -> str:
@@ -83,7 +84,7 @@ def record(item: Item, options: Options) -> tuple[Record | None, str, str]:
     if any(len(text) > options.max_text for text in texts):
         return None, "text_too_long", f"{max(map(len, texts))} characters"
     if any("\ufffd" in text for text in (*texts, *labels)):
-        return None, "bad_utf8", "a text or label has bytes that are not UTF-8"
+        return None, "bad_utf8", _NOT_UTF8
     try:
         "".join((*texts, *item.labels)).encode()
     except UnicodeEncodeError:
@@ -174,226 +175,41 @@ def _shrink(image: Image.Image, max_side: int) -> bytes:
     return out.getvalue()
 
 
-# What people are told about data that were read: why none is of use, what to look at.
+# What people read about an import: one line, and the quarantine file.
 
 
-_MOST_LOOKED_AT = 20_000  # files of a folder
-_MOST_ASKED = 1000  # examples whose fields are looked at
-_LISTS_END = (".csv", ".tsv", ".txt", ".jsonl", *lists.PACKED)
-_OTHER_ARCHIVES = (".zip", ".7z", ".rar", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst")
-# What data sets are made of, by the ends of files' names, and what each format reads of it or
-# leaves as what its writers put there: img2dataset has .parquet and .json beside each tar.
-_OF_DATA = (
-    *(*formats.MEDIA, *formats.UNREAD_PICTURES, *formats.TABLES, *formats.TEXTS),
-    *(".tar", ".tar.gz", ".tgz", ".parquet", ".tfrecord", *_OTHER_ARCHIVES),
-)
-_OF_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tfrecord", ".parquet", ".json", ".txt")
-_OF_LISTS = (*formats.MEDIA, *formats.TABLES, ".txt")
-_OF_FORMAT = {
-    **dict.fromkeys(("webdataset", "tfrecord", "parquet"), _OF_ARCHIVES),
-    **dict.fromkeys(("csv", "jsonl", "json"), _OF_LISTS),
-    "imagefolder": (*formats.MEDIA, *formats.METADATA),
-    "sidecars": (*formats.MEDIA, *formats.SIDECARS),
-}
-
-_CAPTION_LIKE = re.compile(
-    r"caption|sentence|descri|comment|(^|_)(text|title|prompt)s?(_|$)", re.IGNORECASE
-)
 HOW_TO_CAPTION = (
-    "captions are read from metadata.jsonl or metadata.csv beside the pictures (file_name, text), "
-    "from .txt members, from .txt files beside them (--format=sidecars) or from columns text, "
-    "caption or title; class names from label or from one folder a class"
+    "captions are read from metadata.jsonl or metadata.csv next to the images (file_name, text), "
+    "from .txt members, from .txt files next to them (--format=sidecars) or from the columns text, "
+    "caption or title; class names from the column label or from one folder per class"
 )
-
-
-def of_format(input: str, format: str) -> str:
-    """The line for a format that the files told, with what of them it leaves unread."""
-    beside = lists_read(input, format) + not_read(input, format)
-    return f"{input}: read as --format={format}{beside}"
-
-
-def lists_read(input: str, format: str) -> str:
-    """The JSON lists that are read for a folder, which may lie next to it; '' of other inputs."""
-    if format != "json" or not files.filesystem(input)[0].isdir(files.filesystem(input)[1]):
-        return ""
-    return f", captions from {_first(formats.caption_lists(input))}"
-
-
-def not_read(input: str, format: str) -> str:
-    """How many files of a folder a format leaves, by the ends of their names; '' for none."""
-    system, plain = files.filesystem(input)
-    own = _OF_FORMAT.get(format)
-    if own is None or files.is_pattern(input) or not system.isdir(plain):
-        return ""
-    with activity.announce(f"looking for what is not read in {input}"):
-        every = itertools.chain.from_iterable(files.walk(input))
-        names = files.without_ours(list(itertools.islice(every, _MOST_LOOKED_AT)))
-    left = [n for n in names if n.lower().endswith(_OF_DATA) and not n.lower().endswith(own)]
-    ends = Counter(next(e for e in _LONGEST_FIRST if name.lower().endswith(e)) for name in left)
-    if not ends:
-        return ""
-    counts = ", ".join(f"{count} {end}" for end, count in ends.most_common())
-    return f"; not read: {counts} ({_first(left)})"
-
-
-_LONGEST_FIRST = sorted(_OF_DATA, key=len, reverse=True)
 
 
 def nothing_usable(
-    input: str,
-    read: int,
-    listed: Sequence[Mapping[str, str]],
-    filtered: Mapping[str, int],
-    options: Mapping[str, Any] = types.MappingProxyType({}),
+    input: str, read: int, listed: Sequence[Mapping[str, str]], filtered: Mapping[str, int]
 ) -> str:
-    """The line for an input of which nothing can be used.
-
-    listed: the quarantined examples, {key, reason, detail}. options: what was asked for.
-    """
+    """The message for an input of which nothing can be used. listed: the quarantined examples."""
     reasons = Counter(entry["reason"] for entry in listed)
     text = f"{input}: none of {read} examples can be used: "
-    if set(reasons) != {"missing_text"} or filtered:
-        again = [entry for entry in listed if entry["reason"] == "duplicate_key"]
-        notes = [*again, *listed][:1]  # of an archive out of order the former says what is wrong
-        which = "the first quarantined" if filtered else "the first"
-        first = "".join(f"; {which}: {one['key']}: {one['detail']}" for one in notes)
-        return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
-    fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
-    there = fields.most_common(1)[0][0]
-    named = _of_named(dict(with_text=0, with_label=0), options)
-    text += f"{'; '.join(['none has a caption or a class name', *named])}; "
-    if there:
-        return f"{text}their fields are {there}: name one with --text_field or --label_field"
-    return f"{text}{HOW_TO_CAPTION}"
+    if set(reasons) == {"missing_text"} and not filtered:
+        fields = Counter(entry["detail"].partition("other fields: ")[2] for entry in listed)
+        there = fields.most_common(1)[0][0]
+        how = f"their fields are {there}: name one with --text_field or --label_field"
+        return f"{text}none has a caption or a class name; {how if there else HOW_TO_CAPTION}"
+    # A duplicate key says best what is wrong with an archive whose members are out of order.
+    listed = sorted(listed, key=lambda entry: entry["reason"] != "duplicate_key")
+    first = f"; the first quarantined: {listed[0]['key']}: {listed[0]['detail']}" if listed else ""
+    return f"{text}quarantined {dict(reasons)}, filtered {dict(filtered)}{first}"
 
 
-def of_encoding(paths: Iterable[str], listed: Sequence[Mapping[str, str]]) -> list[str]:
-    """The line for the first of the lists at `paths` with bytes that are not UTF-8, as those of
-    spreadsheets are; none where nothing that is listed looks like that."""
-    if all(e["reason"] != "bad_utf8" and "\ufffd" not in e["key"] + e["detail"] for e in listed):
-        return []
-    for path in dict.fromkeys(path for path in paths if path.lower().endswith(_LISTS_END)):
-        with contextlib.suppress(OSError, ValueError):  # of a damaged end, which is listed
-            if number := lists.not_utf8(path):
-                return [
-                    f"{path}: line {number} is not UTF-8; save it in UTF-8 (iconv -f CP1252 -t "
-                    "UTF-8, where it is of a spreadsheet in Western Europe)"
-                ]
-    return []
-
-
-def of_where(where: Mapping[str, Sequence[str]], items: Iterable[Item]) -> str:
-    """What is said where no example has the values of --where: what the first of them have; ''
-    where one of those has them."""
-    missed = filters.Missed(where)
-    for item in itertools.islice(items, _MOST_ASKED):
-        texts, labels = texts_and_labels(item)
-        if not item.problem and fields.selected(where, item.extra, texts, labels):
-            return ""
-        missed.add(Record(b"", tuple(texts), tuple(labels), item.key, "", b""), item.extra)
-    return f"; --where: {missed.line()}"
-
-
-def of_no_split(input: str, patterns: tuple[str, ...]) -> str:
-    """The line for files that no split has, as the names of others tell theirs; '' for none."""
-    names, count = files.of_no_split(input, patterns)
-    if not names:
-        return ""
-    verb = "names no split and is" if len(names) == 1 else "name no split and are"
-    return f"{input}: {len(names)} of {count} files {verb} not read: {_first(names)}"
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _by_folder(found: Mapping[str, Any], classes: Sequence[str], input: str) -> list[str]:
-    """The line for images that are read by their folders and all have one class."""
-    if found["with_text"] or found["with_label"] < found["count"] or len(classes) != 1:
-        return []
-    return [
-        f"{input}: all pictures have the one class {classes[0]!r}, the name of their folder, and "
-        f"no caption: nothing can be learned from that; {HOW_TO_CAPTION}"
-    ]
-
-
-def of_links(input: str) -> list[str]:
-    """The line for folders of an input that are links; none without such."""
-    links = "" if files.is_pattern(input) else files.linked_folders(input)
-    return [f"{input}: {links}"] if links else []
-
-
-def of_no_class(labels: Collection[str], class_names: Sequence[str]) -> str:
-    """The line for class names that were given and are those of none of the labels."""
-    return (
-        f"--class_names: its {len(class_names)} names ({_first(class_names)}) apply to none of the "
-        f"labels ({_first(sorted(labels))}) and are left out: labels are to be numbers from 0 to "
-        f"{len(class_names) - 1}, or WordNet ids (n01440764) with which each line begins"
-    )
-
-
-def _of_named(found: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
-    """What is said of fields that were named and gave nothing: of archives, whose members all have
-    to be read before that is known."""
-    notes = []
-    for flag, kind in (("text_field", "text"), ("label_field", "label")):
-        name = options.get(flag)
-        if name and not found[f"with_{kind}"]:
-            notes.append(f"--{flag}={name}: no example has a {kind} in it")
-    return notes
-
-
-def caption_like(extra: Mapping[str, Any]) -> set[str]:
-    """The fields of an example that are called as captions are, and hold a text or several."""
-    found = set()
-    for name, value in extra.items():
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, str) and first.strip() and _CAPTION_LIKE.search(name):
-            found.add(name)
-    return found
-
-
-def of_split(
-    out: str, split: str, manifest: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Lines on a split that was written: what was left out, class names that are numbers, fields
-    and images that may not be what they should.
-
-    accounts: of its shards.
-    """
-    found = manifest["splits"][split]
+def of_split(out: str, split: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Warnings about a split that was written: what was left out, and numbers as class names."""
+    found, classes = manifest["splits"][split], manifest["class_names"]
     lines = []
-    left_out = sum(found["quarantined"].values())
-    if left_out:
+    if left_out := sum(found["quarantined"].values()):
         why = ", ".join(f"{count} {reason}" for reason, count in found["quarantined"].items())
         place = files.join(out, f"{split}-quarantine.jsonl")
         lines.append(f"{left_out} of {found['read']} examples left out ({why}): see {place}")
-    classes = manifest["class_names"]
-    request = found.get("request") or {}
-    apart = request.get("options", {}).get("held_out")  # the other side says it
-    others = [one.get("request") for name, one in manifest["splits"].items() if name != split]
-    inputs = [one["input"] for one in others if one and not one["options"].get("held_out")]
-    first = bool(request) and not apart and request["input"] not in inputs  # of the input's splits
-    if request.get("format") == "imagefolder" and not apart:
-        lines += _by_folder(found, classes, request["input"])
-    if first and request["format"] not in ("tfds", "prepared"):
-        lines += of_links(request["input"])
-    fields = sorted({name for account in accounts for name in account["caption_like"]})
-    if fields and found["with_label"] and not found["with_text"] and not apart:
-        lines.append(
-            f"{request.get('input', out)}: it has class names alone; not read as captions: its "
-            f"fields {_first(fields)} (`coca-jax prepare --text_field={fields[0]}` reads one)"
-        )
-    dark = sum(account["with_lost_range"] for account in accounts)
-    if not apart:
-        named = _of_named(found, request.get("options", {}))
-        lines += [f"{request['input']}: {line}" for line in named]
-    if dark:
-        lines.append(
-            f"{dark} of {found['count']} examples of the split {split!r} have images with values "
-            "that lose much in 8 bits: 16 bits are taken for 0 to 65535, floats for 0 to 1 or 0 to "
-            "255, NaN for 0; scale them to that range first"
-        )
     if classes and all(class_number(name) is not None for name in classes):
         lines.append(
             f"the class names are numbers ({', '.join(classes[:3])}, ...), and texts would be "

@@ -586,14 +586,13 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
     line = f"{found.input} is read in place, as {found.format}: making an index of it in {out}"
     if why:
         line = f"{why}: importing it into {out}, as `coca-jax prepare` does"
-    unread = quarantine.not_read(found.input, found.format)
+    unread = ""
     if not options.check and not found.held and not why:
-        unread += (
+        unread = (
             "; images are checked as training reads them, and the held-out share is chosen by their "
             "names (`coca-jax prepare --holdout` checks all first and keeps equal images together)"
         )
-    lists = quarantine.lists_read(found.input, found.format)
-    print(f"{line}{lists}{unread}", file=sys.stderr, flush=True)
+    print(f"{line}{unread}", file=sys.stderr, flush=True)
     return dataclasses.replace(options, in_place=not why)
 
 

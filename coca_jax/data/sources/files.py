@@ -94,35 +94,6 @@ def walk(path: str) -> Iterator[list[str]]:
         yield [posixpath.normpath(f"{within}/{n}") for n in sorted(names) if not is_hidden(n)]
 
 
-def linked_folders(path: str) -> str:
-    """What is said of the links to folders in a local folder and below: they are not followed, as
-    they may lead anywhere; and of folders that cannot be read. '' for none."""
-    found: list[str] = []
-    unread: list[OSError] = []
-    if not is_remote(path):
-        top = storage.plain_path(path)
-        for folder, folders, _ in os.walk(top, onerror=unread.append):
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
-            found += [os.path.relpath(os.path.join(folder, name), top) for name in links]
-    linked = []
-    if found:
-        linked.append(
-            f"folders that are links are not read: {_first(found)}; put the folders in their place"
-        )
-    if unread and os.path.isdir(top):
-        names = [os.path.relpath(error.filename, top) for error in unread]
-        linked.append(
-            f"folders that cannot be read are left out: {_first(names)} ({unread[0].strerror})"
-        )
-    return "; ".join(linked)
-
-
-def _first(names: Collection[str]) -> str:
-    """The first few of some names, sorted."""
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def read(path: str) -> bytes:
     """The whole of a regular file; see `read_bounded`."""
     return read_bounded(path)
@@ -304,11 +275,8 @@ def find(path: str, patterns: tuple[str, ...], split: str = "") -> list[str]:
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not found:
-        links = "" if is_pattern(path) else linked_folders(path)
         raise FileNotFoundError(
-            f"{path}: no {' or '.join(patterns)} in it"
-            + (f" for split {split!r}" if split else "")
-            + (f"; {links}" if links else "")
+            f"{path}: no {' or '.join(patterns)} in it" + (f" for split {split!r}" if split else "")
         )
     prefix = path.split("://", 1)[0] + "://" if is_remote(path) else ""
     return [prefix + f.lstrip("/") if prefix == "memory://" else prefix + f for f in sorted(found)]
@@ -391,18 +359,6 @@ def splits_in_names(path: str, patterns: tuple[str, ...]) -> list[str]:
         return []
     by_split = _splits_by_file(system, plain, patterns).values()
     return sorted({*by_split} - {""})
-
-
-def of_no_split(path: str, patterns: tuple[str, ...]) -> tuple[list[str], int]:
-    """(names of the files that `find` takes for no split, as others tell theirs; number of all)."""
-    system, plain = filesystem(path)
-    folder = not system.isfile(plain) and system.isdir(plain)
-    by_split = _splits_by_file(system, plain, patterns) if folder else {}
-    if not any(by_split.values()):
-        return [], len(by_split)
-    return sorted(posixpath.relpath(f, plain) for f, split in by_split.items() if not split), len(
-        by_split
-    )
 
 
 def _splits_by_file(system: Any, plain: str, patterns: tuple[str, ...]) -> dict[str, str]:

@@ -22,11 +22,6 @@ from coca_jax.data.sources import files
 from coca_jax.runtime import bounded_json, extras, storage
 
 MEDIA = files.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in files.VIDEO_SUFFIXES)
-# Of pictures that are not opened, and which phones and cameras write beside others.
-UNREAD_PICTURES = (
-    *(".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2", ".cr3", ".nef"),
-    *(".arw", ".orf", ".rw2", ".raf"),
-)
 METADATA = (  # of an imagefolder
     *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
 )
@@ -56,12 +51,6 @@ PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix i
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _READ = "images, tars, parquet, Arrow, CSV, TSV or JSON lists"
-_HINTS = {  # by the ends of files' names
-    (".zip", ".7z", ".rar"): "unpack the archive first",
-    UNREAD_PICTURES: "make JPEGs or PNGs of the pictures first",
-    _SUFFIXES["jsonl"]: "a list whose pictures are elsewhere is read by --format=jsonl with "
-    "--image_field=COLUMN, and --allow_paths=FOLDER_OR_URL",
-}
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
 _LOOK_AT_ROWS, _LOOK_AT_BYTES = 100, 1 << 20  # of a list
 _MOST_LISTS = 64  # JSON files of a folder that are opened
@@ -122,10 +111,7 @@ def guess(path: str) -> str:
         return "json"
     if found or pictures:
         return found or "imagefolder"
-    if links := files.linked_folders(path):
-        raise ValueError(f"{path}: no images in it; {links}")
-    hint = other_form(names)
-    raise ValueError(f"{path}: {_contents(everything)}{hint}; give {_READ}")
+    raise ValueError(f"{path}: {_contents(everything)}; give {_READ}")
 
 
 def _of_file(path: str, plain: str) -> str:
@@ -139,10 +125,8 @@ def _of_file(path: str, plain: str) -> str:
     if not found and plain.lower().endswith(".json"):
         return "json"
     if not found:
-        hint = other_form([plain])
         raise ValueError(
-            f"{path} is one file, and no list or archive of images{hint}; give the folder of "
-            f"the {_READ}"
+            f"{path} is one file, and no list or archive of images; give the folder of the {_READ}"
         )
     return found
 
@@ -343,20 +327,14 @@ def _first_objects(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def other_form(names: Sequence[str]) -> str:
-    """What makes files that are not read, or not found to be lists of pictures, of use; '' for
-    those of which that is not known."""
-    for suffix, hint in _HINTS.items():
-        if any(name.lower().endswith(suffix) for name in names):
-            return f"; {hint}"
-    return ""
-
-
 def _contents(names: list[str]) -> str:
     if not names:
         return "the folder is empty"
     shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-    return f"no images in it, only {len(names)} other files ({shown})"
+    return (
+        f"no images in it, only {len(names)} other files ({shown}; archives are unpacked first, "
+        "and links to folders are not followed)"
+    )
 
 
 # Files that data name: a stranger's row may point only into the folders that the user gave.
