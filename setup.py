@@ -128,7 +128,7 @@ setuptools.setup(
         "search": ["usearch>=2.26"],  # indexes of more than 100,000 pictures
         # Later versions of jax2onnx take no Orbax of 0.12.
         "onnx": ["jax2onnx==0.13.0", "onnx>=1.18", "onnxruntime>=1.22"],
-        "parquet": PARQUET,  # parquet files, and lists packed by zstd
+        "parquet": PARQUET,  # parquet and Arrow files
         "video": ["av>=18.1"],
         "docs": DOCS,
         "clip-benchmark": ["clip_benchmark==1.6.2", "webdataset"],  # runs our models by itself

@@ -38,7 +38,7 @@ PLACES = {
     "prepare vocabulary": ["prepare", "vocabulary", "--input={}", "--out=words.model"],
 } | {
     f"prepare {format}": ["prepare", f"--format={format}", "--input={}", "--out=data"]
-    for format in ("imagefolder", "webdataset", "csv", "parquet", "tfrecord", "prepared")
+    for format in ("imagefolder", "webdataset", "csv", "parquet", "prepared")
 }  # fmt: skip
 BAD = ("missing", "folder", "empty", "junk", "cut", "pipe", "zero", "socket", "loop", "long",
        "caf\udce9", "text", "json", "zip")  # fmt: skip

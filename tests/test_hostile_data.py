@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pathlib
-import struct
 import tarfile
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image
 
 from coca_jax.data import evaluation_data, filters, images, prepare
-from coca_jax.data.sources import files, records, tars, tfds
+from coca_jax.data.sources import files, tars, tfds
 from coca_jax.data.sources import lists as lines
 from coca_jax.data.sources.items import Options
 
@@ -283,49 +282,18 @@ def test_a_value_that_stands_once_and_is_used_often_is_unpacked_once_at_a_time(t
     assert pa.default_memory_pool().max_memory() - before < 20 * len(big)
 
 
-def test_tfrecords(tmp_path):
-    def record(data):
-        return struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4)
-
-    example = records._Example()
-    example.features.feature["jpg"].bytes_list.value.append(_image())
-    example.features.feature["caption"].bytes_list.value.append(b"good")
-    good = example.SerializeToString()
-    example.features.feature["jpg"].bytes_list.value[:] = [bytes(20 << 20)]
-    large = example.SerializeToString()
-    (tmp_path / "a.tfrecord").write_bytes(record(large) + record(b"\xff\xff") + record(good))
-    (tmp_path / "b.tfrecord").write_bytes(record(good) + struct.pack("<Q", 1 << 62) + bytes(9))
-    (tmp_path / "c.tfrecord").write_bytes(record(large)[:-8])
-    result, found = _prepare("tfrecord", tmp_path, tmp_path / "out", max_image_bytes=1 << 20)
-    assert [reason for reason, _ in found] == [
-        "image_too_big", "bad_record", "damaged_archive", "damaged_archive"
-    ]  # fmt: skip
-    assert result["written"] == 2
-
-
 def test_bytes_beside_the_image_are_no_fields(tmp_path):
-    (tmp_path / "t").mkdir()
     (tmp_path / "p").mkdir()
-    example = records._Example()
-    fields = dict(jpg=_image(), mask=_image(2), caption=b"good", note="ü".encode())
-    for name, value in fields.items():
-        example.features.feature[name].bytes_list.value.append(value)
-    data = example.SerializeToString()
-    whole = struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4)
-    (tmp_path / "t/a.tfrecord").write_bytes(whole)
     masks = [dict(bytes=_image(2), path="m.png")]
     row = dict(image=_image(), mask=masks[0], all=masks, raw=_image(3), caption="good", note="ü")
     pq.write_table(
         pa.table({name: [value] for name, value in row.items()}), tmp_path / "p/a.parquet"
     )
-    for format, more in (
-        ("tfrecord", {}),
-        ("parquet", {"mask": {"path": "m.png"}, "all": [{"path": "m.png"}]}),
-    ):
-        _prepare(format, tmp_path / format[0], tmp_path / f"out-{format}")
-        (found,) = filters.open_source(str(tmp_path / f"out-{format}"))
-        assert (found.image, found.texts) == (_image(), ("good",))
-        assert json.loads(found.extra) == {"note": "ü"} | more
+    _prepare("parquet", tmp_path / "p", tmp_path / "out")
+    (found,) = filters.open_source(str(tmp_path / "out"))
+    assert (found.image, found.texts) == (_image(), ("good",))
+    more = {"mask": {"path": "m.png"}, "all": [{"path": "m.png"}]}
+    assert json.loads(found.extra) == {"note": "ü"} | more
 
 
 def test_a_folder_of_tensorflow_datasets_imports_no_module(tmp_path, monkeypatch):

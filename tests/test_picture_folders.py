@@ -16,7 +16,7 @@ from coca_jax.data import (
     prepare,
     quarantine,
 )
-from coca_jax.data.sources import files, formats, image_folder, lists, tfrecord
+from coca_jax.data.sources import files, formats, image_folder, lists
 from coca_jax.data.sources.items import Options
 from coca_jax.training import data_flag
 
@@ -263,14 +263,6 @@ def test_suffixes_in_any_case_are_told_and_read(tmp_path):
     for name, count in (("p", 3), ("c", 1), ("t", 2)):
         result = import_data(found[name], tmp_path / name, tmp_path / f"out-{name}")
         assert (result["read"], result["written"]) == (count, count)
-    (tmp_path / "r").mkdir()
-    for name in ("x.tfrecords", "y.tfrecord", "z.tfrecord-00000-of-00001"):
-        (tmp_path / "r" / name).write_bytes(b"")
-    assert formats.guess(str(tmp_path / "r")) == "tfrecord"
-    units = tfrecord.plan(str(tmp_path / "r"), "", Options())
-    assert [unit.path[-13:] for unit in units] == [
-        "r/x.tfrecords", "/r/y.tfrecord", "0000-of-00001"
-    ]  # fmt: skip
 
 
 def test_a_list_among_images_is_read_instead_of_the_folder(tmp_path):

@@ -8,7 +8,6 @@ import pathlib
 import random
 import re
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -24,7 +23,7 @@ from prepare_cases import add_member, digests_of, encode, import_data, reasons_o
 
 from coca_jax.cli import prepare as command
 from coca_jax.data import filters
-from coca_jax.data.sources import array_record, records
+from coca_jax.data.sources import array_record
 from coca_jax.data.sources.items import Options
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,16 +63,8 @@ def test_the_same_pairs_from_every_format(tmp_path):
         tmp_path / "p.parquet",
         row_group_size=3,
     )
-    # img2dataset's parquet and tfrecord outputs
+    # img2dataset's parquet output
     pq.write_table(pa.table({"jpg": images, "caption": captions}), tmp_path / "i.parquet")
-    with open(tmp_path / "i.tfrecord", "wb") as file:
-        for image, caption in zip(images, captions):
-            example = records._Example()
-            example.features.feature["jpg"].bytes_list.value.append(image)
-            example.features.feature["caption"].bytes_list.value.append(caption.encode())
-            example.features.feature["width"].int64_list.value.append(40)
-            data = example.SerializeToString()
-            file.write(struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4))
     for format, input in (
         ("imagefolder", folder),
         ("csv", folder / "list.tsv"),
@@ -81,7 +72,6 @@ def test_the_same_pairs_from_every_format(tmp_path):
         ("webdataset", tmp_path / "w.tar"),
         ("parquet", tmp_path / "p.parquet"),
         ("parquet", tmp_path / "i.parquet"),
-        ("tfrecord", tmp_path / "i.tfrecord"),
     ):
         out = tmp_path / "out" / pathlib.Path(input).name
         result = import_data(format, input, out)
@@ -93,8 +83,6 @@ def test_the_same_pairs_from_every_format(tmp_path):
             assert [r.labels for r in found] == [(c,) for c in classes]
             manifest = json.loads((out / "manifest.json").read_text())
             assert manifest["class_names"] == classes
-        if format == "tfrecord":
-            assert json.loads(found[0].extra) == {"width": 40}
     # A folder a class, without metadata.
     for name in ("cat", "big_dog"):
         (tmp_path / "classes" / name).mkdir(parents=True)

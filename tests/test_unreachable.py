@@ -5,7 +5,6 @@ import io
 import json
 import re
 import socket
-import struct
 import tarfile
 
 import fsspec
@@ -17,9 +16,8 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from coca_jax.data import prepare as splits
-from coca_jax.data.sources import files, records, references
+from coca_jax.data.sources import files, references
 from coca_jax.data.sources.items import Options
-from coca_jax.data.sources.records import Record
 from coca_jax.runtime import unreachable
 
 COUNT = 12
@@ -81,13 +79,6 @@ def write_parquet(folder):
     pq.write_table(pa.table(rows), folder / "0.parquet", row_group_size=2)
 
 
-def write_tfrecord(folder):
-    with open(folder / "0.tfrecord", "wb") as file:
-        for number in range(COUNT):
-            data = records.serialize(Record(png(number), ("a picture",), (), str(number)))
-            file.write(struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4))
-
-
 def write_list(folder, packed=False):
     for number in range(COUNT):
         (folder / f"{number:03d}.png").write_bytes(png(number))
@@ -114,7 +105,6 @@ def write_sidecars(folder):
 WRITERS = dict(
     webdataset=write_tar,
     parquet=write_parquet,
-    tfrecord=write_tfrecord,
     jsonl=write_list,
     packed=lambda folder: write_list(folder, packed=True),
     csv=write_csv,

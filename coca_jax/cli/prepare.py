@@ -1,6 +1,6 @@
 """Imports any image-text data into the training format.
 
-Formats: imagefolder, sidecars, webdataset, csv, jsonl, json, parquet, tfrecord, tfds; without
+Formats: imagefolder, sidecars, webdataset, csv, jsonl, json, parquet, arrow, tfds; without
 --format the files tell.
 --holdout keeps a share of the images apart as a split 'test'. The result is ArrayRecord shards
 with a manifest, which tensorflow-datasets reads as well, or with --in_place an index, by which the

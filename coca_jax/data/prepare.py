@@ -47,7 +47,6 @@ MODULES = {
     "json": "lists",
     "parquet": "parquet",
     "arrow": "hf_datasets",
-    "tfrecord": "tfrecord",
     "tfds": "tfds",
     "prepared": "array_record",
 }

@@ -61,8 +61,8 @@ def of_split(request: Request) -> tuple[str, Options]:
     if by_field:
         return "", holdout.narrowed(input, by_field, split, request.options)
     if split and holdout.split_of(split) not in map(holdout.split_of, names):
-        told = f"the splits {of_what}; give one of them" if names else "no splits; drop --split"
-        raise ValueError(f"--split={split}: --input={input} tells {told}")
+        splits = f"the splits {of_what}; give one of them" if names else "no splits; drop --split"
+        raise ValueError(f"--split={split}: --input={input} tells {splits}")
     return split or "".join(names), request.options
 
 

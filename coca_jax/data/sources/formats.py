@@ -40,12 +40,10 @@ _SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),  # img2dataset leaves parquet lists beside its tars
     "parquet": (".parquet",),
     "arrow": (".arrow",),  # of Hugging Face datasets
-    "tfrecord": (".tfrecord", ".tfrecords"),
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
 }
 PATTERNS = {kind: tuple(f"*{s}" for s in suffixes) for kind, suffixes in _SUFFIXES.items()}
-PATTERNS["tfrecord"] += ("*.tfrecord-*",)  # as TFDS numbers them
 PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: see `caption_lists`
 PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
 PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name

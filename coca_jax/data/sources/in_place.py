@@ -301,7 +301,6 @@ FORMATS = (
         "json",
         "parquet",
         "arrow",
-        "tfrecord",
     ),
 )
 

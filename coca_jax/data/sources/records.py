@@ -146,23 +146,6 @@ def parse(data: bytes) -> Record:
         raise ValueError(f"not a record of coca_jax ({len(data)} bytes): {error}") from None
 
 
-def parse_example(data: bytes) -> dict[str, list]:
-    """The fields of any tf.train.Example: name -> list of bytes, floats or integers.
-
-    Raises:
-        ValueError: not an Example.
-    """
-    try:
-        feature = _Example.FromString(data).features.feature
-    except Exception as error:  # the decoder's own type
-        raise ValueError(f"not a tf.train.Example ({len(data)} bytes): {error}") from None
-    kinds = ("bytes_list", "float_list", "int64_list")
-    return {
-        name: [v for kind in kinds for v in getattr(value, kind).value]
-        for name, value in feature.items()
-    }
-
-
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
     """Raises OSError for what the writer of a shard at `path` raises inside, RuntimeError, as on a

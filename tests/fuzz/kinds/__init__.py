@@ -15,7 +15,7 @@ import numpy as np
 # Kinds by the module that has them, as module.KINDS[name].
 NAMES = {
     "images": "media", "animations": "media", "videos": "media",
-    "tars": "tables", "parquet": "tables", "jsonl": "tables", "csv": "tables", "tfrecord": "tables",
+    "tars": "tables", "parquet": "tables", "jsonl": "tables", "csv": "tables",
     "tars_in_place": "tables", "parquet_in_place": "tables", "references": "tables",
     "jsonl_packed": "tables", "json": "tables", "sidecars": "tables",
     "safetensors": "weights", "torch": "weights", "tokenizers": "weights", "open_clip": "weights",

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coca_jax.data import prepare
-from coca_jax.data.sources import in_place, records, references
+from coca_jax.data.sources import in_place, references
 from coca_jax.data.sources.items import Item, Options
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.references import Page, Span
@@ -211,27 +211,6 @@ def damage_parquet(rng: random.Random, seed: bytes) -> bytes:
     return mutate.data(rng, seed)
 
 
-def tfrecord_seeds() -> list[bytes]:
-    """Examples with bytes, numbers and captions."""
-    example = records._Example()
-    feature = example.features.feature
-    feature["image/encoded"].bytes_list.value.append(encoded("PNG"))
-    feature["image/caption"].bytes_list.value.extend([b"one", b"two"])
-    feature["image/class/label"].int64_list.value.append(3)
-    feature["score"].float_list.value.append(0.5)
-    data = example.SerializeToString()
-    return [(struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4)) * 2]
-
-
-def damage_tfrecord(rng: random.Random, seed: bytes) -> bytes:
-    """Bytes at random; in half of the files the length of the record stays right."""
-    if rng.random() < 0.5:
-        return mutate.data(rng, seed)
-    size = struct.unpack("<Q", seed[:8])[0]
-    data = mutate.data(rng, seed[12 : 12 + size], 4)
-    return struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4) + seed[16 + size :]
-
-
 def packed_seeds() -> list[bytes]:
     """Rows that zstd has packed."""
     return [pa.compress(seed, "zstd", asbytes=True) for seed in jsonl_seeds()]
@@ -281,5 +260,4 @@ KINDS = {
     "jsonl_packed": Kind(packed_seeds, damage_packed, importer("jsonl", "input.jsonl.zst")),
     "sidecars": Kind(sidecar_seeds, mutate.data, importer("sidecars", "a.json", in_place=True)),
     "references": Kind(reference_seeds, mutate.data, run_reference),
-    "tfrecord": Kind(tfrecord_seeds, damage_tfrecord, importer("tfrecord", "input.tfrecord")),
 }
