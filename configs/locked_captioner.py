@@ -2,7 +2,7 @@
 
 python -m coca_jax.train --config=configs/locked_captioner.py:WEIGHTS --workdir=runs/captioner
 
-WEIGHTS: a run, an export, or what `convert` made of CLIP, SigLIP, MetaCLIP or an open_clip CoCa.
+WEIGHTS: a run, an export, or what `convert` made of CLIP, SigLIP, DINOv2, DINOv3 or an open_clip CoCa.
 """
 
 from ml_collections import ConfigDict

@@ -256,7 +256,7 @@ def test_every_key_says_what_it_is():
         (BlockOptions, "activation", reference.ACTIVATIONS),
         (Data, "augment", augment.MODES),
         (Pooler, "kind", heads.POOLERS),
-        (Model, "family", ("coca", *heads.TOWERS)),
+        (Model, "family", ("coca", "vision", *heads.TOWERS)),
         (Head, "kind", ("", *heads.HEADS)),
     ],
 )

@@ -2,10 +2,12 @@
 PyTorch code for Hugging Face transformers.
 
 CLIP, MetaCLIP, SigLIP (open_clip's or transformers' files), PE-Core, OpenVision and CLIPA
-(open_clip's) become models without a decoder, for embeddings, zero-shot and search.
+(open_clip's) become models without a decoder, for embeddings, zero-shot and search. DINOv2 and
+DINOv3 (transformers' or Meta's files) become image encoders, from which captioners are trained.
 
 Examples:
   coca-jax convert --input=open_clip_pytorch_model.bin --out=weights
+  coca-jax convert --input=dinov2-small --out=encoder --layers=10
   coca-jax convert --input=runs/tuned --out=for_open_clip --to=open_clip
   coca-jax convert --input=runs/demo --out=for_torch --to=transformers
 """
@@ -35,6 +37,7 @@ from coca_jax.interop import (
     open_clip_config,
     safetensors,
     towers_config,
+    vision_weights,
     weights_files,
 )
 from coca_jax.interop.open_clip_weights import Layout, count
@@ -46,7 +49,14 @@ WEIGHTS_NAME, CONFIG_NAME = open_clip_config.WEIGHTS_FILES[0], open_clip_config.
 
 
 def from_open_clip(
-    weights: str, out: str, model: str = "", bpe: str = "", *, progress: bool = False
+    weights: str,
+    out: str,
+    model: str = "",
+    bpe: str = "",
+    *,
+    layers: int = 0,
+    image_size: int = 0,
+    progress: bool = False,
 ) -> tuple[dict[str, Any], Layout]:
     """Converts an open_clip checkpoint to the export folder `out`.
 
@@ -54,6 +64,7 @@ def from_open_clip(
         weights: a .safetensors file, a file of torch.save, or a folder with one of them.
         model: name of a released model or path of a JSON; '' finds it (see the flags).
         bpe: path of the tokenizer's merges; '': those beside the weights, else CLIP's.
+        layers, image_size: of an image encoder alone, see the flags.
         progress: show a bar while the weights are written.
 
     Returns:
@@ -68,6 +79,14 @@ def from_open_clip(
     _check_bpe(bpe)
     weights = weights_files.find(weights)
     tensors = weights_files.read(weights)
+    if not model and vision_weights.is_vision(tensors):
+        sizes = dict(layers=layers, image_size=image_size)
+        return from_vision(weights, tensors, out, progress=progress, **sizes)
+    for name, value in (("layers", layers), ("image_size", image_size)):
+        if value:
+            raise ValueError(
+                f"--{name}={value}: {weights} is not an image encoder alone. Leave it out."
+            )
     towers = towers_config.find(weights, model)
     if towers is not None:
         return from_towers(weights, tensors, towers, out, bpe, progress=progress)
@@ -150,6 +169,35 @@ def from_towers(
         )
     suffix = {b"\x1f": ".bpe.gz", b"{": ".json"}.get(vocabulary.data[:1], ".model")
     write(out, weights, lambda: layout.read(tensors), config, vocabulary, suffix, progress)
+    return config, layout
+
+
+def from_vision(
+    weights: str,
+    tensors: dict[str, np.ndarray],
+    out: str,
+    *,
+    layers: int = 0,
+    image_size: int = 0,
+    progress: bool = False,
+) -> tuple[dict[str, Any], Layout]:
+    """Converts an image encoder alone (DINOv2, DINOv3) to the export folder `out`.
+
+    layers: its first so many blocks, 0: all; image_size: of the model, 0: what the files say.
+    Returns and raises as `from_open_clip`.
+    """
+    with naming(weights):
+        tensors = vision_weights.canonical(tensors)
+        found = vision_weights.find(weights, tensors, image_size)
+        sizes = found["model"]
+        if layers:
+            tensors, sizes = vision_weights.first_blocks(tensors, sizes, layers)
+        layout = vision_weights.VisionLayout(read(Model, sizes, "model"))
+        layout.check(tensors)
+    numbers = {name: list(found[name]) for name in ("mean", "std")}
+    config: dict[str, Any] = dict(model=sizes, preprocess=dict(resize=found["resize"], **numbers))
+    words = vocabularies.NoTexts()
+    write(out, weights, lambda: layout.read(tensors), config, words, ".none", progress)
     return config, layout
 
 
@@ -342,7 +390,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "input",
         None,
-        "Weights (.bin, .pt, .pth, .safetensors), their folder, or a name: hf-hub:org/name, "
+        "Weights (.bin, .pt, .pth, .safetensors, .onnx of a DINOv2), their folder, or a name: hf-hub:org/name, "
         "coca_ViT-L-14:TAG.",
     )
     flags.DEFINE_string("out", None, "Folder to write.")
@@ -369,6 +417,20 @@ def define_flags() -> None:
         "",
         f"{clip_bpe.FILE_NAME} or tokenizer.json; default: beside the weights, else CLIP's own.",
     )
+    flags.DEFINE_integer(
+        "layers",
+        0,
+        "Number of blocks to convert of an image encoder alone, whose output is then that of the "
+        "last of them, without a norm; 0: all.",
+        0,
+    )
+    flags.DEFINE_integer(
+        "image_size",
+        0,
+        "Image size of an image encoder alone, to which its positions are interpolated; 0: that of "
+        "preprocessor_config.json, or 224.",
+        0,
+    )
 
 
 def _check_out(source: str, out: str) -> None:
@@ -383,8 +445,13 @@ def _check_out(source: str, out: str) -> None:
 def summary(result: dict[str, Any]) -> list[str]:
     """What was written, and how to use it."""
     lines = text_tables.fields(result)
-    if result["format"] == "coca_jax":
-        out = shlex.quote(result["out"])
+    out = shlex.quote(result["out"])
+    if result.get("family") == vision_weights.FAMILY:
+        lines += text_tables.next_commands(
+            f"coca-jax train --config=locked_captioner:{out} --data=DATA --workdir=DIR",
+            f"coca-jax evaluate --checkpoint={out} --data=DATA --tasks=knn,linear_probe --out=SCORES",
+        )
+    elif result["format"] == "coca_jax":
         lines += text_tables.next_commands(
             f"coca-jax caption --checkpoint={out} IMAGE_OR_FOLDER",
             f"coca-jax evaluate --checkpoint={out} --data=DATA --out=SCORES",
@@ -398,7 +465,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, out, target = flags.FLAGS.input, flags.FLAGS.out, flags.FLAGS.to
     if not source or not out:
         raise ValueError("--input=FILE_OR_FOLDER and --out=FOLDER are both needed")
-    for name in ("model", "bpe"):
+    for name in ("model", "bpe", "layers", "image_size"):
         if target != "coca_jax" and (given := flags.FLAGS[name].value):
             raise ValueError(
                 f"--{name}={given}: --to={target} writes what --input says; leave out --{name}"
@@ -411,6 +478,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source = hub.local(source)
     if target == "coca_jax":
         source = weights_files.find(source)
+    layout: Layout | None = None
     bar, message = sys.stderr.isatty(), f"converting {source}"
     if bar:
         cli.say(message)
@@ -423,10 +491,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 _, layout = to_open_clip(source, out, progress=bar)
             else:
                 given = flags.FLAGS.model, flags.FLAGS.bpe
-                _, layout = from_open_clip(source, out, *given, progress=bar)
+                sizes = dict(layers=flags.FLAGS.layers, image_size=flags.FLAGS.image_size)
+                _, layout = from_open_clip(source, out, *given, **sizes, progress=bar)
             tensors, parameters = len(layout.tensors()), count(layout.parameters())
     cli.say(f"wrote {out}")
-    return dict(out=out, format=target, tensors=tensors, parameters=parameters)
+    encoder = isinstance(layout, vision_weights.VisionLayout)
+    family = dict(family=vision_weights.FAMILY) if encoder else {}
+    return dict(out=out, format=target, tensors=tensors, parameters=parameters, **family)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,24 @@ class ImageModel(Section):
     registers: Annotated[int, Interval(ge=0, le=1024)] = option(
         0, "Number of register tokens, discarded after the encoder."
     )
+    table_size: Annotated[int, Interval(ge=0, le=16_384)] = option(
+        0,
+        "Image size that the table of learned positions is for; it is resampled to "
+        "model.image_size in every step. 0: model.image_size.",
+    )
+    resample: Literal["linear", "cubic", "bicubic"] = option(
+        "linear",
+        "How learned positions are resampled to another image size. 'cubic': with antialiasing "
+        "(DINOv2 with registers); 'bicubic': without (DINOv2).",
+    )
     rope_theta: Theta = option(100.0, "Base wavelength of rotary positions.")
     rope_start: Annotated[float, Interval(ge=0, le=100)] = option(
         0.0, "Row and column of the first patch in rotary positions; a class token is at 0."
+    )
+    rope_span: Annotated[float, Interval(ge=0, le=10_000)] = option(
+        0.0,
+        "Side of an image in rotary positions, whose center is 0 (DINOv3: 4 pi); 0: one unit per "
+        "patch.",
     )
     block: Overrides = option({}, "Overrides of the model's block options, as {'norm_eps': 1e-6}.")
 
@@ -226,8 +241,10 @@ class Model(BlockOptions):
     patch_size: Size = option(
         18, "Side of a patch in pixels, or (height, width). It divides image_size."
     )
-    family: Literal["coca", "clip", "siglip", "pe", "openvision"] = option(
-        "coca", "Others than 'coca' are dual encoders with converted weights; not for training."
+    family: Literal["coca", "clip", "siglip", "pe", "openvision", "vision"] = option(
+        "coca",
+        "Others than 'coca' are dual encoders with converted weights, and 'vision' an image encoder "
+        "alone; not for training.",
     )
     embed_dim: Channels = option(768, "Width of the contrastive space.")
     dtype: Literal["float32", "bfloat16", "float64"] = option(
@@ -269,6 +286,11 @@ class Model(BlockOptions):
         return shapes.grid(self.image_size, self.patch_size)
 
     @property
+    def table_grid(self) -> tuple[int, int]:
+        """Rows and columns of the table of learned positions."""
+        return shapes.grid(self.image.table_size or self.image_size, self.patch_size)
+
+    @property
     def num_patches(self) -> int:
         """Number of patches of an image."""
         return shapes.patches(self.image_size, self.patch_size)
@@ -300,6 +322,12 @@ class Model(BlockOptions):
                 f"(it is {self.patch_size})."
             )
         _check_heads("pooler.num_heads", self.pooler.num_heads, self.text.width, "model.text.width")
+        table = self.image.table_size
+        if table and not shapes.divides(self.patch_size, table):
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide model.image.table_size={table}. "
+                "Choose a multiple of the patch size."
+            )
         self._check_rotary()
         if self.family != "coca":
             return self

@@ -18,10 +18,10 @@ from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference import devices as chosen_devices
 from coca_jax.inference import preprocess
-from coca_jax.inference.model import CoCaModel, TwoTowerModel
+from coca_jax.inference.model import CoCaModel, model_class
 from coca_jax.interop import export_format, hub, weights_files
 from coca_jax.interop.open_clip_weights import compare
-from coca_jax.models import coca, param_groups, two_towers
+from coca_jax.models import coca, param_groups, two_towers, vision
 from coca_jax.parallel import sharding
 from coca_jax.runtime import machine, storage
 
@@ -66,8 +66,7 @@ def load(
         config = config.change({"model.dtype": dtype})
     if narrow and config.model.dtype == "bfloat16":
         params = param_groups.narrow(params)
-    kind: Any = CoCaModel if config.model.family == "coca" else TwoTowerModel
-    model: CoCaModel = kind(
+    model: CoCaModel = model_class(config.model.family)(
         config,
         params,
         words,
@@ -96,9 +95,11 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
     somebody else wrote it, or changed it."""
     given = {name: tuple(x.shape) for name, x in export_format.flatten(params).items()}
     sigmoid = param_groups.sigmoid_bias(params) is not None
-    if config.model.family != "coca":
+    if config.model.family == "vision":
+        made: Any = functools.partial(vision.init, vision.build(config.model))
+    elif config.model.family != "coca":
         towers = two_towers.build(config.model, sigmoid=sigmoid)
-        made: Any = functools.partial(two_towers.init, towers)
+        made = functools.partial(two_towers.init, towers)
     else:
         module = coca.build(
             config.model,

@@ -25,7 +25,7 @@ from coca_jax.inference.generation.config import Settings, own_seeds
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.scores import Scores
 from coca_jax.inference.tokenization import Caption
-from coca_jax.models import param_groups, text_decoder, two_towers
+from coca_jax.models import param_groups, text_decoder, two_towers, vision
 from coca_jax.ops.decode_layouts import Layout
 
 
@@ -437,6 +437,32 @@ class TwoTowerModel(Encoders):
         """All of it where the tower sees the padding too."""
         causal = heads.tower_kind(self.family).causal
         return super()._trimmed(tokens, valid) if causal else (tokens, valid)
+
+
+class VisionModel(Encoders):
+    """An image encoder alone: `encode_image`, `encode_video` and `features`.
+
+    An embedding is the normalised class token. Methods that read or write texts are errors.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_A_DECODER:
+            raise AttributeError(f"{name}: an image encoder alone reads and writes no texts")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _module(self, params: dict) -> vision.Vision:
+        return vision.build(self.config.model, platform=self._devices.platform)
+
+    def _tokenize(
+        self, texts: Sequence[str], labels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.vocabulary.encode_many(texts)
+        raise AssertionError  # its vocabulary raises
+
+
+def model_class(family: str) -> Any:
+    """The class of loaded models of a family, `config.model.family`."""
+    return {"coca": CoCaModel, "vision": VisionModel}.get(family, TwoTowerModel)
 
 
 def refuse(model: Encoders, checkpoint: str) -> None:

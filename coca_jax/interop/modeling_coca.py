@@ -361,6 +361,8 @@ class ImageEncoder(nn.Module):
     def angles(self, device: torch.device) -> Tensor:
         """[1, N, K / 2]; class token and registers have no place, so they are not turned."""
         lines = [torch.arange(count, device=device) for count in self.grid]
+        if span := self.sizes["rope_span"]:  # every image has this side, with 0 in its center
+            lines = [((line + 0.5) / len(line) - 0.5) * span for line in lines]
         places = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, 2)
         head_width = self.sizes["width"] // self.sizes["num_heads"]
         places = places + self.sizes["rope_start"]

@@ -96,7 +96,10 @@ def configuration(
         block, (model.text.block, model.text.multimodal_block)
     )
     pooler["block"] = block(model.pooler.block)
-    for part, names in ((image, ("patch_dropout",)), (pooler, ("token_dropout", "query_std"))):
+    for part, names in (
+        (image, ("patch_dropout", "table_size", "resample")),
+        (pooler, ("token_dropout", "query_std")),
+    ):
         for name in names:  # of training alone
             del part[name]
     settings: dict[str, Any] = dict(
@@ -155,6 +158,8 @@ def tensors(params: dict, model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """The state dict of modeling_coca.py: (name, float32 array)."""
     for path, leaf in export_format.flatten(params).items():
         names, array = path.split("/"), np.asarray(leaf, np.float32)
+        if path == "image_encoder/positions/value":
+            array = _positions(array, model)
         if names[:2] == ["image_encoder", "stem"]:
             continue  # below: kernels and gains are one
         if "layers" in names:  # a stack, its first axis over layers
@@ -165,6 +170,16 @@ def tensors(params: dict, model: Model) -> Iterator[tuple[str, np.ndarray]]:
             yield _tensor(names, array, model)
     if model.image.conv_widths:
         yield from _stem(params["image_encoder"]["stem"], model.image.conv_depths)
+
+
+def _positions(table: np.ndarray, model: Model) -> np.ndarray:
+    """The positions of images of the model's own size, which the PyTorch code does not resample."""
+    classes, grid, width = int(model.image.class_token), model.table_grid, table.shape[-1]
+    if grid == model.grid:
+        return table
+    places = jnp.asarray(table[classes:].reshape(*grid, width))
+    places = image_encoder.resample_positions(places, model.grid, model.image.resample)
+    return np.concatenate([table[:classes], np.asarray(places).reshape(-1, width)])
 
 
 def _tensor(names: list[str], array: np.ndarray, model: Model) -> tuple[str, np.ndarray]:

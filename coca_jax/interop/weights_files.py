@@ -6,7 +6,14 @@ import os
 
 import numpy as np
 
-from coca_jax.interop import export_format, open_clip_config, safetensors, torch_file, towers_config
+from coca_jax.interop import (
+    export_format,
+    onnx_file,
+    open_clip_config,
+    safetensors,
+    torch_file,
+    towers_config,
+)
 from coca_jax.runtime import storage
 
 FOREIGN = (*open_clip_config.WEIGHTS_FILES, *towers_config.WEIGHTS_FILES)
@@ -82,14 +89,16 @@ def refuse(path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Tensors of a file by their names in the model, mapped, not read. Which kind it is its first
-    bytes say, for people rename files.
+    """Tensors of a file by their names in the model, mapped, not read (but of an ONNX file). Which
+    kind it is its first bytes say, for people rename files.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is neither safetensors nor of torch.save, or two tensors have one name.
     """
     _refuse_others(path)
+    if path.endswith(".onnx"):
+        return onnx_file.read(path)
     is_safetensors = _is_safetensors(path)
     tensors = safetensors.read(path) if is_safetensors else torch_file.read(path)
     names = torch_file.strip_prefixes(tensors)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from coca_jax.config import Model, shapes
 from coca_jax.config.shapes import PLACE, Size, is_packed
@@ -229,7 +230,10 @@ class ImageEncoder(nn.Module):
     conv_widths, conv_depths: channels and residual blocks of each stage of the convolutional stem;
     each stage halves the resolution, so patch_size must be 2^stages. Empty: plain patches.
     registers: learned tokens beside the patches, which nobody reads behind the last block (Darcet
-    et al. 2024). rope_theta: see rotary.of_places; rope_start: the first patch's row and column.
+    et al. 2024). table_size: image size of the learned position table, 0: image_size; resample: how
+    the table is fitted to images of another size, see `resample_positions`.
+    rope_theta: see layers.of_places; rope_start: the first patch's row and column; rope_span: the
+    side of an image, whose center is at 0, in place of one unit per patch (DINOv3).
     patch_dropout: share of patches dropped in training (FLIP); needs the rng 'patch_dropout'.
     """
 
@@ -244,8 +248,11 @@ class ImageEncoder(nn.Module):
     final_norm: bool = True
     patch_bias: bool = True
     registers: int = 0
+    table_size: int = 0
+    resample: str = "linear"
     rope_theta: float = 100.0
     rope_start: float = 0.0
+    rope_span: float = 0.0
     conv_widths: tuple[int, ...] = ()
     conv_depths: tuple[int, ...] = ()
     patch_dropout: float = 0.0
@@ -381,7 +388,8 @@ class ImageEncoder(nn.Module):
 
     def _table(self, size: Size) -> jax.Array:
         """The learned positions of images of a size, [class token + N, D], float32."""
-        own, classes = shapes.grid(self.image_size, self.patch_size), int(self.class_token)
+        own = shapes.grid(self.table_size or self.image_size, self.patch_size)
+        classes = int(self.class_token)
         positions = layers.Table(
             (own[0] * own[1] + classes, self.width),
             axes=("position", "embed"),
@@ -391,20 +399,63 @@ class ImageEncoder(nn.Module):
         grid = shapes.grid(size, self.patch_size)
         if grid == own:
             return positions
-        # A stage of a size curriculum: the same places, resampled.
         patches = positions[classes:].reshape(*own, self.width)
-        patches = jax.image.resize(patches, (*grid, self.width), "linear").reshape(-1, self.width)
+        patches = resample_positions(patches, grid, self.resample).reshape(-1, self.width)
         return jnp.concatenate([positions[:classes], patches])
 
     def _rotation(self, size: Size, patches: Patches | None) -> jax.Array:
         """The rotation of the patches of images of a size, [1, N, K], or of any, [B, N, K]."""
         own = shapes.grid(self.image_size, self.patch_size)
-        if patches is None:
+        if self.rope_span:
+            places = self._spanned(shapes.grid(size, self.patch_size), patches)
+        elif patches is None:
             places = layers.grid(shapes.grid(size, self.patch_size), own)[None]
         else:
             places = places_of(patches, own[0])
         places = places + self.rope_start
         return layers.of_places(places, self.width // self.num_heads, self.rope_theta)
+
+    def _spanned(self, grid: tuple[int, int], patches: Patches | None) -> jax.Array:
+        """Places [B or 1, N, 2] where every image is rope_span high and wide, with 0 in its
+        center."""
+        if patches is None:
+            # The middle of patch i of n is (i + 0.5) / n of the way across.
+            lines = [(jnp.arange(n) + 0.5) / n for n in grid]
+            shares = jnp.stack(jnp.meshgrid(*lines, indexing="ij"), -1).reshape(1, -1, 2)
+        else:
+            pairs = ((patches.row, patches.rows), (patches.column, patches.columns))
+            shares = jnp.stack([(at + 0.5) / jnp.maximum(n, 1) for at, n in pairs], -1)
+        return (shares - 0.5) * self.rope_span
+
+
+def resample_positions(table: jax.Array, grid: tuple[int, int], how: str) -> jax.Array:
+    """Positions of a grid of patches [R, C, D] -> [rows, columns, D], over the same image.
+
+    how: 'linear' and 'cubic' (Keys' a = -0.5) average where the new grid is coarser, as PIL does;
+    'bicubic' (a = -0.75) reads four points whatever the size, as torch does without antialiasing.
+    """
+    if how != "bicubic":
+        return jax.image.resize(table, (*grid, table.shape[-1]), how)
+    down, across = (_bicubic(old, new) for old, new in zip(table.shape, grid))
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum("ir,jc,rcd->ijd", down, across, table, precision=exact)
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """The weights [new, old] of bicubic interpolation along an axis; points beyond the edge are
+    those at the edge."""
+    a = -0.75
+    at = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(at).astype(int) - 1
+    weights = np.zeros((new, old))
+    for tap in range(4):
+        distance = np.abs(at - (first + tap))
+        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        # Two taps may be clipped to the same point, so they are added.
+        place = np.clip(first + tap, 0, old - 1)
+        np.add.at(weights, (np.arange(new), place), np.where(distance <= 1, near, far))
+    return weights.astype(np.float32)
 
 
 def patchify(pixels: jax.Array, patch_size: Size) -> jax.Array:

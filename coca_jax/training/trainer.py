@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from coca_jax.checkpoints import config_file, manager
-from coca_jax.config import Config, Recipe, shapes, typed
+from coca_jax.config import Config, Recipe, typed
 from coca_jax.data import batch_schedule, prepare, source_index, teachers, texts
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.data.quarantine import Quarantine, Row
@@ -269,8 +269,7 @@ class Trainer:
         if config.init_from:
             if line := warm_start.remark(config):
                 self.say(line)
-            grid = shapes.grid(config.model.image_size, config.model.patch_size)
-            how = (config.init_positions, config.init_parts, grid)
+            how = (config.init_positions, config.init_parts, config.model.table_grid)
             self.state = warm_start.apply(self.state, config.init_from, self.class_names, *how)
 
     def begin_run(self) -> None:

@@ -176,7 +176,13 @@ def check_model(config: Config) -> None:
 # Keys of config.model by which the same parameters are another model; those of blocks besides.
 _MEANINGS = (
     *("activation", "norm", "norm_eps", "positions", "image_mean", "image_std", "pooler.kind"),
-    *("image.rope_theta", "image.rope_start", "text.rope_theta", "text.cls_mask"),
+    *(
+        "image.rope_theta",
+        "image.rope_start",
+        "image.rope_span",
+        "text.rope_theta",
+        "text.cls_mask",
+    ),
 )
 
 
@@ -232,10 +238,10 @@ def read(path: str) -> tuple[dict[str, Any], list[str], tuple[int, int]]:
     place = storage.place(path)
     if place.is_dir() and export_format.is_export(path):
         params, config = export_format.read_export(path)
-        return params, list(config.class_names), config.model.grid
+        return params, list(config.class_names), config.model.table_grid
     check_place(path)
     params, config = manager.load_params(path)
-    return params, list(config.class_names), config.model.grid
+    return params, list(config.class_names), config.model.table_grid
 
 
 def fit_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
