@@ -92,12 +92,22 @@ def test_the_best_step_stays_when_the_run_is_killed_and_goes_on(tmp_path, monkey
     assert params and history.read(tmp_path)[-1]["scores"] == {NAME: 0.4}
 
 
+def best(config, workdir):
+    run = typed(config)
+    return best_checkpoint.Best(run.checkpoint.best, run.eval, workdir)
+
+
+def check(config):
+    run = typed(config)
+    best_checkpoint.check(run.checkpoint.best, run.eval)
+
+
 def test_lower_is_better_where_the_metric_says_so_and_equals_are_the_later(tmp_path):
     history.add(tmp_path, 1, {NAME: 0.5, "captioning/s/perplexity": 9.0})
     history.add(tmp_path, 2, {NAME: 0.5, "captioning/s/perplexity": 7.0})
     history.add(tmp_path, 3, {NAME: float("nan"), "captioning/s/perplexity": 8.0})
-    recall = best_checkpoint.Best(typed(run_of()), tmp_path)
-    perplexity = best_checkpoint.Best(typed(run_of("captioning/s/perplexity")), tmp_path)
+    recall = best(run_of(), tmp_path)
+    perplexity = best(run_of("captioning/s/perplexity"), tmp_path)
     assert recall.among([1, 2, 3]) == 2 and recall.among([1, 3]) == 1
     assert perplexity.among([1, 2, 3]) == 2 and perplexity.among([1, 3]) == 3
     assert recall.among([3, 4]) is None
@@ -117,5 +127,5 @@ def test_lower_is_better_where_the_metric_says_so_and_equals_are_the_later(tmp_p
 )
 def test_a_score_that_the_run_does_not_give_is_refused(config, line):
     with pytest.raises(ValueError, match=line):
-        best_checkpoint.check(typed(config))
-    best_checkpoint.check(typed(tiny_config()))  # without one
+        check(config)
+    check(tiny_config())  # without one

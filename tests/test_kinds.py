@@ -17,7 +17,7 @@ class Amount(supervision.Kind):
     name, wanted, has_classes, drawn = "amount", "scene", False, "captions"
 
     @classmethod
-    def tasks(cls, config):
+    def tasks(cls, loss, data):
         return [dict(kind="captioning")]
 
     def trains(self, record):
@@ -54,7 +54,7 @@ def test_what_kinds_name_is_there():
     for name in supervision.KINDS:
         assert Entry(kind=name) == Entry.of(dict(kind=name))  # config/data.py names them too
     for kind in supervision.KINDS.values():
-        for task in kind.tasks(config):
+        for task in kind.tasks(config.loss, config.data):
             evaluator = declarations.of(task["kind"])
             assert set(task) - {"kind"} <= set(evaluator.options), kind.name
 

@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
         with out_folder.gone_if_refused(flags.FLAGS.workdir):
-            multihost_checks.on_command(config, flags.FLAGS.workdir, data_flags.given())
+            multihost_checks.on_command(config.to_dict(), flags.FLAGS.workdir, data_flags.given())
             setup.check_start(config, flags.FLAGS.workdir)
             for text in flags.FLAGS.data:
                 out_folder.check_apart(flags.FLAGS.workdir, data_flag.parse(text).path)

@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from coca_jax.config import Config, shapes
+from coca_jax.config import Data, Model, shapes
 from coca_jax.data import images
 
 
-def budget(config: Config) -> int:
-    """Patches of an image at most: data.max_patches, by default as many as a square one has."""
-    model = config.model
-    return config.data.max_patches or shapes.patches(model.image_size, model.patch_size)
+def budget(model: Model, data: Data) -> int:
+    """Maximum number of patches per image: data.max_patches, or that of a square image."""
+    return data.max_patches or shapes.patches(model.image_size, model.patch_size)
 
 
-def patch_size(config: Config) -> int:
+def patch_size(model: Model) -> int:
     """The side of a patch. Raises ValueError for patches that are not square."""
-    size = config.model.patch_size
+    size = model.patch_size
     if not isinstance(size, int):
         raise ValueError(f"model.patch_size={size}: data.resize='native' goes with square patches")
     return size

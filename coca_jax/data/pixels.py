@@ -47,7 +47,7 @@ class Pixels:
         self._frames, self.pairs = data.num_frames, images_of(config) > 1
         self._native = None
         if data.resize == "native":
-            self._native = navit.patch_size(config), navit.budget(config)
+            self._native = navit.patch_size(config.model), navit.budget(config.model, config.data)
         self._draw_plan = functools.partial(
             augment.plan,
             data.augment,
@@ -155,7 +155,7 @@ def one_of(draw: Draw, indices: np.ndarray, count: int) -> Draw:
 def example_shape(config: Config) -> tuple[int, ...]:
     """The shape of one example's pixels; see `Pixels`."""
     if config.data.resize == "native":
-        return navit.budget(config), shapes.width(navit.patch_size(config))
+        return navit.budget(config.model, config.data), shapes.width(navit.patch_size(config.model))
     images = images_of(config)
     count = images if images > 1 else config.data.num_frames
     return (*((count,) if count else ()), *shapes.pair(config.model.image_size), 3)
@@ -165,7 +165,9 @@ def plan_size(config: Config) -> Size:
     """The size of images; in their own aspect ratio, what the shorter side has at most."""
     if config.data.resize != "native":
         return config.model.image_size
-    return (math.isqrt(navit.budget(config)) + 1) * navit.patch_size(config)
+    return (math.isqrt(navit.budget(config.model, config.data)) + 1) * navit.patch_size(
+        config.model
+    )
 
 
 def images_of(config: Config) -> int:

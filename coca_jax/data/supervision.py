@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from coca_jax.config import Config, Data, Entry, shapes
+from coca_jax.config import Data, Entry, Loss, shapes
 from coca_jax.data import prompts as prompt_sets
 from coca_jax.data import texts
 from coca_jax.data.sources.records import Record, json_text
@@ -80,10 +80,10 @@ class Kind(abc.ABC):
         return f"--{field}=NAME ({field} of a source) where a field of another name holds it"
 
     @classmethod
-    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+    def tasks(cls, loss: Loss, data: Data) -> list[dict[str, Any]]:
         """What scores held-out data of this kind in a run without a task head: the evaluator of
         each task (`kind`) with its options, by the losses that have a weight."""
-        del config
+        del loss, data
         return []
 
     @classmethod
@@ -170,9 +170,8 @@ class Caption(Kind):
         return cls(entry.synthetic if scored else None, entry.captions == "all")
 
     @classmethod
-    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+    def tasks(cls, loss: Loss, data: Data) -> list[dict[str, Any]]:
         """Retrieval, and captions beside the references."""
-        loss = config.loss
         weights = dict(retrieval=loss.contrastive_weight, captioning=loss.captioning_weight)
         return [dict(kind=kind) for kind, weight in weights.items() if weight]
 
@@ -219,10 +218,10 @@ class Label(Kind):
         return Label(prompt_sets.load(entry.prompts or data.prompts))
 
     @classmethod
-    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+    def tasks(cls, loss: Loss, data: Data) -> list[dict[str, Any]]:
         """Classes by embedding, or by what the decoder thinks of each name."""
-        prompts = "photo" if config.data.prompts == "varied" else config.data.prompts
-        by = "zero_shot" if config.loss.contrastive_weight else "generative"
+        prompts = "photo" if data.prompts == "varied" else data.prompts
+        by = "zero_shot" if loss.contrastive_weight else "generative"
         return [dict(kind=by, prompts=prompts)]
 
     def choose(
@@ -256,9 +255,9 @@ class Question(Kind):
         return cls(entry.questions, entry.answers)
 
     @classmethod
-    def tasks(cls, config: Config) -> list[dict[str, Any]]:
+    def tasks(cls, loss: Loss, data: Data) -> list[dict[str, Any]]:
         """The answers that the decoder writes."""
-        return [dict(kind="answers")] if config.loss.captioning_weight else []
+        return [dict(kind="answers")] if loss.captioning_weight else []
 
     @classmethod
     def counted_as(cls, split: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ def step_flops(config: Config) -> int:
     are kept. Patches and image tokens that training leaves out are not counted. Nothing is taken
     off for adapters, nor added for the classes of a task head."""
     model, head = config.model, heads.head_kind(config.head.kind)
-    frames, patches = max(config.data.num_frames, 1), navit.budget(config)
+    frames, patches = max(config.data.num_frames, 1), navit.budget(model, config.data)
     parts = forward_flops(model, frames, patches, training=True)
     if head:
         num_patches = num_remaining(patches, model.image.patch_dropout)

@@ -71,7 +71,7 @@ class Encoders:
         self._programs = Programs(module, model, self._devices)
         packed = None
         if self.resize == "native":
-            packed = navit.patch_size(config), navit.budget(config)
+            packed = navit.patch_size(model), navit.budget(model, config.data)
         self._reader = ImageReader(
             self.image_size, self.resize, self.num_frames, batch_size, self._devices, packed
         )
@@ -272,7 +272,9 @@ class Encoders:
         leaves = jax.tree_util.tree_leaves_with_path(found)
         text = "".join(f"{jax.tree_util.keystr(path)} {int(x)}\n" for path, x in leaves)
         weights = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return f"{weights}-{fingerprint.of_rest(self.config, self.vocabulary)}"
+        return (
+            f"{weights}-{fingerprint.of_rest(self.config.model, self.config.data, self.vocabulary)}"
+        )
 
     def features(self, images: Any, *, progress: bool = False) -> np.ndarray:
         """Images -> float32 [N, W], the mean of the image encoder's tokens (of all frames of a

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from coca_jax.config import Config, typed
+from coca_jax.config import Data, Model
 from coca_jax.config.base import Section
 from coca_jax.data.vocabulary import Vocabulary
 
@@ -22,23 +22,22 @@ _NO_MATTER = (
 )
 
 
-def of_rest(config: Config, vocabulary: Vocabulary) -> str:
+def of_rest(model: Model, data: Data, vocabulary: Vocabulary) -> str:
     """16 hexadecimal digits of `rest`."""
-    text = json.dumps(rest(config, vocabulary), sort_keys=True)
+    text = json.dumps(rest(model, data, vocabulary), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def rest(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
+def rest(model: Model, data: Data, vocabulary: Vocabulary) -> dict[str, Any]:
     """What is no weight, by its key: activation, preprocessing, tokenizer and so on. Values that
     are the default count for nothing, so that a new key changes no checksum. How many frames a
     model takes is each caller's own: an index, which is of pictures, takes none."""
-    config = typed(config)
     settings: dict[str, Any] = {
-        name: value for name, value in _changed(config.model) if name not in _NO_MATTER
+        name: value for name, value in _changed(model) if name not in _NO_MATTER
     }
-    settings |= dict(_changed(config.data, ("resize", "label_token")))
-    if config.data.resize == "native":
-        settings |= dict(_changed(config.data, ("max_patches",)))
+    settings |= dict(_changed(data, ("resize", "label_token")))
+    if data.resize == "native":
+        settings |= dict(_changed(data, ("max_patches",)))
     return settings | dict(vocabulary=vocabulary.checksum)
 
 

@@ -30,7 +30,7 @@ def interpolate(base: CoCaModel, tuned: CoCaModel, share: float) -> None:
 def _check_same_architecture(base: CoCaModel, tuned: CoCaModel) -> None:
     """Raises ValueError naming the first setting or weight in which the models differ."""
     differing, other = (
-        fingerprint.rest(model.config, model.vocabulary)
+        fingerprint.rest(model.config.model, model.config.data, model.vocabulary)
         | dict(class_names=model.class_names, head=getattr(model.head_kind, "name", ""))
         | {name: np.shape(x) for name, x in export_format.flatten(model.params).items()}
         for model in (base, tuned)

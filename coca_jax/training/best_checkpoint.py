@@ -6,22 +6,21 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from coca_jax.config import Config
+from coca_jax.config import Eval
 from coca_jax.evaluation import history
 from coca_jax.evaluation.evaluators.base import Metric, kinds
 
 
-def check(config: Config) -> None:
-    """Raises ValueError for a checkpoint.best that no evaluation inside the run gives."""
-    name = config.checkpoint.best
+def check(name: str, evaluation: Eval) -> None:
+    """Raises ValueError for a checkpoint.best (`name`) that no evaluation of the run reports."""
     if not name:
         return
-    if not config.eval.tasks or not config.eval.every_steps:
+    if not evaluation.tasks or not evaluation.every_steps:
         raise ValueError(
             f"checkpoint.best={name!r} compares evaluations inside the run: give "
             "--config.eval.every_steps and eval.tasks, or leave it out"
         )
-    names = _metrics(config)
+    names = _metrics(evaluation)
     if name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.3) or sorted(names)[:1]
         raise ValueError(
@@ -29,11 +28,11 @@ def check(config: Config) -> None:
         )
 
 
-def _metrics(config: Config) -> dict[str, Metric]:
+def _metrics(evaluation: Eval) -> dict[str, Metric]:
     """What the run's evaluations give, by name."""
     return {
         f"{task['kind']}/{task.get('name')}/{name}": metric
-        for task in config.eval.tasks
+        for task in evaluation.tasks
         if task.get("kind") in kinds()  # what else is wrong with a task is told where tasks are
         for name, metric in kinds()[task["kind"]].metrics.items()
     }
@@ -45,9 +44,8 @@ class Best:
     All processes note the same values: each then keeps the same steps.
     """
 
-    def __init__(self, config: Config, workdir: str) -> None:
-        self.name = config.checkpoint.best
-        self._lower = _metrics(config)[self.name].lower
+    def __init__(self, name: str, evaluation: Eval, workdir: str) -> None:
+        self.name, self._lower = name, _metrics(evaluation)[name].lower
         self._values: dict[int, float] = {}
         for row in history.read(workdir):
             self.note(row["step"], row["scores"])

@@ -641,5 +641,9 @@ def evaluations(config: Config, data: dict[str, Any], name: str) -> list[dict[st
     if not config.head.kind and len(classes_of(data)) == 1:
         return []
     by_head = [dict(kind="classification")]
-    tasks = by_head if config.head.kind else supervision.KINDS[data["kind"]].tasks(config)
+    tasks = (
+        by_head
+        if config.head.kind
+        else supervision.KINDS[data["kind"]].tasks(config.loss, config.data)
+    )
     return [dict(name=name, data=data, limit=_AT_MOST) | task for task in tasks]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from coca_jax.runtime import storage
 
 if TYPE_CHECKING:
-    from coca_jax.config import Config, Section
+    from coca_jax.config import Data, Model, Section
 
 
 # How many patches an image has belongs to resize='native', whoever leaves that.
@@ -82,14 +82,16 @@ def _found(path: str, workdir: str) -> dict[str, Any]:
     try:
         warm_start.check_place(path)
         if export_format.is_export(path):
-            return _values(export_format.read_config(path), export_format.vocabulary_path(path))
-        return _values(manager.load_config(path), "")  # its vocabulary is found by itself
+            run = export_format.read_config(path)
+            return _values(run.model, run.data, export_format.vocabulary_path(path))
+        run = manager.load_config(path)
+        return _values(run.model, run.data, "")  # its vocabulary is found by itself
     except FileNotFoundError:
         if workdir:
             with contextlib.suppress(FileNotFoundError):
                 begun = manager.load_config(workdir)
                 if _whole(begun.init_from) == _whole(path):
-                    return _values(begun, begun.data.vocabulary)
+                    return _values(begun.model, begun.data, begun.data.vocabulary)
         raise
 
 
@@ -97,18 +99,19 @@ def _whole(path: str) -> str:
     return storage.whole_path(path).rstrip("/")
 
 
-def _values(given: Config, words: str) -> dict[str, Any]:
-    """{key: value} of a config: its model, and how texts and images are read. words: the file of
-    the vocabulary."""
-    from coca_jax.config import Model, keys
+def _values(model: Model, data: Data, words: str) -> dict[str, Any]:
+    """{key: value} of a model and of how its texts and images are read. words: the file of the
+    vocabulary."""
+    from coca_jax.config import Model as ModelSection
+    from coca_jax.config import keys
 
     found: dict[str, Any] = {
-        "data.resize": given.data.resize,
-        "data.max_patches": given.data.max_patches,
-        "data.label_token": given.data.label_token,
+        "data.resize": data.resize,
+        "data.max_patches": data.max_patches,
+        "data.label_token": data.label_token,
         "data.vocabulary": words,
     }
-    for key, _ in keys(Model):
-        group, last = _place(given.model, key)
+    for key, _ in keys(ModelSection):
+        group, last = _place(model, key)
         found[f"model.{key}"] = getattr(group, last)
     return found

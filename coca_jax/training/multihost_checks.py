@@ -20,7 +20,6 @@ import jax
 
 import coca_jax
 from coca_jax.checkpoints import config_file
-from coca_jax.config import Config
 from coca_jax.runtime import multihost, signals, storage
 
 FILE = "processes.token"  # in the workdir while the processes look for it
@@ -30,16 +29,18 @@ FREE = ("workdir", "data.num_threads")  # spelled otherwise, and a machine's cor
 _LONG = 80  # letters of a value that a message shows
 
 
-def on_command(config: Config, workdir: str, given: Mapping[str, str] | None = None) -> None:
+def on_command(
+    settings: Mapping[str, Any], workdir: str, given: Mapping[str, str] | None = None
+) -> None:
     """Before anything is written or computed: that config, code and workdir are those of process 0.
 
-    given: {flag: value}, of what else the command was given. Raises ValueError on all processes,
+    settings: of the config (`to_dict`); given: {flag: value} of the command's other flags. Raises ValueError on all processes,
     naming the first one and what differs.
     """
     if jax.process_count() == 1:
         return
     with _token(workdir) as token:
-        mine = _keys(config.to_dict(), workdir) | _code() | dict(given or {})
+        mine = _keys(settings, workdir) | _code() | dict(given or {})
         first = json.loads(multihost.from_first("command", json.dumps([workdir, token, mine])))
         line = multihost.difference(first[2], mine) or _elsewhere(workdir, *first[:2])
         found = multihost.agreed("command", line)

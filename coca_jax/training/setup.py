@@ -79,7 +79,7 @@ def check_config(config: Config) -> Mesh:
     """The mesh of a run that may start later. Raises as `check`, for what needs no workdir."""
     mesh = check_devices(config)
     guard.check(config.eval)
-    best_checkpoint.check(config)
+    best_checkpoint.check(config.checkpoint.best, config.eval)
     Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
     return mesh
 

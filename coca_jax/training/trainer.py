@@ -167,7 +167,7 @@ class Trainer:
 
     def check(self) -> None:
         """Refuses a config that cannot be, and makes the mesh and the indexes of the sources."""
-        multihost_checks.on_command(self.config, self.workdir)
+        multihost_checks.on_command(self.config.to_dict(), self.workdir)
         self.mesh = setup.check(self.config, self.workdir)
         with prepare.within("--workdir", self.workdir):
             self.config = source_index.of_sources(
@@ -232,7 +232,11 @@ class Trainer:
         contents = self._config_contents()
         multihost_checks.on_data(contents, self.workdir, self.mixture.num_examples)
         checkpoint = self.config.checkpoint
-        self.best = Best(self.config, self.workdir) if checkpoint.best else None
+        self.best = (
+            Best(self.config.checkpoint.best, self.config.eval, self.workdir)
+            if checkpoint.best
+            else None
+        )
         self.checkpoints = manager.Checkpoints(
             self.workdir, keep=checkpoint.keep, best=self.best, run=contents
         )
