@@ -1,7 +1,6 @@
 """Data read in place, format by format: the records of a copy, over damages and lists."""
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import os
@@ -203,7 +202,7 @@ def test_texts_in_files_beside_images_are_those_of_a_tar(tmp_path):
     }
 
 
-def test_lists_of_json_lines_packed_or_not(tmp_path):
+def test_lists_of_json_lines(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     noise = lambda n: random.Random(n).randbytes(600).hex()  # noqa: E731
@@ -213,15 +212,10 @@ def test_lists_of_json_lines_packed_or_not(tmp_path):
         json.dumps(dict(image=f"{n}.jpg", caption=f"no. {n}", noise=noise(n))) for n in range(5)
     ]
     whole = ("\n".join([*rows[:3], "{", "", *rows[3:]]) + "\n").encode()
-    frames = [pa.compress(part, "zstd", asbytes=True) for part in (whole[:60], whole[60:])]
-    gzipped = gzip.compress(whole)
     found = {}
     for name, data in (
         ("list.jsonl", whole),
-        ("list.jsonl.zst", b"".join(frames)),
-        ("list.jsonl.gz", gzipped),
-        ("metadata.jsonl.zst", frames[0] + frames[1]),
-        ("cut.jsonl.gz", gzipped[:-12]),
+        ("metadata.jsonl", whole),
     ):
         (folder / name).write_bytes(data)
         format = formats.guess(str(folder))
@@ -230,13 +224,10 @@ def test_lists_of_json_lines_packed_or_not(tmp_path):
         assert list(copy) == list(index)
         found[name] = [(record.key, record.texts) for record in copy]
         told = array_record.read_manifest(str(tmp_path / name / "copy"))["splits"]["train"]
-        assert set(told["quarantined"]) - {"bad_json"} == (
-            {"damaged_archive"} if name.startswith("cut") else set()
-        )
+        assert set(told["quarantined"]) == {"bad_json"}
         (folder / name).unlink()
     good = [(f"{n}.jpg", (f"no. {n}",)) for n in range(5)]
-    cut = found.pop("cut.jsonl.gz")
-    assert all(records == good for records in found.values()) and cut == good[:4]
+    assert all(records == good for records in found.values())
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert formats.guess(str(folder)) == "imagefolder"
 
@@ -293,17 +284,6 @@ def test_each_unit_of_a_table_starts_where_its_rows_do(tmp_path, monkeypatch):
     head = data.index(b"\n") + 1
     path.write_bytes(data[:head] + b'"' * (units[3].offset - head) + data[units[3].offset :])
     assert all(items(unit) == whole[unit.start : unit.stop] for unit in units[3:])
-
-
-def test_a_packed_list_is_gone_through_few_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(lists, "ROWS_PER_UNIT", 1)
-    monkeypatch.setattr(lists, "_MOST_PASSES", 3)
-    rows = [json.dumps(dict(file_name=f"{n}.jpg", text="a")) for n in range(10)]
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    units = lists.line_units(str(tmp_path / "a.jsonl.gz"), "")
-    assert [unit.rows for unit in units] == [4, 4, 2]
-    found = [one.item.key for unit in units for one in image_folder.located(unit, Options())]
-    assert found == [f"{n}.jpg" for n in range(10)]
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "metadata.csv"])

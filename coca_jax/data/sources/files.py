@@ -7,17 +7,15 @@ from __future__ import annotations
 import codecs
 import contextlib
 import fnmatch
-import gzip
 import os
 import posixpath
 import re
 import socket
 import stat
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from coca_jax.runtime import extras, storage, unreachable
+from coca_jax.runtime import storage, unreachable
 from coca_jax.runtime.storage import as_os_error, filesystem, is_remote
 
 MAX_PIXELS = 120_000_000  # of an image or frame; decoding takes about 7 bytes for each
@@ -196,42 +194,6 @@ def _named(path: str) -> Iterator[None]:
         if isinstance(why, FileNotFoundError) or not (refused or isinstance(why, _UNREACHED)):
             raise
         raise ConnectionError(f"{path} cannot be reached: {why}") from why
-
-
-@contextlib.contextmanager
-def open_unpacked(path: str) -> Iterator[Any]:
-    """The unpacked contents of a .zst or .gz file, to be read forwards.
-
-    Raises:
-        OSError: it is damaged.
-        ValueError: pyarrow, which unpacks zstd, is not installed.
-    """
-    check_unpacks(path)
-    with open_binary(path) as file:
-        if path.lower().endswith(".zst"):
-            import pyarrow as pa
-
-            yield pa.CompressedInputStream(file, "zstd")
-        else:
-            yield _Gunzip(file)
-
-
-def check_unpacks(path: str) -> None:
-    """Raises ValueError where the package that unpacks a file is not installed."""
-    if path.lower().endswith(".zst"):
-        extras.check("pyarrow", "parquet", f"{path}: reading zstd")
-
-
-class _Gunzip:
-    def __init__(self, file: Any):
-        self._file = gzip.GzipFile(fileobj=file)
-
-    def read(self, size: int) -> bytes:
-        """Raises OSError: damaged."""
-        try:
-            return self._file.read(size)
-        except (EOFError, zlib.error) as error:
-            raise OSError(f"damaged gzip: {error}") from None
 
 
 def mark(path: str) -> str:

@@ -22,9 +22,7 @@ from coca_jax.data.sources import files
 from coca_jax.runtime import bounded_json, extras, storage
 
 MEDIA = files.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in files.VIDEO_SUFFIXES)
-METADATA = (  # of an imagefolder
-    *("metadata.jsonl", "metadata.csv", "metadata.jsonl.zst", "metadata.jsonl.gz"),
-)
+METADATA = ("metadata.jsonl", "metadata.csv")  # of an imagefolder
 TEXTS = (".txt", ".caption")  # of captions in files beside the images; the first that is there
 SIDECARS = (*TEXTS, ".json", ".cls")  # of all that is read beside them
 IMAGE_COLUMNS = ("file_name", "filepath", "image", "path")  # of lists of image files
@@ -41,7 +39,7 @@ _SUFFIXES = {
     "parquet": (".parquet",),
     "arrow": (".arrow",),  # of Hugging Face datasets
     "csv": (".csv", ".tsv"),
-    "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
+    "jsonl": (".jsonl",),
 }
 PATTERNS = {kind: tuple(f"*{s}" for s in suffixes) for kind, suffixes in _SUFFIXES.items()}
 PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: see `caption_lists`
@@ -312,13 +310,8 @@ def _first_rows(path: str) -> list[dict[str, str]]:
 
 def _first_objects(path: str) -> list[dict[str, Any]]:
     """The first objects of a list."""
-    packed, data, found = path.lower().endswith(_SUFFIXES["jsonl"][1:]), b"", []
-    files.check_unpacks(path)
-    with contextlib.suppress(OSError, ValueError):
-        with files.open_unpacked(path) if packed else files.open_binary(path) as file:
-            # By little, as what lies before a damaged place of a packed file is whole.
-            while len(data) < _LOOK_AT_BYTES and (block := file.read(1024)):
-                data += block
+    with files.open_binary(path) as file:
+        data, found = file.read(_LOOK_AT_BYTES), []
     for line in data.split(b"\n")[:_LOOK_AT_ROWS]:
         with contextlib.suppress(ValueError):
             found.append(bounded_json.parse(line))

@@ -177,7 +177,7 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
 def located(unit: Unit, options: Options) -> Iterator[lists.Located]:
     """The items of a unit without their images."""
     kind = unit.path.lower()
-    if kind.endswith((".jsonl", *lists.PACKED)):
+    if kind.endswith(".jsonl"):
         yield from lists.line_located(unit, options)
     elif kind.endswith(".csv"):
         yield from lists.csv_located(unit, options)

@@ -38,10 +38,7 @@ from coca_jax.runtime import bounded_json
 ROWS_PER_UNIT = 2048
 BYTES_PER_UNIT = 64 << 20
 MAX_ROW_BYTES = bounded_json.MAX_BYTES  # of a row; more is damage
-PACKED = (".jsonl.zst", ".jsonl.gz")  # of files whose lines are read from the beginning only
 _BLOCK = 1 << 20
-_MAX_UNPACKED, _MAX_RATIO = 1 << 30, 1000  # bytes, and over those of the file: more is a bomb
-_MOST_PASSES = 1024  # through a packed list, which each unit unpacks from the beginning
 _MAX_JSON_BYTES = 1 << 30  # of a JSON list, which is read as a whole
 _LOOK_AT = 20  # first rows: of which one names an image that exists, or each gives a URL
 _MOST_SHOWN = 100  # fields in a message
@@ -60,11 +57,8 @@ def plan_csv(path: str, split: str, options: Options) -> list[Unit]:
 
 
 def plan_jsonl(path: str, split: str, options: Options) -> list[Unit]:
-    """Units of lists with a JSON object a line: ranges of lines. Raises as `_plan`; and ValueError
-    where pyarrow, which unpacks zstd, is not installed."""
+    """Units of lists with a JSON object a line: ranges of lines. Raises as `_plan`."""
     lists = files.find(path, formats.PATTERNS["jsonl"], split)
-    for file in lists:
-        files.check_unpacks(file)
     return _plan(path, lists, _line_objects, line_units, options)
 
 
@@ -90,7 +84,7 @@ def plan_metadata(path: str, found: Sequence[str], options: Options) -> list[Uni
 
 
 def _has_lines(file: str) -> bool:
-    return file.lower().endswith((".jsonl", *PACKED))
+    return file.lower().endswith(".jsonl")
 
 
 def _plan(
@@ -125,10 +119,7 @@ def _csv_lists(path: str, split: str) -> list[str]:
 
 
 def line_units(path: str, root: str) -> list[Unit]:
-    """Byte ranges of a file of lines; of a packed one ranges of its lines."""
-    if path.lower().endswith(PACKED):
-        count = _count(path)
-        return split_units(path, count, max(ROWS_PER_UNIT, -(-count // _MOST_PASSES)), root)
+    """Byte ranges of a file of lines."""
     units, start, first, position, rows = [], 0, 0, 0, 0
     with files.open_binary(path) as file:
         refuse_utf16(path, file)
@@ -153,17 +144,6 @@ def csv_units(path: str, root: str) -> list[Unit]:
     if stop > start:
         units.append(Unit(path, start, stop, stop - start, root, offset=offset))
     return units
-
-
-def _count(path: str) -> int:
-    """The lines of a packed file, with one for the damage that ends it."""
-    count = 0
-    try:
-        for _ in packed_lines(path):
-            count += 1
-    except (OSError, ValueError):
-        count += 1
-    return count
 
 
 def json_splits(path: str) -> list[str]:
@@ -375,12 +355,7 @@ def csv_located(unit: Unit, options: Options) -> Iterator[Located]:
 
 
 def line_located(unit: Unit, options: Options) -> Iterator[Located]:
-    """The items of a range of lines, packed or not, without their images."""
-    packed = unit.path.lower().endswith(PACKED)
-    yield from _packed_rows(unit, options) if packed else _line_rows(unit, options)
-
-
-def _line_rows(unit: Unit, options: Options) -> Iterator[Located]:
+    """The items of a range of lines without their images."""
     base, position = posixpath.basename(unit.path), unit.start
     with files.open_binary(unit.path) as file:
         file.seek(unit.start)
@@ -396,25 +371,6 @@ def _line_rows(unit: Unit, options: Options) -> Iterator[Located]:
                 return
 
 
-def _packed_rows(unit: Unit, options: Options) -> Iterator[Located]:
-    base, number = posixpath.basename(unit.path), -1
-    try:
-        for number, (line, _) in enumerate(packed_lines(unit.path)):
-            where = f"{base} line {number + 1}"
-            if number >= unit.stop:
-                return
-            if number >= unit.start and line is None:
-                detail = f"a line of more than {MAX_ROW_BYTES} bytes"
-                yield Located(Item(where, problem="bad_json", detail=detail))
-            elif number >= unit.start and line is not None and line.strip():
-                yield _json_row(unit, where, line, options)
-    except (OSError, ValueError) as error:
-        if unit.start <= number + 1 < unit.stop:  # else it is another unit's
-            detail = f"{type(error).__name__}: {error}"
-            where = f"{base} line {number + 2}"
-            yield Located(Item(where, problem="damaged_archive", detail=detail))
-
-
 def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
     try:
         fields = bounded_json.parse(line)
@@ -425,10 +381,10 @@ def _json_row(unit: Unit, where: str, line: bytes, options: Options) -> Located:
     return _located(where, posixpath.dirname(unit.path), fields, options)
 
 
-# The lines of a file, packed or not.
+# The lines of a file.
 
 
-def lines(file: BinaryIO | _Sips, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | None, int]]:
+def lines(file: BinaryIO, most: int = MAX_ROW_BYTES) -> Iterator[tuple[bytes | None, int]]:
     """(a line with its end, its bytes in the file); None for a line of more than `most` bytes."""
     pending: list[bytes] = []
     size = 0
@@ -444,32 +400,6 @@ def lines(file: BinaryIO | _Sips, most: int = MAX_ROW_BYTES) -> Iterator[tuple[b
         yield (b"".join(pending) if size <= most else None), size
 
 
-class _Sips:
-    """A stream that gives little at once, so that little is lost before a damaged place."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def read(self, size: int) -> bytes:
-        return self._stream.read(min(size, 1024))
-
-
-def packed_lines(path: str) -> Iterator[tuple[bytes | None, int]]:
-    """`lines` of a file that zstd or gzip has packed.
-
-    Raises:
-        OSError: it is damaged; the lines before are whole.
-        ValueError: it unpacks to far more than lines do.
-    """
-    with files.open_unpacked(path) as stream:
-        most, position = max(_MAX_UNPACKED, _MAX_RATIO * files.size(path)), 0
-        for line, size in lines(_Sips(stream)):
-            position += size
-            if position > most:
-                raise ValueError(f"{path} unpacks to more than {most} bytes")
-            yield line, size
-
-
 def no_object(line: bytes, error: ValueError) -> str:
     """What is wrong with a line of JSON that is no object: `error`, and how an array is read."""
     if isinstance(error, json.JSONDecodeError):  # its own text counts lines within this one
@@ -478,26 +408,6 @@ def no_object(line: bytes, error: ValueError) -> str:
         why = str(error)
     array = "; an array of objects is read with --format=json and the file as --input"
     return f"{why}{array if line.lstrip().startswith(b'[') else ''}"
-
-
-def of_file(path: str) -> Iterator[bytes | None]:
-    """The lines of a file, packed or not, as `lines` gives them. Raises as `packed_lines`."""
-    if path.lower().endswith(PACKED):
-        yield from (line for line, _ in packed_lines(path))
-        return
-    with files.open_binary(path) as file:
-        yield from (line for line, _ in lines(file))
-
-
-def not_utf8(path: str) -> int:
-    """The number, from 1, of the first line of a file that is not UTF-8; 0 where all are. Raises as
-    `packed_lines`."""
-    for number, line in enumerate(of_file(path), 1):
-        try:
-            (line or b"").decode()
-        except UnicodeDecodeError:
-            return number
-    return 0
 
 
 def refuse_utf16(path: str, file: BinaryIO) -> None:
@@ -722,8 +632,8 @@ def _csv_objects(path: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _line_objects(path: str) -> Iterator[Mapping[str, Any]]:
-    with contextlib.suppress(OSError, ValueError):  # of a damaged end, which the import lists
-        for line in of_file(path):
+    with files.open_binary(path) as file:
+        for line, _ in lines(file):
             with contextlib.suppress(ValueError):
                 yield bounded_json.parse(line or b"")
 

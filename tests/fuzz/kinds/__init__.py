@@ -17,7 +17,7 @@ NAMES = {
     "images": "media", "animations": "media", "videos": "media",
     "tars": "tables", "parquet": "tables", "jsonl": "tables", "csv": "tables",
     "tars_in_place": "tables", "parquet_in_place": "tables", "references": "tables",
-    "jsonl_packed": "tables", "json": "tables", "sidecars": "tables",
+    "json": "tables", "sidecars": "tables",
     "safetensors": "weights", "torch": "weights", "tokenizers": "weights", "open_clip": "weights",
     "exports": "weights",
     "overrides": "settings", "configs": "settings", "shards": "settings", "manifests": "settings",

@@ -211,18 +211,6 @@ def damage_parquet(rng: random.Random, seed: bytes) -> bytes:
     return mutate.data(rng, seed)
 
 
-def packed_seeds() -> list[bytes]:
-    """Rows that zstd has packed."""
-    return [pa.compress(seed, "zstd", asbytes=True) for seed in jsonl_seeds()]
-
-
-def damage_packed(rng: random.Random, seed: bytes) -> bytes:
-    """Damaged rows, packed, or bytes at random of what is packed."""
-    if rng.random() < 0.5:
-        return mutate.data(rng, seed)
-    return pa.compress(damage_jsonl(rng, rng.choice(jsonl_seeds())), "zstd", asbytes=True)
-
-
 def sidecar_seeds() -> list[bytes]:
     """What stands beside an image."""
     return [json.dumps(ROW).encode(), json.dumps(dict(caption=["a", "b"], label=3)).encode()]
@@ -257,7 +245,6 @@ KINDS = {
     "parquet_in_place": Kind(
         parquet_seeds, damage_parquet, importer("parquet", "input.parquet", in_place=True), 700
     ),
-    "jsonl_packed": Kind(packed_seeds, damage_packed, importer("jsonl", "input.jsonl.zst")),
     "sidecars": Kind(sidecar_seeds, mutate.data, importer("sidecars", "a.json", in_place=True)),
     "references": Kind(reference_seeds, mutate.data, run_reference),
 }
