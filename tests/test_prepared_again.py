@@ -11,7 +11,7 @@ from in_place_cases import make, write_tar
 from prepare_cases import encode, import_data, reasons_of
 
 from coca_jax.data import filters, prepare
-from coca_jax.data.sources import array_record, files, lists, range_cache
+from coca_jax.data.sources import array_record, files, lists
 from coca_jax.data.sources.items import Options
 from coca_jax.runtime import unreachable
 
@@ -84,7 +84,6 @@ def silent(method, monkeypatch):
 @pytest.mark.parametrize("kind", ["index", "copy"])
 def test_a_store_that_is_away_is_no_damage(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(range_cache, "PAUSES", (0.01,))
     write_tar(tmp_path / "a/a.tar", 0, COUNT)
     system = fsspec.filesystem("memory")
     place = pathlib.PurePath("/away") / kind

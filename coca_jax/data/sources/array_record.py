@@ -25,7 +25,7 @@ from coca_jax.data.sources import (
     manifest,
     records,
     references,
-    shard_cache,
+    remote,
 )
 from coca_jax.data.sources.fields import names, strings
 from coca_jax.data.sources.items import Drawn, Item, Options, Unit, split_units
@@ -88,8 +88,7 @@ def open_split(path: str, split: str) -> Source:
 
     Raises:
         FileNotFoundError: the folder or one of its shards is missing.
-        ValueError: no such split, or a shard has another size than the manifest says; or the
-            bound of the copies of remote files is no number, or less than a shard.
+        ValueError: no such split, or a shard has another size than the manifest says.
     """
     path = storage.plain_path(path)
     splits = read_manifest(path)["splits"]
@@ -105,10 +104,6 @@ def open_split(path: str, split: str) -> Source:
                 f"data source {path}: {shard['file']} has {size} bytes, the "
                 f"manifest says {shard['bytes']}; prepare it again"
             )
-    if any(map(files.is_remote, (path, splits[split].get("root", "")))):
-        copied = [shard["bytes"] for shard in shards] if files.is_remote(path) else []
-        # Refused here, not as an image that cannot be read.
-        shard_cache.check_limit(max(copied, default=0))
     counts = [shard["count"] for shard in shards]
     read: Reader = ArrayRecordFiles(paths, counts)
     if sum(shard["bytes"] for shard in shards) < HOLD_BYTES:
@@ -205,11 +200,10 @@ class ArrayRecordFiles:
     def __init__(self, paths: list[str], counts: list[int]):
         self._paths = paths
         self._ends = np.cumsum(counts)
-        self._readers: collections.OrderedDict[int, tuple[Any, str]] = collections.OrderedDict()
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def _reader(self, shard: int) -> Any:
-        """Each is kept with the file that it reads: the shard, or a copy of it."""
         with self._lock:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
@@ -218,18 +212,12 @@ class ArrayRecordFiles:
                     *_OPEN
                 ):  # closed once no thread reads it
                     self._readers.popitem(last=False)
-                with shard_cache.opened(self._paths[shard]) as file:
-                    reader = array_record_module.ArrayRecordReader(
-                        file,
-                        options="readahead_buffer_size:0,max_parallelism:0",
-                        file_reader_buffer_size=32768,
-                    )
-                if file != self._paths[shard]:  # copies that have left take room while open
-                    for n, (_, path) in list(self._readers.items()):
-                        if not os.path.exists(path):
-                            del self._readers[n]
-                self._readers[shard] = reader, file
-            return self._readers[shard][0]
+                self._readers[shard] = array_record_module.ArrayRecordReader(
+                    remote.local_copy(self._paths[shard]),
+                    options="readahead_buffer_size:0,max_parallelism:0",
+                    file_reader_buffer_size=32768,
+                )
+            return self._readers[shard]
 
     def __call__(self, indices: Indices) -> list[Record]:
         """The records at `indices`, in their order; RuntimeError where a shard is damaged."""

@@ -1,8 +1,7 @@
 """Images read where they lie: ranges of tars, parquet files and image files, here or in a bucket.
 
 An index says which (references.py). Ranges of a bucket that lie near each other come in one
-request, are tried again where the bucket does not answer, and are kept on the disk within the
-bound of shard_cache.py.
+request (remote.py).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from coca_jax.data.sources import files, formats, range_cache, references, tars
+from coca_jax.data.sources import files, formats, references, remote, tars
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.references import PLAIN, UNKNOWN, Cell, Page, Reference
@@ -40,7 +39,7 @@ class InPlace:
 
     def __init__(self, read: Reader, root: str):
         self._index, self._root = read, root
-        self._local, self._remote = _LocalFiles(), range_cache.RemoteFiles()
+        self._local = _LocalFiles()
         self._pages = _Pages(self._read)
 
     def __call__(self, indices: Indices) -> list[Record]:
@@ -67,7 +66,7 @@ class InPlace:
     def _images(self, wanted: Sequence[Reference]) -> list[bytes]:
         order = sorted(range(len(wanted)), key=lambda n: (wanted[n].path, wanted[n].start))
         ordered = [wanted[n] for n in order]
-        fetched = iter(self._remote.read([one for one in ordered if files.is_remote(one.path)]))
+        fetched = iter(remote.read_ranges([one for one in ordered if files.is_remote(one.path)]))
         found: list[bytes] = [b""] * len(wanted)
         for number, one in zip(order, ordered):
             data = next(fetched) if files.is_remote(one.path) else None
@@ -78,7 +77,7 @@ class InPlace:
         return found
 
     def _read(self, one: Reference) -> bytes:
-        return self._remote.read([one])[0] if files.is_remote(one.path) else self._local.read(one)
+        return remote.read_ranges([one])[0] if files.is_remote(one.path) else self._local.read(one)
 
 
 class _LocalFiles:
@@ -116,7 +115,7 @@ def _opened(one: Reference) -> io.FileIO:
     file = io.FileIO(os.open(path, flags))
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode) or found.st_size != one.file_bytes:
-        raise range_cache.changed(one, found.st_size)
+        raise remote.changed(one, found.st_size)
     return file
 
 
