@@ -2,9 +2,8 @@
 
     taskset -c 0 python benchmarks/cpu_training.py
 
-Prints a line of JSON, milliseconds, the best of calls that take turns: `attention`, forward and
-backward in float32, as XLA compiles it and by kernels of our own; `weight_gradients`, the product
-of one in float32, in bfloat16 as XLA has it, and with the kernel that turns an operand.
+Prints a line of JSON, milliseconds, the best of interleaved calls: `weight_gradients`, the product
+of one in float32, in bfloat16 by XLA, and in bfloat16 with the kernel that transposes an operand.
 """
 
 from __future__ import annotations
@@ -18,44 +17,15 @@ import jax.numpy as jnp
 from cpu_kernels import REPEATS, best, drawn
 
 from coca_jax import ops
-from coca_jax.ops import cpu, cpu_attention
-from coca_jax.ops.cpu import Cpu
+from coca_jax.ops import cpu
 from coca_jax.ops.cpu_kernels import turn
 
-# (examples, queries, keys, heads, width of one) of the emoji recipe, coca_ViT-B-32 and a ViT-B/16.
-ATTENTION = {
-    "36_by_36": (128, 36, 36, 4, 40),
-    "50_by_50": (16, 50, 50, 12, 64),
-    "76_by_255": (16, 76, 255, 8, 64),
-    "197_by_197": (4, 197, 197, 12, 64),
-}
 # (rows, depth, width) of x and g: layers of the same models, and a chunk of a softmax layer.
 WEIGHTS = {
     "4608_640_160": (4608, 640, 160),
     "800_768_3072": (800, 768, 3072),
     "304_520_49408": (304, 520, 49_408),
 }
-
-
-def attention() -> dict[str, dict[str, float]]:
-    """Milliseconds by shape and way."""
-    found = {}
-    for name, (batch, queries, keys, heads, head) in ATTENTION.items():
-        width = heads * head
-        operands = [drawn(batch, n, width) for n in (queries, keys, keys)]
-        g = drawn(batch, queries, width)
-
-        def gradients(form: Cpu, *operands: Any, g: Any, heads: int) -> Any:
-            y, back = jax.vjp(lambda *qkv: form.attend(*qkv, None, heads), *operands)
-            return y, back(g)
-
-        ways = {}
-        for way, form in (("xla", Cpu(kernels=False)), ("kernels", Cpu())):
-            one = functools.partial(gradients, form, heads=heads)
-            run = jax.jit(one, compiler_options=ops.compiler_options("cpu"))
-            ways[way] = functools.partial(run, *operands, g=g)
-        found[name] = in_milliseconds(best(ways, 2 * REPEATS))
-    return found
 
 
 def weight_gradients() -> dict[str, dict[str, float]]:
@@ -86,9 +56,9 @@ def in_milliseconds(seconds: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Command-line entry."""
-    if not (cpu_attention.available() and turn.available()):
+    if not turn.available():
         raise SystemExit("no compiler, no kernels: see the warning above")
-    print(json.dumps(dict(attention=attention(), weight_gradients=weight_gradients())))
+    print(json.dumps(dict(weight_gradients=weight_gradients())))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coca_jax.ops import cpu_attention
 from coca_jax.ops.cpu_kernels import build, conv, turn
 from coca_jax.ops.cpu_kernels import muon as muon_kernels
 from coca_jax.ops.reference import (
@@ -202,7 +201,7 @@ class Cpu(Reference):
         if not self.kernels or build.switched_off():
             return ()
         halves = jnp.dtype(dtype) == jnp.bfloat16
-        used = [cpu_attention, *[turn] * halves] if _alone() else []
+        used = [turn] if halves and _alone() else []
         either = [conv] * convolutions + [muon_kernels] * (muon and _alone())
         define = build.BFLOAT16 if halves and build.multiplies_bfloat16() else ""
         begun = [build.begin(kernels.SOURCE, "") for kernels in used]
@@ -297,9 +296,6 @@ class Cpu(Reference):
         causal: bool = False,
     ) -> jax.Array:
         mask = whole_mask(mask, causal, query.shape[1])
-        if self.kernels and _alone() and query.dtype == jnp.float32:
-            out = cpu_attention.attend(query, key, value, mask, heads)
-            return checkpoint_name(out, "attended")
         query, key, value = (split_heads(x, heads) for x in (query, key, value))
         out = attend(query, key, value, mask, wide(value.dtype))
         return checkpoint_name(merge_heads(out), "attended")
