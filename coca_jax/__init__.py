@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
     import jax
 
     from coca_jax.inference import CoCaModel
+    from coca_jax.inference.generation.config import GenerationConfig as GenerationConfig
 
 __version__ = "0.2.0"
 
@@ -66,11 +67,13 @@ def load(
 
 
 def __getattr__(name: str) -> typing.Any:
-    """`coca_jax.apps` without an import of its own."""
-    if name != "apps":
-        raise AttributeError(f"module 'coca_jax' has no attribute {name!r}")
+    """`coca_jax.apps` and `coca_jax.GenerationConfig`, imported at first use."""
     import importlib
 
+    if name == "GenerationConfig":
+        return importlib.import_module("coca_jax.inference.generation.config").GenerationConfig
+    if name != "apps":
+        raise AttributeError(f"module 'coca_jax' has no attribute {name!r}")
     return importlib.import_module("coca_jax.apps")
 
 

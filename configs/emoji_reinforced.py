@@ -1,8 +1,8 @@
 """Emoji once more, with what a model that was trained before says of the drawings.
 
 coca-jax recaption --checkpoint=runs/emoji --input=data/emoji --out=data/emoji_rich \\
-    --to=array_record --text=all --embeddings --how=greedy,max_tokens=15 \\
-    --how=nucleus,top_p=0.9,num_captions=3,max_tokens=15
+    --to=array_record --text=all --embeddings --how=greedy,max_new_tokens=15 \\
+    --how=nucleus,top_p=0.9,num_return_sequences=3,max_new_tokens=15
 """
 
 from ml_collections import ConfigDict

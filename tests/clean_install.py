@@ -53,7 +53,7 @@ BARE_OUTPUTS = (
 EXTRAS = "hf,serve"
 PUBLIC = "coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k"
 WITH_EXTRAS = (
-    ("caption", f"--checkpoint={PUBLIC}", "--max_tokens=4", "photos/0.png"),
+    ("caption", f"--checkpoint={PUBLIC}", "--max_new_tokens=4", "photos/0.png"),
     ("search", "index", "photos", f"--checkpoint={PUBLIC}", "--out=public.index"),
 )
 EXTRA_OUTPUTS = ("public.index/metadata/metadata_0.jsonl",)

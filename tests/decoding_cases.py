@@ -7,8 +7,8 @@ import pytest
 from conftest import needs_compiler, tiny_config
 from ops_cases import drawn
 
-from coca_jax.inference.generation import generate
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import driver
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.models import coca
 from coca_jax.models import text_decoder as decoding
 from coca_jax.ops.cpu_kernels import decode as cpu_kernels
@@ -91,8 +91,8 @@ LENGTH = np.array([1, 2, 3], np.int32)
 
 def run(model, prompt=PROMPT, length=LENGTH, rows=slice(None), numbers=None, **how):
     spec, weights, image_tokens, _ = model
-    out = generate.generate(
-        spec, weights, image_tokens[rows], prompt, length, Settings(**how), rows=numbers
+    out = driver.generate(
+        spec, weights, image_tokens[rows], prompt, length, GenerationConfig(**how), rows=numbers
     )
     return jax.tree.map(np.asarray, out)
 

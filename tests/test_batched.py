@@ -67,8 +67,8 @@ def test_captions_of_images_in_every_form_and_reasons_for_bad_ones(
     found = batched("captions", exported)(dict(columns, image=images))
     assert found["caption"] == [*wanted, "", ""] and found["id"] == list(range(7))
     assert found["error"][:5] == [""] * 5 and all(found["error"][5:]) and "image" not in found
-    short = batched("captions", exported, max_tokens=2)(columns)["caption"]
-    assert short == model.caption(columns["image"], max_tokens=2)
+    short = batched("captions", exported, max_new_tokens=2)(columns)["caption"]
+    assert short == model.caption(columns["image"], max_new_tokens=2)
 
 
 def test_embeddings_and_scores(model, exported, columns):

@@ -40,17 +40,17 @@ def test_find_images_is_recursive_and_sorted(folder):
 
 def test_caption_files(model, folder):  # noqa: F811
     paths = image_files.find([str(folder)])
-    found = list(caption_files.caption_files(model, paths, batch_size=2, max_tokens=4))
+    found = list(caption_files.caption_files(model, paths, batch_size=2, max_new_tokens=4))
     assert [item["image"] for item in found] == paths
     assert [path for path, item in zip(paths, found) if "error" in item] == [paths[2]]
-    expected = model.captions([paths[0], paths[1]], max_tokens=4)
+    expected = model.captions([paths[0], paths[1]], max_new_tokens=4)
     assert [item["caption"] for item in found[:2]] == [c[0].text for c in expected]
     assert found[0]["score"] == pytest.approx(expected[0][0].log_prob, abs=1e-3)
 
 
 def test_samples_depend_on_the_path_alone(model, folder):  # noqa: F811
     paths = image_files.find([str(folder)])
-    how = dict(temperature=1.0, num_captions=2, max_tokens=4)
+    how = dict(do_sample=True, num_return_sequences=2, max_new_tokens=4)
     whole = {r["image"]: r for r in caption_files.caption_files(model, paths, batch_size=4, **how)}
     part = list(caption_files.caption_files(model, paths[3:], batch_size=4, **how))
     assert part == [whole[path] for path in paths[3:]]
@@ -117,7 +117,7 @@ def test_a_file_of_other_lines_is_no_file_of_captions(line, tmp_path):
 def test_command_resumes_and_reports(model, folder, commands, tmp_path):  # noqa: F811
     export_programs.export(model, str(tmp_path / "model"))
     out = tmp_path / "out.jsonl"
-    command = ["caption", f"--checkpoint={tmp_path}/model", "--max_tokens=4", f"--out={out}"]
+    command = ["caption", f"--checkpoint={tmp_path}/model", "--max_new_tokens=4", f"--out={out}"]
 
     def run(*arguments):
         env = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
@@ -141,8 +141,8 @@ def test_command_resumes_and_reports(model, folder, commands, tmp_path):  # noqa
     counts = (summary["captioned"], summary["already_done"], summary["failed"])
     assert status == 1 and counts == (4, 1, 1) and "broken.png" in errors
     assert len(out.read_text("utf-8").splitlines()) == 5
-    status, lines, errors = run("--num_captions=2", str(folder))
-    assert status == 2 and not lines and errors.startswith("error: num_captions=2")
+    status, lines, errors = run("--num_return_sequences=2", str(folder))
+    assert status == 2 and not lines and errors.startswith("error: num_return_sequences=2")
 
 
 def test_what_is_refused_leaves_nothing_and_comes_before_the_model(commands, tmp_path):

@@ -41,7 +41,7 @@ def call(model, tmp_path, monkeypatch, capsys):  # noqa: F811
 
     def run(*paths, **given):
         caption.flags.FLAGS.unparse_flags()
-        given = dict(checkpoint="here", max_tokens=4, out="x.jsonl") | given
+        given = dict(checkpoint="here", max_new_tokens=4, out="x.jsonl") | given
         caption.flags.FLAGS(["caption", *(f"--{name}={value}" for name, value in given.items())])
         del loaded[:]
         caption.main(["caption", *paths])
@@ -59,7 +59,7 @@ def test_captions_go_on_with_the_same_model_and_settings_alone(call):
     for given, says in (
         (dict(num_beams=2), "begun with num_beams=1, not 2; give the same, or another --out"),
         (dict(prompt="a red"), "begun with prompt='', not 'a red'"),
-        (dict(max_tokens=5), "begun with max_tokens=4, not 5"),
+        (dict(max_new_tokens=5), "begun with max_new_tokens=4, not 5"),
     ):
         for paths in (["s/0.png"], ["s"]):
             with pytest.raises(ValueError, match=f"--out=x.jsonl was {says}"):
@@ -81,13 +81,13 @@ def test_captions_go_on_with_the_same_model_and_settings_alone(call):
 def test_a_file_without_the_account_goes_on(call):
     call("s/0.png")
     os.remove("x.jsonl.how.json")
-    done = call("s", max_tokens=5)
+    done = call("s", max_new_tokens=5)
     assert (done["captioned"], done["already_done"]) == (1, 1)
     assert not os.path.exists("x.jsonl.how.json")
     pathlib.Path("x.jsonl").write_bytes(b"")
-    call("s", max_tokens=5)
+    call("s", max_new_tokens=5)
     told = json.loads(pathlib.Path("x.jsonl.how.json").read_text())
-    assert told["how"]["max_tokens"] == 5 and told["checkpoint"] == "here"
+    assert told["how"]["max_new_tokens"] == 5 and told["checkpoint"] == "here"
 
 
 def test_an_image_is_one_however_it_is_spelled(call, tmp_path):
@@ -156,10 +156,10 @@ def test_more_tokens_than_the_model_writes_are_said(call, model):  # noqa: F811
     assert model.max_len == 24
     for prompt, room in (("", 23), ("a", 22)):
         call_of = dict(out="", prompt=prompt)
-        call("s", max_tokens=room, **call_of)
-        assert "max_tokens" not in call.said
-        call("s", max_tokens=1000, **call_of)
-        assert f"--max_tokens=1000: captions of this model end after {room} tokens" in call.said
+        call("s", max_new_tokens=room, **call_of)
+        assert "max_new_tokens" not in call.said
+        call("s", max_new_tokens=1000, **call_of)
+        assert f"--max_new_tokens=1000: captions of this model end after {room} tokens" in call.said
         assert f"its texts being of {model.max_len} (model.text.max_len)" in call.said
 
 

@@ -21,7 +21,7 @@ from in_place_cases import write_tar
 
 from coca_jax.cli import convert, main
 from coca_jax.data.sources import manifest
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import config
 from coca_jax.training import recipes
 
 # A line for each command that starts it on what is not there or needs the heavy libraries next.
@@ -146,8 +146,8 @@ OTHER_NAMES = {  # of flags, as other commands and programs have them; what is s
     "fit --checkpoint=x": "did you mean --init_from?",
     "train --checkpoint=x": "the key of the recipe is --config.init_from=x",
     "caption --beam_size=3": "did you mean --num_beams?",
-    "caption --seq_len=20": "did you mean --max_tokens?",
-    "caption --generation_type=top_p": "--num_beams=6 searches by beams, --temperature=1 samples "
+    "caption --seq_len=20": "did you mean --max_new_tokens?",
+    "caption --generation_type=top_p": "--num_beams=6 searches by beams, --do_sample samples "
     "(--top_p, --top_k)",
     "caption --device=cpu": "JAX_PLATFORMS=cpu, cuda or tpu before the command chooses the devices",
     "train --max_len=4": "the key of the recipe is --config.model.text.max_len=4",
@@ -329,7 +329,7 @@ SIGNED = ("seed", "min_score")
 # Where they are read, in one line too.
 CHECKED = (
     *("minutes", "sample", "quantile", "threshold", "step", "rank"),
-    *("hosts", "host_hours", "save_seconds", "restart_seconds", *Settings.__dataclass_fields__),
+    *("hosts", "host_hours", "save_seconds", "restart_seconds", *config.KINDS),
 )
 
 

@@ -173,7 +173,9 @@ def test_a_clip_of_one_frame_is_the_image(model, video_model):
     np.testing.assert_allclose(model.encode_video(stills[:, None], 1), wanted, atol=1e-5)
     repeated = list(stills)  # a model of clips repeats a still
     np.testing.assert_allclose(video_model.encode_video(repeated), wanted, atol=1e-5)
-    assert video_model.caption(repeated, max_tokens=4) == model.caption(stills, max_tokens=4)
+    assert video_model.caption(repeated, max_new_tokens=4) == model.caption(
+        stills, max_new_tokens=4
+    )
 
 
 def test_the_decoder_attends_to_the_tokens_of_all_frames(model):
@@ -256,10 +258,10 @@ def test_paths_captions_and_zero_shot(video_model, data, tmp_path):
     np.testing.assert_allclose(
         video_model.encode_video(paths), video_model.encode_video(arrays), atol=1e-5
     )
-    assert len(video_model.caption(paths, max_tokens=3)) == 3
+    assert len(video_model.caption(paths, max_new_tokens=3)) == 3
     np.testing.assert_allclose(video_model.zero_shot(paths, ["a", "b"]).sum(1), 1, atol=1e-5)
     lines = list(caption_files.caption_files(video_model, [*paths, str(data / "raw" / "bad.png")],
-                                       max_tokens=3))  # fmt: skip
+                                       max_new_tokens=3))  # fmt: skip
     assert ["error" in line for line in lines] == [False, False, False, True]
     assert type(preprocess.check_frames(np.int64(2))) is int
     with pytest.raises(ValueError, match="num_frames"):
@@ -271,7 +273,7 @@ def test_a_loaded_model_takes_more_frames_at_a_time_when_told(video_model):
     with pytest.raises(ValueError, match="more images than batch_size=8"):
         next(video_model.stream_captions(CLIPS))
     video_model.set_batch_size(12)
-    assert len(next(video_model.stream_captions(CLIPS, max_tokens=2))) == 3
+    assert len(next(video_model.stream_captions(CLIPS, max_new_tokens=2))) == 3
     with pytest.raises(ValueError, match="batch_size=0: give a whole number"):
         video_model.set_batch_size(0)
     video_model.set_batch_size(8)

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from decoding_cases import LENGTH, PANELS, PROMPT, make
 
-from coca_jax.inference.generation import continuous, generate
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import continuous, driver
+from coca_jax.inference.generation.config import GenerationConfig
 
 KINDS = {
-    "tied": dict(num_beams=3, num_captions=2),
-    "hidden": dict(min_tokens=2, no_repeat_ngram=2, repetition_penalty=1.3),
-    "panels": dict(temperature=1.0, num_captions=2, seed=3),
+    "tied": dict(num_beams=3, num_return_sequences=2),
+    "hidden": dict(min_new_tokens=2, no_repeat_ngram_size=2, repetition_penalty=1.3),
+    "panels": dict(do_sample=True, num_return_sequences=2, seed=3),
 }
 
 
@@ -23,7 +23,7 @@ def test_captions_are_those_of_one_batch(kind):
     spec, weights, tokens, _ = make(**hidden) if kind == "hidden" else make(kind)
     every = np.concatenate([np.asarray(tokens) + 0.3 * i for i in range(5)])
     prompt, length = np.tile(PROMPT, (5, 1)), np.tile(LENGTH, 5)
-    wanted = generate.generate(spec, weights, every, prompt, length, Settings(**how))
+    wanted = driver.generate(spec, weights, every, prompt, length, GenerationConfig(**how))
     wanted = jax.tree.map(lambda x: np.asarray(x)[:14], wanted)
     assert len(set(wanted.length[:, 0].tolist())) > 1  # or there would be nothing to refill
 
@@ -32,11 +32,11 @@ def test_captions_are_those_of_one_batch(kind):
         numbers = np.arange(15, dtype=np.uint32)[rows]
         return continuous.Block(every[rows], prompt[rows], length[rows], numbers, 3 if i < 4 else 2)
 
-    found = continuous.generate(spec, weights, map(block, range(5)), Settings(**how), 5)
+    found = continuous.generate(spec, weights, map(block, range(5)), GenerationConfig(**how), 5)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     np.testing.assert_array_equal(found.length, wanted.length)
     np.testing.assert_allclose(found.log_prob, wanted.log_prob, atol=1e-5)
 
 
 def test_no_image_has_no_caption():
-    assert continuous.generate(None, {}, [], Settings(), 4).length.shape == (0, 1)
+    assert continuous.generate(None, {}, [], GenerationConfig(), 4).length.shape == (0, 1)

@@ -220,8 +220,8 @@ def test_several_captions_of_a_model_in_bfloat16(monkeypatch, cross, layout):
         states = decoding.run_tokens(spec, plain, tokens, each, mask, 0, caches, image)[0]
         return decoding.log_probs_of(plain, states)
 
-    for how in (dict(num_beams=2), dict(temperature=1.0)):
-        out = run(model, num_captions=2, max_tokens=4, **how)
+    for how in (dict(num_beams=2), dict(do_sample=True)):
+        out = run(model, num_return_sequences=2, max_new_tokens=4, **how)
         assert (out.tokens[:, 0] != out.tokens[:, 1]).any()
         for caption in range(2):
             lengths = out.length[:, caption]

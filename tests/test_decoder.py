@@ -20,8 +20,8 @@ from decoding_cases import (
     text_decoder,
 )
 
-from coca_jax.inference.generation import generate
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import driver
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.models import coca
 from coca_jax.models import text_decoder as decoding
 from coca_jax.ops.cpu_kernels import decode as cpu_kernels
@@ -67,7 +67,11 @@ def test_an_id_that_counts_as_padding_is_hidden_in_prompts_and_captions(cls_mask
     prompt = np.array([[3, 5, 6, 2], [0, 3, 2, 6], [0, 0, 0, 3]], np.int32)
     length = np.array([4, 3, 1], np.int32)
     produced = 0
-    for how in ({}, dict(num_beams=3, num_captions=3), dict(temperature=1.5, num_captions=3)):
+    for how in (
+        {},
+        dict(num_beams=3, num_return_sequences=3),
+        dict(do_sample=True, temperature=1.5, num_return_sequences=3),
+    ):
         out = run(model, prompt, length, **how)
         for row, caption in itertools.product(range(3), range(out.tokens.shape[1])):
             count = out.length[row, caption]
@@ -148,9 +152,9 @@ def test_layouts_of_the_weights_give_the_same_captions(layout):
     shape = dict(transposed=(288, 96), panels=(9, 96, 32))[layout]
     assert other["unimodal"][0]["packed"]["attention"]["qkv"][layout].shape == shape
     for beams in (1, 2):
-        settings = Settings(num_beams=beams, max_tokens=8)
+        settings = GenerationConfig(num_beams=beams, max_new_tokens=8)
         ours, want = (
-            generate.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
+            driver.generate(spec, weights, image_tokens, PROMPT, LENGTH, settings)
             for weights in (other, plain)
         )
         np.testing.assert_array_equal(ours.tokens, want.tokens)

@@ -70,7 +70,7 @@ def tasks_for(folder, **changes):
         dict(kind="zero_shot", name="c", data=label, class_names=names, prompts="plain"),
         dict(kind="generative", name="c", data=label, class_names=names),
         dict(kind="retrieval", name="c", data=data, **changes),
-        dict(kind="captioning", name="c", data=data, decode=dict(max_tokens=8)),
+        dict(kind="captioning", name="c", data=data, decode=dict(max_new_tokens=8)),
     ]
 
 
@@ -122,7 +122,7 @@ def test_scores_are_plain_figures_of_the_model(on_one, folder):
     assert sum(n for _, _, n in classes["confusion"]) == COUNT == sum(classes["count"])
     assert not (out / "eval_progress.json").exists()
     lines = (out / "eval_captions" / "c.jsonl").read_text().splitlines()
-    captions = model.caption(images, max_tokens=8)
+    captions = model.caption(images, max_new_tokens=8)
     assert [json.loads(line)["caption"] for line in lines[1:]] == captions
 
 

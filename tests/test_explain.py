@@ -32,10 +32,10 @@ def model(words):  # noqa: F811
 
 
 def test_streamed_captions_end_as_the_whole_ones(model, images):  # noqa: F811
-    for how in (dict(), dict(temperature=1.0, num_captions=2, seed=3)):
-        how |= dict(max_tokens=6, min_tokens=2)
-        whole = model.captions(images[:3], ["a", "", "two red"], **how)
-        steps = list(model.stream_captions(images[:3], ["a", "", "two red"], **how))
+    for how in (dict(), dict(do_sample=True, num_return_sequences=2, seed=3)):
+        how |= dict(max_new_tokens=6, min_new_tokens=2)
+        whole = model.captions(images[:3], prompt=["a", "", "two red"], **how)
+        steps = list(model.stream_captions(images[:3], prompt=["a", "", "two red"], **how))
         assert len(steps) == max(c.num_tokens for row in whole for c in row)
         for row, last in zip(whole, steps[-1]):
             last = sorted(last, key=lambda caption: -caption.log_prob)
@@ -56,7 +56,7 @@ def test_streamed_captions_end_as_the_whole_ones(model, images):  # noqa: F811
 
 
 def test_words_have_their_probabilities(model, images):  # noqa: F811
-    captions = [row[0] for row in model.captions(images, max_tokens=8, min_tokens=3)]
+    captions = [row[0] for row in model.captions(images, max_new_tokens=8, min_new_tokens=3)]
     found = model.explain(images, captions)
     for caption, explained in zip(captions, found):
         total = sum(word.log_prob for word in explained.words)

@@ -79,7 +79,7 @@ def test_programs_equal_the_model_without_its_code(model, words, images, tmp_pat
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path)], check=True, cwd=tmp_path)
     found = np.load(tmp_path / "found.npz")
     np.testing.assert_allclose(found["embedding"], model.encode_image(images), atol=1e-5)
-    captions = model.captions(images, max_tokens=6)
+    captions = model.captions(images, max_new_tokens=6)
     for tokens, (caption,) in zip(found["caption"], captions):
         ids = tokens[: caption.num_tokens].tolist()
         assert (words.bos_id, *ids) == caption.tokens
@@ -208,7 +208,7 @@ def test_programs_of_an_earlier_export_stay_with_their_model_alone(model, tmp_pa
     for name in [*names, "programs/notes.txt"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"of the first model")
-    own = ["config.json", "params.safetensors", "vocabulary.model"]
+    own = ["config.json", "generation_config.json", "params.safetensors", "vocabulary.model"]
     export_folder.write(model, str(tmp_path), programs=names[:1])
     assert export_format.files(tmp_path) == sorted([*own, names[0]])
     export_folder.write(model, str(tmp_path), programs=names[1:])
@@ -284,7 +284,7 @@ def test_a_refused_export_leaves_the_folder_as_it_was(model, monkeypatch, tmp_pa
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     monkeypatch.undo()
     files = export_programs.export(model, str(place)).files
-    assert "programs/decode_step.jax_export" in files and len(files) == 8
+    assert "programs/decode_step.jax_export" in files and len(files) == 9
     assert {path.name for path in place.iterdir()} == {*before, "programs"}
     assert coca_jax.load(str(place)).checksum() == model.checksum()
 

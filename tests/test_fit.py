@@ -158,7 +158,7 @@ def test_a_fit_leaves_a_model_that_captions(done, folder):
     models = [coca_jax.load(place, devices=one, narrow=False) for place in places]
     assert models[0].config.model.dtype == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, *(model.params for model in models))
-    captions, again = (model.caption(picture, max_tokens=4) for model in models)
+    captions, again = (model.caption(picture, max_new_tokens=4) for model in models)
     assert captions == again and len(captions) == 1
 
 

@@ -33,7 +33,7 @@ def scored_run(captioning=True):
         dict(kind="retrieval", name="s", data=captions, limit=20),
     )
     if captioning:
-        how = dict(max_tokens=4)
+        how = dict(max_new_tokens=4)
         config.eval.tasks += (
             dict(kind="captioning", name="s", data=captions, limit=6, decode=how),
         )

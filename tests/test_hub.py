@@ -193,6 +193,7 @@ def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
 ):
     files = export_folder.write_hub(model, str(tmp_path / "out"), "org/birds", SCORES)
     assert set(files) == {
+        "generation_config.json",
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
         "tokenizer.model",
     }
@@ -217,7 +218,7 @@ def test_a_folder_for_the_hub_goes_up_and_back(  # noqa: F811
         assert sent == (tmp_path / "out" / name).read_bytes()
     loaded = coca_jax.load("hf-hub:org/birds")
     np.testing.assert_array_equal(loaded.encode_image(images), wanted)
-    assert loaded.caption(images, max_tokens=4) == model.caption(images, max_tokens=4)
+    assert loaded.caption(images, max_new_tokens=4) == model.caption(images, max_new_tokens=4)
     # The second time nothing but the commit is asked for; without a hub the cache is enough.
     before = len(server.requests)
     coca_jax.load(f"hf-hub:org/birds@{hub_stand_in.COMMIT}")
@@ -295,7 +296,7 @@ def test_of_two_layouts_in_a_folder_the_last_one_counts(model, tmp_path):  # noq
     export_folder.write_hub(model, folder, "org/birds")
     assert coca_jax.load(folder).checksum() == model.checksum()
     names = {path.name for path in (tmp_path / "both").iterdir()}
-    assert names - {"README.md", "preprocessor_config.json"} == {
+    assert names - {"README.md", "preprocessor_config.json", "generation_config.json"} == {
         *("config.json", "model.safetensors", "tokenizer.model", "notes.txt")
     }
     (tmp_path / "both/model.safetensors").write_bytes(b"of another model")
@@ -396,13 +397,17 @@ def test_commands_take_the_names(model, images, server, commands, tmp_path):  # 
     def run(command, *arguments):
         return commands.run([command, *arguments], tmp_path, env)
 
-    done = run("caption", "--checkpoint=hf-hub:org/birds", "--max_tokens=4", f"{tmp_path}/a.png")
+    done = run(
+        "caption", "--checkpoint=hf-hub:org/birds", "--max_new_tokens=4", f"{tmp_path}/a.png"
+    )
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout.splitlines()[0])
-    assert first["caption"] == model.caption(images[:1], max_tokens=4)[0]
+    assert first["caption"] == model.caption(images[:1], max_new_tokens=4)[0]
     shutil.rmtree(server.root / "org")
     env["HF_HUB_OFFLINE"] = "1"
-    done = run("caption", "--checkpoint=hf-hub:org/birds", "--max_tokens=4", f"{tmp_path}/a.png")
+    done = run(
+        "caption", "--checkpoint=hf-hub:org/birds", "--max_new_tokens=4", f"{tmp_path}/a.png"
+    )
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[0]) == first, done.stderr
     del env["HF_HUB_OFFLINE"]
     done = run(

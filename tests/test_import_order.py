@@ -15,7 +15,9 @@ data.scenes data.sources models
 data.vocabulary
 data
 checkpoints interop
-evaluation.metrics inference.generation
+evaluation.metrics inference.generation.processors
+inference.generation.strategies
+inference.generation
 inference
 evaluation.evaluators
 evaluation

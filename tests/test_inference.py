@@ -123,7 +123,7 @@ def test_one_text_alone_is_a_list_of_one(model, images):
     found, count = model.caption_log_likelihood(one, text)
     np.testing.assert_allclose(found, some, rtol=1e-5)
     assert count.tolist() == model.num_tokens(text).tolist()
-    assert len(model.answer(one, text, max_tokens=2)) == 1
+    assert len(model.answer(one, text, max_new_tokens=2)) == 1
     for letters in range(3, 7):  # a text of as many letters as there are images
         with pytest.raises(ValueError, match="1 texts for .*; give one text an image"):
             model.caption_log_likelihood(images[:letters], "circle"[:letters])
@@ -165,12 +165,12 @@ def test_few_numbers_of_texts_are_compiled(words, images, monkeypatch):
 
 
 def test_operations_have_the_form_of_the_devices_that_are_given(words, images, model, monkeypatch):
-    wanted = model.caption(images, max_tokens=4)
+    wanted = model.caption(images, max_new_tokens=4)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # of a machine that has one
     assert coca.build(tiny_parts()[0].model).options.ops == ops.Gpu(cudnn=True)
     given = tiny_model(words, devices=jax.devices("cpu")[:1])
     assert given._programs.module.options.ops == ops.Cpu()
-    assert given.caption(images, max_tokens=4) == wanted
+    assert given.caption(images, max_new_tokens=4) == wanted
     spec, layout = given._decoding.result()
     assert spec.unimodal.options.ops == ops.Cpu() and layout == "transposed"
 
@@ -223,20 +223,22 @@ def test_images_are_encoded_while_decoding_waits_for_its_kernels(
         waiting._programs, "encode_image", lambda *of: (encode(*of), encoded.set())[0]
     )
     if streamed:
-        *_, found = waiting.stream_captions(images, max_tokens=4)
+        *_, found = waiting.stream_captions(images, max_new_tokens=4)
         found = [captions[0].text for captions in found]
     else:
-        found = waiting.caption(images, max_tokens=4)
-    assert found == model.caption(images, max_tokens=4)
+        found = waiting.caption(images, max_new_tokens=4)
+    assert found == model.caption(images, max_new_tokens=4)
 
 
 def test_a_caption_and_its_log_probability(model, images):
-    found = model.captions(images, num_beams=2, num_captions=2, min_tokens=1, max_tokens=6)
+    found = model.captions(
+        images, num_beams=2, num_return_sequences=2, min_new_tokens=1, max_new_tokens=6
+    )
     assert [len(captions) for captions in found] == [2] * 6
     assert all(0 < c.num_tokens <= 6 and c.log_prob < 0 for captions in found for c in captions)
-    prompted = model.caption(images, "a red", max_tokens=3)
+    prompted = model.caption(images, prompt="a red", max_new_tokens=3)
     assert all(text.startswith("a red") for text in prompted)
-    mixed = model.caption(images, ["a red", ""] * 3, max_tokens=3)
+    mixed = model.caption(images, prompt=["a red", ""] * 3, max_new_tokens=3)
     assert mixed[0] == prompted[0]
 
 
@@ -270,8 +272,8 @@ def test_no_images_have_no_rows(model):
 
 def test_beams_that_find_no_more_give_fewer_captions(model, images):
     ids = model.vocabulary.size
-    how = dict(max_tokens=1, num_beams=ids, num_captions=ids)
-    for row in model.captions(images[:1], min_tokens=1, **how):  # the end symbol cannot come
+    how = dict(max_new_tokens=1, num_beams=ids, num_return_sequences=ids)
+    for row in model.captions(images[:1], min_new_tokens=1, **how):  # the end symbol cannot come
         assert len({one.tokens for one in row}) == len(row) == ids - 1
         assert all(one.num_tokens == 1 and one.log_prob < 0 for one in row)
     (row,) = model.captions(images[:1], **how)
@@ -366,19 +368,19 @@ def test_wrong_inputs_are_named(model, images, tmp_path):
         inference.load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         inference.load(tmp_path)
-    with pytest.raises(ValueError, match="'num_beans'.*'num_beams'.*max_tokens, .*temperature"):
+    with pytest.raises(ValueError, match="'num_beans'.*'num_beams'.*max_new_tokens, .*do_sample"):
         model.caption(images, num_beans=2)
     for given in ([], ["a", "b"], ["a"] * (len(images) + 1)):
         with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):
-            model.caption(images, given)
+            model.caption(images, prompt=given)
         with pytest.raises(ValueError, match=f"{len(given)} prompts for {len(images)} images"):
-            next(model.stream_captions(images, given))
+            next(model.stream_captions(images, prompt=given))
     for given, said in (
         *(([1, 2], "2 seeds for 1 images"), ([-1], "seeds: -1; give whole numbers")),
         ([1.5], "seeds: 1.5; give whole numbers"),
     ):
         with pytest.raises(ValueError, match=said):
-            model.caption(images[:1], seeds=given, temperature=1.0)
+            model.caption(images[:1], seeds=given, do_sample=True)
     with pytest.raises(ValueError, match="type int"):
         model.encode_image(3)
     with pytest.raises(ValueError, match="a list of 1 is no picture; give one of them"):

@@ -85,8 +85,6 @@ def test_one_prompt_and_no_prompt(model, images):  # noqa: F811
     names = ["red", "green"]
     one = model.zero_shot(images[:2], names, "a {}")
     np.testing.assert_array_equal(one, model.zero_shot(images[:2], names, ["a {}"]))
-    how = dict(max_tokens=3)
-    assert model.caption(images[:1], None, **how) == model.caption(images[:1], "", **how)
 
 
 def test_an_empty_path_and_a_file_url(model, tmp_path):  # noqa: F811
@@ -101,17 +99,14 @@ def test_an_empty_path_and_a_file_url(model, tmp_path):  # noqa: F811
         np.testing.assert_array_equal(model.encode_image([url]), wanted)
 
 
-def test_settings_by_the_names_of_others(model, images):  # noqa: F811
-    for name, ours in dict(
-        num_return_sequences="num_captions",
-        do_sample="temperature",
-        seq_len="max_tokens",
-        generation_type="num_beams",
-    ).items():
-        with pytest.raises(ValueError, match=f"{name!r}. Did you mean {ours!r}?"):
-            model.caption(images[:1], **{name: 1})
-    with pytest.raises(ValueError, match="^num_beams=100000: at most 2.., the vocabulary's ids"):
-        model.caption(images[:1], num_beams=100_000)
+def test_ids_and_beams_beyond_the_vocabulary_are_refused(model, images):  # noqa: F811
+    for how in (
+        dict(num_beams=100_000),
+        dict(bad_words_ids=[[5, 100_000]]),
+        dict(forced_prefix_ids=[100_000]),
+    ):
+        with pytest.raises(ValueError, match=f"^{next(iter(how))}.*100000|100000"):
+            model.caption(images[:1], **how)
 
 
 def test_a_question_to_a_head_that_reads_none_is_refused(words, images):  # noqa: F811
@@ -191,14 +186,14 @@ def test_min_tokens_beyond_the_room_is_refused(model, images):  # noqa: F811
     known = len(model.vocabulary.encode("a red"))
     for prompt, before, least in (("", 0, 24), ("a red", known, 24 - known)):
         says = (
-            f"^min_tokens={least}: behind a prompt of {before} tokens the model writes {least - 1} "
+            f"^min_new_tokens={least}: behind a prompt of {before} tokens the model writes {least - 1} "
             r"\(model.text.max_len=24\); lower it$"
         )
         with pytest.raises(ValueError, match=says):
-            model.caption(images[:1], prompt, min_tokens=least)
+            model.caption(images[:1], prompt=prompt, min_new_tokens=least)
         with pytest.raises(ValueError, match=says):
-            next(model.stream_captions(images[:1], prompt, min_tokens=least))
-    (told,) = model.captions(images[:1], min_tokens=23)
+            next(model.stream_captions(images[:1], prompt=prompt, min_new_tokens=least))
+    (told,) = model.captions(images[:1], min_new_tokens=23)
     assert told[0].num_tokens == 23 and not told[0].finished
 
 
@@ -209,9 +204,9 @@ def test_a_prompt_without_room_is_named_before_an_image_is_read(model):  # noqa:
     says = rf"^prompt '{long[:60]}'\.\.\.: {tokens} tokens, and the model writes 24 in all, with be"
     missing = [f"none-{number}.png" for number in range(3)]
     with pytest.raises(ValueError, match=says):
-        model.captions(missing, ["a", "a", long])
+        model.captions(missing, prompt=["a", "a", long])
     with pytest.raises(ValueError, match=says):
-        next(model.stream_captions(missing, ["a", "a", long]))
+        next(model.stream_captions(missing, prompt=["a", "a", long]))
 
 
 def test_columns_of_paths_and_values_of_a_dict_are_lists(model, images, tmp_path):  # noqa: F811
@@ -278,9 +273,9 @@ def test_prompts_that_are_no_text_are_named(model, images):  # noqa: F811
         (3, "prompts=3: give a str for all images, or a list of them"),
     ):
         with pytest.raises(ValueError, match=f"^{says}"):
-            model.caption(images[:2], given)
+            model.caption(images[:2], prompt=given)
         with pytest.raises(ValueError, match=f"^{says}"):
-            next(model.stream_captions(images[:2], given))
+            next(model.stream_captions(images[:2], prompt=given))
 
 
 def test_devices_that_are_no_list_are_named(model):  # noqa: F811

@@ -190,7 +190,9 @@ def test_a_trained_model_takes_images_of_any_shape(data, trained):
     assert np.isfinite(together).all() and len(model.caption(images)) == 5
     assert model.features(images).shape == (5, 16)
     asked = ["a picture"] * 5
-    assert model.answer(ready, asked, max_tokens=3) == model.answer(images, asked, max_tokens=3)
+    assert model.answer(ready, asked, max_new_tokens=3) == model.answer(
+        images, asked, max_new_tokens=3
+    )
     with pytest.raises(ValueError, match="explain takes square images"):
         model.explain(images[:1], ["picture"])
 

@@ -52,7 +52,7 @@ def test_onnx_programs_equal_the_model_in_float32(
     for _ in range(6):
         token = decoder.step(token).argmax(-1).astype(np.int32)
         ids.append(token)
-    for row, (caption,) in zip(np.stack(ids, 1), model.captions(pair, max_tokens=6)):
+    for row, (caption,) in zip(np.stack(ids, 1), model.captions(pair, max_new_tokens=6)):
         assert (words.bos_id, *row[: caption.num_tokens].tolist()) == caption.tokens
     loaded = coca_jax.load(str(tmp_path))  # it is an export as well
     assert loaded.max_len == model.max_len and loaded.config.model.dtype == "bfloat16"

@@ -26,8 +26,8 @@ import coca_jax
 from coca_jax.cli import convert
 from coca_jax.config import Model, read
 from coca_jax.data.vocabulary.clip_bpe import ClipBpe
-from coca_jax.inference.generation import generate
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import driver
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.interop import export_format, open_clip_config, safetensors
 from coca_jax.interop.open_clip_weights import Layout
 from coca_jax.models import coca, text_decoder
@@ -175,13 +175,13 @@ def cached(pair, params, pixels, length, prompt):
         eos_id=text.vocab_size - 1,
         hidden_id=ClipBpe.hidden_id,
     )
-    captions = generate.generate(
+    captions = driver.generate(
         spec,
         text_decoder.pack(spec, params),
         pair.embed(params, pixels)[1],
         np.tile(np.int32(prompt), (count, 1)),
         np.full(count, len(prompt), np.int32),
-        Settings(max_tokens=length - len(prompt)),
+        GenerationConfig(max_new_tokens=length - len(prompt)),
     )
     found = np.zeros((count, length), np.int32)
     found[:, : len(prompt)] = prompt

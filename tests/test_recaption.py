@@ -81,7 +81,12 @@ def tars(tmp_path_factory):
 
 
 def asked(checkpoint, input, out, **how) -> Request:
-    how = dict(ways=("nucleus,num_captions=2,max_tokens=5",), batch_size=2, rows=4, part=4) | how
+    how = (
+        dict(
+            ways=("nucleus,num_return_sequences=2,max_new_tokens=5",), batch_size=2, rows=4, part=4
+        )
+        | how
+    )
     how.setdefault("format", "webdataset")
     options = Options(check=False)
     return Request(str(input), out=str(out), checkpoints=(checkpoint,), options=options, **how)

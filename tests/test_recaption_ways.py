@@ -12,7 +12,7 @@ from coca_jax.apps.recaption.request import Request, way
 from coca_jax.cli import convert
 from coca_jax.data import prepare
 from coca_jax.data.sources.items import Options
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.inference.tokenization import without_halves
 from coca_jax.runtime import storage
 
@@ -27,17 +27,17 @@ def weights(tmp_path_factory):
 
 
 def test_ways_are_read_and_wrong_ones_are_told():
-    assert way("nucleus,top_p=0.8,num_captions=3") == Settings(
-        temperature=1.0, top_p=0.8, num_captions=3
+    assert way("nucleus,top_p=0.8,num_return_sequences=3") == GenerationConfig(
+        do_sample=True, top_p=0.8, num_return_sequences=3
     )
-    assert way("beams,early_stop=false").early_stop is False
+    assert way("beams,early_stopping=never").early_stopping == "never"
     for text, why in (
         ("best", "begin with one of greedy"),
-        ("greedy,length=3", "no setting 'length'"),
-        ("beams,num_beams=many", "num_beams takes a int"),
-        ("greedy,num_captions=2", "greedy decoding has one caption"),
+        ("greedy,length=3", "unknown field 'length'"),
+        ("beams,num_beams=many", "num_beams='many': give a whole number"),
+        ("greedy,num_return_sequences=2", "greedy decoding has one caption"),
         ("greedy,num_beams=3", "these settings are not greedy; begin with beams"),
-        ("greedy,temperature=0.5", "these settings are not greedy; begin with nucleus"),
+        ("greedy,do_sample=true", "these settings are not greedy; begin with nucleus"),
         ("beams,num_beams=1", "these settings are not beams; begin with greedy"),
         ("nucleus,length_penalty=2", "length_penalty=2.0: only beam search uses it"),
     ):
@@ -52,12 +52,12 @@ def test_half_a_character_is_in_no_caption_that_is_kept(weights):
     request = Request(
         *("", "webdataset", ""),
         checkpoints=(weights,),
-        ways=("greedy,max_tokens=6",),
+        ways=("greedy,max_new_tokens=6",),
         batch_size=4,
     )
     captioner = Captioner(request)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    own = captioner.models[0].caption(list(pixels), max_tokens=6)
+    own = captioner.models[0].caption(list(pixels), max_new_tokens=6)
     assert any("\ufffd" in text for text in own)
     pictures = [Picture(n, str(n), [], (image,)) for n, image in enumerate(pixels)]
     found, _ = captioner.part(pictures)
@@ -76,7 +76,7 @@ def test_an_image_that_a_list_names_several_times_is_one():
 
 
 def test_what_a_model_gains_by_an_image_is_over_another_one(weights):
-    how: dict = dict(checkpoints=(weights,), ways=("greedy,max_tokens=6",), batch_size=4)
+    how: dict = dict(checkpoints=(weights,), ways=("greedy,max_new_tokens=6",), batch_size=4)
     captioner = Captioner(Request("", "webdataset", "", **how))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     once = [Picture(n, str(n), [], (pixels[n],)) for n in range(2)]

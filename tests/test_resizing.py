@@ -182,7 +182,7 @@ def run(tmp_path_factory):
     config.data.sources = (dict(path=str(root / "data"), kind="caption"),)
     config.batch_size, config.steps = 8, 2
     data = dict(path=str(root / "data"), split="train")
-    how = dict(max_tokens=4)
+    how = dict(max_new_tokens=4)
     task = dict(kind="captioning", name="things", data=data, attention=True, decode=how)
     config.eval.tasks = (task,)
     train_alone(config, root / "run")

@@ -134,10 +134,10 @@ def client(model, searched):
 
 def test_captions_are_the_model_s(client, model):
     pictures = [png(number) for number in range(3)]
-    fields = [("image", data) for data in pictures] + [("max_tokens", 5), ("explain", "true")]
+    fields = [("image", data) for data in pictures] + [("max_new_tokens", 5), ("explain", "true")]
     status, answer = client.post("/api/caption", *fields)
     assert status == 200, answer
-    wanted = model.captions(pictures, max_tokens=5)
+    wanted = model.captions(pictures, max_new_tokens=5)
     for result, (caption,) in zip(answer["results"], wanted):
         (found,) = result["captions"]
         assert found["text"] == caption.text
@@ -148,7 +148,7 @@ def test_captions_are_the_model_s(client, model):
         assert total == pytest.approx(np.exp(caption.log_prob), rel=0.05)
         assert np.sum(found["words"][0]["attention"]) == pytest.approx(1, abs=1e-3)
         assert np.shape(result["attention"]) == (2, 2)
-    how = [("num_captions", 2), ("temperature", 1), ("seed", 7), ("max_tokens", 5)]
+    how = [("num_return_sequences", 2), ("do_sample", "true"), ("seed", 7), ("max_new_tokens", 5)]
     alone = client.post("/api/caption", ("image", pictures[1]), *how)[1]["results"][0]
     both = client.post("/api/caption", ("image", pictures[0]), ("image", pictures[1]), *how)
     assert both[1]["results"][1] == alone  # whatever runs beside it
@@ -156,12 +156,12 @@ def test_captions_are_the_model_s(client, model):
 
 
 def test_a_stream_grows_to_the_caption(client, model):
-    fields = [("image", png(1)), ("stream", "true"), ("explain", "1"), ("max_tokens", 6)]
+    fields = [("image", png(1)), ("stream", "true"), ("explain", "1"), ("max_new_tokens", 6)]
     status, text = client.post("/api/caption", *fields, ("prompt", "a"))
     found = re.findall(r"event: (\w+)\ndata: (.*)\n\n", text)
     kinds, data = [kind for kind, _ in found], [json.loads(text) for _, text in found]
     assert status == 200 and kinds[-1] == "result" and set(kinds[:-1]) == {"tokens"}
-    (wanted,) = model.captions([png(1)], "a", max_tokens=6)
+    (wanted,) = model.captions([png(1)], prompt="a", max_new_tokens=6)
     (caption,) = data[-1]["captions"]
     assert caption["text"] == wanted[0].text and len(kinds) == wanted[0].num_tokens + 1
     grown = [one["tokens"][0]["text"] for one in data[:-1]]
@@ -284,7 +284,7 @@ def test_requests_that_cannot_be_answered_are_refused(client):
         ("num_beams", "1.5", 422),
         ("temperature", "nan", 422),
         ("seed", 2**32, 422),
-        ("num_captions", 2, 400),  # of greedy decoding
+        ("num_return_sequences", 2, 400),  # of greedy decoding
         ("stream", "maybe", 422),
         ("path", "/etc/passwd", 422),
         ("prompt", "a " * 3000, 422),
@@ -301,7 +301,7 @@ def test_requests_that_cannot_be_answered_are_refused(client):
     ):
         status, _, data = client.send("POST", ask, body, {"Content-Type": kind} if kind else {})
         assert status in (400, 422) and "detail" in json.loads(data), kind
-    assert client.post(ask, image, ("max_tokens", 5))[0] == 200  # it still serves
+    assert client.post(ask, image, ("max_new_tokens", 5))[0] == 200  # it still serves
 
 
 def raw(client, data):
@@ -340,7 +340,7 @@ def test_large_and_slow_bodies_are_refused(client):
             client.metric('coca_jax_requests_total{path="/api/caption",status="400"}') == before + 1
         )
     )
-    assert client.post("/api/caption", ("image", png(0)), ("max_tokens", 5))[0] == 200
+    assert client.post("/api/caption", ("image", png(0)), ("max_new_tokens", 5))[0] == 200
 
 
 @pytest.mark.parametrize("seconds, most", [(0.3, 1000), (0.6, 3)])
@@ -491,10 +491,10 @@ def test_requests_run_together_and_none_is_lost(client, model):
     names = [f"coca_jax_batch_items_{name}" for name in ("count", "sum")]
     before = [client.metric(name) for name in names]
     pictures = [png(number) for number in range(4)]
-    wanted = [row[0].text for row in model.captions(pictures, max_tokens=5)]
+    wanted = [row[0].text for row in model.captions(pictures, max_new_tokens=5)]
 
     def ask(number: int):
-        fields = ("image", pictures[number % 4]), ("max_tokens", 5)
+        fields = ("image", pictures[number % 4]), ("max_new_tokens", 5)
         return client.post("/api/caption", *fields)
 
     with concurrent.futures.ThreadPoolExecutor(20) as pool:

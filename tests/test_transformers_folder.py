@@ -168,7 +168,7 @@ def wanted(model, images, texts):
     captions = model.captions(images)
     found["captions"] = [one.text for (one,) in captions]
     found["caption_log_probs"] = np.array([one.log_prob for (one,) in captions])
-    found["prompted"] = model.caption(images, "a red")
+    found["prompted"] = model.caption(images, prompt="a red")
     if model.head_kind:
         shown = list(zip(images, images[::-1])) if model.head_kind.images == 2 else images
         asked = texts if model.head_kind.reads_text else None
@@ -248,7 +248,7 @@ for folder in sys.argv[1:]:
     model = CoCaModel.from_folder(folder)
     greedy = model.caption(images)
     seeds = [torch.Generator().manual_seed(0) for _ in range(3)]
-    how = dict(temperature=1.0, max_new_tokens=5)
+    how = dict(do_sample=True, max_new_tokens=5)
     sampled = [model.caption(images, generator=seed, **how) for seed in seeds[:2]]
     assert sampled[0] == sampled[1] != greedy
     assert model.caption(images, generator=seeds[2], top_k=1, **how) == model.caption(

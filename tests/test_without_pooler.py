@@ -30,7 +30,7 @@ def test_captions_written_from_a_cache_are_those_of_the_whole_pass(words, images
     out = model.forward((images / 255 - 0.5) / 0.5, tokens)
     assert out.image_tokens.shape == (6, 4, 16)  # of 2 x 2 patches
     np.testing.assert_allclose(model.encode_image(images), out.image_embedding, atol=1e-5)
-    found = [row[0] for row in model.captions(images, max_tokens=8, min_tokens=3)]
+    found = [row[0] for row in model.captions(images, max_new_tokens=8, min_new_tokens=3)]
     for caption, explained in zip(found, model.explain(images, found)):
         total = sum(word.log_prob for word in explained.words)
         assert total == pytest.approx(caption.log_prob, abs=1e-3)

@@ -61,7 +61,7 @@ summary = trainer.train(config, str(root / "run"))
 assert summary["retrieval/a/num_images"] == 23, summary
 model = coca_jax.load(str(root / "run"))
 pictures = sorted(map(str, (root / "raw" / "a").glob("*.png")))[:3]
-assert len(model.caption(pictures, max_tokens=3)) == 3
+assert len(model.caption(pictures, max_new_tokens=3)) == 3
 assert model.encode_image(pictures).shape == (3, 16)
 print("done", sorted(set({BLOCKED}) & set(sys.modules)))
 """)

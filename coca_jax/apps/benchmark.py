@@ -29,8 +29,8 @@ from coca_jax.data.batches import open_stream
 from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.data.sources import files
 from coca_jax.data.sources.records import Record
-from coca_jax.inference.generation import generate
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import driver
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.interop import open_clip_config
 from coca_jax.models import coca, text_decoder
 from coca_jax.models.image_encoder import normalise_pixels
@@ -461,9 +461,9 @@ def caption(
         return model.apply({"params": params}, normal, method="encode_image")[1]
 
     def write(count: int) -> Any:
-        settings = Settings(max_tokens=count, min_tokens=count, num_beams=beams)
+        settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, num_beams=beams)
         image_tokens = look(params, pixels)
-        return generate.generate(spec, weights, image_tokens, prompt, lengths, settings)
+        return driver.generate(spec, weights, image_tokens, prompt, lengths, settings)
 
     result = timed(
         lambda: write(tokens),

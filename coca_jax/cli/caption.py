@@ -16,12 +16,14 @@ Examples:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
+import json
 import os
 import posixpath
 import sys
 import time
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +34,8 @@ from coca_jax.cli import main as cli
 from coca_jax.data import image_files
 from coca_jax.data.sources import formats
 from coca_jax.inference import caption_files
-from coca_jax.inference.generation.config import NOTES, Settings
+from coca_jax.inference.generation import config
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.runtime import activity, growing_file, lease, storage
 
 OPERANDS = "pictures and folders of them"
@@ -54,9 +57,24 @@ def define_flags() -> None:
         float: flags.DEFINE_float,
         bool: flags.DEFINE_bool,
     }
-    for field in dataclasses.fields(Settings):
-        note = SEED if field.name == "seed" else NOTES[field.name]
-        define[type(field.default)](field.name, field.default, note)
+    for name, default in config.defaults().items():
+        note = SEED if name == "seed" else config.metadata(name)["help"]
+        kind = typing.get_args(config.KINDS[name])[:1] or (config.KINDS[name],)  # of Annotated
+        if isinstance(config.KINDS[name], types.UnionType):
+            kind = (str,)
+        define.get(kind[0], flags.DEFINE_string)(
+            name, None, f"{note} Default: the model's, usually {json.dumps(default)}."
+        )
+
+
+def _overrides() -> dict[str, Any]:
+    """The fields of GenerationConfig that flags give."""
+    given = {name: flags.FLAGS[name].value for name in config.defaults()}
+    return {
+        name: config.parse(name, value) if isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -75,8 +93,9 @@ def main(argv: Sequence[str]) -> None:
     start, args = time.time(), flags.FLAGS
     if not args.checkpoint or len(argv) < 2:
         raise ValueError("give --checkpoint=DIR IMAGE_OR_FOLDER ...")
-    how = {field.name: args[field.name].value for field in dataclasses.fields(Settings)}
-    Settings(**how)  # bad settings are told before anything is loaded
+    how = _overrides()
+    if os.path.isdir(args.checkpoint):  # before anything is loaded
+        GenerationConfig.from_pretrained(args.checkpoint).updated(how)
     named = [storage.plain_path(one) for one in argv[1:]]
     for one in named:
         if one.lower().endswith(formats.PACKED) and not os.path.isdir(one):
@@ -107,10 +126,13 @@ def main(argv: Sequence[str]) -> None:
 def _caption(paths: dict[str, str], named: list[str], how: dict[str, Any]) -> dict[str, Any]:
     """Captions the images that --out does not hold; how many those are, and how many failed.
 
-    paths: of all images, by their whole paths; named: what the command line names; how: settings.
+    paths: of all images, by their whole paths; named: what the command line names; how: fields of
+    GenerationConfig.
     """
     args = flags.FLAGS
-    how_made = dict(how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype)
+    how_made = dict(
+        config.defaults() | how, prompt=args.prompt, num_frames=args.num_frames, dtype=args.dtype
+    )
     done, size, before = _there(how_made)
     base = caption_files.base(before)
     left = [path for whole, path in paths.items() if whole not in done]
@@ -164,13 +186,13 @@ def _add(out: growing_file.Growing, line: bytes) -> None:
 
 
 def _warn_room(model: Any) -> None:
-    """Says where --max_tokens asks for more than a caption can have."""
+    """Says where --max_new_tokens asks for more than a caption can have."""
     args = flags.FLAGS
     room = model.max_len - 1 - len(model.vocabulary.encode(args.prompt))
-    if args["max_tokens"].present and args.max_tokens > room:
+    if args["max_new_tokens"].present and args.max_new_tokens > room:
         behind = " behind this prompt" if args.prompt else ""
         cli.say(
-            f"--max_tokens={args.max_tokens}: captions of this model end after {room} tokens"
+            f"--max_new_tokens={args.max_new_tokens}: captions of this model end after {room} tokens"
             f"{behind}, its texts being of {model.max_len} (model.text.max_len)"
         )
 
@@ -189,7 +211,7 @@ def _images(paths: list[str], named: list[str], may_be_none: bool) -> list[str]:
 
 def _there(header: dict[str, Any]) -> tuple[set[str], int, dict[str, Any] | None]:
     """The whole paths of the images that --out holds, its bytes, and what it was begun with, None
-    where it does not say. Raises ValueError where it was begun with other settings than `told`."""
+    where it does not say. Raises ValueError where it was begun with other settings than `how_made`."""
     out = flags.FLAGS.out
     if not out:
         return set(), 0, None

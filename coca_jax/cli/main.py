@@ -27,7 +27,6 @@ from absl import app, flags, logging
 
 import coca_jax
 from coca_jax.cli import data_flags
-from coca_jax.inference.generation import config
 from coca_jax.runtime import (
     activity,
     extras,
@@ -463,7 +462,8 @@ _SAME = (
     ("data", "input", "dataset", "folder", "images", "image", "path"),
     ("checkpoint", "init_from", "input", "model", "weights", "ckpt", "run", "pretrained"),
     ("workdir", "out", "output", "output_dir", "outdir", "save_dir"),
-    *config.SAME,
+    ("num_beams", "beams", "beam_size"),
+    ("max_new_tokens", "max_new_tokens", "max_length", "max_len", "seq_len"),
     *recipes.SAME,
 )
 
@@ -479,9 +479,7 @@ def _unknown_flag(name: str, argv: Sequence[str], module: Any) -> str:
     if name in ("device", "gpu", "cuda"):
         return f"{text}; JAX_PLATFORMS=cpu, cuda or tpu before the command chooses the devices"
     if name == "generation_type" and "num_beams" in names:
-        return (
-            f"{text}; --num_beams=6 searches by beams, --temperature=1 samples (--top_p, --top_k)"
-        )
+        return f"{text}; --num_beams=6 searches by beams, --do_sample samples (--top_p, --top_k)"
     same = next((group for group in _SAME if name in group), ())
     meant = next((other for other in (name, *same) if other in names), None)
     if meant:

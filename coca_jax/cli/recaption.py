@@ -12,7 +12,7 @@ Images that cannot be read are listed in OUT/quarantine.jsonl.
 Examples:
   coca-jax recaption --checkpoint=runs/a --input='tars/{000..099}.tar' --out=better
   coca-jax recaption --checkpoint=runs/a,runs/b --input=photos/ --out=p --to=parquet \\
-      --how=beams,num_captions=2 --how=nucleus,top_p=0.9,num_captions=3 --embeddings
+      --how=beams,num_return_sequences=2 --how=nucleus,top_p=0.9,num_return_sequences=3 --embeddings
   coca-jax recaption --checkpoint=runs/a --input=tars/ --out=half --text=all --quantile=0.5
   coca-jax recaption --captioner=http://localhost:8000/v1 --checkpoint=ViT-B-32:openai \\
       --prompt='Describe the image in one sentence.' --input=photos/ --out=described

@@ -4,7 +4,7 @@
     model.caption(["cat.jpg", "dog.jpg"])
 
 The way of a photo: model.py (what `load` returns) asks read_images.py for pixels, programs.py for
-what the network makes of them, generation/ for tokens and texts.py for words. loading.py turns a
+what the network makes of them, generation/ for tokens and tokenization.py for words. loading.py turns a
 folder, a file or a name into a model. TensorFlow is never imported here; JAX is with the first of
 the names below, so that a command may check its settings before.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coca_jax.config.base import plain
 from coca_jax.inference import fingerprint, prefetch
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import config
 from coca_jax.runtime import bounded_json, json_files, storage
 
 if TYPE_CHECKING:
@@ -88,12 +88,12 @@ def base(before: dict[str, Any] | None) -> str:
 
 def check_settings(out: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ValueError, naming the first difference, where captions were begun with other
-    settings than `now`. One that a file does not name, since an older version began it, was as by
-    default."""
-    usual = {field.name: field.default for field in dataclasses.fields(Settings)}
+    settings than `now`. A field that a file lacks, since an older version began it, had its default
+    value."""
+    usual = config.defaults()
     for name, value in now.items():
         begun = before["how"].get(name, usual.get(name, value))
-        if begun != value:
+        if plain(begun) != plain(value):  # JSON makes lists of tuples
             raise ValueError(
                 f"--out={out} was begun with {name}={begun!r}, not {value!r}; give the same, or "
                 "another --out"
@@ -124,12 +124,13 @@ def caption_files(
     *,
     batch_size: int = 32,
     prompt: str = "",
-    **how: Any,
+    **overrides: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yields {"image", "caption", "score"} or {"image", "error"} for each path, in order; an error
     names the image.
 
-    With several captions per image also "captions": all of them, as {"caption", "score"}. An
+    overrides: fields of the model's `generation_config` to change. With several captions per image
+    also "captions": all of them, as {"caption", "score"}. An
     image's random numbers come from its path: what else is captioned does not change its captions.
     """
     for batch in read_batches(model, paths, batch_size):
@@ -138,7 +139,7 @@ def caption_files(
         if good:
             seeds = [zlib.crc32(os.fsencode(path)) for path, _ in good]
             pixels = np.stack([pixels for _, pixels in good])
-            captions = model.captions(pixels, prompt, seeds=seeds, **how)
+            captions = model.captions(pixels, prompt=prompt, seeds=seeds, **overrides)
         by_path = dict(zip((path for path, _ in good), captions))
         for path, found in batch:
             if path not in by_path:

@@ -84,7 +84,7 @@ class Encoders:
         how = dict(
             batch_size=self.batch_size, num_frames=self.num_frames, class_names=self.class_names
         )
-        attributes = dict(stored_dtype=self.stored_dtype, step=self.step)
+        attributes = {name: vars(self)[name] for name in _ATTRIBUTES if name in vars(self)}
         return _made_again, (type(self), (self.config, params, self.vocabulary), how, attributes)
 
     def _module(self, params: dict) -> Any:
@@ -344,6 +344,9 @@ def _made_again(
     model: Encoders = kind(*made_of, **how)
     vars(model).update(attributes)
     return model
+
+
+_ATTRIBUTES = ("stored_dtype", "step", "generation_config")  # set after the model is made
 
 
 def _names(given: Sequence[str], classes: int) -> list[str]:

@@ -88,6 +88,8 @@ def write(
         path = os.path.join(scratch, f"vocabulary{suffix}")
         words.save(path)
         export_format.write_export(folder, model.params, config, path, hub=hub, programs=programs)
+    if model.writes_captions:
+        model.generation_config.save_pretrained(folder)
 
 
 def write_hub(

@@ -18,6 +18,7 @@ from coca_jax.data import vocabulary
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.inference import devices as chosen_devices
 from coca_jax.inference import preprocess
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.inference.model import CoCaModel, model_class
 from coca_jax.interop import export_format, hub, weights_files
 from coca_jax.interop.open_clip_weights import compare
@@ -76,6 +77,8 @@ def load(
         class_names=class_names,
     )
     model.stored_dtype, model.step = stored, step
+    if model.writes_captions and place.is_dir():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 

@@ -20,8 +20,8 @@ from coca_jax.inference import explain
 from coca_jax.inference import tokenization as text_arrays
 from coca_jax.inference.embeddings import Encoders
 from coca_jax.inference.explain import Explanation
-from coca_jax.inference.generation import continuous, generate
-from coca_jax.inference.generation.config import Settings, own_seeds
+from coca_jax.inference.generation import continuous, driver
+from coca_jax.inference.generation.config import GenerationConfig, own_seeds
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.scores import Scores
 from coca_jax.inference.tokenization import Caption
@@ -55,6 +55,8 @@ class CoCaModel(Scores):
 
     Attributes:
         class_names: of the task head, in the order of `classify`; empty without one.
+        generation_config: how captions are written by default; `load` reads it from a folder's
+            generation_config.json.
         head_kind: what the task head reads; None without one.
         stored_dtype: that of its configuration, whatever `load` was told to compute in.
         step: of the run, after which `load` found it in a checkpoint; None of other weights.
@@ -65,73 +67,89 @@ class CoCaModel(Scores):
     """
 
     writes_captions: ClassVar[bool] = True
+    generation_config = GenerationConfig()
 
     # -- captions -------------------------------------------------------------------------------
 
     def caption(
         self,
         images: Any,
-        prompt: str | Sequence[str] | None = "",
+        generation_config: GenerationConfig | None = None,
         *,
+        prompt: str | Sequence[str] = "",
         progress: bool = False,
-        **how: Any,
+        **overrides: Any,
     ) -> list[str]:
-        """The best caption of each image. how: fields of
-        `generation.settings.Settings`.
+        """The best caption of each image.
 
-        prompt: how captions begin, one text for all images or one each. Raises ValueError for
-        settings that exclude each other, a prompt or min_tokens without room, or a wrong number of
-        prompts.
+        generation_config: how captions are written; default: the model's own, `generation_config`.
+        overrides: fields of it to change. prompt: how captions begin, one text for all images or
+        one each. Raises ValueError for an unknown field (the message lists them), values that
+        exclude each other, a prompt or min_new_tokens without room, or a wrong number of prompts.
         """
-        found = self.captions(images, prompt, progress=progress, **how)
+        found = self.captions(
+            images, generation_config, prompt=prompt, progress=progress, **overrides
+        )
         return [captions[0].text for captions in found]
 
     def captions(
         self,
         images: Any,
-        prompt: str | Sequence[str] | None = "",
+        generation_config: GenerationConfig | None = None,
         *,
+        prompt: str | Sequence[str] = "",
         seeds: Sequence[int] | None = None,
         progress: bool = False,
-        **how: Any,
+        **overrides: Any,
     ) -> list[list[Caption]]:
-        """`num_captions` captions of each image with their log probabilities, most probable first
-        (beams: by the score that ranked them).
+        """`num_return_sequences` captions of each image with their log probabilities, most probable
+        first (beams: by the score that ranked them); arguments as of `caption`.
 
         seeds: a number for each image, from 0 and below 2**32, that makes its random numbers its
         own; default: its place in the list. With the same `seed` and number an image gets the same
         captions in any company.
         """
-        settings = Settings.of(how)
-        settings.check_beams(self.vocabulary.size)
+        config = self._generation(generation_config, overrides)
         images = self._reader.listed(images)
-        prompts = text_arrays.one_each("" if prompt is None else prompt, len(images))
-        text_arrays.check_room(self.vocabulary, prompts, self.max_len, settings.min_tokens)
+        prompts = text_arrays.one_each(prompt, len(images))
+        text_arrays.check_room(self.vocabulary, prompts, self.max_len, config.min_new_tokens)
         numbers = own_seeds(seeds, len(images))
         captions: list[list[Caption]] = []
         for pixels in self._reader.batches(images, progress):
             part = slice(len(captions), len(captions) + len(pixels))
-            captions += self._caption_batch(pixels, prompts[part], settings, numbers[part])
+            captions += self._caption_batch(pixels, prompts[part], config, numbers[part])
         return captions
+
+    def _generation(
+        self, generation_config: GenerationConfig | None, overrides: dict[str, Any]
+    ) -> GenerationConfig:
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise ValueError(
+                f"generation_config={generation_config!r}: not a GenerationConfig. Give one, or its "
+                "fields by name."
+            )
+        config = (generation_config or self.generation_config).updated(overrides)
+        config.check_ids(self.vocabulary.size)
+        return config
 
     def stream_captions(
         self,
         images: Any,
-        prompts: str | Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
+        prompt: str | Sequence[str] = "",
         seeds: Sequence[int] | None = None,
-        **how: Any,
+        **overrides: Any,
     ) -> Iterator[list[list[Caption]]]:
         """The captions of at most batch_size images while they are written: yields them after each
         token, as far as they are. They end as those of `captions`, in the order of drawing.
 
-        prompts: one text for all images or one each; seeds: one for each image. Raises ValueError
-        as `captions`, and for beams.
+        Arguments as of `captions`. Raises ValueError as `captions`, and for beams.
         """
-        settings = Settings.of(how)
+        config = self._generation(generation_config, overrides)
         images = self._reader.listed(images)
-        texts = text_arrays.one_each("" if prompts is None else prompts, len(images))
-        text_arrays.check_room(self.vocabulary, texts, self.max_len, settings.min_tokens)
+        texts = text_arrays.one_each(prompt, len(images))
+        text_arrays.check_room(self.vocabulary, texts, self.max_len, config.min_new_tokens)
         rows = own_seeds(seeds, len(images))
         batches = list(self._reader.batches(images, False))
         if len(batches) > 1:
@@ -140,17 +158,17 @@ class CoCaModel(Scores):
             return
         pixels = batches[0]
         size = self._devices.bucket(len(pixels))
-        prompt = text_arrays.prompts(self.vocabulary, texts, size)
+        begin = text_arrays.prompts(self.vocabulary, texts, size)
         with self._devices.context():
             self._begin_decoding()
             tokens = self._image_tokens(pixels, size)
-            steps = generate.stream(
+            steps = driver.stream(
                 self._spec,
                 self._decoder_weights,
                 tokens,
-                prompt.tokens,
-                prompt.lengths,
-                settings,
+                begin.tokens,
+                begin.lengths,
+                config,
                 **_rows(rows, size),
             )
         while True:
@@ -158,28 +176,28 @@ class CoCaModel(Scores):
                 decoded = next(steps, None)
             if decoded is None:
                 return
-            yield text_arrays.captions(self.vocabulary, prompt.ids, decoded, by_log_prob=False)
+            yield text_arrays.captions(self.vocabulary, begin.ids, decoded, by_log_prob=False)
 
     def _caption_batch(
-        self, pixels: np.ndarray, prompts: list[str], settings: Settings, rows: np.ndarray
+        self, pixels: np.ndarray, prompts: list[str], config: GenerationConfig, rows: np.ndarray
     ) -> list[list[Caption]]:
         size = self._devices.bucket(len(prompts))
         prompt = text_arrays.prompts(self.vocabulary, prompts, size)
         with self._devices.context():
             self._begin_decoding()
             tokens = self._image_tokens(pixels, size)
-            decoded = generate.generate(
+            decoded = driver.generate(
                 self._spec,
                 self._decoder_weights,
                 tokens,
                 prompt.tokens,
                 prompt.lengths,
-                settings,
+                config,
                 **_rows(rows, size),
             )
             decoded = self._programs.gather(decoded)
         return text_arrays.captions(
-            self.vocabulary, prompt.ids, decoded, by_log_prob=settings.num_beams == 1
+            self.vocabulary, prompt.ids, decoded, by_log_prob=config.streams
         )
 
     def image_tokens(self, pixels: np.ndarray) -> tuple[np.ndarray, jax.Array]:
@@ -198,7 +216,7 @@ class CoCaModel(Scores):
         counts: Sequence[int],
         seeds: Sequence[int],
         prompt: str,
-        settings: Settings,
+        config: GenerationConfig,
         rows: int,
     ) -> list[list[Caption]]:
         """`captions` of images whose tokens `image_tokens` gave, counts[i] of them in tokens[i].
@@ -208,7 +226,8 @@ class CoCaModel(Scores):
         same to the bit whenever the whole call is; in other company their sums may round
         otherwise.
         """
-        settings.check_beams(self.vocabulary.size)
+        config.check_ids(self.vocabulary.size)
+        text_arrays.check_room(self.vocabulary, [prompt], self.max_len, config.min_new_tokens)
         size = self._devices.bucket(self.batch_size)
         known = text_arrays.prompts(self.vocabulary, [prompt] * size, size)
         numbers = np.asarray(seeds, np.uint32)
@@ -225,13 +244,13 @@ class CoCaModel(Scores):
         )
         with self._devices.context():
             decoded = continuous.generate(
-                self._spec, self._decoder_weights, blocks, settings, -(-rows // size) * size
+                self._spec, self._decoder_weights, blocks, config, -(-rows // size) * size
             )
         return text_arrays.captions(
             self.vocabulary,
             [known.ids[0]] * len(numbers),
             decoded,
-            by_log_prob=settings.num_beams == 1,
+            by_log_prob=config.streams,
         )
 
     def _begin_decoding(self) -> None:
@@ -264,11 +283,17 @@ class CoCaModel(Scores):
 
     @text_arrays.warn_truncated()
     def answer(
-        self, images: Any, questions: str | Sequence[str], *, progress: bool = False, **how: Any
+        self,
+        images: Any,
+        questions: str | Sequence[str],
+        generation_config: GenerationConfig | None = None,
+        *,
+        progress: bool = False,
+        **overrides: Any,
     ) -> list[str]:
         """The answer that the decoder writes behind each question about each image.
 
-        how: as of `caption`. Raises ValueError unless there are as many questions as images. Warns
+        generation_config, overrides: as of `caption`. Raises ValueError unless there are as many questions as images. Warns
         where the model's run trained on data that ask nothing.
         """
         images = self._reader.listed(images)
@@ -288,7 +313,9 @@ class CoCaModel(Scores):
             whole = len(ids) > len(self.vocabulary.encode(question))
             text_arrays.note_cuts([not whole], self.max_len)
             prompts.append(question if whole else self.vocabulary.decode(ids[1:]))
-        written = self.caption(images, prompts, progress=progress, **how)
+        written = self.caption(
+            images, generation_config, prompt=prompts, progress=progress, **overrides
+        )
         known = [self.vocabulary.decode(self.vocabulary.encode(prompt)) for prompt in prompts]
         return [text[len(prompt) :].strip() for text, prompt in zip(written, known)]
 

@@ -188,9 +188,9 @@ def one_each(given: str | Sequence[str], count: int) -> list[str]:
     return given
 
 
-def check_room(vocabulary: Vocabulary, texts: Sequence[str], max_len: int, min_tokens: int) -> None:
+def check_room(vocabulary: Vocabulary, texts: Sequence[str], max_len: int, least: int) -> None:
     """Raises ValueError naming the first prompt behind which a model of max_len writes no token, or
-    fewer than min_tokens: before the first of many images is read."""
+    fewer than `least`: before the first of many images is read."""
     known = list(dict.fromkeys(texts))
     given = [text for text in known if text]
     ids_of = dict(zip(given, vocabulary.encode_many(given))) if given else {}
@@ -203,9 +203,9 @@ def check_room(vocabulary: Vocabulary, texts: Sequence[str], max_len: int, min_t
                 f"prompt {named}: {len(ids)} tokens, and the model writes {max_len} in all, with "
                 "begin and end (model.text.max_len); shorten it"
             )
-        if room < min_tokens:
+        if room < least:
             raise ValueError(
-                f"min_tokens={min_tokens}: behind a prompt of {len(ids)} tokens the model writes "
+                f"min_new_tokens={least}: behind a prompt of {len(ids)} tokens the model writes "
                 f"{room} (model.text.max_len={max_len}); lower it"
             )
 
@@ -246,7 +246,7 @@ def captions(
     """The captions of each image, most probable first where asked, else in the decode's order.
     Beams that found no more have no token and are left out; one stays where there is no other.
 
-    prompt_ids: of each image, begin symbol first. decoded: `generation.loop.Captions`.
+    prompt_ids: of each image, begin symbol first. decoded: `generation.driver.Captions`.
     """
     tokens, lengths, log_probs = (np.asarray(x) for x in decoded)
     written = []

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import jax
 
 _DEEPEST = 32  # levels of a tree of parameters
+GENERATION = "generation_config.json"
 CONFIG, PARAMS, PROGRAMS = "config.json", "params.safetensors", "programs"
 HUB_PARAMS, LIBRARY = "model.safetensors", dict(library_name="coca_jax")
 CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"  # in the layout of the hub
@@ -233,6 +234,8 @@ def files(directory: str | os.PathLike[str]) -> list[str]:
     folder = pathlib.Path(directory)
     config: dict[str, Any] = bounded_json.parse((folder / CONFIG).read_bytes())
     names = [CONFIG, *config[json_files.FILES_KEY]]
+    if (folder / GENERATION).exists():
+        names.append(GENERATION)
     if config.items() >= LIBRARY.items():
         names += [name for name in (CARD, PREPROCESSOR) if (folder / name).exists()]
     return sorted(names)

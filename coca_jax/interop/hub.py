@@ -20,7 +20,13 @@ from coca_jax.runtime import bounded_json, extras
 
 PREFIX = "hf-hub:"  # as open_clip names what is on the hub
 _SMALL = [
-    *(export_format.CONFIG, open_clip_config.CONFIG_FILE, "tokenizer.*", "spiece.model"),
+    *(
+        export_format.CONFIG,
+        export_format.GENERATION,
+        open_clip_config.CONFIG_FILE,
+        "tokenizer.*",
+        "spiece.model",
+    ),
     *(towers_config.TOKENIZER, towers_config.PREPROCESSOR, clip_bpe.FILE_NAME),
 ]
 

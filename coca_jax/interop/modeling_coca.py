@@ -753,16 +753,17 @@ class CoCaModel(PreTrainedModel):
         prompts: Sequence[Sequence[int]] | None = None,
         *,
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 50,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Generated:
         """Writes a caption for each image.
 
         prompts: of each image the token ids that its caption starts with, begin symbol included.
-        temperature: 0 takes the most probable token, more samples; then among the top_k most
-        probable tokens (0: all) and the fewest that together have probability top_p.
+        do_sample: sample among the top_k most probable tokens (0: all) and the fewest that together
+        have probability top_p; otherwise take the most probable token.
         """
         ids, max_len = self.config.tokenizer, self.config.model["text"]["max_len"]
         image_tokens = self.encode_image(pixel_values)[1]
@@ -789,7 +790,7 @@ class CoCaModel(PreTrainedModel):
             )
             scores = logits.log_softmax(-1)
             allowed = scores[:, : ids["size"]]  # the model may have more rows than there are ids
-            if temperature > 0:
+            if do_sample:
                 chosen = sample(allowed / temperature, top_k, top_p, generator)
             else:
                 chosen = allowed.argmax(-1)

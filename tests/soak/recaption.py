@@ -35,7 +35,7 @@ import forks  # noqa: E402
 from coca_jax.data.synthetic_source import Scenes  # noqa: E402
 
 TARS, PICTURES = 4, 40  # of each tar
-HOW = "--how=nucleus,num_captions=2,max_tokens=20"
+HOW = "--how=nucleus,num_return_sequences=2,max_new_tokens=20"
 SIZES = ("--batch_size=8", "--rows=16", "--part=8", "--embeddings")
 STARTS = 50  # of a work that is to end by itself: one that never does has failed
 

@@ -95,7 +95,7 @@ class ChatCaptioner:
         for number, prompt in enumerate(self._request.prompts):
             for place, text in enumerate(self._request.ways):
                 settings = way(text)
-                for copy in range(settings.num_captions):
+                for copy in range(settings.num_return_sequences):
                     body: dict[str, Any] = dict(
                         model=self._model,
                         messages=[
@@ -107,9 +107,9 @@ class ChatCaptioner:
                                 ],
                             )
                         ],
-                        temperature=settings.temperature,
+                        temperature=settings.temperature if settings.do_sample else 0.0,
                         seed=zlib.crc32(f"{key} {copy}".encode("utf-8", "surrogatepass")) >> 1,
-                        max_tokens=settings.max_tokens or 256,
+                        max_tokens=settings.max_new_tokens,
                     )
                     if settings.top_p < 1:
                         body["top_p"] = settings.top_p

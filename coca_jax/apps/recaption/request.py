@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from coca_jax.data.sources.items import Options
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation import config
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.runtime import extras
 
 FORMATS = ("tar", "parquet", "array_record")
@@ -14,7 +16,7 @@ TEXTS = ("better", "synthetic", "original", "all")
 _USUAL: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": dict(num_beams=4),
-    "nucleus": dict(temperature=1.0, top_p=0.9),
+    "nucleus": dict(do_sample=True, top_p=0.9),
 }
 
 
@@ -115,45 +117,29 @@ class Request:
         return found
 
 
-def way(text: str) -> Settings:
-    """Settings of a text such as 'nucleus,top_p=0.8,num_captions=3': a name (greedy, beams,
-    nucleus), then fields of `Settings`.
+def way(text: str) -> GenerationConfig:
+    """The config of a text such as 'nucleus,top_p=0.8,num_return_sequences=3': a name (greedy,
+    beams, nucleus), then fields of GenerationConfig.
 
     Raises:
-        ValueError: an unknown name or field, settings that exclude each other, or those of another
+        ValueError: an unknown name or field, values that exclude each other, or those of another
             name.
     """
-    name, *rest = (part.strip() for part in text.split(","))
+    name, *rest = (part.strip() for part in _PARTS.split(text))
     if name not in _USUAL:
         raise ValueError(f"--how={text}: begin with one of {', '.join(_USUAL)}")
     given: dict[str, Any] = dict(_USUAL[name])
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
-    for part in rest:
-        key, _, value = part.partition("=")
-        if key not in kinds:
-            raise ValueError(f"--how={text}: no setting {key!r}; choose from {', '.join(kinds)}")
-        try:
-            given[key] = _value(kinds[key], value)
-        except ValueError:
-            raise ValueError(f"--how={text}: {key} takes a {kinds[key].__name__}") from None
     try:
-        found = Settings(**given)
+        for part in rest:
+            key, _, value = part.partition("=")
+            given[key] = config.parse(key, value) if key in config.KINDS else value
+        found = GenerationConfig().updated(given)
     except ValueError as error:
         raise ValueError(f"--how={text}: {error}") from None
-    is_so = dict(
-        greedy=found.num_beams == 1 and not found.temperature,
-        beams=found.num_beams > 1,
-        nucleus=found.temperature > 0,
-    )
-    if not is_so[name]:
-        true = next(other for other, holds in is_so.items() if holds)
+    true = "nucleus" if found.do_sample else "greedy" if found.streams else "beams"
+    if name != true:
         raise ValueError(f"--how={text}: these settings are not {name}; begin with {true}")
     return found
 
 
-def _value(kind: type, text: str) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
-    return kind(text)
+_PARTS = re.compile(r",(?![^\[]*\])")  # not those in a list

@@ -23,7 +23,7 @@ from coca_jax.evaluation.evaluators.caption_match import canonical_text
 
 # What is wrong with captions, as far as they tell themselves.
 #
-# cut        no end symbol came within max_tokens
+# cut        no end symbol came within max_new_tokens
 # repeats    a word three times in a row, or three words in the same order three times
 # duplicate  the image has the same text already
 # collapsed  the same text stands at ALIKE or more images and at SHARE of all images of the part

@@ -34,7 +34,8 @@ from coca_jax.apps.serve.server import Guard
 from coca_jax.config import Entry
 from coca_jax.data import images, supervision, synthetic_source, videos
 from coca_jax.data.prompts import PHOTO
-from coca_jax.inference.generation.config import NOTES, Settings
+from coca_jax.inference.generation import config as generation
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.runtime import bounded_json, machine, storage
 
 MAX_LABELS = 1000
@@ -66,24 +67,19 @@ class Pictures(AnyPictures):
     )
 
 
-# Bounds of what a request may ask of caption generation: each value costs a program, or time.
-_BOUNDS: dict[str, tuple[float, float]] = dict(
-    max_tokens=(1, 256), min_tokens=(0, 256), num_captions=(1, 8), num_beams=(1, 8),
-    temperature=(0, 10), top_k=(0, 1_000_000), top_p=(0, 1), min_p=(0, 1), length_penalty=(-10, 10),
-    repetition_penalty=(0, 10), no_repeat_ngram=(0, 8), seed=(0, 2**32 - 1),
-)  # fmt: skip
-
-
-def _setting(field: dataclasses.Field[Any]) -> Any:
-    bounds: Any = dict(zip(("ge", "le"), _BOUNDS.get(field.name, ())))
-    default: Any = pydantic.Field(field.default, description=NOTES[field.name], **bounds)
-    return type(field.default), default
+def _field(name: str, default: Any) -> Any:
+    """A form field of GenerationConfig: (type, description and bound). Lists are texts, as JSON."""
+    kind, declared = generation.KINDS[name], generation.metadata(name)
+    bounds: Any = {} if declared["most"] is None else dict(le=declared["most"])
+    if isinstance(default, tuple):
+        kind, default, bounds = str, json.dumps(default), dict(max_length=10_000)
+    return kind, pydantic.Field(default, description=declared["help"], **bounds)
 
 
 _Generation: Any = pydantic.create_model(
     "Generation",
     __base__=Pictures,
-    **{field.name: _setting(field) for field in dataclasses.fields(Settings)},
+    **{name: _field(name, default) for name, default in generation.defaults().items()},
 )
 
 
@@ -484,7 +480,7 @@ def _usual_similarity(model: Any, held_out: list[bytes]) -> float | None:
     says that the model is guessing. None where the run kept no pictures."""
     if len(held_out) < 10 or not (model.writes_captions and model.explains) or model.num_frames:
         return None
-    work = batcher.StreamedCaptions(Settings(), explain=True)
+    work = batcher.StreamedCaptions(GenerationConfig(), explain=True)
     found = []
     for data in held_out[:40]:  # one by one: these programs are compiled already
         *_, (last,) = work.run(model, [model.fit_image(data)], [""])
@@ -527,17 +523,21 @@ async def caption(form: Annotated[CaptionForm, _FORM], request: Request, server:
     """Captions of pictures. With stream=true server-sent events: `tokens` after each token (none
     with beams), then `result` with what results[0] would be, or `error`."""
     _check_writes(server, form.explain)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: getattr(form, name) for name in names})
+    given = {
+        name: getattr(form, name) for name in generation.KINDS if name in form.model_fields_set
+    }
+    config = server.model.generation_config.updated(
+        {n: generation.parse(n, v) if isinstance(v, str) else v for n, v in given.items()}
+    )
     if not form.stream:
-        work = batcher.Captions(settings, form.explain)
+        work = batcher.Captions(config, form.explain)
         return Captions(results=await server.ask(request, work, form.image, form.prompt))
     if len(form.image) > 1:
         raise HTTPException(400, f"stream: {len(form.image)} pictures. Send one.")
-    kind = batcher.Captions if settings.num_beams > 1 else batcher.StreamedCaptions
+    kind = batcher.StreamedCaptions if config.streams else batcher.Captions
     with server.room(1):
         (pixels,) = await server.pixels(form.image)
-    job = server.batcher.submit(kind(settings, form.explain), pixels, form.prompt)
+    job = server.batcher.submit(kind(config, form.explain), pixels, form.prompt)
     return StreamingResponse(_events(job), media_type="text/event-stream")  # type: ignore[return-value]
 
 

@@ -22,7 +22,7 @@ from absl import logging
 
 from coca_jax.inference import tokenization
 from coca_jax.inference.explain import Explanation
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.inference.model import CoCaModel
 from coca_jax.inference.tokenization import Caption
 
@@ -165,7 +165,7 @@ class Captions:
     """Text: the prompt. Answer: {"captions": [...], "attention"}; `explain` adds to each caption its
     words and its similarity to the picture."""
 
-    settings: Settings
+    config: GenerationConfig
     explain: bool = False
 
     def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
@@ -173,7 +173,7 @@ class Captions:
         images = np.stack(pixels)
         # Equal seeds: captions of an image must not depend on what else is in the batch.
         seeds = [0] * len(images)
-        found = model.captions(images, texts, seeds=seeds, **dataclasses.asdict(self.settings))
+        found = model.captions(images, self.config, prompt=texts, seeds=seeds)
         yield _captions(model, images, found, self.explain)
 
 
@@ -181,15 +181,15 @@ class Captions:
 class StreamedCaptions:
     """As Captions; before the result come {"tokens": [...]}, one for each unfinished caption."""
 
-    settings: Settings
+    config: GenerationConfig
     explain: bool = False
 
     def run(self, model: CoCaModel, pixels: list[Any], texts: list[str]) -> Iterator[list[Any]]:
         """See the class."""
-        images, how = np.stack(pixels), dataclasses.asdict(self.settings)
+        images, seeds = np.stack(pixels), [0] * len(pixels)
         before: list[list[Caption | None]] = []
         found: list[list[Caption]] = []
-        for found in model.stream_captions(images, texts, seeds=[0] * len(images), **how):
+        for found in model.stream_captions(images, self.config, prompt=texts, seeds=seeds):
             before = before or [[None] * len(row) for row in found]
             yield [_tokens(*pair) for pair in zip(before, found)]
             before = list(map(list, found))

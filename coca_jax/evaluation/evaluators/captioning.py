@@ -35,7 +35,7 @@ from coca_jax.evaluation.metrics.intervals import (
     scored,
     with_interval,
 )
-from coca_jax.inference.generation.config import Settings
+from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.runtime import storage
 
 
@@ -156,7 +156,7 @@ class Captioning(Evaluator):
     def check_task(cls, task: Mapping[str, Any]) -> None:
         super().check_task(task)
         try:
-            Settings.of(task.get("decode") or {})
+            GenerationConfig().updated(task.get("decode") or {})
         except ValueError as error:
             raise ValueError(f"{called(task)}: decode: {error}") from None
 

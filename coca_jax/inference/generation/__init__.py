@@ -1,6 +1,8 @@
-"""Captions from image tokens: greedy decoding, sampling and beam search, one compiled program.
+"""Captions from image tokens, with the names of Hugging Face's `generate`.
 
-loop.py runs the program, continuous.py with rows that are taken again as captions end; choice.py
-and beams.py say which token comes next; settings.py, which
-needs no JAX, is what a user may ask for.
+config.py is what a user may ask for. processors/ change the scores of the next token, one file
+each; strategies/ choose tokens by these scores, one file each. driver.py compiles a config's
+strategy and processors with the decoder into programs: a batch at once, a token at a time, or
+continuously (continuous.py). A new file in one of the folders is all that a new processor or
+strategy needs: its options become fields of GenerationConfig, flags and form fields.
 """

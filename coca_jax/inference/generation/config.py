@@ -1,155 +1,208 @@
-"""How to write a caption; apart from the decoding, so that a command checks it without JAX."""
+"""How to write captions; apart from the decoding, so that commands check it without JAX."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import os
+import typing
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
+from annotated_types import Interval
 
 from coca_jax.config import base
+from coca_jax.inference.generation import processors, strategies
+from coca_jax.inference.generation.processors.base import Processor, option
+from coca_jax.inference.generation.strategies.base import Strategy
+from coca_jax.runtime import storage
+
+FILE = "generation_config.json"
+# Fields of transformers' file that say nothing about how a caption is chosen here.
+_IGNORED = {
+    "bos_token_id",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to write a caption.
+class _Length:
+    max_new_tokens: Annotated[int, Interval(ge=1)] = option(
+        64, "New tokens at most, the end symbol included; never past the model's max_len.", most=256
+    )
 
-    max_tokens: new tokens at most, the end symbol included; never past the model's max_len.
-    min_tokens: new tokens that must come before the end symbol, at most max_tokens, and within the
-        model's max_len.
-    num_captions: captions per image, best first, fewer where beams find no more; more than one
-        needs beams or a temperature.
-    num_beams: beams of beam search, at most the ids of the vocabulary; 1: none.
-    temperature: 0 takes the most probable token, more samples.
-    top_k, top_p: sample among the k most probable tokens (0: all), among the fewest most probable
-        ones that together have probability p (Holtzman et al. 2020).
-    min_p: sample among tokens at least this share as probable as the most probable one, at the
-        temperature (Nguyen et al. 2024); 0: all.
-    length_penalty: beams are ranked by log probability / tokens^length_penalty.
-    early_stop: an image's beam search ends when no unfinished beam ranks above its finished
-        captions as it stands; False: only when none could any more, however it went on.
-    repetition_penalty: multiplies the log probability of tokens already there, prompt included;
-        above 1 discourages them (Keskar et al. 2019, on log probabilities).
-    no_repeat_ngram: n-grams of this size appear at most once, prompt included; 0: no rule.
-    seed: of sampling, from 0 to 2**32-1.
+
+_PARTS: list[type] = [_Length, *strategies.ALL, *processors.ALL]
+KINDS: dict[str, Any] = {
+    name: kind
+    for part in _PARTS
+    for name, kind in typing.get_type_hints(part, include_extras=True).items()
+    if name in {field.name for field in dataclasses.fields(part)}
+}
+_FIELDS: dict[str, dataclasses.Field[Any]] = {
+    field.name: field for part in _PARTS for field in dataclasses.fields(part)
+}
+_Fields: Any = dataclasses.make_dataclass(
+    "_Fields",
+    [
+        (name, KINDS[name], dataclasses.field(default=one.default, metadata=one.metadata))
+        for name, one in _FIELDS.items()
+    ],
+    frozen=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(_Fields):
+    """How to write captions, with the names and defaults of Hugging Face's `GenerationConfig`.
+
+    Raises ValueError for a value that is not allowed, for values that exclude each other, and for
+    options that the decoding strategy does not use.
+
+    Fields:
     """
 
-    max_tokens: int = 64
-    min_tokens: int = 0
-    num_captions: int = 1
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    length_penalty: float = 1.0
-    early_stop: bool = True
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    seed: int = 0
-
     def __post_init__(self) -> None:
-        beams, sampled = self.num_beams > 1, self.temperature > 0
-        for name, good, remedy in (
-            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
-            ("min_tokens", self.min_tokens >= 0, "must not be negative"),
-            ("num_beams", self.num_beams >= 1, "must be at least 1"),
-            ("num_captions", self.num_captions >= 1, "must be at least 1"),
-            ("temperature", self.temperature >= 0, "must not be negative"),
-            ("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens"),
-            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "a share from 0 to 1; 0 keeps all tokens"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is neutral"),
-            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "must not be negative"),
-            ("temperature", not (beams and sampled), "beam search does not sample; set it to 0"),
-            (
-                "num_captions",
-                not beams or self.num_captions <= self.num_beams,
-                f"at most num_beams={self.num_beams}; raise num_beams",
-            ),
-            (
-                "num_captions",
-                beams or sampled or self.num_captions == 1,
-                "greedy decoding has one caption per image; set num_beams or temperature",
-            ),
-            ("top_k", sampled or self.top_k == 0, "only sampling uses it; set temperature above 0"),
-            ("top_p", sampled or self.top_p == 1, "only sampling uses it; set temperature above 0"),
-            ("min_p", sampled or self.min_p == 0, "only sampling uses it; set temperature above 0"),
-            (
-                "length_penalty",
-                beams or self.length_penalty == 1,
-                "only beam search uses it; set num_beams above 1",
-            ),
-            (
-                "early_stop",
-                beams or self.early_stop,
-                "only beam search uses it; set num_beams above 1",
-            ),
-            (
-                "min_tokens",
-                self.min_tokens <= self.max_tokens,
-                f"at most max_tokens={self.max_tokens}; raise max_tokens",
-            ),
-            ("seed", 0 <= self.seed < 2**32, "give a whole number from 0 to 4294967295 (2**32-1)"),
-        ):
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)}: {remedy}")
+        for name, kind in KINDS.items():
+            value = base.plain(getattr(self, name))
+            base.check_value(kind, value, name)
+            if isinstance(_FIELDS[name].default, float):
+                value = float(value)  # 1 and 1.0 share a program
+            object.__setattr__(self, name, value)
+        strategy = self._strategy
+        for name, field in _FIELDS.items():
+            value = getattr(self, name)
+            if value in (field.default, field.metadata["off"]):
+                continue
+            users = [one for one in strategies.ALL if name in _names(one)]
+            if users and strategy not in users:
+                raise ValueError(
+                    f"{name}={value!r}: only {users[0].title} uses it. {users[0].remedy}."
+                )
+            samplers = [one for one in processors.ALL if one.samples and name in _names(one)]
+            if samplers and not self._samples:
+                raise ValueError(
+                    f"{name}={value!r}: only sampling uses it. Set do_sample=True and num_beams=1."
+                )
+        for part in (strategy, *processors.ALL):
+            part.check(self)
 
-    def check_beams(self, ids: int) -> None:
-        """Raises ValueError for more beams than the vocabulary has ids: each takes memory, and they
-        all begin with other tokens."""
-        if self.num_beams > ids:
-            raise ValueError(f"num_beams={self.num_beams}: at most {ids}, the vocabulary's ids")
+    @property
+    def _strategy(self) -> type[Strategy]:
+        return next(one for one in strategies.ALL if one.is_asked(self))
 
-    @classmethod
-    def of(cls, how: Mapping[str, Any]) -> Settings:
-        """Settings by their names. Raises ValueError for a name that there is not, a value of
-        another type, and what `Settings` refuses."""
-        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-        for name, value in how.items():
-            if name not in kinds:
-                near = [group[0] for group in SAME if name in group]
-                near += difflib.get_close_matches(name, kinds, n=1)
+    @property
+    def _samples(self) -> bool:
+        return bool(self.do_sample and "do_sample" in _names(self._strategy))
+
+    @property
+    def streams(self) -> bool:
+        """Whether tokens may be shown as they are written."""
+        return self._strategy.streams
+
+    def strategy(self) -> Strategy:
+        """The decoding strategy, with its options."""
+        return self._strategy.from_config(self)
+
+    def processors(self) -> list[Processor]:
+        """The logits processors that have an effect, in order, with their options."""
+        found = [
+            one.from_config(self) for one in processors.ALL if self._samples or not one.samples
+        ]
+        return [one for one in found if one.is_on()]
+
+    def check_ids(self, count: int) -> None:
+        """Raises ValueError for options that a vocabulary of `count` ids can't satisfy."""
+        for part in (self.strategy(), *self.processors()):
+            part.check_ids(count)
+
+    def updated(self, overrides: Mapping[str, Any]) -> Self:
+        """A copy with other values. Raises ValueError for an unknown field."""
+        for name in overrides:
+            if name not in _FIELDS:
+                near = difflib.get_close_matches(name, _FIELDS, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"caption: unknown field {name!r}.{hint} Fields: {', '.join(kinds)}."
+                    f"generation: unknown field {name!r}.{hint} Fields: {', '.join(_FIELDS)}."
                 )
-            base.check_value(kinds[name], value, name)
-        return cls(**how)
+        return dataclasses.replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{field: value} of the fields whose value is not the default, and max_new_tokens."""
+        return {
+            name: getattr(self, name)
+            for name, field in _FIELDS.items()
+            if getattr(self, name) != field.default or name == "max_new_tokens"
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes generation_config.json, which transformers reads too."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        storage.write_text(os.path.join(os.fspath(folder), FILE), text)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+        """Reads generation_config.json, ours or that of transformers; the defaults where a folder
+        has none. Fields that only transformers has are skipped with a warning."""
+        path = storage.place(os.path.join(os.fspath(folder), FILE))
+        if not path.exists():
+            return cls()
+        try:
+            found = json.loads(path.read_text())
+            given = {name: found[name] for name in found if found[name] is not None}
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: not a JSON object. Write it anew.") from None
+        skipped = [n for n in given if n not in _FIELDS and n not in _IGNORED and n[0] != "_"]
+        if skipped:
+            warnings.warn(f"{path}: skipped {', '.join(skipped)}", stacklevel=2)
+        try:
+            return cls(**{name: given[name] for name in given if name in _FIELDS})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
-# What other programs call a field, behind the field.
-SAME = (
-    ("num_beams", "beams", "beam_size", "generation_type"),
-    ("max_tokens", "max_length", "max_len", "max_new_tokens", "seq_len"),
-    ("min_tokens", "min_length", "min_len", "min_new_tokens", "min_seq_len"),
-    ("num_captions", "num_return_sequences"),
-    ("temperature", "do_sample"),
-    ("no_repeat_ngram", "no_repeat_ngram_size"),
-)
-# What each means, for the flags of commands and the fields of forms.
-NOTES = dict(
-    max_tokens="New tokens at most.",
-    min_tokens="New tokens before the caption may end.",
-    num_captions="Captions per image; needs beams or a temperature.",
-    num_beams="Beams of beam search; 1: none.",
-    temperature="0 takes the most probable token, more samples.",
-    top_k="Sample among this many tokens; 0: all.",
-    top_p="Sample among the fewest tokens with this probability.",
-    min_p="Sample among tokens at least this share as probable as the first; 0: all.",
-    length_penalty="Beams rank by log probability / tokens^this.",
-    early_stop="Stop beams when none ranks above the finished captions as it stands.",
-    repetition_penalty="Above 1: discourages tokens already there.",
-    no_repeat_ngram="N-grams of this size appear at most once; 0: no rule.",
-    seed="Of sampling.",
+def _names(part: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(part)]
+
+
+def defaults() -> dict[str, Any]:
+    """{field: its default}."""
+    return {name: field.default for name, field in _FIELDS.items()}
+
+
+def metadata(name: str) -> Mapping[str, Any]:
+    """What a field declares: its help, and `most`, the largest value that a server accepts."""
+    return _FIELDS[name].metadata
+
+
+def parse(name: str, text: str) -> Any:
+    """The value of a field from a text, as flags and forms have it: 3, true, never, [[5], [7, 8]].
+    Raises ValueError if the field does not take it."""
+    try:
+        value = base.plain(json.loads(text.lower()))
+    except ValueError:
+        value = text
+    base.check_value(KINDS[name], value, name)
+    return value
+
+
+GenerationConfig.__doc__ = (GenerationConfig.__doc__ or "") + "".join(
+    f"    {name} ({field.default!r}): {field.metadata['help']}\n    "
+    for name, field in _FIELDS.items()
 )
 
 
 def own_seeds(seeds: Sequence[int] | None, count: int) -> np.ndarray:
-    """What makes the random numbers of each of `count` images its own, uint32 [count]: `seeds`, or
-    its place in the list. Raises ValueError for too few, too many, or one that does not fit."""
+    """The number of each of `count` images that makes its random numbers its own, uint32 [count]:
+    `seeds`, or its place in the list. Raises ValueError for too few, too many, or one that does not
+    fit."""
     if seeds is None:
         return np.arange(count, dtype=np.uint32)
     seeds = list(seeds)

@@ -1,11 +1,11 @@
 """Continuous batching: a row whose caption has ended takes the next image while the others go on.
 
-`loop.decode` runs a batch until its longest caption has ended: rows that are done wait. Here `size`
+`driver.decode` runs a batch until its longest caption has ended: rows that are done wait. Here `size`
 rows are in flight; as soon as a whole block of images finds room the loop pauses, the images take
 the places of captions that have ended, and it goes on. What is compiled are two programs: `burst`,
 the loop until enough rows are free, and `take_in`, a block into free rows.
 
-All rows share the cache slot that a step writes, as in `loop`: slots are used round and round, and
+All rows share the cache slot that a step writes, as in `driver`: slots are used round and round, and
 a mask says which are a row's own. A caption has at most as many tokens as there are slots.
 
 Shape letters: B rows, R images of a block, W captions or beams of an image, P prompt slots, S new
@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coca_jax.inference.generation.base import Fixed, Loop, Plan
-from coca_jax.inference.generation.config import Settings
-from coca_jax.inference.generation.generate import Captions, begin, captions_of, planned, step_of
+from coca_jax.inference.generation import driver
+from coca_jax.inference.generation.config import GenerationConfig
+from coca_jax.inference.generation.driver import Captions, Images, Method
+from coca_jax.inference.generation.strategies.base import Fixed, Loop
 from coca_jax.models.text_decoder import Decoder
 
 
@@ -41,20 +42,20 @@ class Block(NamedTuple):
 
 
 def generate(
-    spec: Decoder, weights: dict, blocks: Iterable[Block], settings: Settings, size: int
+    spec: Decoder, weights: dict, blocks: Iterable[Block], config: GenerationConfig, size: int
 ) -> Captions:
     """The captions of all images of all blocks, in order, as NumPy arrays.
 
-    size: B, rows in flight, at least R. An image's captions are those that `loop.generate` gives,
+    size: B, rows in flight, at least R. An image's captions are those that `driver.generate` gives,
     up to the rounding of sums that run over the cache in another order; the same blocks always
-    give the same bits. Raises ValueError as `loop.generate`.
+    give the same bits. Raises ValueError as `driver.generate`.
     """
     found: list[tuple[np.ndarray, ...]] = []
     state: _State | None = None
     owner = np.full(size, -1)
     for block in blocks:
         if state is None:
-            state = _State(spec, weights, settings, block, size)
+            state = _State(spec, weights, config, block, size)
         while (owner < 0).sum() < block.used:
             state.burst(len(block.rows))
             state.harvest(owner, found)
@@ -76,30 +77,37 @@ class _State:
     """Rows in flight, all of them free at first."""
 
     def __init__(
-        self, spec: Decoder, weights: dict, settings: Settings, block: Block, size: int
+        self, spec: Decoder, weights: dict, config: GenerationConfig, block: Block, size: int
     ) -> None:
-        self._spec, self._weights, self._settings = spec, weights, settings
-        self._plan = planned(spec, block.prompt_len, settings, None, None)[0]
+        self._spec, self._weights, self._config = spec, weights, config
+        self._steps, self._method, _ = driver.prepare(spec, config, block.prompt_len, None, None)
         self._slots = block.prompt.shape[1]
-        numbers = self._numbers(np.ones(size, np.int32), np.zeros(size, np.uint32), 0)
+        images = self._images(np.ones(size, np.int32), np.zeros(size, np.uint32), 0)
         self._fixed, self._loop = nothing_in_flight(
-            spec, self._plan, weights, block.image_tokens, block.prompt, numbers, size=size
+            spec,
+            self._steps,
+            self._method,
+            weights,
+            block.image_tokens,
+            block.prompt,
+            images,
+            size=size,
         )
 
-    def _numbers(self, prompt_len: np.ndarray, rows: np.ndarray, count: int) -> dict:
+    def _images(self, prompt_len: np.ndarray, rows: np.ndarray, count: int) -> Images:
         active = np.arange(len(rows)) < count
-        return planned(self._spec, prompt_len, self._settings, rows, active)[1]
+        return driver.prepare(self._spec, self._config, prompt_len, rows, active)[2]
 
     def burst(self, enough: int) -> None:
         """Runs until at least `enough` rows are free."""
         self._loop = burst(
             self._spec,
-            self._plan,
+            self._slots,
+            self._method,
             self._weights,
             self._fixed,
             self._loop,
             np.int32(enough),
-            slots=self._slots,
         )
 
     def take_in(self, block: Block, free: np.ndarray) -> None:
@@ -108,14 +116,15 @@ class _State:
         places = np.concatenate([free, np.full(room - len(free), size)]).astype(np.int32)
         self._fixed, self._loop = take_in(
             self._spec,
-            self._plan,
+            self._steps,
+            self._method,
             self._weights,
             self._fixed,
             self._loop,
             block.image_tokens,
             block.prompt,
             block.prompt_len,
-            self._numbers(block.prompt_len, block.rows, block.used),
+            self._images(block.prompt_len, block.rows, block.used),
             places,
         )
 
@@ -123,81 +132,82 @@ class _State:
         """Moves captions that have ended to the places of their images; their rows are free."""
         done = np.asarray(self._loop.done).all(1)
         ended = np.flatnonzero(done & (owner >= 0))
-        captions = [
-            np.asarray(x) for x in _written(self._spec, self._plan, self._slots, self._loop)
-        ]
+        written = _captions(self._spec, self._slots, self._method.strategy, self._loop)
+        captions = [np.asarray(x) for x in written]
         for row in ended:
             found[owner[row]] = tuple(x[row].copy() for x in captions)
         owner[ended] = -1
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan", "size"))
+@functools.partial(jax.jit, static_argnames=("spec", "steps", "size"))
 def nothing_in_flight(
     spec: Decoder,
-    plan: Plan,
+    steps: int,
+    method: Method,
     weights: dict,
     image_tokens: jax.Array,
     prompt: jax.Array,
-    numbers: dict,
+    images: Images,
     *,
     size: int,
 ) -> tuple[Fixed, Loop]:
     """The state of `size` rows that are all free, for images and prompts of these shapes."""
     fixed, loop = jax.eval_shape(
-        functools.partial(begin, spec, plan),
+        functools.partial(driver.begin, spec, steps, method.strategy),
         weights,
         jax.ShapeDtypeStruct((size, *image_tokens.shape[1:]), image_tokens.dtype),
         jax.ShapeDtypeStruct((size, prompt.shape[1]), jnp.int32),
         jax.ShapeDtypeStruct((size,), jnp.int32),
-        numbers,
+        images,
     )
     fixed, loop = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (fixed, loop))
-    return fixed._replace(numbers=numbers), loop._replace(done=jnp.ones_like(loop.done))
+    fixed = fixed._replace(limit=images.limit, rows=images.rows)
+    return fixed, loop._replace(done=jnp.ones_like(loop.done))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan", "slots"), donate_argnames=("loop",))
+@functools.partial(jax.jit, static_argnames=("spec", "slots"), donate_argnames=("loop",))
 def burst(
     spec: Decoder,
-    plan: Plan,
+    slots: int,
+    method: Method,
     weights: dict,
     fixed: Fixed,
     loop: Loop,
     enough: jax.Array,
-    *,
-    slots: int,
 ) -> Loop:
     """Steps until at least `enough` rows are done."""
 
     def busy(loop: Loop) -> jax.Array:
         return loop.done.all(1).sum() < enough
 
-    return jax.lax.while_loop(
-        busy, functools.partial(step_of, spec, plan, weights, fixed, slots), loop
-    )
+    step = functools.partial(driver.advance, spec, slots, method, weights, fixed)
+    return jax.lax.while_loop(busy, step, loop)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("fixed", "loop"))
+@functools.partial(jax.jit, static_argnames=("spec", "steps"), donate_argnames=("fixed", "loop"))
 def take_in(
     spec: Decoder,
-    plan: Plan,
+    steps: int,
+    method: Method,
     weights: dict,
     fixed: Fixed,
     loop: Loop,
     image_tokens: jax.Array,
     prompt: jax.Array,
     prompt_len: jax.Array,
-    numbers: dict,
+    images: Images,
     places: jax.Array,
 ) -> tuple[Fixed, Loop]:
-    """The state with R images in rows `places` int32 [R]; of a place B nothing is kept."""
-    new_fixed, new_loop = begin(
+    """The state with R images in rows `places` int32 [R]; images of a place B are dropped."""
+    new_fixed, new_loop = driver.begin(
         spec,
-        plan,
+        steps,
+        method.strategy,
         weights,
         image_tokens,
         prompt,
         prompt_len,
-        numbers,
+        images,
         prompts_alone=True,
     )
 
@@ -217,4 +227,4 @@ def take_in(
     return fixed, rest._replace(caches=caches)
 
 
-_written = functools.partial(jax.jit, static_argnums=(0, 1, 2))(captions_of)
+_captions = functools.partial(jax.jit, static_argnames=("spec", "slots"))(driver.captions)

@@ -123,9 +123,9 @@ async function* events(response) {
 function captionFields(form) {
   const mode = form.mode.value;
   const values = { prompt: form.prompt.value, explain: info.explains, stream: true };
-  if (mode !== "greedy") values.num_captions = form.num_captions.value;
+  if (mode !== "greedy") values.num_return_sequences = form.num_return_sequences.value;
   if (mode === "beams") values.num_beams = form.num_beams.value;
-  if (mode === "sample") Object.assign(values, { temperature: form.temperature.value, seed: form.seed.value });
+  if (mode === "sample") Object.assign(values, { do_sample: true, temperature: form.temperature.value, seed: form.seed.value });
   return values;
 }
 
