@@ -15,10 +15,9 @@ from PIL import Image
 from coca_jax.cli import prepare
 from coca_jax.config import typed
 from coca_jax.data import evaluation_data, filters, leakage, supervision
-from coca_jax.data import prepare as shards
 from coca_jax.data import prepare as splits
 from coca_jax.data.mixture import Mixture
-from coca_jax.data.sources import files, formats
+from coca_jax.data.sources import files, formats, registry
 from coca_jax.data.sources.items import Options
 from coca_jax.evaluation.evaluators import base as declarations
 from coca_jax.recipes import base
@@ -144,7 +143,7 @@ def test_a_list_of_urls_is_told_how_to_download_them(tmp_path, kind):
     assert f"pip install img2dataset; {command} --caption_col=alt_text --output" in str(told.value)
     assert not (tmp_path / "out").exists()
     # Those who allow an address have its images read.
-    module = shards.importer(formats.guess(str(tmp_path / "d")))
+    module = registry.find(formats.guess(str(tmp_path / "d")))
     options = Options(image_field="url", allow_paths=("https://a.example", "http://a.example"))
     assert module.plan(str(tmp_path / "d"), "", options)
 

@@ -11,7 +11,7 @@ from in_place_cases import make, write_tar
 from prepare_cases import encode, import_data, reasons_of
 
 from coca_jax.data import filters, prepare
-from coca_jax.data.sources import array_record, files, lists
+from coca_jax.data.sources import array_record, files, lists, registry
 from coca_jax.data.sources.items import Options
 from coca_jax.runtime import unreachable
 
@@ -62,7 +62,7 @@ def test_a_damaged_record_is_one_entry(tmp_path):
 def test_prepared_data_that_are_removed_meanwhile_end_the_import(tmp_path):
     data = write_pictures(tmp_path / "data")
     import_data("sidecars", data, tmp_path / "one")
-    units = prepare.importer("prepared").plan(str(tmp_path / "one"), "train", Options())
+    units = registry.find("prepared").plan(str(tmp_path / "one"), "train", Options())
     (tmp_path / "one").rename(tmp_path / "two")
     job = prepare.Job(0, tuple(units), "prepared", Options(), str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no such folder"):

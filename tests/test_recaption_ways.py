@@ -10,7 +10,7 @@ from coca_jax.apps.recaption import job, selection, shard
 from coca_jax.apps.recaption.captioner import Captioner, Picture
 from coca_jax.apps.recaption.request import Request, way
 from coca_jax.cli import convert
-from coca_jax.data import prepare
+from coca_jax.data.sources import registry
 from coca_jax.data.sources.items import Options
 from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.inference.tokenization import without_halves
@@ -92,7 +92,7 @@ def test_the_files_of_a_folder_are_asked_for_at_once(tmp_path, monkeypatch):
     for number in range(40):
         (tmp_path / f"{number:02}.jpg").write_bytes(b"x" * number)
         (tmp_path / f"{number:02}.txt").write_text("a caption")
-    (unit,) = prepare.importer("sidecars").plan(str(tmp_path), "", Options())
+    (unit,) = registry.find("sidecars").plan(str(tmp_path), "", Options())
     told = job._digest("sidecars", unit)
     stamp, changed, asked = storage.stamp, threading.Condition(), set()
 

@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         GenerationConfig.from_pretrained(args.checkpoint).updated(how)
     named = [storage.plain_path(one) for one in argv[1:]]
     for one in named:
-        if one.lower().endswith(formats.PACKED) and not os.path.isdir(one):
+        if formats.is_archive_or_list(one) and not os.path.isdir(one):
             raise ValueError(
                 f"{one}: caption takes pictures and folders of them; for tars, parquet and lists "
                 f"there is `coca-jax recaption --input={one}`"

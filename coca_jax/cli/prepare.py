@@ -44,11 +44,10 @@ from coca_jax.data import (
     vocabulary,
 )
 from coca_jax.data import prepare as asked
-from coca_jax.data import prepare as shards
 from coca_jax.data import prepare as splits
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare import prepare, prepare_with_holdout
-from coca_jax.data.sources import files, formats, manifest
+from coca_jax.data.sources import files, formats, manifest, registry
 from coca_jax.data.sources.fields import read_class_names
 from coca_jax.data.sources.items import Options
 from coca_jax.data.sources.source import read_whole_texts
@@ -200,7 +199,7 @@ def _inspect(
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    names = list(shards.MODULES)
+    names = list(registry.formats())
     flags.DEFINE_enum("format", None, names, "Format of the input; default: as its files tell.")
     flags.DEFINE_string("input", None, "File, folder, glob or URL of the input.")
     flags.DEFINE_string("out", None, "Folder to write; several splits may share it.")

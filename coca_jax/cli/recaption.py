@@ -30,8 +30,7 @@ from absl import flags
 from coca_jax.apps.recaption import request as requests
 from coca_jax.apps.recaption.request import Request
 from coca_jax.cli import main as cli
-from coca_jax.data import prepare
-from coca_jax.data.sources import files, formats
+from coca_jax.data.sources import files, formats, registry
 from coca_jax.data.sources.items import Options
 from coca_jax.runtime import activity, lease, storage, workers
 
@@ -50,7 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_float("rate", 0.0, "Requests a second at most; 0: any number.", lower_bound=0)
     flags.DEFINE_string("input", "", "File, folder, glob, {000..999} or URL of the input.")
     flags.DEFINE_string("out", "", "Folder to write.")
-    names = list(prepare.MODULES)
+    names = list(registry.formats())
     flags.DEFINE_enum("format", None, names, "Format of the input; default: as its files tell.")
     flags.DEFINE_string("split", "", "Split to read, where the input tells several.")
     flags.DEFINE_enum("to", "tar", requests.FORMATS, "Format of the output.")

@@ -106,7 +106,7 @@ def _check_decodes(path: str, data: Callable[[], bytes]) -> None:
 def _evaluation_images(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
     prepared = manifest.read(path)
     if prepared is None:
-        for file in files.find(path, formats.PATTERNS["imagefolder"]):
+        for file in files.find(path, formats.IMAGES):
             yield file, functools.partial(files.read_bounded, file)
         return
     for split in prepared["splits"]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from coca_jax.data import dedup, prepare, quarantine
-from coca_jax.data.sources import files, manifest
-from coca_jax.data.sources.items import Options, Unit, whole_files
+from coca_jax.data.sources import files, manifest, registry
+from coca_jax.data.sources.items import Item, Options, Unit, whole_files
+from coca_jax.data.sources.registry import Format
 from coca_jax.runtime import activity, unreachable
 
 FIELD = "split"
@@ -168,16 +169,17 @@ def narrowed(path: str, by_field: SplitField | None, split: str, options: Option
 
 def _values(format: str, input: str, options: Options) -> Iterator[Any]:
     """What the field says of each example that can be read."""
-    module = prepare.importer(format)
+    module = registry.find(format)
     for unit in whole_files(module.plan(input, "", options)):
         yield from _of_unit(module, unit, options)
 
 
-def _of_unit(module: Any, unit: Unit, options: Options) -> Iterator[Any]:
-    if hasattr(module, "column"):
+def _of_unit(module: Format, unit: Unit, options: Options) -> Iterator[Any]:
+    if module.column:
         yield from module.column(unit, FIELD)
         return
-    if hasattr(module, "located"):
+    items: Iterable[Item]
+    if module.located:
         items = (found.item for found in module.located(unit, options))
     else:
         items = module.read(unit, options)

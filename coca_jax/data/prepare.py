@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -27,29 +26,17 @@ from typing import Any, NoReturn, TypeVar
 from array_record.python import array_record_module
 
 from coca_jax.data import dedup, quarantine
-from coca_jax.data.sources import files, in_place, manifest, records
+from coca_jax.data.sources import files, in_place, manifest, records, registry
 from coca_jax.data.sources import manifest as metadata
 from coca_jax.data.sources.fields import named_classes, printable
 from coca_jax.data.sources.items import Drawn, Item, Options, Rows, Unit
 from coca_jax.data.sources.records import Record
-from coca_jax.runtime import activity, extras, machine, out_folder, progress, storage, unreachable
+from coca_jax.runtime import activity, machine, out_folder, progress, storage, unreachable
 from coca_jax.runtime.workers import Engine
 
 # Writes one shard: reads its units, checks every item, and keeps account of each.
 
 
-MODULES = {
-    "imagefolder": "image_folder",
-    "sidecars": "image_folder",
-    "webdataset": "tars",
-    "csv": "lists",
-    "jsonl": "lists",
-    "json": "lists",
-    "parquet": "parquet",
-    "arrow": "hf_datasets",
-    "tfds": "tfds",
-    "prepared": "array_record",
-}
 _Answer = TypeVar("_Answer")
 _REPORT_EVERY = 64
 _ASKED_AT_ONCE = 16
@@ -85,35 +72,10 @@ class Job:
         return files.join(self.work, f"part-{self.number:05d}")
 
 
-def importer(name: str) -> Any:
-    """The module, or one of its READERS, that reads a format.
-
-    It has `plan(path, split, options)`, the units of the input; `read(unit, options)`, their items;
-    and PATTERNS, globs of its files, or `splits(path)` where others tell the splits. Besides, where
-    they apply: `located` (items without their images), `joined`, `drawn`, `has_pairs` and
-    `declared_classes`.
-
-    Raises:
-        ValueError: an unknown format, or one whose package is not installed.
-    """
-    if name not in MODULES:
-        raise ValueError(f"--format={name}: use one of {', '.join(MODULES)}")
-    if name in ("parquet", "arrow"):
-        extras.check("pyarrow", "parquet", f"--format={name}")
-    module = importlib.import_module(f"coca_jax.data.sources.{MODULES[name]}")
-    return getattr(module, "READERS", {}).get(name, module)  # some read several formats
-
-
 def drawn_before(job: Job) -> Drawn:
     """What was drawn of a job's data before they were its input, as far as they tell."""
-    of_data = getattr(importer(job.format), "drawn", None)
+    of_data = registry.find(job.format).drawn
     return of_data(job.units[0]) if of_data else Drawn()
-
-
-def joined(module: Any, units: Sequence[Unit]) -> Sequence[Unit]:
-    """Units as one process reads them one after the other: of some formats neighbours are one."""
-    join = getattr(module, "joined", None)
-    return join(units) if join else units
 
 
 def read_items(job: Job) -> Iterator[Item]:
@@ -121,7 +83,7 @@ def read_items(job: Job) -> Iterator[Item]:
 
     Raises as `read_rows`.
     """
-    yield from _read(job, importer(job.format).read)
+    yield from _read(job, registry.find(job.format).read)
 
 
 def read_rows(job: Job) -> Iterator[Item | Rows]:
@@ -131,15 +93,15 @@ def read_rows(job: Job) -> Iterator[Item | Rows]:
         Unreachable: the store of a file did not give it; what is behind the gap is not known.
         OSError: prepared data are no longer there.
     """
-    module = importer(job.format)
-    read = module.read
-    if job.options.unread and hasattr(module, "index_rows"):
-        read = functools.partial(module.index_rows, root=job.root)
+    format = registry.find(job.format)
+    read: Callable[..., Iterator[Any]] = format.read
+    if job.options.unread and format.index_rows:
+        read = functools.partial(format.index_rows, root=job.root)
     yield from _read(job, read)
 
 
 def _read(job: Job, read: Callable[[Unit, Options], Iterator[Any]]) -> Iterator[Any]:
-    for unit in joined(importer(job.format), job.units):
+    for unit in registry.find(job.format).joined(job.units):
         items = read(unit, job.options)
         while (item := _next_item(items, unit, job.format)) is not None:
             if isinstance(item, Item):
@@ -534,8 +496,7 @@ def refuse_held_out(out: str, request: dict[str, Any], written: Collection[str])
 
 def refuse_pairs(format: str, input: str, split: str, options: Options) -> None:
     """Raises ValueError for pairs of images, which by the bytes of one image cannot be held out."""
-    has_pairs = getattr(importer(format), "has_pairs", None)
-    if "," in options.image_field or (has_pairs and has_pairs(input, split)):
+    if "," in options.image_field or registry.find(format).has_pairs(input, split):
         raise ValueError(
             f"--input={input}: --holdout keeps no pairs of images apart, as an image may stand in "
             "several; give them a field 'split', or write each side by --where and --split"
@@ -638,10 +599,8 @@ def splits_of(format: str, input: str) -> list[str]:
 
     Raises ValueError for an unknown format or data that it cannot open.
     """
-    module = importer(format)
-    if hasattr(module, "splits"):
-        return module.splits(input)
-    return files.splits_in_names(input, module.PATTERNS)
+    found = registry.find(format)
+    return found.splits(input) if found.splits else files.splits_in_names(input, found.patterns)
 
 
 def prepare_with_holdout(
@@ -729,7 +688,7 @@ def prepare(
         ValueError: the format cannot be read, or no item can be used (NothingLeft); or `out` holds
             this split, or an unfinished import of it, of other options or of files changed since.
     """
-    module, options = importer(format), options or Options()
+    options = options or Options()
     _refuse_unread(options)
     out = storage.plain_path(str(out))
     check_place(str(input), out, split)
@@ -743,8 +702,8 @@ def prepare(
     dedup.check_excluded(options.exclude)
     work = unfinished(out, split)
     begun = (work, shard_count, request, state)
-    jobs = plan(module, format, str(input), read_split or split, options, *begun, replace=overwrite)
-    classes = declared_classes(module, jobs[0].units[0], options)
+    jobs = plan(format, str(input), read_split or split, options, *begun, replace=overwrite)
+    classes = declared_classes(format, jobs[0].units[0], options)
     if beside and (overwrite or beside[0] not in manifest["splits"]):
         jobs = _with_twins(jobs, str(input), unfinished(out, beside[0]), beside[1])
     found = written(jobs, options, Hands(engine or Engine(), processes, progress))
@@ -766,11 +725,9 @@ def _refuse_unread(options: Options) -> None:
         raise ValueError(f"--{flag}: it needs every image, and --nocheck reads none; leave out one")
 
 
-def declared_classes(module: Any, unit: Unit, options: Options) -> list[str]:
+def declared_classes(format: str, unit: Unit, options: Options) -> list[str]:
     """The class names that data or options give, in order; [] where the labels tell them."""
-    of_data = getattr(module, "declared_classes", None)
-    found = of_data(unit, options) if of_data else options.class_names
-    return named_classes(tuple(found))[0]
+    return named_classes(tuple(registry.find(format).declared_classes(unit, options)))[0]
 
 
 def check_place(input: str, out: str, split: str) -> None:
@@ -806,7 +763,6 @@ def _with_twins(jobs: list[Job], input: str, work: str, options: Options) -> lis
 
 
 def plan(
-    module: Any,
     format: str,
     input: str,
     split: str,
@@ -834,7 +790,7 @@ def plan(
     if groups is None:
         with activity.announce(f"looking through {input}"):
             with unreachable.required():
-                units = module.plan(input, split, options)
+                units = registry.find(format).plan(input, split, options)
             if not units:
                 raise ValueError(f"{input}: no rows in it, as --format={format} reads it")
             in_place.check(format, units, options)

@@ -21,7 +21,7 @@ from typing import Any
 
 from coca_jax.config import Config, Entry
 from coca_jax.data import holdout, prepare
-from coca_jax.data.sources import files, formats, in_place, manifest, references
+from coca_jax.data.sources import files, formats, manifest, references, registry
 from coca_jax.data.sources.items import Options, Unit, whole_files
 from coca_jax.runtime import activity, cache_folder, storage
 from coca_jax.runtime.storage import write_bytes
@@ -127,7 +127,7 @@ def _cache_file(path: str, split: str, options: Options, *, images: bool = True)
     format = formats.guess(path)
     _check(path, format)
     with activity.announce(f"looking through {path}"):
-        units = prepare.importer(format).plan(path, split, options)
+        units = registry.find(format).plan(path, split, options)
     asked = dataclasses.asdict(options)
     del asked["yields_to"]  # which no index does
     mark = [format, path, split, asked, _files(_paths(units))]
@@ -272,7 +272,9 @@ def state(format: str, out: str, options: Options, units: list[Unit]) -> str:
     which a copy on another machine changes; the same two of the images that rows of lists name. ''
     for those that are not files here or in a bucket, or where `out` lies in a folder of theirs,
     which it changes itself."""
-    if format not in in_place.FORMATS or not all(references.is_place(u.path) for u in units):
+    if not registry.formats()[format].in_place or not all(
+        references.is_place(u.path) for u in units
+    ):
         return ""
     above = tuple(f"{unit.path.rstrip('/')}/" for unit in units)
     if files.absolute(out).startswith(above):
@@ -288,12 +290,12 @@ def state(format: str, out: str, options: Options, units: list[Unit]) -> str:
 def _state_of_named(format: str, units: list[Unit], options: Options) -> str:
     """The digests of `state` of the local images that rows of lists name; '' where there are none.
     To ask for each of those in a bucket would take as long as to read them."""
-    module, count = prepare.importer(format), 0
+    module, count = registry.find(format), 0
     what, when = (hashlib.blake2b(digest_size=16) for _ in range(2))
     here = [unit for unit in whole_files(units) if not files.is_remote(unit.path)]
     lists = [unit for unit in here if not os.path.isdir(files.absolute(unit.path))]
     with concurrent.futures.ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        for unit in lists if hasattr(module, "located") else ():
+        for unit in lists if module.located else ():
             roots = (unit.root or posixpath.dirname(unit.path), *options.allow_paths)
             named = (
                 (one.folder, name)
@@ -335,10 +337,10 @@ def state_of_input(
     format: str, input: str, out: str, options: Options, read_split: str = ""
 ) -> str:
     """`state` of an input, or of a split of it. Raises as `plan`."""
-    if format not in in_place.FORMATS:  # of which some have no split ''
+    if not registry.formats()[format].in_place:  # of which some have no split ''
         return ""
     with activity.announce(f"looking through {input}"):
-        units = prepare.importer(format).plan(input, read_split, options)
+        units = registry.find(format).plan(input, read_split, options)
         return state(format, out, options, units)
 
 
@@ -365,7 +367,7 @@ def refuse_changed(input: str, out: str, now: str, go_on: str = "") -> None:
 
 
 def _check(path: str, format: str) -> None:
-    if format not in in_place.FORMATS:
+    if not registry.formats()[format].in_place:
         raise ValueError(
             f"data source {path}: --format={format} cannot be read in place; give what "
             "`coca-jax prepare` makes of it"

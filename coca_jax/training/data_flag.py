@@ -15,7 +15,7 @@ from coca_jax.config import Config, Entry
 from coca_jax.config.data import PLACES
 from coca_jax.config.evaluation import GUARDED
 from coca_jax.data import filters, holdout, mixture, prepare, quarantine, source_index, supervision
-from coca_jax.data.sources import files, formats, in_place, manifest
+from coca_jax.data.sources import files, formats, in_place, manifest, registry
 from coca_jax.data.sources.items import Item, Options
 
 _LOOKED_AT = 256  # records, for a field that lists questions
@@ -433,11 +433,11 @@ class Layout:
 
     def items(self, options: Options) -> Iterator[Item]:
         """The examples of the split to train on, as they are found."""
-        module = prepare.importer(self.format)
+        format = registry.find(self.format)
         options = self.options(self.train, options)
         read_split = "" if self.by_field else self.train
-        for unit in prepare.joined(module, module.plan(self.input, read_split, options)):
-            for item in module.read(unit, options):
+        for unit in format.joined(format.plan(self.input, read_split, options)):
+            for item in format.read(unit, options):
                 if item.problem or not quarantine.wanted(item, options):
                     yield item
 
@@ -579,7 +579,7 @@ def _in_place_where_possible(found: Layout, out: str, options: Options) -> Optio
         return dataclasses.replace(options, in_place=indexed, check=made_by["check"])
     units = []
     if found.format == "webdataset" or files.is_remote(found.input):
-        units = prepare.importer(found.format).plan(found.input, "", options)
+        units = registry.find(found.format).plan(found.input, "", options)
     why = in_place.obstacle(found.format, units, options)
     if files.is_remote(out) and not files.is_remote(found.input):
         why = f"{found.input} lies on this machine, and the run in a bucket"

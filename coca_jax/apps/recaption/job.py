@@ -18,7 +18,7 @@ from coca_jax.apps.recaption.request import Request
 from coca_jax.apps.recaption.writers import SUFFIXES
 from coca_jax.data import holdout, prepare, quarantine
 from coca_jax.data.prepare import Job
-from coca_jax.data.sources import files, image_folder, manifest
+from coca_jax.data.sources import files, image_folder, manifest, registry
 from coca_jax.data.sources.items import Options, Unit
 from coca_jax.inference import fingerprint
 from coca_jax.runtime import json_files, out_folder, storage
@@ -95,7 +95,7 @@ def check(request: Request, done: bool) -> None:
         return
     before = json_files.read_sealed(path)["files"]
     try:
-        units = prepare.importer(request.format).plan(request.input, *recorded_split(request))
+        units = registry.find(request.format).plan(request.input, *recorded_split(request))
     except FileNotFoundError:
         if not done:
             raise
@@ -215,13 +215,12 @@ def plan(request: Request) -> list[Job]:
                 raise out_folder.something_else(request.out, found)
     if begins := not files.exists(path):
         refuse_inside(request)
-    module = prepare.importer(request.format)
     wanted = {key: fields[key] for key in ("format", "input", "options", "split") if key in fields}
     split, options = of_split(request) if begins else recorded_split(request)
     where = request.format, request.input, split, options, work
     # A plan without a request is of a start that came no further, or of another job of this one,
     # which reads it now: it is not removed but written again.
-    jobs = prepare.plan(module, *where, 0, wanted, anew=begins)
+    jobs = prepare.plan(*where, 0, wanted, anew=begins)
     if begins:
         write(request, [unit for job in jobs for unit in job.units], split, options)
     return jobs
@@ -342,8 +341,7 @@ def _manifest(
     split: dict[str, Any] = {key: sum(one.get(key, 0) for one in accounts) for key in counts}
     split |= dict(shards=entries, filtered={}, quarantined={})
     split["drawn"] = dataclasses.asdict(prepare.drawn_before(jobs[0]))
-    module = prepare.importer(request.format)
-    classes = prepare.declared_classes(module, jobs[0].units[0], jobs[0].options)
+    classes = prepare.declared_classes(request.format, jobs[0].units[0], jobs[0].options)
     classes = classes or sorted({name for one in accounts for name in one.get("classes", ())})
     written = dict(format="coca_jax-1", class_names=classes, splits={_split(request): split})
     manifest.write(request.out, written)

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from coca_jax.apps.search.parts import Parts, Row
-from coca_jax.data import image_files, prepare
-from coca_jax.data.sources import files, formats, image_folder, lists
+from coca_jax.data import image_files
+from coca_jax.data.sources import files, formats, image_folder, lists, registry
 from coca_jax.data.sources.fields import printable
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.inference import prefetch
@@ -78,7 +78,7 @@ class Group:
                 for name, caption, problem in self.files
             )
         path = self.unit.path
-        items = prepare.importer(self.format).read(self.unit, _OPTIONS)
+        items = registry.find(self.format).read(self.unit, _OPTIONS)
         return (_picture(path, item) for item in items)
 
 
@@ -107,7 +107,7 @@ def groups(
     if format in _LISTS:
         return _of_files(_listed(path, format, allow_paths), state, part)
     input = path.removeprefix("tfds:") if format == "tfds" else path
-    module = prepare.importer(format)
+    module = registry.find(format)
     splits = module.splits(input) if format == "prepared" else [""]
     units = [unit for split in splits for unit in module.plan(input, split, _OPTIONS)]
     return [
@@ -143,7 +143,7 @@ def _of_files(found: Iterable[File], state: Callable[[str, str], State], part: i
 
 def _listed(path: str, format: str, allow_paths: Sequence[str]) -> Iterator[File]:
     """What the rows of lists name, as a folder of the same files would be read."""
-    module = prepare.importer(format)
+    module = registry.find(format)
     for unit in module.plan(path, "", _OPTIONS):
         for row in module.located(unit, _OPTIONS):
             yield _file(row, unit, allow_paths)

@@ -30,6 +30,7 @@ from coca_jax.data.sources import (
 from coca_jax.data.sources.fields import names, strings
 from coca_jax.data.sources.items import Drawn, Item, Options, Unit, split_units
 from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.registry import Format
 from coca_jax.data.sources.source import UNREAD, Indices, Problem, Reader, Source, read_one
 from coca_jax.runtime import storage, unreachable
 
@@ -357,3 +358,15 @@ def _record(source: Source, row: int) -> tuple[Record, Problem | None]:
             with contextlib.suppress(Exception):  # as of the image, of a shard that is damaged
                 record = source.read_texts([row])[0]
     return record, why
+
+
+FORMATS = (
+    Format(
+        *("prepared", plan, read, (), 0),
+        in_place=False,
+        splits=splits,
+        declared_classes=declared_classes,
+        drawn=drawn,
+        has_pairs=has_pairs,
+    ),
+)

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from coca_jax.data.sources import files
+from coca_jax.data.sources import files, registry
 from coca_jax.runtime import bounded_json, extras, storage
 
 MEDIA = files.IMAGE_SUFFIXES + tuple(f".{suffix}" for suffix in files.VIDEO_SUFFIXES)
@@ -34,17 +34,8 @@ SEPARATORS = {
     "|": "bars",
 }  # of the columns of lists
 
-_SUFFIXES = {
-    "webdataset": (".tar", ".tar.gz", ".tgz"),  # img2dataset leaves parquet lists beside its tars
-    "parquet": (".parquet",),
-    "arrow": (".arrow",),  # of Hugging Face datasets
-    "csv": (".csv", ".tsv"),
-    "jsonl": (".jsonl",),
-}
-PATTERNS = {kind: tuple(f"*{s}" for s in suffixes) for kind, suffixes in _SUFFIXES.items()}
-PATTERNS["json"] = ("*.json",)  # in a folder they may be anything: see `caption_lists`
-PATTERNS["imagefolder"] = PATTERNS["sidecars"] = tuple(f"*{suffix}" for suffix in MEDIA)
-PACKED = (*itertools.chain.from_iterable(_SUFFIXES.values()), ".txt")  # no picture has such a name
+CSV, JSONL = (".csv", ".tsv"), ".jsonl"
+IMAGES = tuple(f"*{suffix}" for suffix in MEDIA)  # globs
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _READ = "images, tars, parquet, Arrow, CSV, TSV or JSON lists"
 _LOOK_AT = 20_000  # files; a folder shows what it is long before
@@ -98,7 +89,9 @@ def guess(path: str) -> str:
     if found in ("", "parquet") and _has_sidecars(names):
         return "sidecars"
     if found == "jsonl" or (found == "csv" and pictures):
-        lists = [name for name in names if name.lower().endswith(_SUFFIXES[found])]
+        lists = [
+            name for name in names if name.lower().endswith(JSONL if found == "jsonl" else CSV)
+        ]
         if not any(_lists_images(path, name, names) for name in lists[:8]):
             found = ""  # a table of something else beside folders of images
     elif not found and text_lists(path, names):
@@ -180,10 +173,15 @@ def _names(path: str) -> list[str]:
 
 def _of_names(names: list[str]) -> str:
     lower = [name.lower() for name in names]
-    for kind in _SUFFIXES:
-        if any(fnmatch.filter(lower, pattern) for pattern in PATTERNS[kind]):
+    for kind, format in registry.formats().items():
+        if format.priority and any(fnmatch.filter(lower, one) for one in format.patterns):
             return kind
     return ""
+
+
+def is_archive_or_list(path: str) -> bool:
+    """Whether a file's name is that of data, and not of one image."""
+    return bool(_of_names([path])) or path.lower().endswith(".txt")
 
 
 def _has_sidecars(names: list[str]) -> bool:
@@ -257,7 +255,7 @@ def text_lists(path: str, names: Sequence[str] = ()) -> list[str]:
     """The .txt files of a folder that are lists of its pictures, with columns as a CSV has them;
     none where there is a .csv or .tsv. names: of the files in the folder, where they are known."""
     names = names or files.without_ours(_names(path))
-    if any(name.lower().endswith(_SUFFIXES["csv"]) for name in names):
+    if any(name.lower().endswith(CSV) for name in names):
         return []
     pictures = {posixpath.splitext(name)[0] for name in names if name.lower().endswith(MEDIA)}
     texts = [name for name in names if name.lower().endswith(".txt")]
@@ -277,8 +275,7 @@ def _lists_images(folder: str, name: str, names: Sequence[str]) -> bool:
 
     names: of the files in the folder.
     """
-    packed = name.lower().endswith(_SUFFIXES["jsonl"])
-    rows, there = _first_objects if packed else _first_rows, set(names)
+    rows, there = _first_objects if name.lower().endswith(JSONL) else _first_rows, set(names)
     pictures = [one for one in names if one.lower().endswith(MEDIA)]
     if len({posixpath.dirname(one) for one in pictures}) == 1:  # whose name is no class
         there.update(map(posixpath.basename, pictures))  # see `named_files.resolve`

@@ -18,14 +18,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+from etils import epy
 
-from coca_jax.data.sources import files, formats, parquet
+from coca_jax.data.sources import files, parquet
 from coca_jax.data.sources.items import Item, Options, Unit, guarded, split_units
 from coca_jax.data.sources.references import UNKNOWN, Span
+from coca_jax.data.sources.registry import Format
+
+with epy.lazy_imports():
+    import pyarrow as pa
 
 ROWS_PER_UNIT = 4096
-PATTERNS = formats.PATTERNS["arrow"]
+PATTERNS = ("*.arrow",)
 # NAME-SPLIT.arrow or NAME-SPLIT-00000-of-00002.arrow in the cache, SPLIT/data-00000-of-00001.arrow
 # of save_to_disk.
 _IN_CACHE = re.compile(r".+-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")
@@ -240,3 +244,13 @@ def read(unit: Unit, options: Options) -> Iterator[Item]:
             key = f"{base}#{first + row}"
             yield guarded(key, lambda: item(key, batch, row))  # noqa: B023
         first += batch.num_rows
+
+
+FORMATS = (
+    Format(
+        *("arrow", plan, read, PATTERNS, 3),
+        package=("pyarrow", "parquet"),
+        splits=splits,
+        declared_classes=declared_classes,
+    ),
+)

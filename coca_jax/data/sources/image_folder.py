@@ -12,7 +12,6 @@ import collections
 import functools
 import itertools
 import posixpath
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from coca_jax.data.sources.items import (
     load_image,
     named_units,
 )
+from coca_jax.data.sources.registry import Format
 from coca_jax.runtime import storage
 
 
@@ -165,7 +165,7 @@ def _metadata(root: str) -> list[str]:
 
 
 def _images(root: str) -> list[str]:
-    return files.find(root, formats.PATTERNS["imagefolder"])
+    return files.find(root, formats.IMAGES)
 
 
 def read(unit: Unit, options: Options) -> Iterator[Item]:
@@ -206,7 +206,7 @@ def plan_sidecars(path: str, split: str, options: Options) -> list[Unit]:
         raise ValueError(f"--image_field={options.image_field}: a file is one image, not a pair")
     root = formats.root_of(path)
     _listed.cache_clear()  # of a bucket nothing else tells that a folder has changed
-    images = files.find(_folder_of(path, split), formats.PATTERNS["sidecars"])
+    images = files.find(_folder_of(path, split), formats.IMAGES)
     found = sorted(map(posixpath.split, images))
     units = []
     for folder, inside in itertools.groupby(found, lambda file: file[0]):
@@ -319,4 +319,7 @@ def _beside(
     return item
 
 
-READERS = {"sidecars": types.SimpleNamespace(plan=plan_sidecars, read=read_sidecars, splits=splits)}
+FORMATS = (
+    Format("imagefolder", plan, read, formats.IMAGES, 0, splits=splits, located=located),
+    Format("sidecars", plan_sidecars, read_sidecars, formats.IMAGES, 0, splits=splits),
+)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from coca_jax.data.sources import files, formats, references, remote, tars
+from coca_jax.data.sources import files, formats, references, registry, remote
 from coca_jax.data.sources.items import Item, Options, Unit
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.references import PLAIN, UNKNOWN, Cell, Page, Reference
@@ -290,38 +290,18 @@ def _unpacked(one: Reference, data: bytes) -> bytes:
 # records that a copy would hold; only the bytes of the images stay where they are.
 
 
-FORMATS = (
-    *(
-        "webdataset",
-        "imagefolder",
-        "sidecars",
-        "csv",
-        "jsonl",
-        "json",
-        "parquet",
-        "arrow",
-    ),
-)
-
-
 def obstacle(format: str, units: list[Unit], options: Options) -> str:
     """Why data cannot be read in place; '' where they can be, as far as that is seen at once."""
     if format == "prepared":
         return "the data are prepared already, and taken as they are"
-    if format not in FORMATS:
+    found = registry.find(format)
+    if not found.in_place:
         return f"--format={format} cannot be read in place"
     if units and not references.is_place(units[0].path):
         return f"{units[0].path} is neither a local file nor in a bucket, to be read in place"
     if options.max_side:
         return f"--max_side={options.max_side} encodes images again, which lie nowhere then"
-    if format != "webdataset" or not units:
-        return ""
-    named = [unit.path for unit in units if not unit.path.lower().endswith(".tar")]
-    if named:
-        return f"{named[0]} is compressed and cannot be read in place"
-    with files.open_binary(units[0].path) as file:
-        packed = tars.is_packed(file.read(6))
-    return f"{units[0].path} is compressed and cannot be read in place" if packed else ""
+    return found.obstacle(units)
 
 
 def check(format: str, units: list[Unit], options: Options) -> None:

@@ -17,7 +17,6 @@ import itertools
 import json
 import posixpath
 import shlex
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
@@ -33,8 +32,10 @@ from coca_jax.data.sources.fields import (
     text_column,
 )
 from coca_jax.data.sources.items import Item, Options, Unit, guarded, load_image, split_units
+from coca_jax.data.sources.registry import Format
 from coca_jax.runtime import bounded_json
 
+_CSV, _JSONL, _JSON = ("*.csv", "*.tsv"), ("*.jsonl",), ("*.json",)
 ROWS_PER_UNIT = 2048
 BYTES_PER_UNIT = 64 << 20
 MAX_ROW_BYTES = bounded_json.MAX_BYTES  # of a row; more is damage
@@ -58,7 +59,7 @@ def plan_csv(path: str, split: str, options: Options) -> list[Unit]:
 
 def plan_jsonl(path: str, split: str, options: Options) -> list[Unit]:
     """Units of lists with a JSON object a line: ranges of lines. Raises as `_plan`."""
-    lists = files.find(path, formats.PATTERNS["jsonl"], split)
+    lists = files.find(path, _JSONL, split)
     return _plan(path, lists, _line_objects, line_units, options)
 
 
@@ -110,7 +111,7 @@ def _plan(
 
 def _csv_lists(path: str, split: str) -> list[str]:
     try:
-        return files.find(path, formats.PATTERNS["csv"], split)
+        return files.find(path, _CSV, split)
     except FileNotFoundError:
         system, plain = files.filesystem(path)
         if not system.isdir(plain) or not (found := formats.text_lists(path)):
@@ -149,14 +150,14 @@ def csv_units(path: str, root: str) -> list[Unit]:
 def json_splits(path: str) -> list[str]:
     """The splits that the names of a folder's lists tell, [] where they tell none."""
     if not _is_folder(path):
-        return files.splits_in_names(path, formats.PATTERNS["json"])
+        return files.splits_in_names(path, _JSON)
     return sorted({*map(_split_of, formats.caption_lists(path))} - {""})
 
 
 def _json_lists(path: str, split: str) -> list[str]:
     """The lists of an input for a split."""
     if not _is_folder(path):
-        return files.find(path, formats.PATTERNS["json"], split)
+        return files.find(path, _JSON, split)
     found = formats.caption_lists(path)
     if split and any(map(_split_of, found)):
         wanted = files.SPLITS.get(split.lower(), split)
@@ -638,20 +639,24 @@ def _line_objects(path: str) -> Iterator[Mapping[str, Any]]:
                 yield bounded_json.parse(line or b"")
 
 
-def _reader(plan: Callable[..., list[Unit]], located: Callable[..., Iterator[Located]]) -> Any:
+def _format(
+    name: str,
+    plan: Callable[[str, str, Options], list[Unit]],
+    located: Callable[[Unit, Options], Iterator[Located]],
+    patterns: tuple[str, ...],
+    priority: int,
+    splits: Callable[[str], list[str]] | None = None,
+) -> Format:
     def read(unit: Unit, options: Options) -> Iterator[Item]:
         """The items of a range of rows; paths are relative to the list."""
         for found in located(unit, options):
             yield found.load(unit, options)
 
-    return types.SimpleNamespace(plan=plan, read=read, located=located)
+    return Format(name, plan, read, patterns, priority, located=located, splits=splits)
 
 
-READERS = {
-    "csv": _reader(plan_csv, csv_located),
-    "jsonl": _reader(plan_jsonl, line_located),
-    "json": _reader(plan_json, json_located),
-}
-READERS["csv"].PATTERNS = formats.PATTERNS["csv"]
-READERS["jsonl"].PATTERNS = formats.PATTERNS["jsonl"]
-READERS["json"].splits = json_splits
+FORMATS = (
+    _format("csv", plan_csv, csv_located, _CSV, 4),
+    _format("jsonl", plan_jsonl, line_located, _JSONL, 5),
+    _format("json", plan_json, json_located, _JSON, 0, json_splits),
+)

@@ -12,9 +12,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from absl import logging
+from etils import epy
 
 from coca_jax.data.sources import files, formats, lists
 from coca_jax.data.sources.fields import (
@@ -38,6 +37,11 @@ from coca_jax.data.sources.items import (
     split_units,
 )
 from coca_jax.data.sources.references import Page, Span
+from coca_jax.data.sources.registry import Format
+
+with epy.lazy_imports():
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 # Where the values of a parquet column lie in the file: in its pages, each packed by itself.
 #
@@ -332,7 +336,7 @@ IMAGE_FIELDS = (
     *("image", "img", "jpg", "png", "bytes", "image_bytes"),
     *("file_name", "filepath", "path", "images"),
 )
-PATTERNS = formats.PATTERNS["parquet"]
+PATTERNS = ("*.parquet",)
 # Columns of what `recaption --to=parquet` wrote: its `text` alone is what an image keeps.
 _RECAPTIONED = {"text", "captions", "originals", "scores", "source"}
 _BATCH_BYTES = 256 << 20  # of a batch, were each of its rows as large as its whole row group
@@ -661,3 +665,15 @@ def _load(item: Item, image: Any, unit: Unit, options: Options) -> Item:
             what = f"a list of {len(image)}, and an example has one"
         item.detail = f"the image of the row is {what}"
     return item
+
+
+FORMATS = (
+    Format(
+        *("parquet", plan, read, PATTERNS, 2),
+        package=("pyarrow", "parquet"),
+        column=column,
+        index_rows=index_rows,
+        joined=joined,
+        declared_classes=declared_classes,
+    ),
+)

@@ -18,7 +18,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import pyarrow as pa
+from etils import epy
 
 from coca_jax.data.sources import parquet, references
 from coca_jax.data.sources.fields import (
@@ -31,6 +31,9 @@ from coca_jax.data.sources.fields import (
     without_bytes,
 )
 from coca_jax.data.sources.items import Item, Options, Rows, Unit, guarded
+
+with epy.lazy_imports():
+    import pyarrow as pa
 
 _BATCH_ROWS = 4096
 _ENCODINGS = {0: references.PLAIN, 2: references.DICTIONARY, 8: references.DICTIONARY}

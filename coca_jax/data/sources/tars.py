@@ -8,10 +8,10 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from coca_jax.data.sources import files, formats, references
+from coca_jax.data.sources import files, references
 from coca_jax.data.sources.fields import (
     CHATS,
     LABEL_FIELDS,
@@ -24,6 +24,7 @@ from coca_jax.data.sources.fields import (
 )
 from coca_jax.data.sources.items import Item, Options, Rows, Unit, guarded
 from coca_jax.data.sources.references import UNKNOWN, Span
+from coca_jax.data.sources.registry import Format
 from coca_jax.runtime import bounded_json
 
 # The members of a tar file, read forwards, with a bound on whatever a header can ask for.
@@ -198,7 +199,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 IMAGE_SUFFIXES = (*(suffix[1:] for suffix in files.IMAGE_SUFFIXES), "img", "image")
 MEDIA_SUFFIXES = IMAGE_SUFFIXES + files.VIDEO_SUFFIXES
-PATTERNS = formats.PATTERNS["webdataset"]
+PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
 _MEDIA = frozenset(MEDIA_SUFFIXES)
 TEXT_SUFFIXES = ("txt", "cls", "json")
 
@@ -410,3 +411,18 @@ def item(key: str, group: Group, options: Options, path: str = "", file_bytes: i
 
 def _text(members: dict[str, bytes], suffix: str) -> str | None:
     return files.decode_text(members[suffix]).strip() if suffix in members else None
+
+
+def _obstacle(units: Sequence[Unit]) -> str:
+    """Why archives can't be read in place: they are compressed; '' if they are not."""
+    named = next((unit.path for unit in units if not unit.path.lower().endswith(".tar")), "")
+    if units and not named:
+        with files.open_binary(units[0].path) as file:
+            named = units[0].path if is_packed(file.read(6)) else ""
+    return f"{named} is compressed and cannot be read in place" if named else ""
+
+
+# img2dataset leaves parquet lists next to its tars, which are read first.
+FORMATS = (
+    Format("webdataset", plan, read, PATTERNS, 1, obstacle=_obstacle, index_rows=index_rows),
+)

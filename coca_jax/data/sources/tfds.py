@@ -19,6 +19,7 @@ from coca_jax.data.sources import files
 from coca_jax.data.sources.fields import LABEL_FIELDS, LISTED_TEXTS, names, plain_json, strings
 from coca_jax.data.sources.items import Item, Options, Unit, guarded, split_units
 from coca_jax.data.sources.records import Record
+from coca_jax.data.sources.registry import Format
 from coca_jax.data.sources.source import Indices, Source
 from coca_jax.runtime import extras
 
@@ -243,3 +244,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return _plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+FORMATS = (
+    Format(
+        *("tfds", plan, read, (), 0),
+        in_place=False,
+        splits=splits,
+        declared_classes=declared_classes,
+    ),
+)

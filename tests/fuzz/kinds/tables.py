@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coca_jax.data import prepare
-from coca_jax.data.sources import in_place, references
+from coca_jax.data.sources import in_place, references, registry
 from coca_jax.data.sources.items import Item, Options
 from coca_jax.data.sources.records import Record
 from coca_jax.data.sources.references import Page, Span
@@ -45,7 +45,7 @@ def importer(format: str, name: str, **options: Any) -> Callable[[pathlib.Path],
         file = path.with_name(name)
         file.write_bytes(path.read_bytes())
         given = Options(**{"max_image_bytes": 1 << 20, **options})
-        units = prepare.importer(format).plan(str(path.parent if format in FOLDERS else file),
+        units = registry.find(format).plan(str(path.parent if format in FOLDERS else file),
                                              "train", given)  # fmt: skip
         job = prepare.Job(0, tuple(units), format, given, "", str(path.parent))
         reasons: Counter[str] = Counter()
