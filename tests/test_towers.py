@@ -14,7 +14,8 @@ from coca_jax.apps.recaption import job
 from coca_jax.apps.recaption.request import Request
 from coca_jax.cli import convert
 from coca_jax.data import vocabulary
-from coca_jax.inference.model import TwoTowerModel, canonical
+from coca_jax.data.tower_texts import canonical
+from coca_jax.inference.model import TwoTowerModel
 from coca_jax.interop import timm_trunks
 from coca_jax.runtime.workers import Engine
 

@@ -525,7 +525,9 @@ def token_times(
 
 def build(config: Config) -> coca.CoCa:
     """The config's model for this machine's devices."""
-    return build_model(config, None, len(head_classes(config)))
+    model = build_model(config, None, len(head_classes(config)))
+    assert isinstance(model, coca.CoCa)  # what is compared writes captions
+    return model
 
 
 def make_params(config: Config) -> Any:

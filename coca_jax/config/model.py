@@ -243,8 +243,8 @@ class Model(BlockOptions):
     )
     family: Literal["coca", "clip", "siglip", "pe", "openvision", "vision"] = option(
         "coca",
-        "Others than 'coca' are dual encoders with converted weights, and 'vision' an image encoder "
-        "alone; not for training.",
+        "Architecture; all but 'coca' are dual encoders, without a decoder, and 'vision' an image "
+        "encoder alone, which is not trained.",
     )
     embed_dim: Channels = option(768, "Width of the contrastive space.")
     dtype: Literal["float32", "bfloat16", "float64"] = option(

@@ -39,7 +39,13 @@ class Optimizer(Section):
     )
     image_learning_rate: RateOrSame = option(
         -1.0,
-        "Learning rate of the image encoder, without a task head; 0: frozen, -1: as learning_rate.",
+        "Learning rate of the image encoder, without a task head; 0: frozen, -1: as learning_rate. "
+        "Of dual encoders: of everything up to the image embedding.",
+    )
+    text_learning_rate: RateOrSame = option(
+        -1.0,
+        "Learning rate of everything up to the text embedding, of dual encoders; 0: frozen, -1: as "
+        "learning_rate.",
     )
     projection_rate: Share = option(
         1.0,
@@ -100,10 +106,16 @@ class Optimizer(Section):
                 f"ema={self.ema} and optimizer.average_share={self.average_share} are two "
                 "averages. Set one of them."
             )
-        if self.image_learning_rate > 0 and not self.learning_rate:
+        for name in ("image_learning_rate", "text_learning_rate"):
+            if getattr(self, name) > 0 and not self.learning_rate:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is a share of optimizer.learning_rate=0. Set "
+                    "both above 0."
+                )
+        if self.image_learning_rate == 0 and self.text_learning_rate == 0:
             raise ValueError(
-                f"image_learning_rate={self.image_learning_rate} is a share of "
-                "optimizer.learning_rate=0. Set both above 0."
+                "image_learning_rate=0 and optimizer.text_learning_rate=0 leave nothing but the "
+                "temperature to train. Set one of them to -1."
             )
         if self.keep_embeddings:
             self.require(
@@ -117,6 +129,7 @@ class Optimizer(Section):
                 f"optimizer.lora_rank={self.lora_rank}",
                 name=("adamw",),
                 image_learning_rate=(-1.0,),
+                text_learning_rate=(-1.0,),
                 layer_decay=(1.0,),
                 projection_rate=(1.0,),
                 l2_to_start=(0.0,),

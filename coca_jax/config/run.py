@@ -117,6 +117,7 @@ class Config(Section):
             )
         self.check_length(self.steps)
         self._check_image_sizes()
+        self._check_family()
         self._check_losses()
         self._check_partial_training()
         if self.text_parts > 1 and not self.text_lengths:
@@ -189,6 +190,35 @@ class Config(Section):
                 raise ValueError(
                     f"{name} is larger than model.image_size={own}, at which images are read."
                 )
+
+    def _check_family(self) -> None:
+        """For models without a decoder; a captioner has no sides that are locked as one."""
+        reason = f"model.family={self.model.family!r}"
+        if self.model.family == "coca":
+            self._require(reason, optimizer__text_learning_rate=(-1.0,))
+            return
+        if self.model.family == "vision":
+            raise ValueError(
+                f"config.{reason}: an image encoder alone is not trained. Take it into a captioner "
+                "with --config=locked_captioner:WEIGHTS."
+            )
+        self._require(
+            f"{reason}, a dual encoder,",
+            loss__captioning_weight=(0.0,),
+            loss__bag_weight=(0.0,),
+            loss__hidden_weight=(0.0,),
+            head__kind=("",),
+            optimizer__keep_embeddings=(False,),
+            data__label_token=(False,),
+            data__resize=("squash", "crop", "trim"),
+        )
+        if not heads.tower_kind(self.model.family).causal:  # its text tower reads the padding
+            self._require(reason, text_lengths=((),))
+        if any(source.kind == "question" for source in self.data.sources):
+            raise ValueError(
+                f"config.{reason}: a dual encoder answers no questions. Use sources of "
+                "kind='caption' or kind='label'."
+            )
 
     def _check_losses(self) -> None:
         loss, optimizer = self.loss, self.optimizer

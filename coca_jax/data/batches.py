@@ -75,7 +75,8 @@ def _seen(config: Config) -> dict[str, Field]:
     """What the model sees of the image."""
     if config.data.features:
         shape = feature_cache.shape(config)
-        return dict(encoded=Field(config.model.dtype, shape, "tokens of a frozen image encoder"))
+        kept = feature_cache.dtype(config)
+        return dict(encoded=Field(kept, shape, "what a frozen image encoder gives"))
     shape = pixel_work.example_shape(config)
     return dict(image=Field("uint8", shape, "RGB pixels of image, clip or pair, or patches"))
 

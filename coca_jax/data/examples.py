@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from coca_jax.config import Config, heads
-from coca_jax.data import teachers
+from coca_jax.data import teachers, tower_texts
 from coca_jax.data.feature_cache import Tokens
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.pixels import Pixels
@@ -68,14 +68,17 @@ class Examples:
         self.teacher_width = config.loss.teacher_width
         self.quarantine = quarantine
         self.max_len, self.reads_text = config.model.text.max_len, _reads_text(config)
-        self._tokenize = Tokenizer(
-            functools.partial(
-                self._kind.encode,
-                vocabulary,
-                max_len=self.max_len,
-                label_token=config.data.label_token,
-            )
+        encode = functools.partial(
+            self._kind.encode,
+            vocabulary,
+            max_len=self.max_len,
+            label_token=config.data.label_token,
         )
+        if config.model.family != "coca":
+            encode = functools.partial(
+                tower_texts.encode, vocabulary=vocabulary, model=config.model
+            )
+        self._tokenize = Tokenizer(encode)
 
     def at(self, positions: np.ndarray) -> Part:
         """The examples at these positions, int64 [n], of the source's stream."""

@@ -45,12 +45,20 @@ SEEN = (
 
 
 def shape(config: Config) -> tuple[int, ...]:
-    """Of the encoder's tokens of one example: (N, W), of a clip (T, N, W)."""
+    """Of the encoder's tokens of one example: (N, W), of a clip (T, N, W); of a dual encoder, whose
+    image side is locked up to it, the embedding's: (E,)."""
     model = config.model
+    if model.family != "coca":
+        return (model.embed_dim,)
     patches = shapes.patches(model.image_size, model.patch_size)
     places = patches + int(model.image.class_token)
     frames = (config.data.num_frames,) if config.data.num_frames else ()
     return (*frames, places, model.image.width)
+
+
+def dtype(config: Config) -> str:
+    """Of what is kept: tokens in the model's dtype, embeddings as they are compared."""
+    return config.model.dtype if config.model.family == "coca" else "float32"
 
 
 def augmentations(config: Config) -> int:
@@ -67,6 +75,8 @@ def about(config: Config, source: Source, number: int, weights: Mapping[str, int
     """What the tokens of source `number` follow from. weights: checksums of the encoder's."""
     model, data = config.model.to_dict(), config.data.to_dict()
     keys = ("image_size", "patch_size", "image_mean", "image_std", "dtype", "image", *BLOCK)
+    if config.model.family != "coca":
+        keys += ("family", "embed_dim", "pooler")
     found: dict[str, Any] = dict(
         format=1,
         records=source.fingerprint or _described(source, config.data.sources[number]),
@@ -112,7 +122,7 @@ class Features:
     ):
         text = json.dumps(about, sort_keys=True)
         self.path = pathlib.Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.shape, self.dtype = shape(config), np.dtype(config.model.dtype)
+        self.shape, self.dtype = shape(config), np.dtype(dtype(config))
         self.rows = rows
         self._bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         self._lock = threading.Lock()
@@ -249,7 +259,7 @@ class Tokens:
 
     def __init__(self, config: Config, stores: Sequence[Features]):
         self._stores, self._count = stores, augmentations(config)
-        self.shape, self._dtype = shape(config), np.dtype(config.model.dtype)
+        self.shape, self._dtype = shape(config), np.dtype(dtype(config))
 
     def plan(
         self, records: Sequence[Record], draw: Draw, indices: np.ndarray | None = None

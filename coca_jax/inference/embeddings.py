@@ -20,8 +20,8 @@ from coca_jax.inference import tokenization as text_arrays
 from coca_jax.inference.devices import place
 from coca_jax.inference.preprocess import ImageReader, check_batch_size, check_frames
 from coca_jax.inference.programs import Programs
-from coca_jax.models import coca, param_groups
 from coca_jax.models import image_encoder as pixel_values
+from coca_jax.models import network, param_groups
 from coca_jax.runtime import progress as bars
 
 _SORTED = 32  # batches of texts that are sorted by length together
@@ -89,7 +89,7 @@ class Encoders:
 
     def _module(self, params: dict) -> Any:
         """The model that the parameters are of."""
-        return coca.build(
+        return network.build(
             self.config.model,
             sigmoid=param_groups.sigmoid_bias(params) is not None,
             platform=self._devices.platform,

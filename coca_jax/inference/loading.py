@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.inference.model import CoCaModel, model_class
 from coca_jax.interop import export_format, hub, weights_files
 from coca_jax.interop.open_clip_weights import compare
-from coca_jax.models import coca, param_groups, two_towers, vision
+from coca_jax.models import network, param_groups
 from coca_jax.parallel import sharding
 from coca_jax.runtime import machine, storage
 
@@ -97,21 +96,13 @@ def _check_fit(params: dict, config: StoredConfig, path: str) -> None:
     """Raises ValueError for an export whose configuration is of another model than its arrays:
     somebody else wrote it, or changed it."""
     given = {name: tuple(x.shape) for name, x in export_format.flatten(params).items()}
-    sigmoid = param_groups.sigmoid_bias(params) is not None
-    if config.model.family == "vision":
-        made: Any = functools.partial(vision.init, vision.build(config.model))
-    elif config.model.family != "coca":
-        towers = two_towers.build(config.model, sigmoid=sigmoid)
-        made = functools.partial(two_towers.init, towers)
-    else:
-        module = coca.build(
-            config.model,
-            sigmoid=sigmoid,
-            head=config.head if param_groups.has_task_head(params) else None,
-            num_classes=len(config.class_names),
-        )
-        made = functools.partial(coca.init, module)
-    shapes = jax.eval_shape(lambda: sharding.unbox(made(jax.random.key(0))))
+    module = network.build(
+        config.model,
+        sigmoid=param_groups.sigmoid_bias(params) is not None,
+        head=config.head if param_groups.has_task_head(params) else None,
+        num_classes=len(config.class_names),
+    )
+    shapes = jax.eval_shape(lambda: sharding.unbox(network.init(module, jax.random.key(0))))
     wanted = {name: tuple(x.shape) for name, x in export_format.flatten(shapes).items()}
     problems = compare(given, wanted)
     if problems:

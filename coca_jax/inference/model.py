@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-import string
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +12,7 @@ import jax
 import numpy as np
 
 from coca_jax.config import Entry, heads, shapes
-from coca_jax.data import supervision
-from coca_jax.data.vocabulary import clip_bpe
+from coca_jax.data import supervision, tower_texts
 from coca_jax.inference import explain
 from coca_jax.inference import tokenization as text_arrays
 from coca_jax.inference.embeddings import Encoders
@@ -25,7 +22,7 @@ from coca_jax.inference.generation.config import GenerationConfig, own_seeds
 from coca_jax.inference.programs import Forward
 from coca_jax.inference.scores import Scores
 from coca_jax.inference.tokenization import Caption
-from coca_jax.models import param_groups, text_decoder, two_towers, vision
+from coca_jax.models import text_decoder, vision
 from coca_jax.ops.decode_layouts import Layout
 
 
@@ -408,7 +405,6 @@ OF_A_DECODER = (
     *("caption", "captions", "stream_captions", "explain", "answer", "score"),
     *("caption_log_likelihood", "forward"),
 )
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class TwoTowerModel(Encoders):
@@ -429,36 +425,17 @@ class TwoTowerModel(Encoders):
             )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def _module(self, params: dict) -> two_towers.TwoTowers:
-        sigmoid = param_groups.sigmoid_bias(params) is not None
-        platform = self._devices.platform
-        return two_towers.build(self.config.model, sigmoid=sigmoid, platform=platform)
-
     def _tokenize(
         self, texts: Sequence[str], labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A tower that sees all of a text reads its padding too, so texts are padded to the whole
-        length; where they have no end symbol, padding is in its place."""
-        model, words, kind = self.config.model, self.vocabulary, heads.tower_kind(self.family)
-        if model.mend_texts:
-            texts = [clip_bpe.mend(text) for text in texts]
-        if kind.causal:
-            return text_arrays.tokenize(words, texts, self.max_len)
-        if kind.cleaned:
-            texts = [canonical(t) if model.clean == "canonical" else t.lower() for t in texts]
-        begin = [words.bos_id] if kind.begins else []
-        end = [words.eos_id] if kind.ends else []
-        pad = words.pad_id if model.pad_id < 0 else model.pad_id
-        tokens = np.full((len(texts), self.max_len), pad, np.int32)
-        lengths = np.zeros(len(texts), np.int64)
-        room, cut = self.max_len - len(begin) - 1, []
-        for row, ids in enumerate(words.encode_many(texts)):
-            whole = [*begin, *ids[:room], *end]
-            tokens[row, : len(whole)] = whole
-            lengths[row] = len(whole)
-            cut.append(len(ids) > room)
+        """By the family's rules, see data/tower_texts.py."""
+        model = self.config.model
+        if heads.tower_kind(self.family).causal:
+            texts = tower_texts.clean(texts, model)
+            return text_arrays.tokenize(self.vocabulary, texts, self.max_len)
+        tokens, valid, cut = tower_texts.padded(texts, self.vocabulary, model)
         text_arrays.note_cuts(cut, self.max_len)
-        return tokens, np.arange(self.max_len)[None] < lengths[:, None]
+        return tokens, valid
 
     def _trimmed(self, tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All of it where the tower sees the padding too."""
@@ -500,9 +477,3 @@ def refuse(model: Encoders, checkpoint: str) -> None:
             f"--checkpoint={checkpoint}: a model of the family {model.config.model.family!r} has "
             "no decoder; it writes no captions"
         )
-
-
-def canonical(text: str) -> str:
-    """A text in lower case, without ASCII punctuation and with single spaces."""
-    plain = text.replace("_", " ").translate(_PUNCTUATION).lower()
-    return re.sub(r"\s+", " ", plain).strip()

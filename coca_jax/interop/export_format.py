@@ -269,6 +269,13 @@ def read_export(directory: str | os.PathLike[str]) -> tuple[dict, StoredConfig]:
         raise ValueError(f"{os.path.join(directory, params)}: {error}") from None
 
 
+def contrastive_loss(directory: str | os.PathLike[str]) -> str:
+    """The form of the contrastive loss of an export's weights: 'sigmoid' where they have its bias.
+    Raises as `read_export`."""
+    with storage.local_copy(storage.place(directory) / _params_name(directory)) as file:
+        return "sigmoid" if "logit_bias/value" in safetensors.read(file) else "softmax"
+
+
 def has_checksums(directory: str | os.PathLike[str]) -> bool:
     """Whether the folder says what its files hold: one that does was written as a whole."""
     return bool(json_files.listed_files(_read_config(directory)))

@@ -30,7 +30,7 @@ SHARED = ("kernel", "bias", "scale", "logit_bias", "bag_kernel")
 
 @flax.struct.dataclass
 class Outputs:
-    """What one forward pass gives.
+    """What one forward pass gives; a field is None where the model has nothing of the kind.
 
     image_embedding, text_embedding: float32 [B, E], L2-normalised. image_tokens: [B, Q, D], what
     the decoder attends to. states: [B, L, D], the decoder's output before the softmax layer.
@@ -42,15 +42,15 @@ class Outputs:
     which; None unless hidden patches are learned, and in training.
     """
 
-    image_embedding: jax.Array
-    text_embedding: jax.Array
-    image_tokens: jax.Array
-    states: jax.Array
-    kernel: jax.Array
-    bias: jax.Array | None
-    scale: jax.Array
-    logit_bias: jax.Array | None
-    class_logits: jax.Array | None
+    image_embedding: Any = None
+    text_embedding: Any = None
+    image_tokens: Any = None
+    states: Any = None
+    kernel: Any = None
+    bias: jax.Array | None = None
+    scale: Any = None
+    logit_bias: jax.Array | None = None
+    class_logits: jax.Array | None = None
     pooled: jax.Array | None = None
     bag_kernel: jax.Array | None = None
     predicted_tokens: jax.Array | None = None
@@ -71,11 +71,11 @@ class Outputs:
 # Beside the two towers, whose modules have their own; see roles.Role. The projections to the joint
 # space and the similarity's numbers are computed in float32.
 PARTS = dict(
-    generative_pooler=Part("pooling"),
-    pooled_norm=Part("pooling"),
-    contrastive_pooler=Part("contrastive"),
-    image_to_joint=Part("contrastive", wide=True),
-    text_to_joint=Part("contrastive", wide=True),
+    generative_pooler=Part("pooling", "image"),
+    pooled_norm=Part("pooling", "image"),
+    contrastive_pooler=Part("contrastive", "image"),
+    image_to_joint=Part("contrastive", "image", wide=True),
+    text_to_joint=Part("contrastive", "text", wide=True),
     log_scale=Part("contrastive", wide=True),
     logit_bias=Part("contrastive", wide=True, optional=True),
     head=Part("head", optional=True),
@@ -172,6 +172,10 @@ class CoCa(nn.Module):
         frames = pixels.reshape((-1,) + pixels.shape[2:])
         encoded = self.image_encoder(frames, deterministic=deterministic)
         return encoded.reshape(pixels.shape[:2] + encoded.shape[1:])
+
+    def locked_features(self, pixels: jax.Array) -> jax.Array:
+        """What a locked image encoder gives the rest of the model: its tokens, `encode_pixels`."""
+        return self.encode_pixels(pixels)
 
     def pool(
         self, encoded: jax.Array, valid: jax.Array | None = None
@@ -369,18 +373,12 @@ def build(
     head = read(Head, head, "head") if head is not None else None
     if model.family != "coca":
         raise ValueError(
-            f"model.family={model.family!r}: dual encoders have no decoder. They can be loaded, "
-            "evaluated and searched with, but not trained."
+            f"model.family={model.family!r}: a dual encoder, which has no decoder. Use "
+            "models.network.build."
         )
     platform = platform or jax.default_backend()
     ops = operations.choose(platform, model.implementation)
-    if model.dtype == "float64" and not (
-        platform == "cpu" and jnp.result_type(float) == jnp.float64
-    ):
-        raise ValueError(
-            "model.dtype='float64' is for checks on the CPU: choose 'float32', or set "
-            "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
-        )
+    check_dtype(model, platform)
     remat = ops.remat if remat == "auto" else remat
     options = functools.partial(layers.BlockOptions.from_config, model, ops)
     image, text = ({**part.to_dict(), "remat": remat} for part in (model.image, model.text))
@@ -409,6 +407,17 @@ def build(
         options=options(),
         pooler_options=options(model.pooler.block),
     )
+
+
+def check_dtype(model: Model, platform: str) -> None:
+    """Raises ValueError for float64 where a program would compute in float32."""
+    if model.dtype == "float64" and not (
+        platform == "cpu" and jnp.result_type(float) == jnp.float64
+    ):
+        raise ValueError(
+            "model.dtype='float64' is for checks on the CPU: choose 'float32', or set "
+            "JAX_PLATFORMS=cpu and JAX_ENABLE_X64=1"
+        )
 
 
 def init(model: CoCa, rng: jax.Array) -> dict:

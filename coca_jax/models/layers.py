@@ -429,11 +429,11 @@ class Part:
     """A part of the model, by its place in the tree of parameters.
 
     serves: what it works for ("image", "text", "words" ...), as losses name what they train: a
-    run none of whose losses does leaves it alone. tower: whose layers it lies below, in or above
-    (`place`), '' for none; towers are what layer decay counts. optional: weights to start from may
-    lack it. aid: a loss alone reads it, so that weights for other programs leave it out. wide: it
-    is computed in float32 in any case. positions: how positions are fitted to another size: 'grid'
-    or 'text'.
+    run none of whose losses does leaves it alone. tower: 'image' or 'text', as far as the
+    embedding; '' for none. place: below, in or above the tower's layers, which layer decay counts.
+    optional: weights to start from may lack it. aid: a loss alone reads it, so that weights for
+    other programs leave it out. wide: it is computed in float32 in any case. positions: how
+    positions are fitted to another size: 'grid' or 'text'.
     """
 
     serves: str

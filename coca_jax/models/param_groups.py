@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from coca_jax.config import Optimizer
 from coca_jax.config.heads import PoolerKind
 from coca_jax.models import block, coca, image_encoder, layers, text_decoder
 from coca_jax.models.layers import STACK, Part
@@ -102,6 +103,11 @@ def select(tree: dict, wanted: Any, names: tuple[str, ...] = ()) -> dict:
         elif wanted(part_of(path)):
             found[key] = value
     return found
+
+
+def tower_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rate of each tower of a dual encoder; -1: the same as all."""
+    return dict(image=optimizer.image_learning_rate, text=optimizer.text_learning_rate)
 
 
 def with_pooling(words: Set[str], pooler: PoolerKind) -> Set[str]:

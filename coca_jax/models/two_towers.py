@@ -13,7 +13,9 @@ The same encoder and blocks as CoCa's, with other heads. `model.family` says whi
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,8 +25,8 @@ import jax.numpy as jnp
 from coca_jax import ops as operations
 from coca_jax.config import Model, heads, read, shapes
 from coca_jax.config.heads import CLASS, QUERY, TowerKind
-from coca_jax.models import block, layers
-from coca_jax.models.coca import normalise
+from coca_jax.models import block, initializers, layers
+from coca_jax.models.coca import Outputs, check_dtype, normalise
 from coca_jax.models.image_encoder import ImageEncoder
 from coca_jax.ops.reference import wide
 from coca_jax.parallel.sharding import constrain
@@ -44,6 +46,7 @@ class TextTower(nn.Module):
     vocab_size: int
     max_len: int
     causal: bool
+    remat: str = "none"
     options: layers.BlockOptions = layers.BlockOptions()
 
     def setup(self) -> None:
@@ -54,6 +57,7 @@ class TextTower(nn.Module):
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             causal=self.causal,
+            remat=self.remat,
             options=self.options,
         )
         self.unimodal_norm = layers.Norm(self.options)
@@ -133,21 +137,33 @@ class TwoTowers(nn.Module):
         if self.sigmoid:
             self.logit_bias = layers.Scalar(-10.0)
 
+    @property
+    def kernel_dtype(self) -> Any:
+        """Of stacked kernels in a step, see ops.reference.Reference.kernel_dtype."""
+        return self.options.ops.kernel_dtype(self.dtype)
+
     def encode_pixels(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """[B, S, S, 3] -> tokens [B, N, W], of clips [B, T, S, S, 3] -> [B, T, N, W]."""
         if pixels.ndim == 5:
-            flat = self.image_encoder(pixels.reshape((-1, *pixels.shape[2:])))
+            frames = pixels.reshape((-1, *pixels.shape[2:]))
+            flat = self.image_encoder(frames, deterministic=deterministic)
             return flat.reshape((*pixels.shape[:2], *flat.shape[1:]))
-        return self.image_encoder(pixels)
+        return self.image_encoder(pixels, deterministic=deterministic)
 
-    def encode_image(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode_image(
+        self, pixels: jax.Array, *, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
         """[B, S, S, 3] -> (embedding float32 [B, E], L2-normalised; the encoder's tokens). Clips
         have the mean of their frames' embeddings."""
-        encoded = self.encode_pixels(pixels)
+        encoded = self.encode_pixels(pixels, deterministic=deterministic)
         if encoded.ndim == 4:
             each = self._pool(encoded.reshape((-1, *encoded.shape[2:])))
             return normalise(each.reshape((*encoded.shape[:2], -1)).mean(1)), encoded
         return self._pool(encoded), encoded
+
+    def locked_features(self, pixels: jax.Array) -> jax.Array:
+        """What a locked image side gives the rest of the model: the embedding, float32 [B, E]."""
+        return self.encode_image(pixels)[0]
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
         if self.kind.pool == QUERY:
@@ -165,18 +181,39 @@ class TwoTowers(nn.Module):
         state = self.text_decoder(tokens, valid)
         return normalise(self.text_to_joint(state.astype(wide(self.dtype))))
 
+    def similarity(self) -> tuple[jax.Array, jax.Array | None]:
+        """(inverse temperature, bias of the sigmoid loss or None), float32."""
+        return jnp.exp(self.log_scale()), self.logit_bias() if self.sigmoid else None
+
     def __call__(
-        self, pixels: jax.Array, tokens: jax.Array, valid: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """(image embeddings, text embeddings, inverse temperature, bias of the sigmoid or None)."""
-        bias = self.logit_bias() if self.sigmoid else None
-        embeddings = self.encode_image(pixels)[0], self.encode_text(tokens, valid)
-        return *embeddings, jnp.exp(self.log_scale()), bias
+        self,
+        pixels: jax.Array | None,
+        tokens: jax.Array,
+        valid: jax.Array,
+        prompt_len: jax.Array | None = None,
+        *,
+        encoded: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> Outputs:
+        """Both embeddings, as `CoCa.__call__` gives them; there is nothing of a decoder.
+
+        prompt_len: of questions, which a model without a decoder does not answer. encoded: in place
+        of pixels, the embeddings that `locked_features` gave.
+        """
+        del prompt_len
+        image = encoded
+        if image is None:
+            image = self.encode_image(pixels, deterministic=deterministic)[0]
+        scale, bias = self.similarity()
+        text = self.encode_text(tokens, valid)
+        return Outputs(image_embedding=image, text_embedding=text, scale=scale, logit_bias=bias)
 
 
-def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -> TwoTowers:
-    """Makes the towers that `config.model` describes. Raises ValueError for sizes that cannot be,
-    or towers that this family does not have."""
+def build(
+    model: Model, *, remat: str = "none", sigmoid: bool = False, platform: str | None = None
+) -> TwoTowers:
+    """Makes the towers that `config.model` describes; arguments as of `coca.build`. Raises
+    ValueError for sizes that cannot be, or towers that this family does not have."""
     model = read(Model, model, "model")
     kind = heads.tower_kind(model.family)
     if not kind.projection and model.embed_dim != model.image.width:
@@ -188,7 +225,10 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
         raise ValueError(
             f"model.image.class_token=False: of {kind.about} it is the image; set True"
         )
-    ops = operations.choose(platform or jax.default_backend(), model.implementation)
+    platform = platform or jax.default_backend()
+    check_dtype(model, platform)
+    ops = operations.choose(platform, model.implementation)
+    remat = ops.remat if remat == "auto" else remat
     options = layers.BlockOptions.from_config(model, ops)
     text, image = model.text, model.image.to_dict()
     of_image = layers.BlockOptions.from_config(model, ops, image.pop("block"))
@@ -198,6 +238,7 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
             image_size=model.image_size,
             patch_size=model.patch_size,
             **image,
+            remat=remat,
             options=of_image,
         ),
         tower=TextTower(
@@ -208,6 +249,7 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
             vocab_size=text.vocab_size,
             max_len=text.max_len,
             causal=kind.causal,
+            remat=remat,
             options=of_text,
         ),
         kind=kind,
@@ -222,6 +264,15 @@ def build(model: Model, *, sigmoid: bool = False, platform: str | None = None) -
 
 def init(module: TwoTowers, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names."""
+    return _draw(module)(rng)
+
+
+@functools.lru_cache(maxsize=4)  # a start asks twice, of shapes and of numbers
+def _draw(module: TwoTowers) -> Callable[[jax.Array], dict]:
     size, length = shapes.pair(module.encoder.image_size), module.tower.max_len
-    pixels, tokens = jnp.zeros((1, *size, 3)), jnp.zeros((1, length), jnp.int32)
-    return module.init(rng, pixels, tokens, jnp.ones(tokens.shape, bool))["params"]
+
+    def alone(rng: jax.Array) -> dict:
+        pixels, tokens = jnp.zeros((1, *size, 3)), jnp.zeros((1, length), jnp.int32)
+        return module.init(rng, pixels, tokens, jnp.ones(tokens.shape, bool))["params"]
+
+    return initializers.together(alone)

@@ -439,14 +439,14 @@ class Evaluate(Callback):
                 model.set_params({})  # the next steps have the memory
 
     def _load_model(self) -> inference.CoCaModel:
-        from coca_jax import inference
+        from coca_jax.inference.model import model_class
 
         trainer, state = self._trainer, self._trainer.state
         params = state.params
         if state.ema is not None:
             params = param_groups.merge(params, state.ema)
         if self._model is None:
-            self._model = inference.CoCaModel(
+            self._model = model_class(trainer.config.model.family)(
                 trainer.config,
                 params,
                 trainer.vocabulary,

@@ -39,7 +39,11 @@ def keep(trainer: Trainer) -> tuple[Features, ...]:
     config = trainer.config
     if not config.data.features:
         return ()
-    encoder = param_groups.select(trainer.state.params, lambda part: part.serves == "image")
+    of_tower = config.model.family != "coca"  # all of it is locked, up to the embedding
+    encoder = param_groups.select(
+        trainer.state.params,
+        lambda part: part.tower == "image" if of_tower else part.serves == "image",
+    )
     sums = verify.of_tree(encoder)
     pixels = Pixels(config)
     found: list[Features] = []
@@ -77,8 +81,8 @@ class _Filling:
 
         def encode(params: Any, image: jax.Array) -> jax.Array:
             pixels = normalise_pixels(image, config.model)
-            found: Any = model.apply({"params": params}, pixels, method="encode_pixels")
-            return found.astype(config.model.dtype)
+            found: Any = model.apply({"params": params}, pixels, method="locked_features")
+            return found.astype(feature_cache.dtype(config))
 
         self._encode = jax.jit(encode)
 

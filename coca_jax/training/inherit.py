@@ -82,16 +82,18 @@ def _found(path: str, workdir: str) -> dict[str, Any]:
     try:
         warm_start.check_place(path)
         if export_format.is_export(path):
+            words, loss = export_format.vocabulary_path(path), export_format.contrastive_loss(path)
             run = export_format.read_config(path)
-            return _values(run.model, run.data, export_format.vocabulary_path(path))
+            return _values(run.model, run.data, words, loss)
         run = manager.load_config(path)
-        return _values(run.model, run.data, "")  # its vocabulary is found by itself
+        return _values(run.model, run.data, "", run.loss.contrastive)  # its vocabulary is found
     except FileNotFoundError:
         if workdir:
             with contextlib.suppress(FileNotFoundError):
                 begun = manager.load_config(workdir)
                 if _whole(begun.init_from) == _whole(path):
-                    return _values(begun.model, begun.data, begun.data.vocabulary)
+                    loss = begun.loss.contrastive
+                    return _values(begun.model, begun.data, begun.data.vocabulary, loss)
         raise
 
 
@@ -99,9 +101,9 @@ def _whole(path: str) -> str:
     return storage.whole_path(path).rstrip("/")
 
 
-def _values(model: Model, data: Data, words: str) -> dict[str, Any]:
+def _values(model: Model, data: Data, words: str, loss: str) -> dict[str, Any]:
     """{key: value} of a model and of how its texts and images are read. words: the file of the
-    vocabulary."""
+    vocabulary. loss: the form of the contrastive loss that the weights were trained with."""
     from coca_jax.config import Model as ModelSection
     from coca_jax.config import keys
 
@@ -110,6 +112,7 @@ def _values(model: Model, data: Data, words: str) -> dict[str, Any]:
         "data.max_patches": data.max_patches,
         "data.label_token": data.label_token,
         "data.vocabulary": words,
+        "loss.contrastive": loss,
     }
     for key, _ in keys(ModelSection):
         group, last = _place(model, key)

@@ -14,7 +14,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from coca_jax.config import Optimizer
 from coca_jax.models.layers import TOP
-from coca_jax.models.param_groups import Role, depths, map_with_roles
+from coca_jax.models.param_groups import Role, depths, map_with_roles, tower_rates
 from coca_jax.ops.reference import Reference
 
 MUON_MOMENTUM, MUON_ITERATIONS = 0.95, 4
@@ -73,7 +73,7 @@ def learning_rate(kind: str, schedule: Schedule, step: jax.Array | int) -> jax.A
 def without_schedule(optimizer: Optimizer) -> Optimizer:
     """The optimizer as a step's program has it: what `Schedule` holds is as by default, and rates
     of parts are multiples of the learning rate."""
-    parts = ("encoder_learning_rate", "image_learning_rate")
+    parts = ("encoder_learning_rate", "image_learning_rate", "text_learning_rate")
     rates = {part: getattr(optimizer, part) for part in parts}
     relative = {k: v / optimizer.learning_rate for k, v in rates.items() if v > 0}
     plain = Optimizer()
@@ -299,13 +299,19 @@ def _equal_rms(updates: Any, params: Any) -> Any:
 
 
 def rate_factors(
-    params: Any, optimizer: Optimizer, has_head: bool, words: Set[str] | None = None
+    params: Any,
+    optimizer: Optimizer,
+    has_head: bool,
+    words: Set[str] | None = None,
+    *,
+    dual_encoder: bool = False,
 ) -> Any:
     """The learning rate of each parameter over `learning_rate`: a tree of floats, or of arrays
     [depth, 1, ...] for stacked layers.
 
     The head has 1, all else encoder_learning_rate / learning_rate; without a head the image encoder
-    has image_learning_rate / learning_rate and all else 1. layer_decay d multiplies layer i
+    has image_learning_rate / learning_rate and all else 1. Of a dual encoder all of a tower has its
+    rate, image_learning_rate or text_learning_rate. layer_decay d multiplies layer i
     of a tower of L by d^(L - i) and what lies below its first layer by d^(L + 1); in the decoder
     the two halves count as one tower; the norms at the end, the poolers and the projections are at
     the top, with d^0 (as in BEiT, Bao et al. 2022). The projections into the joint space have
@@ -313,6 +319,7 @@ def rate_factors(
     have 0: weight decay would shrink what has no gradient. None: all are learned.
     """
     encoder, decay = 1.0, optimizer.layer_decay
+    sides = tower_rates(optimizer) if dual_encoder else {}
     if has_head and optimizer.encoder_learning_rate >= 0:
         encoder = optimizer.encoder_learning_rate / optimizer.learning_rate
     image = encoder
@@ -326,6 +333,9 @@ def rate_factors(
         if words is not None and role.part.serves not in words:
             return 0.0
         own = image if role.part.serves == "image" else encoder
+        if dual_encoder:
+            rate = sides.get(role.part.tower, -1)
+            own = rate / optimizer.learning_rate if rate > 0 else 1.0
         if role.part.wide and role.kind != "table":  # beside them single numbers alone are wide
             own *= optimizer.projection_rate
         if role.part.place == TOP or decay == 1.0:

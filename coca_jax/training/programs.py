@@ -14,7 +14,7 @@ from coca_jax.config import Config, shapes
 from coca_jax.config.shapes import Size
 from coca_jax.data import batches
 from coca_jax.data.mixture import head_classes
-from coca_jax.models.coca import CoCa
+from coca_jax.models.network import Network
 from coca_jax.parallel import sharding
 from coca_jax.parallel import sharding as partitioning
 from coca_jax.runtime.metric_log import TimeBuckets
@@ -29,7 +29,7 @@ Shape = tuple[Size, feed.Lengths, int]  # image size, lengths of captions, rows
 
 
 @functools.lru_cache(maxsize=8)
-def program(model: CoCa, alike: Alike, mesh: Mesh, size: Size, lengths: feed.Lengths) -> Any:
+def program(model: Network, alike: Alike, mesh: Mesh, size: Size, lengths: feed.Lengths) -> Any:
     """The jitted train step, the same one for all runs of a process whose steps are alike, so that
     the next run neither traces nor compiles it. alike: by `of_step`. The state is donated."""
     _, shardings = state_shardings(model, alike.config, mesh)
@@ -52,7 +52,7 @@ class Programs:
     def __init__(
         self,
         config: Config,
-        model: CoCa,
+        model: Network,
         mesh: Mesh,
         steps: int,
         buckets: TimeBuckets,

@@ -40,7 +40,15 @@ GROUPS = {
         *("coca_2026_small", "coca_2026_base", "coca_2026_large"),
     ),
     "fine-tuning": (
-        *("finetune_open_clip", "locked_captioner", "coco_captions", "vqa", "nlvr2", "snli_ve"),
+        *(
+            "finetune_open_clip",
+            "finetune_towers",
+            "locked_captioner",
+            "coco_captions",
+            "vqa",
+            "nlvr2",
+            "snli_ve",
+        ),
         *("imagenet_finetune", "imagenet_frozen", "kinetics_finetune", "kinetics_frozen"),
         *("fashion_mnist_finetune", "fashion_mnist_frozen", "tuxpaint_tuned"),
         *("emoji_reinforced", "animated_emoji"),

@@ -126,6 +126,11 @@ def check_started(config: Config) -> None:
             "optimizer.image_learning_rate=0 locks the image encoder and needs init_from, the "
             "weights that it has; without any set -1"
         )
+    if optimizer.text_learning_rate == 0:
+        raise ValueError(
+            "optimizer.text_learning_rate=0 locks the text tower and needs init_from, the weights "
+            "that it has; without any set -1"
+        )
     if optimizer.keep_embeddings:
         raise ValueError(
             "optimizer.keep_embeddings keeps what weights have and needs init_from; without any "

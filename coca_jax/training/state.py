@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from coca_jax.config import Config, Optimizer, Recipe, heads, typed
-from coca_jax.models import coca, lora, param_groups
-from coca_jax.models.coca import CoCa
+from coca_jax.models import lora, network, param_groups
+from coca_jax.models.network import Network
 from coca_jax.ops.contrastive_loss import UNSEEN
 from coca_jax.parallel import sharding as partitioning
 from coca_jax.training import losses
@@ -53,10 +53,10 @@ class TrainState(flax.struct.PyTreeNode):
         return cls(**items["counters"], **({"ema": None} | rest))
 
 
-def build_model(config: Config, mesh: Mesh | None, num_classes: int = 0) -> CoCa:
+def build_model(config: Config, mesh: Mesh | None, num_classes: int = 0) -> Network:
     """The module of `config` for the devices of `mesh`, None: those that there are; num_classes: of
     its task head."""
-    return coca.build(
+    return network.build(
         config.model,
         remat=config.remat,
         loss=config.loss,
@@ -66,9 +66,9 @@ def build_model(config: Config, mesh: Mesh | None, num_classes: int = 0) -> CoCa
     )
 
 
-def make_state(model: CoCa, config: Config, rng: jax.Array) -> TrainState:
+def make_state(model: Network, config: Config, rng: jax.Array) -> TrainState:
     """A fresh state; parameters boxed with their axis names (trace it with jax.eval_shape)."""
-    boxed = coca.init(model, rng)
+    boxed = network.init(model, rng)
     params = partitioning.unbox(boxed)
     zero = jnp.zeros((), jnp.int32)
     trained = trainable(params, config)
@@ -100,8 +100,9 @@ def make_estimates(config: Config) -> dict[str, jax.Array] | None:
 def trainable(params: dict, config: Config) -> dict:
     """The part of a tree of parameters (or of anything by parameter) that the run trains.
 
-    Everything without a head, or with image_learning_rate 0 all but the image encoder; with
-    keep_embeddings what captions alone depend on; with lora_rank the adapted kernels. With a head:
+    Everything without a head, or with image_learning_rate 0 all but the image encoder (of dual
+    encoders, all but what is up to the image embedding, as text_learning_rate does for the text);
+    with keep_embeddings what captions alone depend on; with lora_rank the adapted kernels. With a head:
     the head, and unless encoder_learning_rate is 0 what its loss and the losses beside it depend
     on; weight decay would shrink what has no gradient.
     """
@@ -110,6 +111,9 @@ def trainable(params: dict, config: Config) -> dict:
     if config.optimizer.keep_embeddings:
         return param_groups.of_captions(params, heads.pooler_kind(config.model.pooler.kind))
     if not config.head.kind:
+        if config.model.family != "coca":
+            rates = param_groups.tower_rates(config.optimizer)
+            return param_groups.select(params, lambda part: rates.get(part.tower) != 0)
         if config.optimizer.image_learning_rate:
             return params
         return param_groups.select(params, lambda part: part.serves != "image")
@@ -126,7 +130,7 @@ def learning(config: Config) -> Set[str]:
     return param_groups.with_pooling(words, heads.pooler_kind(config.model.pooler.kind))
 
 
-def state_shardings(model: CoCa, config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def state_shardings(model: Network, config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """(abstract state, its shardings on the mesh), without making an array.
 
     Raises ValueError when a parameter cannot be split evenly over the mesh.
@@ -160,7 +164,7 @@ def of_state(config: Recipe) -> Alike:
 
 
 @functools.lru_cache(maxsize=4)  # a start asks four times, and a trace of the model takes a second
-def _shardings(model: CoCa, alike: Alike, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def _shardings(model: Network, alike: Alike, mesh: Mesh) -> tuple[TrainState, TrainState]:
     config = alike.config
     boxed = jax.eval_shape(lambda: make_state(model, config, jax.random.key(0)))
     specs = partitioning.param_specs(boxed.params, mesh)
@@ -178,14 +182,14 @@ def _shardings(model: CoCa, alike: Alike, mesh: Mesh) -> tuple[TrainState, Train
     return abstract, partitioning.shardings(mesh, tree)
 
 
-def init_state(model: CoCa, config: Config, mesh: Mesh) -> TrainState:
+def init_state(model: Network, config: Config, mesh: Mesh) -> TrainState:
     """A fresh state, made directly in its place on the mesh from config.seed."""
     # As jax.random.key takes a number: its lowest 32 bits, of which int32 would hold 31.
     return _draw(model, of_state(config), mesh)(np.uint32(config.seed))
 
 
 @functools.lru_cache(maxsize=4)  # its program may take longer to compile than a step's
-def _draw(model: CoCa, alike: Alike, mesh: Mesh) -> Callable[[np.uint32], TrainState]:
+def _draw(model: Network, alike: Alike, mesh: Mesh) -> Callable[[np.uint32], TrainState]:
     """A seed -> the state of `init_state`, compiled once in a process."""
     _, sharding = _shardings(model, alike, mesh)
 

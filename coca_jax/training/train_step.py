@@ -16,8 +16,9 @@ from coca_jax.config import Config, Recipe, shapes, typed
 from coca_jax.config.shapes import Size
 from coca_jax.data import batch_schedule
 from coca_jax.models import coca, lora, param_groups
-from coca_jax.models.coca import SHARED, CoCa
+from coca_jax.models.coca import SHARED
 from coca_jax.models.image_encoder import normalise_pixels, shrink
+from coca_jax.models.network import Network
 from coca_jax.ops import decode_layouts
 from coca_jax.ops.reference import Reference
 from coca_jax.parallel import sharding
@@ -134,7 +135,7 @@ Found = list[tuple[Batch, Any]]  # parts of a batch with the model's outputs (co
 
 def loss_and_metrics(
     params: Any,
-    model: CoCa,
+    model: Network,
     config: Config,
     batch: Batch,
     rng: jax.Array,
@@ -154,7 +155,7 @@ def loss_and_metrics(
 
 def value_and_gradients(
     params: Any,
-    model: CoCa,
+    model: Network,
     config: Config,
     batch: Batch,
     rng: jax.Array,
@@ -281,7 +282,7 @@ def finish(losses: tuple[Objective, ...], values: Values) -> Metrics:
     )
 
 
-def temperature(model: CoCa, params: Any, losses: tuple[Objective, ...]) -> Metrics:
+def temperature(model: Network, params: Any, losses: tuple[Objective, ...]) -> Metrics:
     """The temperature of the similarities, where the whole model runs."""
     if objectives.head_alone(losses):
         return {}
@@ -289,7 +290,7 @@ def temperature(model: CoCa, params: Any, losses: tuple[Objective, ...]) -> Metr
 
 
 def run_parts(
-    model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Array, parts: Parts
+    model: Network, config: Config, params: Any, batch: Batch, rng: jax.Array, parts: Parts
 ) -> Found:
     """The parts of one micro-batch with the model's outputs over each."""
     if objectives.head_alone(objectives.of(config, model.options.ops)):
@@ -312,7 +313,9 @@ def _rngs(config: Config, rng: jax.Array) -> dict[str, jax.Array]:
     return {"patch_dropout": rng} if draws(config) else {}
 
 
-def forward(model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Array) -> coca.Outputs:
+def forward(
+    model: Network, config: Config, params: Any, batch: Batch, rng: jax.Array
+) -> coca.Outputs:
     """One training pass over the batch -> coca.Outputs."""
     outputs: Any = model.apply(
         {"params": cast_kernels(params, model.kernel_dtype)},
@@ -333,7 +336,7 @@ def _pixels(batch: Batch, config: Config) -> jax.Array | None:
 
 
 def classify(
-    model: CoCa, config: Config, params: Any, batch: Batch, rng: jax.Array
+    model: Network, config: Config, params: Any, batch: Batch, rng: jax.Array
 ) -> coca.Outputs:
     """One training pass over what the task head reads alone: outputs with class_logits only."""
     logits: Any = model.apply(
@@ -346,7 +349,7 @@ def classify(
         rngs=_rngs(config, rng),
         method="classify",
     )
-    return coca.Outputs(*(None,) * 8, class_logits=logits)
+    return coca.Outputs(class_logits=logits)
 
 
 def cast_kernels(params: Any, dtype: Any) -> Any:
@@ -403,7 +406,8 @@ def make_update(
         else:
             updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
             has_head, words = bool(config.head.kind), learning(config)
-            factors = rate_factors(trained, config.optimizer, has_head, words)
+            dual = config.model.family != "coca"
+            factors = rate_factors(trained, config.optimizer, has_head, words, dual_encoder=dual)
             moved = jax.tree.map(
                 lambda p, u, f: p - rate * f * u.astype(p.dtype), trained, updates, factors
             )
@@ -435,7 +439,7 @@ def make_update(
 
 
 def make_train_step(
-    model: CoCa,
+    model: Network,
     config: Config,
     image_size: Size | None = None,
     lengths: Lengths | None = None,
@@ -479,7 +483,7 @@ def of_step(config: Recipe) -> Alike:
 
 
 def shared_train_step(
-    model: CoCa,
+    model: Network,
     alike: Alike,
     image_size: Size | None = None,
     lengths: Lengths | None = None,
@@ -492,11 +496,11 @@ def shared_train_step(
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_train_step(model: CoCa, alike: Alike, size: Size, lengths: Lengths) -> TrainStep:
+def _cached_train_step(model: Network, alike: Alike, size: Size, lengths: Lengths) -> TrainStep:
     return make_train_step(model, alike.config, size, lengths)
 
 
-def teacher_of(state: TrainState, model: CoCa, config: Config, batch: Batch) -> Batch:
+def teacher_of(state: TrainState, model: Network, config: Config, batch: Batch) -> Batch:
     """The tokens that the averaged model makes of the images, each of mean 0 and variance 1, where
     hidden patches are learned: float32 [B, N, W], a micro-batch at a time."""
     if not config.loss.hidden_weight:

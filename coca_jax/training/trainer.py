@@ -18,7 +18,7 @@ from coca_jax.data.mixture import Mixture, head_classes
 from coca_jax.data.quarantine import Quarantine, Row
 from coca_jax.data.vocabulary import Vocabulary
 from coca_jax.evaluation.evaluators import base
-from coca_jax.models import coca
+from coca_jax.models.network import Network
 from coca_jax.parallel import sharding
 from coca_jax.runtime import (
     lease,
@@ -97,7 +97,7 @@ class Trainer:
     vocabulary: Vocabulary
     class_names: Sequence[str]
     steps: int
-    model: coca.CoCa
+    model: Network
     best: Best | None
     checkpoints: manager.Checkpoints
     evaluate: Evaluate

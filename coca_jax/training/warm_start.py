@@ -14,10 +14,12 @@ from coca_jax.checkpoints import manager
 from coca_jax.config import Config, Model
 from coca_jax.config.base import flatten
 from coca_jax.interop import export_format, open_clip_config
-from coca_jax.models import coca, param_groups
+from coca_jax.models import network, param_groups
 from coca_jax.parallel import sharding
 from coca_jax.runtime import storage
 from coca_jax.training.state import TrainState
+
+CLS = "text_decoder/cls/value"  # of models whose last text position is [CLS]'s
 
 
 def apply(
@@ -60,7 +62,7 @@ def apply(
         if part.positions == "grid":
             array = _of_grid(array, leaf.shape, old_grid, grid)
         if part.positions == "text":
-            array = _of_texts(array, leaf.shape[0], positions)
+            array = _of_texts(array, leaf.shape[0], positions, CLS in target)
         if array.shape != leaf.shape:
             raise ValueError(
                 f"init_from={path}: {name} has shape {array.shape}, the model {leaf.shape}"
@@ -84,16 +86,16 @@ def _of_grid(
     return resize_positions(array, shape[0], old, new)
 
 
-def _of_texts(array: np.ndarray, length: int, how: str) -> np.ndarray:
-    """Positions of `length` tokens; says so where the weights have more or less."""
+def _of_texts(array: np.ndarray, length: int, how: str, with_cls: bool) -> np.ndarray:
+    """Positions of `length` tokens, [CLS] included; says so where the weights have more or less."""
     if len(array) != length:
         beyond = "the others start untrained" if len(array) < length else "those beyond go"
         action = "they are spread" if how == "interpolate" and len(array) < length else beyond
         template = "init_from: the weights have %d positions of texts, this model %d: %s"
         logging.warning(template, len(array), length, action)
     if how == "interpolate" and len(array) < length:
-        array = spread_text_positions(array, length)
-    return fit_text_positions(array, length)
+        array = spread_text_positions(array, length, with_cls)
+    return fit_text_positions(array, length, with_cls)
 
 
 def _known(given: dict[str, Any], target: dict[str, Any], path: str) -> dict[str, Any]:
@@ -158,8 +160,12 @@ def check_model(config: Config) -> None:
     with the keys of the model that are others there: before any data are read."""
     path, parts = config.init_from, config.init_parts
     there = _model_of(path)
-    if {there.family, config.model.family} != {"coca"}:
-        return
+    if parts == "all" and there.family != config.model.family:
+        raise ValueError(
+            f"init_from={path}: its weights are of model.family={there.family!r}, this config's "
+            f"{config.model.family!r}. Use --config=finetune_towers:{path} for dual encoders, or "
+            "init_parts='image' to take their image encoder alone."
+        )
     old, new = (flatten(model.to_dict()) for model in (there, config.model))
     keys = [
         key
@@ -214,8 +220,8 @@ def _model_of(path: str) -> Model:
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter of a model, () of positions, which are resized."""
-    module = coca.build(model)
-    tree = sharding.unbox(jax.eval_shape(lambda: coca.init(module, jax.random.key(0))))
+    module = network.build(model)
+    tree = sharding.unbox(jax.eval_shape(lambda: network.init(module, jax.random.key(0))))
     return {
         name: () if param_groups.part_of(name.split("/")).positions else leaf.shape
         for name, leaf in export_format.flatten(tree).items()
@@ -244,26 +250,35 @@ def read(path: str) -> tuple[dict[str, Any], list[str], tuple[int, int]]:
     return params, list(config.class_names), config.model.table_grid
 
 
-def fit_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
-    """[M, D] -> [length, D] for texts of another length, row by row; the last row is [CLS]'s.
+def fit_text_positions(positions: np.ndarray, length: int, with_cls: bool = True) -> np.ndarray:
+    """[M, D] -> [length, D] for texts of another length, row by row; with_cls: the last row is
+    [CLS]'s.
 
     Rows that are missing are drawn as a new model's, the same ones on every process.
     """
-    count = min(len(positions), length) - 1
-    fresh = np.random.default_rng(0).normal(0, 0.02, (length - 1 - count, positions.shape[1]))
-    return np.concatenate([positions[:count], fresh.astype(positions.dtype), positions[-1:]])
+    places, last = _without_cls(positions, with_cls)
+    count = min(len(places), length - len(last))
+    missing = length - len(last) - count
+    fresh = np.random.default_rng(0).normal(0, 0.02, (missing, positions.shape[1]))
+    return np.concatenate([places[:count], fresh.astype(positions.dtype), last])
+
+
+def _without_cls(positions: np.ndarray, with_cls: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of tokens, the row of [CLS] or none)."""
+    count = len(positions) - int(with_cls)
+    return positions[:count], positions[count:]
 
 
 WELL_TRAINED = 20  # first places, in nearly every caption
 
 
-def spread_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
+def spread_text_positions(positions: np.ndarray, length: int, with_cls: bool = True) -> np.ndarray:
     """[M, D] -> [length, D], longer: the first 20 rows stay, those behind are drawn out linearly
-    (Long-CLIP, Zhang et al. 2024); the last row is [CLS]'s."""
-    places, cls = positions[:-1], positions[-1:]
+    (Long-CLIP, Zhang et al. 2024); with_cls: the last row is [CLS]'s."""
+    places, cls = _without_cls(positions, with_cls)
     count = min(WELL_TRAINED, len(places) - 1)
     tail = places[count:]
-    at = np.linspace(0, len(tail) - 1, length - 1 - count)
+    at = np.linspace(0, len(tail) - 1, length - len(cls) - count)
     low = np.floor(at).astype(int)
     high, share = np.minimum(low + 1, len(tail) - 1), (at - low)[:, None].astype(positions.dtype)
     return np.concatenate([places[:count], (1 - share) * tail[low] + share * tail[high], cls])
