@@ -19,5 +19,4 @@ def get_config() -> ConfigDict:
         tie_embeddings=True,
     )
     config.model.pooler.num_heads = 16
-    config.mesh.update(data=-1, fsdp=16)  # as many as heads
     return config

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     config.loss.caption_chunk = 2048
     config.remat = "named"
     config.text_lengths, config.text_parts = base.TEXT_LENGTHS, 4
-    config.mesh.update(data=-1, fsdp=4)  # divides the 12 heads
     config.data.loader = "seqio"  # 'direct' gives the same batches without TensorFlow
     config.data.sources = (
         dict(path="data/alt_text", split="train", kind="caption", weight=1.0),

@@ -12,5 +12,4 @@ def get_config() -> ConfigDict:
     config.model.image.update(width=1024, depth=24, mlp_dim=4096, num_heads=16)
     config.model.text.update(width=1024, mlp_dim=4096, num_heads=16)
     config.model.pooler.num_heads = 16
-    config.mesh.update(data=-1, fsdp=16)  # as many as heads
     return config

@@ -1,10 +1,12 @@
 """Runs on one device of the eight, which compile faster."""
 
+import functools
+
 import jax
 import pytest
 from conftest import tiny_config
 
-from coca_jax.parallel import sharding
+from coca_jax.training import auto_mesh
 from coca_jax.training.trainer import Trainer
 
 
@@ -32,11 +34,7 @@ def smallest_run(bias=False):
 
 def train_alone(config, workdir):
     """`train` on one device, which compiles faster."""
-    real = sharding.make_mesh
-
-    def one(data, fsdp, tensor, devices=None):
-        return real(data, fsdp, tensor, devices or jax.devices()[:1])
-
+    one = functools.partial(auto_mesh.make, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", one)
+        patch.setattr(auto_mesh, "make", one)
         return Trainer(config, str(workdir)).fit()

@@ -14,7 +14,7 @@ from coca_jax.apps import benchmark
 from coca_jax.apps.benchmark import build
 from coca_jax.config import Config, read
 from coca_jax.parallel import sharding
-from coca_jax.training import recipes
+from coca_jax.training import auto_mesh, recipes
 from coca_jax.training.state import init_state
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
@@ -81,7 +81,7 @@ def weights(params: dict, twin) -> dict[str, np.ndarray]:
 @pytest.fixture
 def one_device(monkeypatch):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes: mesh)
+    monkeypatch.setattr(auto_mesh, "make", lambda _: auto_mesh.Choice(mesh))
     with jax.set_mesh(mesh):
         yield mesh
 

@@ -295,7 +295,7 @@ def test_the_command_compiles_the_train_step_for_eight_cpu_devices(commands, tmp
         (["--topology=cpu:2x4", "--hosts=9"], "--hosts=9 is more than the 8 devices of"),
         (["--topology=cpu:1", "--dump_hlo=/proc/x/step.hlo"], "cannot be written"),
         (["--topology=cpu:1", "--dump_hlo=/tmp"], "--dump_hlo=/tmp is a folder; give a file in it"),
-        (["--topology=cpu:8", "--config.batch_size=12"], "batch_size=12"),
+        (["--topology=cpu:8", "--config.batch_size=13"], "batch_size=13"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(commands, arguments, message):

@@ -227,7 +227,7 @@ def test_a_new_run_s_workdir_is_not_the_folder_of_its_data(tmp_path):
 
 def test_what_needs_no_data_is_refused_before_they_are_indexed(tmp_path):
     folder, workdir = words(tmp_path / "mine", 5), str(tmp_path / "run")
-    many, batch = 2 * jax.device_count(), 3 * jax.device_count() // 2
+    many, batch = 2 * jax.device_count(), 2 * jax.device_count() + 1
     for changes, says in (
         ({"mesh.fsdp": many}, f"fsdp={many}"),
         ({"batch_size": batch}, f"batch_size={batch} is not a multiple of"),

@@ -9,7 +9,7 @@ from test_train import tiny_run
 
 from coca_jax.config import typed
 from coca_jax.parallel import sharding
-from coca_jax.runtime import cache_folder, machine
+from coca_jax.runtime import cache_folder, device_memory, machine
 from coca_jax.training import memory
 
 
@@ -52,7 +52,7 @@ def test_what_is_frozen_has_no_gradients_and_what_fits_is_taken(
     assert least < found < most
     monkeypatch.setattr(memory, "cached_bounds", lambda *_: (least, most))
     monkeypatch.setattr(memory, "step_bytes", lambda *_: found)
-    monkeypatch.setattr(memory, "available", lambda: found)
+    monkeypatch.setattr(device_memory, "available", lambda: found)
     memory.check(typed(config), mesh, lambda _: None)
 
 
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monke
     monkeypatch.setattr(memory, "step_bytes", once)
     whole = memory.step_bytes(config, mesh)
     room = (whole + found) // 2
-    monkeypatch.setattr(memory, "available", lambda: room)
+    monkeypatch.setattr(device_memory, "available", lambda: room)
     said = []
     with pytest.raises(ValueError, match="a step of batch_size=64 needs .* GiB") as error:
         memory.check(typed(config), mesh, said.append)
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(counted, mesh, monke
 
 @pytest.mark.long
 def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(device_memory, "available", lambda: 1000)
     with pytest.raises(ValueError, match="not even the smallest batch fits"):
         train_alone(typed(small_run()), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
@@ -119,29 +119,29 @@ def test_train_refuses_before_it_makes_anything(tmp_path, monkeypatch):
 
 def test_what_was_read_from_files_is_free_in_a_container(tmp_path, monkeypatch):
     devices = jax.local_device_count()
-    free = memory.available()
+    free = device_memory.available()
     monkeypatch.setattr(machine, "GROUPS", tmp_path)
     monkeypatch.setattr(machine, "OWN", tmp_path / "own")
     for name, text in dict(max="8000\n", current="7200\n", stat="anon 900\nfile 7000\n").items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert memory.available() == 800 // devices
+    assert device_memory.available() == 800 // devices
     (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 6400\n")
-    assert memory.available() == 7200 // devices
+    assert device_memory.available() == 7200 // devices
     (tmp_path / "own").write_text("0::/job_7\n")  # as of SLURM, which sees all groups
     (tmp_path / "job_7").mkdir()
     for name, text in dict(max="4000\n", current="3200\n", stat="anon 3200\n").items():
         (tmp_path / f"job_7/memory.{name}").write_text(text)
-    assert memory.available() == 800 // devices
+    assert device_memory.available() == 800 // devices
     (tmp_path / "job_7/memory.max").write_text("max\n")
-    assert memory.available() == 7200 // devices
+    assert device_memory.available() == 7200 // devices
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available() > free // 2
+    assert device_memory.available() > free // 2
 
 
 def test_a_system_that_does_not_say_what_is_free_gives_all_of_its_memory(tmp_path, monkeypatch):
     """As macOS, which has no /proc."""
-    monkeypatch.setattr(memory, "MACHINE", tmp_path / "meminfo")
+    monkeypatch.setattr(device_memory, "MACHINE", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "GROUPS", tmp_path)
     monkeypatch.setattr(machine, "OWN", tmp_path / "own")
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert memory.available() == whole // jax.local_device_count()
+    assert device_memory.available() == whole // jax.local_device_count()

@@ -10,15 +10,15 @@ from one_device import smallest_run
 
 from coca_jax.apps import benchmark, fit
 from coca_jax.config import typed
-from coca_jax.parallel import sharding
+from coca_jax.training import auto_mesh
 
 
 @pytest.fixture
 def alone(monkeypatch):
     """Fits on one device, by stand-ins for the model's state and its steps. Gives what they see:
     batches, and models."""
-    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", mesh)
+    mesh = functools.partial(auto_mesh.make, devices=jax.devices()[:1])
+    monkeypatch.setattr(auto_mesh, "make", mesh)
     monkeypatch.setattr(fit, "init_state", lambda *_: None)
     seen, models = [], []
 

@@ -1,6 +1,7 @@
 """The main job on the embedded data: it runs, resumes bit for bit, and refuses bad input early."""
 
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -28,7 +29,7 @@ from coca_jax.data.prepare import prepare
 from coca_jax.parallel import sharding
 from coca_jax.runtime import goodput, notes, signals
 from coca_jax.runtime.metric_log import read_metrics
-from coca_jax.training import losses, memory, setup, trainer
+from coca_jax.training import auto_mesh, losses, memory, setup, trainer
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -236,8 +237,8 @@ def test_a_refused_run_removes_its_files_and_leaves_what_was_there(tmp_path, mon
 
 def test_a_run_that_is_over_frees_its_memory_at_once(tmp_path, monkeypatch):
     """Of several runs of a process, the next one needs it."""
-    real = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes: real(*sizes, jax.devices()[:1]))
+    one = functools.partial(auto_mesh.make, devices=jax.devices()[:1])
+    monkeypatch.setattr(auto_mesh, "make", one)
     config = smallest_run()
     config.steps, config.loss.captioning_weight = 2, 0.0
     config.data.vocabulary = scenes_words()

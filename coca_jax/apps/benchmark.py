@@ -38,7 +38,7 @@ from coca_jax.ops.captioning_loss import captioning_loss
 from coca_jax.ops.contrastive_loss import contrastive_loss
 from coca_jax.parallel import sharding
 from coca_jax.runtime import machine
-from coca_jax.training import feed, programs, run_vocabulary
+from coca_jax.training import auto_mesh, feed, programs, run_vocabulary
 from coca_jax.training.optimizer import make_schedule
 from coca_jax.training.state import build_model, init_state
 from coca_jax.training.train_step import of_step
@@ -615,7 +615,7 @@ def lengths_of(batch: Batch, config: Config) -> feed.Lengths:
 
 def ours(config: Config) -> Callable[[Batch], Any]:
     """A function that takes one step on a batch, and its metrics."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = auto_mesh.make(config).mesh
     config_file.check_batch(config, sharding.batch_parts(mesh))
     compiled: dict[feed.Lengths, Any] = {}
     with jax.set_mesh(mesh):

@@ -36,7 +36,6 @@ from coca_jax.data.vocabulary import load
 from coca_jax.evaluation import report_data, verdict
 from coca_jax.evaluation.verdict import FEW_IMAGES, PRETRAINED
 from coca_jax.inference import export_programs
-from coca_jax.parallel import sharding
 from coca_jax.runtime import (
     bounded_json,
     extras,
@@ -47,7 +46,7 @@ from coca_jax.runtime import (
     signals,
     storage,
 )
-from coca_jax.training import data_flag, memory, recipes, setup
+from coca_jax.training import auto_mesh, data_flag, memory, recipes, setup
 from coca_jax.training import trainer as training
 from coca_jax.training.feed import Feed
 from coca_jax.training.programs import Programs
@@ -374,7 +373,7 @@ def measure(config: Config, *, least_seconds: float) -> Speed:
     """
     buckets = metric_log.TimeBuckets()
     begun = time.perf_counter()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = auto_mesh.make(config).mesh
     with jax.set_mesh(mesh):
         mixture = Mixture(config)
         classes = head_classes(config, mixture)

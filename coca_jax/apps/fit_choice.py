@@ -30,8 +30,7 @@ from coca_jax.inference import export_folder
 from coca_jax.interop import export_format, hub, weights_files
 from coca_jax.models import coca
 from coca_jax.ops.cpu_kernels import build
-from coca_jax.runtime import machine, progress, storage
-from coca_jax.training import memory
+from coca_jax.runtime import device_memory, machine, progress, storage
 
 _DECODED = 96  # pictures whose pixels are looked at
 _TEXTS = 200_000  # captions that are kept to measure
@@ -284,7 +283,7 @@ def look() -> Machine:
     return Machine(
         platform=devices[0].platform,
         devices=len(devices),
-        memory=float(memory.available()),
+        memory=float(device_memory.available()),
         flops=matrix_flops(dtype) * (1 if alone else len(devices)),
         cores=machine.count(),
         dtype=dtype,

@@ -19,6 +19,7 @@ from coca_jax.estimate import flops, gpu, hlo, tpu
 from coca_jax.estimate.chips import Gpu, Slice, get_slice
 from coca_jax.parallel import sharding
 from coca_jax.runtime import storage
+from coca_jax.training import auto_mesh
 from coca_jax.training.programs import build_step
 
 
@@ -89,9 +90,8 @@ def compile_step(config: Recipe, topology: str, dump_hlo: str = "") -> dict[str,
     config.check()
     with tpu.quiet_plugin(), tpu.asked(), tempfile.TemporaryDirectory() as folder:
         slice_ = get_slice(topology)
-        mesh = sharding.make_mesh(
-            config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slice_.devices
-        )
+        memory = slice_.chip.hbm if slice_.chip else 0
+        mesh = auto_mesh.make(config, slice_.devices, memory).mesh
         config_file.check_batch(config, sharding.batch_parts(mesh))
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         answers: Any = contextlib.nullcontext()

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +26,8 @@ from coca_jax.config import Config, typed
 from coca_jax.data import batch_schedule
 from coca_jax.data.mixture import head_classes
 from coca_jax.parallel import sharding
-from coca_jax.runtime import cache_folder, machine, storage
+from coca_jax.runtime import cache_folder, device_memory, storage
+from coca_jax.training import auto_mesh
 from coca_jax.training.programs import abstract_batch, build_step
 from coca_jax.training.state import of_state, trainable
 
@@ -37,41 +37,7 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": True,
 }
 GIB = 2**30
-MACHINE = pathlib.Path("/proc/meminfo")
 KEPT, MOST_KEPT = "step_bytes.json", 100  # a file of the cache folder, and its entries
-
-
-def available() -> int:
-    """Bytes that are free on a device; of a CPU, this device's share of the machine's (or of its
-    container's or job's, where it has a limit)."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    free = min([_free_of_machine(), *map(_free_of_group, machine.folders())])
-    return free // jax.local_device_count()
-
-
-def _free_of_machine() -> int:
-    """Bytes of memory that a program may have; all of it where the system, as macOS, does not say
-    what of it is free."""
-    try:
-        lines = dict(line.split(":", 1) for line in MACHINE.read_text().splitlines())
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 1024 * int(lines["MemAvailable"].split()[0])
-
-
-def _free_of_group(folder: pathlib.Path) -> int:
-    """Bytes that the limit of a group of processes leaves; more than there are without one. What
-    files take that were read is given back when it is needed, as MemAvailable counts it."""
-    try:
-        most, now, about = (
-            (folder / f"memory.{name}").read_text() for name in ("max", "current", "stat")
-        )
-        files = dict(line.split() for line in about.splitlines()).get("inactive_file", 0)
-        return max(0, int(most) - int(now) + int(files))
-    except (OSError, ValueError):
-        return 1 << 62  # no group, or one without a limit
 
 
 def step_bytes(config: Config, mesh: Mesh) -> int:
@@ -174,7 +140,7 @@ def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
 
     say: takes a line before what lasts.
     """
-    room = available()
+    room = device_memory.available()
     if config.batch_sizes:
         config = config.change({"batch_size": max(batch_schedule.sizes(config)), "batch_sizes": ()})
     need, most = cached_bounds(config, mesh)
@@ -271,6 +237,6 @@ def _bytes_or_all(config: Config, mesh: Mesh) -> int:
 def needed(config: Config) -> int:
     """Bytes that a step takes on one of this machine's devices: the bound from above where that
     fits, for it costs no compilation, else what the compiler counts."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = auto_mesh.make(config).mesh
     most = cached_bounds(config, mesh)[1]
-    return most if most <= available() // 2 else _bytes_or_all(config, mesh)
+    return most if most <= device_memory.available() // 2 else _bytes_or_all(config, mesh)

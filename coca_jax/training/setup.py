@@ -22,7 +22,14 @@ from coca_jax.data.sources import files
 from coca_jax.parallel import sharding
 from coca_jax.runtime import out_folder, storage
 from coca_jax.runtime.signals import Stop
-from coca_jax.training import best_checkpoint, guard, run_vocabulary, trackers, warm_start
+from coca_jax.training import (
+    auto_mesh,
+    best_checkpoint,
+    guard,
+    run_vocabulary,
+    trackers,
+    warm_start,
+)
 from coca_jax.training.optimizer import orthogonalises
 
 
@@ -44,7 +51,9 @@ def check_start(config: Config, workdir: str) -> None:
 
 def check(config: Config, workdir: str) -> Mesh:
     """The mesh of a run. Raises ValueError for a config that cannot be, before any long work."""
-    mesh = check_config(config)
+    choice = check_config(config)
+    if choice.reason:
+        say(choice.reason)
     steps.check_writable(workdir)
     check_start(config, workdir)
     for source in config.data.sources:
@@ -58,7 +67,7 @@ def check(config: Config, workdir: str) -> Mesh:
     )
     planned = config.change({"data.sources": tuple(one.to_dict() for one in sources)})
     config_file.check_before_data(planned, workdir)
-    return mesh
+    return choice.mesh
 
 
 def check_seen(sources: Sequence[Entry], workdir: str) -> None:
@@ -75,27 +84,27 @@ def check_seen(sources: Sequence[Entry], workdir: str) -> None:
             )
 
 
-def check_config(config: Config) -> Mesh:
+def check_config(config: Config) -> auto_mesh.Choice:
     """The mesh of a run that may start later. Raises as `check`, for what needs no workdir."""
-    mesh = check_devices(config)
+    choice = check_devices(config)
     guard.check(config.eval)
     best_checkpoint.check(config.checkpoint.best, config.eval)
     Mixture(config)  # which opens nothing yet: kinds, and shares of a batch
-    return mesh
+    return choice
 
 
-def check_devices(config: Config) -> Mesh:
+def check_devices(config: Config) -> auto_mesh.Choice:
     """The mesh of a run whose data are still to come. Raises as `check`, for what needs neither
     them nor a workdir."""
     config.check()
     check_loader(config.data.loader)
     trackers.check(config.log.trackers)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    config_file.check_batch(config, sharding.batch_parts(mesh))
-    sharding.readers(mesh)  # which processes read which rows, or why they cannot
+    choice = auto_mesh.make(config)
+    config_file.check_batch(config, sharding.batch_parts(choice.mesh))
+    sharding.readers(choice.mesh)  # which processes read which rows, or why they cannot
     check_features(config.data.features)
     check_started(config)
-    return mesh
+    return choice
 
 
 def check_features(folder: str) -> None:
