@@ -1,6 +1,5 @@
 """The evaluate command on real (small) models: devices, processes, kills, data as it lies there."""
 
-import io
 import json
 import os
 import pathlib
@@ -188,7 +187,7 @@ def test_several_calls_with_known_candidates(on_one, folder, tmp_path):
     assert scores["retrieval/c/num_examples"] == 9
 
 
-def test_an_image_that_cannot_be_read_is_named(on_one, tmp_path):
+def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
     for number, name in enumerate(("red", "green")):
         (tmp_path / "in" / name).mkdir(parents=True)
         for i in range(12):
@@ -196,10 +195,8 @@ def test_an_image_that_cannot_be_read_is_named(on_one, tmp_path):
             picture.save(tmp_path / "in" / name / f"{i}.png")
     damaged = tmp_path / "in/red/7.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
-    task = dict(tasks_for(tmp_path / "in")[0], class_names=["red", "green"])
-    task["data"] = dict(task["data"], split="train")
-    with pytest.raises(ValueError, match="^zero_shot/c: red/7.png: damaged image .*mend or remove"):
-        runner.run_tasks(on_one[2], [task], str(tmp_path / "out"))
+    found = [record["key"] for record in Records(dict(path=str(tmp_path / "in"), kind="label"))]
+    assert len(found) == 23 and "red/7.png" not in found
 
 
 class Reads:
@@ -216,23 +213,6 @@ class Reads:
         return np.stack([decode(image).mean((0, 1)) for image in images]).astype(np.float32)
 
     encode_image = features
-
-
-@pytest.mark.parametrize("kind, split", [("zero_shot", "test"), ("knn", "test"), ("knn", "train")])
-def test_one_damaged_image_of_a_large_batch_is_named(tmp_path, kind, split):
-    """Evaluators take up to 1,024 at a time, and probes read training images as well."""
-    picture = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(picture, "PNG")
-    for part, count in (("test", 270), ("train", 270 if split == "train" else 2)):
-        for name in ("green", "red"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(count):
-                (tmp_path / part / name / f"{i}.png").write_bytes(picture.getvalue())
-    damaged = tmp_path / split / "green" / "3.png"
-    damaged.write_bytes(damaged.read_bytes()[:45])
-    task = dict(kind=kind, name="c", data=dict(path=str(tmp_path), split="test"))
-    with pytest.raises(ValueError, match=f"^{kind}/c: green/3.png: damaged image .*mend or remove"):
-        runner.run_task(Reads(), task, Setting(batch_size=64))
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear_probe"])
@@ -294,7 +274,7 @@ def test_one_folder_a_class(tmp_path):
     assert [r["labels"] for r in Records(entry)] == [["big cat"]] * 2 + [["dog"]] * 2
     assert evaluation_data.class_names(entry, "test") == ["big cat", "dog"]
     (tmp_path / "val" / "metadata.jsonl").write_text('{"file_name": "none.png"}\nno json\n')
-    with pytest.raises(ValueError, match="1 of 2 rows cannot be used, the first metadata.jsonl"):
+    with pytest.raises(ValueError, match="none of 2 examples can be used"):
         Records(entry)
 
 

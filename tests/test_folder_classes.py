@@ -1,7 +1,6 @@
 """Folders and columns as classes: what a line says of their names, and names from a file."""
 
 import json
-import os
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +9,9 @@ import pytest
 from prepare_cases import encode, import_data, reasons_of
 from test_picture_folders import beside, brought, in_folders
 
-from coca_jax.data import evaluation_data, filters
+from coca_jax.data import filters
 from coca_jax.data.sources import array_record, fields, image_folder
-from coca_jax.evaluation.evaluators import probes, zero_shot
-from coca_jax.evaluation.evaluators.base import Setting
+from coca_jax.evaluation.evaluators import probes
 
 
 def test_two_folders_of_one_split_are_no_classes(tmp_path):
@@ -72,40 +70,6 @@ def test_minus_one_of_numbered_classes_is_no_label(tmp_path):
     assert reasons_of(tmp_path / "p") == {"a.parquet#3": "bad_label"}
     assert fields.names([-1, 1], ("cat", "dog")) == ["dog"]
     assert fields.names(-1, ()) == ["-1"]
-
-
-def test_a_class_whose_name_is_no_text_is_named(tmp_path):
-    data = in_folders(tmp_path / "a", ("cat", os.fsdecode(b"caf\xe9")))
-    task = dict(kind="zero_shot", name="a", data=dict(path=str(data)))
-    with pytest.raises(
-        ValueError, match="zero_shot of a: the class 'caf.udce9' has a name that is"
-    ):
-        zero_shot.ZeroShot.from_task(task, Setting())
-    split = dict(train=dict(path=str(data), split="train"))
-    probes.LinearProbe.from_task(dict(task, **split), Setting())  # needs no texts
-
-
-def test_a_folder_is_looked_through_once_for_all_that_a_command_asks(tmp_path, monkeypatch):
-    """Each question went through all files: a million took minutes before the first was read."""
-    data = dict(path=str(in_folders(tmp_path / "a", ["cat", "dog"])))
-    planned, plan = [], image_folder.plan
-    monkeypatch.setattr(image_folder, "plan", lambda *of: planned.append(of) or plan(*of))
-
-    def asked():
-        split = evaluation_data.choose_split(data)
-        source = evaluation_data.open_source(data, split)
-        names = evaluation_data.class_names(data, split)
-        return split, names, evaluation_data.counts(data)["label"], [one.labels for one in source]
-
-    apart = asked()
-    every = len(planned)
-    planned.clear()
-    with evaluation_data.looked_through_once():
-        assert asked() == apart
-        assert len(planned) == 3 < every / 2  # what it is, whether it has splits, its rows
-        in_folders(tmp_path / "a", ["fox"])
-        assert evaluation_data.class_names(data, "test") == ["cat", "dog"]
-    assert evaluation_data.class_names(data, "test") == ["cat", "dog", "fox"]
 
 
 @pytest.mark.parametrize("maker", [probes.LinearProbe, probes.NearestNeighbours])

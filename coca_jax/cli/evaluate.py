@@ -285,7 +285,6 @@ def summary(scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-@evaluation_data.looked_through_once()
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
     """Command-line entry."""
     args = flags.FLAGS

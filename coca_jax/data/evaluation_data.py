@@ -1,5 +1,5 @@
-"""Data as it lies there, for evaluation: imagefolders, TFDS sets in any file format, and by an
-index tars, tables and lists.
+"""Data as it lies there, for evaluation: TFDS sets in any file format, and by an index all that is
+read in place.
 
 Training wants random access and reads prepared data (data/filters.py); evaluation goes through a
 split once, in order.
@@ -7,12 +7,8 @@ split once, in order.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import dataclasses
-import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,10 +18,7 @@ from coca_jax.data.sources import (
     array_record,
     fields,
     files,
-    formats,
-    image_folder,
     items,
-    lists,
     tfds,
 )
 from coca_jax.data.sources.items import Item, Options, Unit
@@ -37,41 +30,12 @@ _ROWS_PER_UNIT = 1024  # of TFDS examples held at a time
 
 
 Given: TypeAlias = Entry | Mapping[str, Any]
-T = TypeVar("T")
-
-_known: contextvars.ContextVar[dict[Hashable, Any] | None] = contextvars.ContextVar(
-    "_known", default=None
-)
-
-
-@contextlib.contextmanager
-def looked_through_once() -> Iterator[None]:
-    """Inside, a folder of pictures is looked through once for all that is asked of it, and taken to
-    stay as it is: of a million files each question costs half a minute."""
-    token = _known.set({})
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def _once(key: Hashable, find: Callable[[], T]) -> T:
-    """What `find` gives, inside `looked_through_once` that of the first call with this key."""
-    known = _known.get()
-    if known is None:
-        return find()
-    if key not in known:
-        known[key] = find()
-    found: T = known[key]
-    return found
 
 
 def open_source(entry: Given, split: str) -> Source:
     """Opens an entry as `data.sources.open_source` does, and what is not prepared besides.
 
-    path may be an imagefolder (metadata.jsonl or .csv, or one folder a class; a subfolder of the
-    split's name is taken where there is one) or whatever can be read in place, and tfds any set
-    that the user has.
+    path may be whatever can be read in place, and tfds any set that the user has.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with it, in one line.
@@ -80,8 +44,6 @@ def open_source(entry: Given, split: str) -> Source:
     split = entry.split or split
     if entry.tfds:
         return filters.narrow(_tfds(entry, split), entry)
-    if _is_plain_folder(entry):
-        return filters.narrow(_folder(entry, split), entry)
     placed = _placed(entry, split)
     found = filters.open_whole(placed, split)
     if placed.path != entry.path:  # messages name what was given, not where its index is kept
@@ -98,7 +60,7 @@ def class_names(entry: Given, split: str) -> list[str]:
         declared = tfds.declared_classes(units[0], _options(entry))
         if declared:
             return declared
-    elif not _is_plain_folder(entry):
+    else:
         return mixture.class_names(_placed(entry, split), split)
     found = open_source(entry, split)
     return sorted({label for record in found for label in record.labels})
@@ -116,16 +78,7 @@ def splits(entry: Given) -> list[str]:
 
 def find_splits(entry: Entry) -> tuple[list[str], holdout.SplitField | None] | None:
     """What data at a path tell of their splits, as `holdout.of_data`; None of prepared ones."""
-    if _is_plain_folder(entry):
-        return _of_folder(entry)
     return source_index.find_splits(entry) if source_index.is_needed(entry) else None
-
-
-def _of_folder(entry: Entry) -> tuple[list[str], holdout.SplitField | None]:
-    if holdout.FIELD in entry.where:
-        return image_folder.splits(entry.path), None
-    path, options = entry.path, _options(entry)
-    return _once(("splits", path, options), lambda: holdout.of_data("imagefolder", path, options))
 
 
 def check_split(entry: Given, split: str) -> None:
@@ -162,12 +115,6 @@ def counts(entry: Given) -> dict[str, int]:
     entry = Entry.of(entry)
     if entry.tfds or entry.builtin or entry.where:
         return {}
-    if _is_plain_folder(entry):
-        found = open_source(dataclasses.replace(entry, kind="caption"), "test")
-        texts = found.read_texts(range(len(found)))
-        return dict(
-            caption=sum(bool(r.texts) for r in texts), label=sum(bool(r.labels) for r in texts)
-        )
     if entry.text_field or entry.label_field:
         return {}
     entry = _placed(entry, entry.split or "test")
@@ -187,63 +134,6 @@ def _options(entry: Entry) -> Options:
         text_field=entry.text_field,
         label_field=entry.label_field,
         image_field=entry.image_field,
-    )
-
-
-def _is_plain_folder(entry: Entry) -> bool:
-    path = entry.path
-    if not os.path.isdir(path) or files.exists(files.join(path, array_record.MANIFEST)):
-        return False
-
-    def find() -> bool:
-        try:
-            return formats.guess(path) == "imagefolder" and bool(
-                image_folder.plan(path, "", Options())
-            )
-        except FileNotFoundError:
-            return False
-
-    return _once(("plain", path), find)
-
-
-def _located(path: str, split: str, options: Options) -> list[tuple[lists.Located, Unit]]:
-    """All rows of a folder, or of its folder of a split."""
-    return _once(
-        ("rows", path, split, options),
-        lambda: [
-            (one, unit)
-            for unit in image_folder.plan(path, split, options)
-            for one in image_folder.located(unit, options)
-        ],
-    )
-
-
-def _folder(entry: Entry, split: str) -> Source:
-    path, options = entry.path, _options(entry)
-    of_names = bool(image_folder.splits(path))
-    found = _located(path, split if of_names else "", options)
-    if not of_names and holdout.FIELD not in entry.where:
-        usable = (one.item.extra for one, _ in found if not one.item.problem)
-        by_field = holdout.of_values(extra.get(holdout.FIELD) for extra in usable)
-        wanted = holdout.narrowed(path, by_field, split, options)
-        found = [pair for pair in found if not quarantine.wanted(pair[0].item, wanted)]
-    bad = [one.item for one, _ in found if one.item.problem]
-    if bad:
-        raise ValueError(
-            f"data {path}: {len(bad)} of {len(found)} rows cannot be used, the first {bad[0].key} "
-            f"({bad[0].problem}: {bad[0].detail}); prepare leaves such out and lists them"
-        )
-
-    def read(indices: Indices) -> list[Record]:
-        asked = (found[int(i)] for i in indices)
-        return [_record(one.load(unit, options), path) for one, unit in asked]
-
-    return Source(
-        f"{path} [{split}]",
-        len(found),
-        read,
-        lambda indices: [_record(found[int(i)][0].item, path) for i in indices],
-        applied_fields=True,
     )
 
 
@@ -288,7 +178,7 @@ class Records:
     """The records of a data entry in their stored order, read as one goes through them.
 
     Args:
-      data: an entry as in config.data.sources with `split`; `path` may be a plain imagefolder, and
+      data: an entry as in config.data.sources with `split`; `path` may be read in place, and
         `tfds` any set that the user has.
       limit: at most so many of those that count; 0: all.
       known: only records one of whose texts is among these; None: all.
