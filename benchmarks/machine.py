@@ -1,4 +1,4 @@
-"""What a figure was measured on: the program, the processor, its load, versions of packages."""
+"""What a figure was measured on: the program, the processor, versions of packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import pathlib
 import platform
 import subprocess
-import time
 
 import coca_jax
 
@@ -42,22 +41,6 @@ def machine() -> str:
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0))
     return f"{names[0] if names else platform.processor()}, {cores} core{'s' * (cores != 1)}"
-
-
-def busy(seconds: float = 2.0) -> float:
-    """Cores that the machine's processes keep busy in these seconds; 0 where Linux is not."""
-
-    def ticks() -> list[int]:
-        with open("/proc/stat") as file:
-            return [int(x) for x in file.readline().split()[1:]]
-
-    if not os.path.exists("/proc/stat"):
-        return 0.0
-    before = ticks()
-    time.sleep(seconds)
-    spent = [after - old for after, old in zip(ticks(), before)]
-    waiting = spent[3] + spent[4]  # idle, and for the disk
-    return (os.cpu_count() or 1) * (1 - waiting / max(1, sum(spent[:8])))
 
 
 def versions() -> dict[str, str]:

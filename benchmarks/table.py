@@ -1,4 +1,4 @@
-"""Writes the table of README.md from results.json, or says with --check that it is another one.
+"""Prints the tables of README.md from results.json, to paste in.
 
 python benchmarks/table.py
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import pathlib
 import statistics
-import sys
 
 from settings import DATA, ROWS
 
 HERE = pathlib.Path(__file__).resolve().parent
-BEGIN, END = "<!-- the table: benchmarks/table.py -->\n", "<!-- its end -->\n"
 
 
 def table(lines: list[dict]) -> str:
@@ -51,19 +49,5 @@ def shown(values: list[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ({min(known):.1f} to {max(known):.1f})"
 
 
-def main() -> None:
-    """The command; see the module's docstring."""
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    made = (
-        f"{before}{BEGIN}\n{table(json.loads((HERE / 'results.json').read_text()))}\n{END}{after}"
-    )
-    if "--check" in sys.argv[1:]:
-        raise SystemExit(made != text and "README.md has another table: run benchmarks/table.py")
-    readme.write_text(made)
-
-
 if __name__ == "__main__":
-    main()
+    print(table(json.loads((HERE / "results.json").read_text())), end="")
