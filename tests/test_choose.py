@@ -31,7 +31,6 @@ CAPTIONS = Facts(
     words=(6, 12, 30),
     distinct_words=3000,
     characters=60,
-    scripts=("Latin",),
     width=640,
     height=480,
     tokens=(12, 24, 40),
@@ -334,24 +333,3 @@ def test_what_comes_next_can_be_pasted_into_a_shell(workdir):
     assert evaluate[2:] == [f"--checkpoint={workdir}", f"--data={workdir}/data"]
     call = ast.parse(python[2]).body[1].value.args[0].func.value
     assert python[:2] == ["python", "-c"] and call.args[0].value == workdir
-
-
-def test_scores_stand_next_to_their_baselines():
-    scores = {
-        "retrieval/mine_test/image_to_text_r1": 0.25,
-        "retrieval/mine_test/image_to_text_r1_low": 0.2,
-        "retrieval/mine_test/image_to_text_r1_high": 0.3,
-        "retrieval/mine_test/image_to_text_r1_chance": 0.005,
-        "retrieval/mine_test/num_texts": 200.0,
-        "zero_shot/mine_test/top1": 0.9,
-        "zero_shot/mine_test/top1_chance": 0.5,
-        "zero_shot/mine_test/top1_majority": 0.7,
-        "zero_shot/mine_test/num_classes": 2.0,
-    }
-    head, retrieval, classes = fit.score_table(scores, "mine_test")
-    assert head.split("  ")[-1] == "most common answer"
-    assert "of 200" in retrieval and retrieval.split("25.0% (20.0% to 30.0%)")[1].split() == [
-        "0.5%"
-    ]
-    assert "2 classes" in classes and classes.split()[-3:] == ["90.0%", "50.0%", "70.0%"]
-    assert "no scores" in fit.score_table({}, "mine_test")[0]

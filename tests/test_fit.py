@@ -184,7 +184,8 @@ def test_what_is_said(done, folder):
     assert any(line.startswith("  as you wish: checkpoint.every_steps 3 in ") for line in choice)
     after = said[said.index("again") + 1 :]
     assert after[0] == f"{workdir}/recipe.py holds the choice that was made before"
-    assert any("an image's own caption comes first" in line for line in after)
+    assert any("95% interval" in line and "majority" in line for line in after)
+    assert any(line.startswith("Retrieval, shapes_test") for line in after)
     (verdict,) = [line for line in after if line.startswith("The model is ")]
     assert "pretrained weights" in verdict and "52 images are few" in verdict
     assert f"  coca-jax caption --checkpoint={workdir} PICTURE_OR_FOLDER" in after
@@ -447,7 +448,7 @@ def test_looking_counts_what_is_there():
         "missing_text": 1,
     }
     assert (facts.width, facts.height, facts.drawn) == (28, 28, True)
-    assert facts.scripts == ("Latin", "Cyrillic") and set(facts.classes) == {"a", "b"}
+    assert set(facts.classes) == {"a", "b"}
     assert facts.words == (2, 2, 2) and len(scan.places) == 11
     rng = np.random.default_rng(0)
     noise = io.BytesIO()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
+import operator
 import os
 import pathlib
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from coca_jax import inference
 from coca_jax.apps import fit_choice
 from coca_jax.apps.fit_choice import Facts, kinds, training_facts
 from coca_jax.apps.fit_choice import look as look_at_machine
-from coca_jax.config import Config, Section, keys
+from coca_jax.config import Config, keys
 from coca_jax.data import feature_cache, prepare, source_index, supervision, vocabulary
 from coca_jax.data.batch_schedule import rest
 from coca_jax.data.batches import open_stream
@@ -33,7 +33,7 @@ from coca_jax.data.sources.fields import read_class_names
 from coca_jax.data.sources.items import Options
 from coca_jax.data.sources.manifest import MANIFEST
 from coca_jax.data.vocabulary import load
-from coca_jax.evaluation import report_data, verdict
+from coca_jax.evaluation import report_data, report_terminal, verdict
 from coca_jax.evaluation.verdict import FEW_IMAGES, PRETRAINED
 from coca_jax.inference import export_programs
 from coca_jax.runtime import (
@@ -212,11 +212,10 @@ def facts_in_words(facts: Facts, where: str) -> list[str]:
     ]
     if facts.captions:
         median, _, most = facts.words
-        letters = " and ".join(facts.scripts) or "no"
         lines.append(
             f"captions: {facts.captions + facts.test_captions:,} pictures have one, "
             f"{facts.distinct_captions:,} different ones of {median} words as a rule and {most} at "
-            f"most, {facts.distinct_words:,} different words, {letters} letters"
+            f"most, {facts.distinct_words:,} different words"
         )
     if facts.labels:
         shown = ", ".join(facts.classes[:4]) + (", ..." if len(facts.classes) > 4 else "")
@@ -278,48 +277,14 @@ def _pretrained_command(request: Request, workdir: str) -> str:
     return shlex.join(["coca-jax", "fit", folder, place, f"--init_from={PRETRAINED}", *fields])
 
 
-def score_table(scores: Mapping[str, float], name: str) -> list[str]:
-    """The main scores on a data set, next to those of random guesses and of always giving the most
-    common answer."""
-    rows: list[tuple[str, ...]] = []
-
-    def add(key: str, what: str) -> None:
-        if key in scores:
-            low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
-            between = f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else ""
-            baselines = (scores.get(f"{key}_{end}") for end in ("chance", "majority"))
-            others = ("" if value is None else f"{value:.1%}" for value in baselines)
-            rows.append((what, f"{scores[key]:.1%}{between}", *others))
-
-    texts = scores.get(f"retrieval/{name}/num_texts", 1)
-    images = scores.get(f"retrieval/{name}/num_images", 1)
-    for rank, words in ((1, "comes first"), (5, "is among the first five")):
-        key = f"retrieval/{name}/{{}}_r{rank}"
-        add(key.format("image_to_text"), f"an image's own caption {words} of {texts:,.0f}")
-        add(key.format("text_to_image"), f"a caption's own image {words} of {images:,.0f}")
-    add(f"captioning/{name}/exact_match", "captions correct word for word")
-    add(f"captioning/{name}/word_f1", "words of captions (F1)")
-    add(f"captioning/{name}/same_start", "captions that begin with the same three words")
-    classes = scores.get(f"zero_shot/{name}/num_classes", 1)
-    add(f"zero_shot/{name}/top1", f"zero-shot classification, {classes:,.0f} classes")
-    if not rows:
-        return ["no data was held out, so there are no scores"]
-    header = ("held-out images", "score (95% interval)", "random guess", "most common answer")
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in (header, *rows))
-    return [line.rstrip() for line in lines]
-
-
 def changed(chosen: Config, config: Config, wanted: Config) -> list[str]:
     """What the user wants otherwise than it was chosen, a value a line. config: what came of it;
     wanted: the choice with the user's values alone, without what follows of them."""
     lines = []
     for key, _ in keys(Config):
-        first, value, own = (
-            functools.reduce(getattr, key.split("."), c) for c in (chosen, config, wanted)
-        )
-        if own != first:
-            lines.append(f"as you wish: {key} {value!r} in place of {first!r}")
+        value_of = operator.attrgetter(key)
+        if value_of(wanted) != (first := value_of(chosen)):
+            lines.append(f"as you wish: {key} {value_of(config)!r} in place of {first!r}")
     return lines
 
 
@@ -434,66 +399,34 @@ def stages(config: Config, steps: int) -> list[tuple[float, int]]:
     ]
 
 
-# A config as a recipe file: Python that begins from the base config and says what differs.
+# A config as a recipe file: Python that starts from the base config and sets what differs.
 
 
 def source(config: Config, title: str, why: Sequence[str]) -> str:
     """The text of a recipe whose get_config() gives `config`.
 
-    title: the first line of its docstring; why: lines that follow it.
+    title: the first line of its docstring; why: the reasons, which follow it.
     """
-    lines = [f'"""{_doc(title)}', "", *(_doc(f"- {line}") for line in why), '"""', ""]
-    lines += ["from ml_collections import ConfigDict", "", "from coca_jax.recipes import base"]
-    lines += ["", "", "def get_config() -> ConfigDict:"]
+    doc = "\n".join([title, "", *(f"- {line}" for line in why)])
+    doc = doc.replace("\\", "\\\\").replace('"""', "'''")
+    lines = [f'"""{doc}', '"""', "", "from ml_collections import ConfigDict", ""]
+    lines += ["from coca_jax.recipes import base", "", "", "def get_config() -> ConfigDict:"]
     lines += ['    """The choice that `coca-jax fit` made; change what you like."""']
     lines += ["    config = base.get_config()"]
-    lines += list(_assignments(config, Config(), "config"))
-    lines += ["    return config"]
-    return "\n".join(lines) + "\n"
-
-
-def _doc(line: str) -> str:
-    return line.replace("\\", "\\\\").replace('"""', "'''")
-
-
-def _assignments(section: Section, default: Section, name: str) -> Iterator[str]:
-    """One line a value that differs, groups of values in one call."""
-    changed: dict[str, Any] = {}
-    groups: list[tuple[str, Section, Section]] = []
-    for key, value in section.to_dict().items():
-        here, there = getattr(section, key), getattr(default, key)
-        if isinstance(here, Section):
-            groups.append((f"{name}.{key}", here, there))
-        elif here != there:
-            changed[key] = value
-    if name == "config":
-        yield from (f"    config.{key} = {literal(value, 4)}" for key, value in changed.items())
-    elif changed:
-        yield f"    {name}.update({_items(changed, 4)})"
-    for path, here, there in groups:
-        yield from _assignments(here, there, path)
-
-
-def literal(value: Any, indent: int) -> str:
-    """A value as Python, on one line where it fits, else an item a line."""
-    if isinstance(value, dict):
-        return f"dict({_items(value, indent)})"
-    if isinstance(value, (list, tuple)):
-        parts = [literal(one, indent + 4) for one in value]
-        return f"({_joined(parts, indent, tail=',' if len(parts) == 1 else '')})"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-def _items(values: dict[str, Any], indent: int) -> str:
-    return _joined([f"{key}={literal(one, indent + 4)}" for key, one in values.items()], indent)
-
-
-def _joined(parts: list[str], indent: int, tail: str = "") -> str:
-    line = ", ".join(parts) + tail
-    if len(line) + indent <= 76 and "\n" not in line:
-        return line
-    space = " " * (indent + 4)
-    return "".join(f"\n{space}{part}," for part in parts) + "\n" + " " * indent
+    default = Config()
+    for key, _ in keys(Config):
+        value_of = operator.attrgetter(key)
+        if value_of(config) != value_of(default):
+            *sections, name = key.split(".")
+            tree = config.to_dict()  # in which the sections of a list are dicts too
+            for section in sections:
+                tree = tree[section]
+            value = tree[name]
+            text = repr(value)
+            if isinstance(value, tuple) and value and isinstance(value[0], dict):
+                text = "".join(["(\n", *(f"        {one!r},\n" for one in value), "    )"])
+            lines.append(f"    config.{key} = {text}")
+    return "\n".join([*lines, "    return config"]) + "\n"
 
 
 Say = Callable[[str], None]
@@ -767,7 +700,8 @@ def finish(workdir: str, kept: Kept, scores: dict[str, Any], say: Say) -> dict[s
         command = f"coca-jax export --checkpoint={shlex.quote(workdir)} --out={shlex.quote(place)}"
         say(f"export: {error}. The run itself is complete; retry with `{command}`")
         place = ""
-    for line in score_table(scores, data["name"]):
+    table = report_terminal.score_table(scores)
+    for line in table or ["no data was held out, so there are no scores"]:
         say(line)
     if sentence := verdict.of_run(report_data.read(workdir)):
         say(sentence)

@@ -13,7 +13,6 @@ import os
 import pathlib
 import re
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -51,7 +50,6 @@ class Facts:
         words: of a caption, (median, 95%, most).
         distinct_words: of all captions and labels.
         characters: distinct ones in them.
-        scripts: most used first, such as 'Latin'.
         classes: names, by number of examples.
         largest_class: its share of the labelled examples.
         width, height: medians, in pixels; 0 where no picture could be read.
@@ -74,7 +72,6 @@ class Facts:
     words: tuple[int, int, int] = (0, 0, 0)
     distinct_words: int = 0
     characters: int = 0
-    scripts: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     largest_class: float = 0.0
     width: int = 0
@@ -165,7 +162,6 @@ class Scan:
             words=tuple(int(x) for x in np.quantile(words, (0.5, 0.95, 1.0))),  # type: ignore
             distinct_words=len(known),
             characters=len(set().union(*known) if known else ()),
-            scripts=scripts([*self._texts[:2000], *names[:2000]]),
             classes=tuple(names),
             largest_class=max(self._classes.values(), default=0) / max(self._labels, 1),
             width=int(np.median(sides[:, 0])),
@@ -179,18 +175,6 @@ class Scan:
             else "",
             fields=tuple(name for name, _ in self._fields.most_common(12)),
         )
-
-
-def scripts(texts: Sequence[str]) -> tuple[str, ...]:
-    """The scripts in which at least 1% of the letters are written, most used first.
-
-    A script is the first word of a letter's Unicode name: LATIN, CJK, CYRILLIC, ARABIC ...
-    """
-    letters = collections.Counter(c for text in texts for c in text if c.isalpha())
-    found: collections.Counter[str] = collections.Counter()
-    for letter, count in letters.items():
-        found[unicodedata.name(letter, "other").split()[0].split("-")[0].title()] += count
-    return tuple(s for s, count in found.most_common() if count >= sum(found.values()) / 100)
 
 
 def drawn(pictures: Sequence[bytes]) -> bool:
