@@ -145,12 +145,6 @@ def test_a_folder_whose_files_are_others_or_of_another_size_is_told(tmp_path, mo
             whole.plan(asked(*given))
         (tmp_path / name).write_bytes(before)
     assert begun(*given) == ["p"]
-    told = json_files.read_sealed("out/recaption/input.json")
-    for one in told["files"].values():  # as older versions wrote it
-        one["read"] = [entry[:3] for entry in one["read"]]
-    json_files.write_sealed("out/recaption/input.json", told)
-    os.rename("p/1.png", "p/2.png")
-    assert begun(*given) == ["p"]
 
 
 def test_an_output_in_its_input_is_refused(tars):
@@ -264,7 +258,7 @@ def test_one_split_is_read_of_an_input_that_tells_several(tmp_path, monkeypatch)
             assert whole.name(request, ["job"], whole.plan(request)[0]) == name
         with pytest.raises(ValueError, match="begun with split='test', not 'train'"):
             whole.plan(asked(input, f"test-{format}", format, split="train"))
-        with pytest.raises(ValueError, match="begun with split='test', not None; give the same"):
+        with pytest.raises(ValueError, match="begun with split='test', not ''; give the same"):
             whole.plan(asked(input, f"test-{format}", format, to="array_record"))
         with pytest.raises(ValueError, match="no split 'validation'|--split=validation: --input"):
             whole.plan(asked(input, "none", format, split="validation"))

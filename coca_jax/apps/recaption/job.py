@@ -67,12 +67,10 @@ def of_split(request: Request) -> tuple[str, Options]:
 
 
 def recorded_split(request: Request) -> tuple[str, Options]:
-    """What `of_split` gave when the work began; all of the input where an older version did so."""
-    path = files.join(request.out, _FILE)
-    before = json_files.read_sealed(path) if files.exists(path) else {}
-    where = tuple((field, tuple(values)) for field, values in before.get("where", ()))
-    options = dataclasses.replace(request.options, where=where or request.options.where)
-    return before.get("split", ""), options
+    """What `of_split` gave when the work began."""
+    before = json_files.read_sealed(files.join(request.out, _FILE))
+    where = tuple((field, tuple(values)) for field, values in before["where"])
+    return before["split"], dataclasses.replace(request.options, where=where)
 
 
 def write(request: Request, units: Iterable[Unit], split: str, options: Options) -> None:
@@ -82,7 +80,7 @@ def write(request: Request, units: Iterable[Unit], split: str, options: Options)
 
 
 def check(request: Request, done: bool) -> None:
-    """Compares an input with what it was; a work of older versions does not know.
+    """Compares an input with its state when the job began.
 
     done: the work is, and its input may be gone.
 
@@ -90,10 +88,7 @@ def check(request: Request, done: bool) -> None:
         FileNotFoundError: the input is not there.
         ValueError: it has other files than when the work began, or files of another size.
     """
-    path = files.join(request.out, _FILE)
-    if not files.exists(path):
-        return
-    before = json_files.read_sealed(path)["files"]
+    before = json_files.read_sealed(files.join(request.out, _FILE))["files"]
     try:
         units = registry.find(request.format).plan(request.input, *recorded_split(request))
     except FileNotFoundError:
@@ -105,7 +100,7 @@ def check(request: Request, done: bool) -> None:
     for names, more, one in (
         (now.keys() - before.keys(), "more ", ("file", "files")),
         (before.keys() - now.keys(), "fewer ", ("file", "files")),
-        ({n for n in before.keys() & now.keys() if not _same(before[n], now[n])}, "", ("",)),
+        ({n for n in before.keys() & now.keys() if before[n] != now[n]}, "", ("",)),
     ):
         if names:
             first = posixpath.basename(min(names).rstrip("/")) + (", ..." if len(names) > 1 else "")
@@ -116,15 +111,6 @@ def check(request: Request, done: bool) -> None:
             f"--input={request.input} has {' and '.join(found)} since --out={request.out} was "
             "begun; give another --out"
         )
-
-
-def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two entries of `_input_stamps` are of the same file; those of older versions tell nothing of
-    what lies in a folder."""
-    reads = [before["read"], now["read"]]
-    least = min((len(one) for some in reads for one in some), default=0)
-    first, second = ([one[:least] for one in some] for some in reads)
-    return before["size"] == now["size"] and first == second
 
 
 def _input_stamps(format: str, units: Iterable[Unit]) -> dict[str, Any]:
@@ -215,7 +201,7 @@ def plan(request: Request) -> list[Job]:
                 raise out_folder.something_else(request.out, found)
     if begins := not files.exists(path):
         refuse_inside(request)
-    wanted = {key: fields[key] for key in ("format", "input", "options", "split") if key in fields}
+    wanted = {key: fields[key] for key in ("format", "input", "options", "split")}
     split, options = of_split(request) if begins else recorded_split(request)
     where = request.format, request.input, split, options, work
     # A plan without a request is of a start that came no further, or of another job of this one,
@@ -312,10 +298,11 @@ def finish(request: Request, jobs: Sequence[Job], least: float) -> dict[str, Any
     ]
     totals = {
         key: sum(account[key] for account in known)
-        for key in ("read", "count", "with_text", "replaced", "kept_by_alarm", "filtered")
+        for key in (
+            *("read", "count", "with_text", "replaced", "kept_by_alarm", "filtered"),
+            "with_original",
+        )
     }
-    if all("with_original" in account for account in known):  # those of older versions lack it
-        totals["with_original"] = sum(account["with_original"] for account in known)
     result = dict(
         totals,
         quarantined=dict(Counter(one["reason"] for one in listed)),
@@ -337,8 +324,8 @@ def _manifest(
     entries: list[dict[str, Any]],
 ) -> None:
     """Writes the manifest, as `prepare` does; entries: of its shards."""
-    counts = ("read", "count", "with_text", "with_label")  # older accounts lack the last
-    split: dict[str, Any] = {key: sum(one.get(key, 0) for one in accounts) for key in counts}
+    counts = ("read", "count", "with_text", "with_label")
+    split: dict[str, Any] = {key: sum(one[key] for one in accounts) for key in counts}
     split |= dict(shards=entries, filtered={}, quarantined={})
     split["drawn"] = dataclasses.asdict(prepare.drawn_before(jobs[0]))
     classes = prepare.declared_classes(request.format, jobs[0].units[0], jobs[0].options)

@@ -112,8 +112,6 @@ class Request:
         for name in ("out", "captioner", "concurrency", "rate"):
             del found[name]
         found["by_api"] = bool(self.captioner)
-        if not self.split:  # as works have it that older versions began
-            del found["split"]
         return found
 
 
