@@ -20,6 +20,7 @@ docs/config.md says what each key means; an unknown key is refused with the near
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,49 +95,60 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     if len(argv) > 1:
         flag = "config" if flags.FLAGS.config is None else "data"
         raise ValueError(f"unexpected argument {argv[1]!r}; give --{flag}={argv[1]}")
-    if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
+    if flags.FLAGS.config is None:
         raise ValueError(
             "give --config=NAME and --workdir=DIR; `coca-jax train --recipes` lists the recipes"
         )
+    workdir = flags.FLAGS.workdir or ""
     recipes.check_weights(flags.FLAGS.config)
     recipes.check_trackers()
     if flags.FLAGS.data and "data.sources" in recipes.changes():
         raise ValueError("--config.data.sources and --data both say what trains; give one of them")
-    storage.check_slashes(flags.FLAGS.workdir)
-    refuse_data(flags.FLAGS.workdir)
-    if storage.is_remote(flags.FLAGS.workdir):
-        storage.check_writable(flags.FLAGS.workdir)  # before JAX starts and data are prepared
+    if workdir:
+        storage.check_slashes(workdir)
+        refuse_data(workdir)
+    if storage.is_remote(workdir):
+        storage.check_writable(workdir)  # before JAX starts and data are prepared
     if flags.FLAGS.process_id <= 0:
-        cli.say(f"training in {flags.FLAGS.workdir}: starting JAX")
+        cli.say(f"training in {workdir}: starting JAX" if workdir else "starting JAX")
     import jax
 
     from coca_jax.data import prepare
     from coca_jax.runtime import multihost, signals
-    from coca_jax.training import data_flag, exit_codes, multihost_checks, setup
+    from coca_jax.training import data_flag, exit_codes, multihost_checks, preflight, setup
 
     multihost.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
     signals.current().joined(jax.process_count())
     with signals.failing_alone(jax.process_count()):
         config = recipes.typed(flags.FLAGS.config)
         first = jax.process_index() == 0
-        with out_folder.gone_if_refused(flags.FLAGS.workdir):
-            multihost_checks.on_command(config.to_dict(), flags.FLAGS.workdir, data_flags.given())
-            setup.check_start(config, flags.FLAGS.workdir)
+        if not (workdir and files.exists(files.join(workdir, "config.json"))):
+            preflight.check(
+                config,
+                workdir,
+                has_data=bool(flags.FLAGS.data),
+                recipe=recipes.split(sys.argv)[0] or "",
+                command=("coca-jax", "train", *sys.argv[1:]),
+                say=setup.say,
+            )
+        with out_folder.gone_if_refused(workdir):
+            multihost_checks.on_command(config.to_dict(), workdir, data_flags.given())
+            setup.check_start(config, workdir)
             for text in flags.FLAGS.data:
-                out_folder.check_apart(flags.FLAGS.workdir, data_flag.parse(text).path)
+                out_folder.check_apart(workdir, data_flag.parse(text).path)
             fields = data_flags.fields()
-            with prepare.within("--workdir", flags.FLAGS.workdir):
+            with prepare.within("--workdir", workdir):
                 config = data_flag.of_command(
                     config,
                     flags.FLAGS.data,
-                    flags.FLAGS.workdir,
+                    workdir,
                     check=setup.check_devices,
                     fields=fields,
                     keep_tasks="eval.tasks" in recipes.changes(),
                     main_process=first,
                 )
         with exit_codes.exit_on_known_errors():
-            summary = train(config, flags.FLAGS.workdir)
+            summary = train(config, workdir)
         if jax.process_count() > 1:
             # Before the result is told: where a peer fails in its last instants, a launcher starts
             # all again, and the result would be told twice.

@@ -140,31 +140,37 @@ def check(config: Config, mesh: Mesh, say: Callable[[str], None]) -> None:
 
     say: takes a line before what lasts.
     """
+    line, fits = problem(config, mesh, say)
+    if line and not fits:
+        raise ValueError(
+            f"{line}; not even the smallest batch fits: take a smaller model or more devices"
+        )
+    if line:
+        raise ValueError(
+            f"{line}; what fits: {' '.join(f'--config.{k}={v}' for k, v in fits.items())}"
+        )
+
+
+def problem(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
+    """(what is wrong with the memory of a step of the largest batch, settings that fit); an empty
+    line where nothing is. say: as of `check`."""
     room = device_memory.available()
     if config.batch_sizes:
         config = config.change({"batch_size": max(batch_schedule.sizes(config)), "batch_sizes": ()})
     need, most = cached_bounds(config, mesh)
     if most <= room:
-        return
+        return "", {}
     if need <= room:
         say("asking the compiler whether a step fits the memory ...")
         need = _bytes_or_all(config, mesh)
         if need <= room:
-            return
-    say("it does not; looking for settings that do ...")
-    raise ValueError(refusal(config, mesh, need, room))
-
-
-def refusal(config: Config, mesh: Mesh, need: int, room: int) -> str:
-    """The line for a step that needs `need` bytes of a device's `room`."""
-    text = (
+            return "", {}
+    say("a step does not fit the memory; looking for settings that do ...")
+    line = (
         f"a step of batch_size={config.batch_size} needs {need / GIB:.1f} GiB and "
         f"{mesh.devices.flat[0].platform} has {room / GIB:.1f} GiB free on a device"
     )
-    parts = [f"--config.{k}={v}" for k, v in fitting(config, mesh, room).items()]
-    if not parts:
-        return f"{text}; not even the smallest batch fits: take a smaller model or more devices"
-    return f"{text}; what fits: {' '.join(parts)}"
+    return line, fitting(config, mesh, room)
 
 
 def fitting(config: Config, mesh: Mesh, room: int) -> dict[str, Any]:
