@@ -29,7 +29,7 @@ FREE = (
         "data.features",
         "data.features_gib",
     ),
-    *("data.loader", "model.implementation", "text_lengths", "text_parts"),
+    *("data.loader", "model.implementation", "model.image.onnx", "text_lengths", "text_parts"),
 )
 PATHS = ("init_from", "data.vocabulary")  # the same place however it is spelled
 LENGTH = ("steps", "epochs", "stage_steps")  # see `continue_longer`

@@ -3,7 +3,8 @@ PyTorch code for Hugging Face transformers.
 
 CLIP, MetaCLIP, SigLIP (open_clip's or transformers' files), PE-Core, OpenVision and CLIPA
 (open_clip's) become models without a decoder, for embeddings, zero-shot and search. DINOv2 and
-DINOv3 (transformers' or Meta's files) become image encoders, from which captioners are trained.
+DINOv3 (transformers' or Meta's files) and encoders in ONNX files become image encoders, from which
+captioners are trained.
 
 Examples:
   coca-jax convert --input=open_clip_pytorch_model.bin --out=weights
@@ -34,6 +35,7 @@ from coca_jax.data.vocabulary import clip_bpe
 from coca_jax.interop import (
     export_format,
     hub,
+    onnx_file,
     open_clip_config,
     safetensors,
     towers_config,
@@ -390,7 +392,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "input",
         None,
-        "Weights (.bin, .pt, .pth, .safetensors, .onnx of a DINOv2), their folder, or a name: hf-hub:org/name, "
+        "Weights (.bin, .pt, .pth, .safetensors, .onnx[:OUTPUT]), their folder, or a name: hf-hub:org/name, "
         "coca_ViT-L-14:TAG.",
     )
     flags.DEFINE_string("out", None, "Folder to write.")
@@ -475,6 +477,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"--dtype={flags.FLAGS.dtype}: only --to=transformers has it. Leave it out"
         )
     _check_out(source, out)
+    if target == "coca_jax" and onnx_file.is_onnx(source):
+        path, output = onnx_file.split(source)
+        if output or not vision_weights.is_vision(weights_files.read(path)):
+            from coca_jax.interop import onnx_encoder  # jax and flax
+
+            onnx_encoder.write(path, out, output, flags.FLAGS.image_size)
+            cli.say(f"wrote {out}")
+            return dict(out=out, format=target, family=vision_weights.FAMILY)
     source = hub.local(source)
     if target == "coca_jax":
         source = weights_files.find(source)

@@ -35,6 +35,7 @@ Examples:
 
 from __future__ import annotations
 
+import os
 import posixpath
 import shlex
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "the programs leave out the task head, whose weights are written too: "
             f"coca_jax.load({args.out!r}) has its classify"
         )
+    if model.config.model.image.onnx:
+        return _with_onnx_encoder(model)
     if args.format == "onnx":
         return _to_onnx(model)
     from coca_jax.inference import export_programs
@@ -183,6 +186,22 @@ def _to_hub(model: CoCaModel) -> dict[str, Any]:
         with storage.local_copy(args.out) as folder:
             summary["url"] = hub.push(folder, args.push, private=args.private)
     return summary
+
+
+def _with_onnx_encoder(model: CoCaModel) -> dict[str, Any]:
+    """A folder with the encoder's file and no programs: those of JAX cannot contain it."""
+    from coca_jax.inference import export_folder
+
+    args = flags.FLAGS
+    if args.format == "onnx":
+        raise ValueError(
+            f"--checkpoint={args.checkpoint}: its image encoder is an ONNX file already, and the "
+            "programs are of the entire model. Leave out --format=onnx."
+        )
+    export_folder.write(model, args.out)
+    cli.say("no programs were written: the image encoder is an ONNX file, which coca_jax.load runs")
+    names = export_format.files(args.out)
+    return _sizes({name: os.path.getsize(os.path.join(args.out, name)) for name in names})
 
 
 def _onnx() -> Any:

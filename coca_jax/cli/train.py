@@ -9,6 +9,7 @@ Examples:
   coca-jax train --config=demo --workdir=runs/demo
   coca-jax train --config=coca_224 --data=data/mine --workdir=runs/mine --config.batch_size=32
   coca-jax train --config=finetune_open_clip:weights --data=data/mine --workdir=runs/tuned
+  coca-jax train --config=locked_captioner --encoder=dinov2-small --data=data/mine --workdir=runs/mine
   coca-jax train --config=my/recipe.py --workdir=runs/mine
 
 Every value of a recipe can be set, nested keys with dots, tuples in quotes as Python has them:
@@ -46,6 +47,12 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where the run lives; made when missing.")
     data_flags.define()
     recipes.define_flag()
+    flags.DEFINE_string(
+        "encoder",
+        "",
+        "Frozen image encoder: FILE.onnx[:OUTPUT], weights that `convert` reads, a run or an "
+        "export. Its tokens are computed once and stored in WORKDIR/features.",
+    )
     flags.DEFINE_bool("recipes", False, "List the recipes for --config, and train nothing.")
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several.")
     flags.DEFINE_integer("num_processes", 0, "Processes of this run.", 0)
@@ -100,7 +107,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
             "give --config=NAME and --workdir=DIR; `coca-jax train --recipes` lists the recipes"
         )
     workdir = flags.FLAGS.workdir or ""
-    recipes.check_weights(flags.FLAGS.config)
+    if flags.FLAGS.encoder and not workdir:
+        raise ValueError("--encoder needs a folder for its tokens. Give --workdir.")
+    if not flags.FLAGS.encoder:
+        recipes.check_weights(flags.FLAGS.config)
     recipes.check_trackers()
     if flags.FLAGS.data and "data.sources" in recipes.changes():
         raise ValueError("--config.data.sources and --data both say what trains; give one of them")
@@ -120,7 +130,13 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     multihost.start(flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
     signals.current().joined(jax.process_count())
     with signals.failing_alone(jax.process_count()):
-        config = recipes.typed(flags.FLAGS.config)
+        config = flags.FLAGS.config
+        if flags.FLAGS.encoder:
+            from coca_jax.training import encoder_flag
+
+            given = flags.FLAGS.encoder, workdir, recipes.changes()
+            config = encoder_flag.use(config, *given)
+        config = recipes.typed(config)
         first = jax.process_index() == 0
         if not (workdir and files.exists(files.join(workdir, "config.json"))):
             preflight.check(

@@ -139,6 +139,11 @@ class ImageModel(Section):
         "Side of an image in rotary positions, whose center is 0 (DINOv3: 4 pi); 0: one unit per "
         "patch.",
     )
+    onnx: str = option(
+        "", "ONNX file that is run as the image encoder, frozen; '': the encoder described here."
+    )
+    onnx_output: str = option("", "Tensor of that file that holds the tokens; '': its output.")
+    onnx_sha256: str = option("", "Checksum of that file.")
     block: Overrides = option({}, "Overrides of the model's block options, as {'norm_eps': 1e-6}.")
 
     @model_validator(mode="after")

@@ -283,6 +283,11 @@ class Config(Section):
                 loss__hidden_weight=(0.0,),
                 head__kind=_single_image(),
             )
+        if self.model.image.onnx and not self.frozen_encoder:
+            raise ValueError(
+                f"config.model.image.onnx={self.model.image.onnx!r} is not trained. Set optimizer."
+                "image_learning_rate=0 (encoder_learning_rate=0 with a task head)."
+            )
         if self.init_parts != "all" and not self.init_from:
             raise ValueError(
                 f"config.init_parts={self.init_parts!r} needs init_from, the weights to load it "

@@ -77,6 +77,7 @@ def about(config: Config, source: Source, number: int, weights: Mapping[str, int
     keys = ("image_size", "patch_size", "image_mean", "image_std", "dtype", "image", *BLOCK)
     if config.model.family != "coca":
         keys += ("family", "embed_dim", "pooler")
+    del model["image"]["onnx"]  # the file's checksum says which one it is, wherever it lies
     found: dict[str, Any] = dict(
         format=1,
         records=source.fingerprint or _described(source, config.data.sources[number]),

@@ -79,7 +79,7 @@ def place(params: dict, devices: Sequence[jax.Device] | None = None) -> tuple[De
     """The devices that params are on, and params there: those of their mesh, else replicated over
     `devices`, by default all of this process. Raises ValueError as `check`."""
     check(devices)
-    leaf = jax.tree.leaves(params)[0]
+    leaf = next(iter(jax.tree.leaves(params)), None)  # an ONNX encoder alone has no parameters
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
         mesh = cast(Mesh, sharding.mesh)

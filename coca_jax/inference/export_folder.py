@@ -18,7 +18,7 @@ from absl import logging
 from coca_jax.config import heads, shapes
 from coca_jax.evaluation.metrics.intervals import COMPANIONS
 from coca_jax.inference.model import CoCaModel
-from coca_jax.interop import export_format
+from coca_jax.interop import export_format, onnx_encoder
 from coca_jax.interop.export_format import CARD, PREPROCESSOR
 from coca_jax.interop.hub import push
 from coca_jax.runtime import out_folder, storage
@@ -83,6 +83,7 @@ def write(
         # Not the family's own name: to other libraries 'clip' means weights in their layout.
         kind = ("coca", "CoCa") if model.writes_captions else ("two_towers", "TwoTowers")
         config |= dict(model_type=kind[0], architectures=[kind[1]])
+    programs = [*programs, *onnx_encoder.add_file(folder, config["model"])]
     with tempfile.TemporaryDirectory() as scratch:
         suffix = _SUFFIXES.get(words.data[:1], ".model")
         path = os.path.join(scratch, f"vocabulary{suffix}")

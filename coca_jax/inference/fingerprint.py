@@ -18,7 +18,7 @@ from coca_jax.data.vocabulary import Vocabulary
 # Of config.model: what only training reads, and how the same numbers are computed.
 _NO_MATTER = (
     *("temperature", "dtype", "implementation", "layer_scale"),
-    *("image.patch_dropout", "pooler.token_dropout", "pooler.query_std"),
+    *("image.patch_dropout", "image.onnx", "pooler.token_dropout", "pooler.query_std"),
 )
 
 

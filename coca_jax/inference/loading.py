@@ -19,7 +19,7 @@ from coca_jax.inference import devices as chosen_devices
 from coca_jax.inference import preprocess
 from coca_jax.inference.generation.config import GenerationConfig
 from coca_jax.inference.model import CoCaModel, model_class
-from coca_jax.interop import export_format, hub, weights_files
+from coca_jax.interop import export_format, hub, onnx_encoder, weights_files
 from coca_jax.interop.open_clip_weights import compare
 from coca_jax.models import network, param_groups
 from coca_jax.parallel import sharding
@@ -113,7 +113,11 @@ def _read_run(path: str) -> tuple[dict, StoredConfig, Vocabulary, int]:
     from coca_jax.checkpoints import manager  # Orbax: only where a run is read
 
     params, config, step = manager.load_step(path)
-    file = manager.find_step(path)[0].parent / "vocabulary.model"
+    workdir = manager.find_step(path)[0].parent
+    moved = os.path.join(workdir, "encoder", onnx_encoder.FILE)
+    if config.model.image.onnx and os.path.exists(moved):  # the run's own copy
+        config = config.change({"model.image.onnx": os.path.abspath(moved)})
+    file = workdir / "vocabulary.model"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is missing, the run's own vocabulary; copy it there from where the run was"

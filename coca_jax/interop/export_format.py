@@ -316,6 +316,10 @@ def _typed(data: dict[str, Any], path: str) -> StoredConfig:
     required = ("model", "head", "class_names")
     tree: dict[str, Any] = {key: data[key] for key in required if key in data}
     preprocess = data.get("preprocess") or {}
+    image = tree.get("model", {}).get("image")
+    if isinstance(image, dict) and image.get("onnx"):  # a file of the folder
+        place = os.path.abspath(os.path.join(os.path.dirname(path), str(image["onnx"])))
+        tree["model"] = tree["model"] | dict(image=image | dict(onnx=place))
     try:
         tree["data"] = {name: preprocess[name] for name in PREPROCESSED if name in preprocess}
         return read(StoredConfig, tree | {"tokenizer": data["tokenizer"]["file"]}, old=True)

@@ -16,6 +16,17 @@ from coca_jax.runtime import extras
 _FOLDED = "onnx::"  # how the exporter names tensors that it made
 
 
+def is_onnx(place: str) -> bool:
+    """Whether a place is FILE.onnx, or FILE.onnx:OUTPUT."""
+    return split(place)[0].endswith(".onnx")
+
+
+def split(place: str) -> tuple[str, str]:
+    """(path, output) of FILE.onnx:OUTPUT; output: '' where none is named."""
+    head, mark, output = place.partition(".onnx:")
+    return (f"{head}.onnx", output) if mark else (place, "")
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of an encoder's module by their names of torch; other modules of the file, as a
     head, are left out where the encoder is one called 'backbone'.

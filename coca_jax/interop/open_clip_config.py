@@ -619,6 +619,7 @@ def _check_expressible(model: Model) -> None:
         ("image.final_norm", image.final_norm, not kind.by_query),
         ("pooler.project", pooler.project, not kind.second_pooler),
         ("image.registers", image.registers, 0),
+        ("image.onnx", image.onnx, ""),
         ("image.table_size", image.table_size, 0),
         ("text.kv_heads", text.kv_heads, 0),
     ):

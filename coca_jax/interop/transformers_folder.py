@@ -46,6 +46,11 @@ def check(config: StoredConfig) -> None:
             f"model.family={config.model.family!r}: a model without a decoder, which "
             "--to=transformers does not write. Use `coca-jax export --format=hub`"
         )
+    if config.model.image.onnx:
+        raise ValueError(
+            f"model.image.onnx={config.model.image.onnx!r}: the image encoder is an ONNX file, "
+            "which the PyTorch code does not contain. Use `coca-jax export`"
+        )
     if config.data.resize == "native":
         raise ValueError(
             "data.resize='native': images of any shape are not part of the PyTorch code. Use the "

@@ -17,6 +17,7 @@ from coca_jax.config import Head, Loss, Model, heads, read, shapes
 from coca_jax.models import image_encoder, initializers, layers, poolers
 from coca_jax.models.image_encoder import ImageEncoder, drop_tokens, take_tokens
 from coca_jax.models.layers import Part
+from coca_jax.models.onnx_encoder import OnnxEncoder
 from coca_jax.models.poolers import AttentionalPooler
 from coca_jax.models.text_decoder import TextDecoder
 from coca_jax.ops.reference import wide
@@ -87,7 +88,7 @@ PARTS = dict(
 class CoCa(nn.Module):
     """See `build`. pooler_kind: see pooler_kinds.py; a norm follows a pooler that is alone."""
 
-    encoder: ImageEncoder
+    encoder: ImageEncoder | OnnxEncoder
     decoder: TextDecoder
     pooler_kind: heads.PoolerKind
     num_queries: int
@@ -386,11 +387,7 @@ def build(
     text["options"] = options(text.pop("block"))
     text["multimodal_options"] = options(text.pop("multimodal_block"))
     return CoCa(
-        encoder=ImageEncoder(
-            image_size=model.image_size,
-            patch_size=model.patch_size,
-            **image,
-        ),
+        encoder=image_encoder.build(model, image, image.pop("options")),
         decoder=TextDecoder(**text),
         pooler_kind=heads.pooler_kind(model.pooler.kind),
         num_queries=model.pooler.num_queries,

@@ -18,6 +18,7 @@ from coca_jax.config import Model, shapes
 from coca_jax.config.shapes import PLACE, Size, is_packed
 from coca_jax.models import block, initializers, layers
 from coca_jax.models.layers import BOTTOM, STACK, Part, parameter
+from coca_jax.models.onnx_encoder import OnnxEncoder
 from coca_jax.ops.reference import Before, Reference
 from coca_jax.parallel.sharding import constrain
 
@@ -426,6 +427,19 @@ class ImageEncoder(nn.Module):
             pairs = ((patches.row, patches.rows), (patches.column, patches.columns))
             shares = jnp.stack([(at + 0.5) / jnp.maximum(n, 1) for at, n in pairs], -1)
         return (shares - 0.5) * self.rope_span
+
+
+def build(
+    model: Model, image: dict[str, Any], options: layers.BlockOptions
+) -> ImageEncoder | OnnxEncoder:
+    """The image encoder of `config.model`; image: the fields that `config.model.image` and the run
+    set."""
+    sizes: dict[str, Any] = dict(image_size=model.image_size, patch_size=model.patch_size)
+    path, output, digest = (image.pop(key) for key in ("onnx", "onnx_output", "onnx_sha256"))
+    if not path:
+        return ImageEncoder(**sizes, **image, options=options)
+    sizes |= {key: image[key] for key in ("width", "class_token", "registers")}
+    return OnnxEncoder(path, output, digest, **sizes, options=options)
 
 
 def resample_positions(table: jax.Array, grid: tuple[int, int], how: str) -> jax.Array:

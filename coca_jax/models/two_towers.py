@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from coca_jax import ops as operations
 from coca_jax.config import Model, heads, read, shapes
 from coca_jax.config.heads import CLASS, QUERY, TowerKind
-from coca_jax.models import block, initializers, layers
+from coca_jax.models import block, image_encoder, initializers, layers
 from coca_jax.models.coca import Outputs, check_dtype, normalise
 from coca_jax.models.image_encoder import ImageEncoder
+from coca_jax.models.onnx_encoder import OnnxEncoder
 from coca_jax.ops.reference import wide
 from coca_jax.parallel.sharding import constrain
 
@@ -101,7 +102,7 @@ class AttentionPooler(nn.Module):
 class TwoTowers(nn.Module):
     """See the module's docstring and `build`. The names of its parameters are those of CoCa."""
 
-    encoder: ImageEncoder
+    encoder: ImageEncoder | OnnxEncoder
     tower: TextTower
     kind: TowerKind
     pooler_heads: int
@@ -234,13 +235,7 @@ def build(
     of_image = layers.BlockOptions.from_config(model, ops, image.pop("block"))
     of_text = layers.BlockOptions.from_config(model, ops, text.block)
     return TwoTowers(
-        encoder=ImageEncoder(
-            image_size=model.image_size,
-            patch_size=model.patch_size,
-            **image,
-            remat=remat,
-            options=of_image,
-        ),
+        encoder=image_encoder.build(model, {**image, "remat": remat}, of_image),
         tower=TextTower(
             width=text.width,
             depth=text.unimodal_depth,

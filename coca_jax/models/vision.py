@@ -17,12 +17,13 @@ from coca_jax.config import Model, shapes
 from coca_jax.models import image_encoder, layers
 from coca_jax.models.coca import normalise
 from coca_jax.models.image_encoder import ImageEncoder
+from coca_jax.models.onnx_encoder import OnnxEncoder
 
 
 class Vision(nn.Module):
     """An image is its class token, or the mean of its tokens where there is none."""
 
-    encoder: ImageEncoder
+    encoder: ImageEncoder | OnnxEncoder
     task_head: None = None
 
     def setup(self) -> None:
@@ -58,11 +59,10 @@ def build(model: Model, *, platform: str | None = None) -> Vision:
     ops = operations.choose(platform or jax.default_backend(), model.implementation)
     image: dict[str, Any] = model.image.to_dict()
     options = layers.BlockOptions.from_config(model, ops, image.pop("block"))
-    image |= dict(image_size=model.image_size, patch_size=model.patch_size)
-    return Vision(ImageEncoder(**image, options=options))
+    return Vision(image_encoder.build(model, image, options))
 
 
 def init(module: Vision, rng: jax.Array) -> dict:
     """Fresh parameters, boxed with their logical axis names."""
     pixels = jnp.zeros((1, *shapes.pair(module.encoder.image_size), 3))
-    return module.init(rng, pixels)["params"]
+    return module.init(rng, pixels).get("params", {})  # an ONNX file has none
