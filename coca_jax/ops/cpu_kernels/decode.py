@@ -1,7 +1,8 @@
 """Kernels for decoding on a CPU: the residual parts of a block, with weights in panels.
 
 XLA's own products reach memory at less than half its rate when there are few rows, which is what a
-step of decoding has. Numbers: docs/performance.md, "Captions beside open_clip".
+step of decoding has. On two cores of an Intel Xeon with AMX captions take 2.0 times as long without
+these kernels at batch 16, and 1.3 times at batch 1.
 
 The kernels are compiled twice, for panels of float32 and of bfloat16. The latter, for processors
 that multiply pairs of those, round the other operand of each product too, and image tokens; sums

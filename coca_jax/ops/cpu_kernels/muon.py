@@ -1,7 +1,9 @@
 """Muon's iterations on a CPU, one matrix a core.
 
-XLA runs the products of each kernel of a small model one by one, some hundred calls in a step, and
-in float32 where a processor multiplies bfloat16 twice as fast. Numbers: docs/performance.md.
+XLA runs the products of each matrix of a small model one by one, about a hundred calls in a step,
+and in float32 where a processor multiplies bfloat16 twice as fast. On one core of an Intel Xeon
+with AMX a step of configs/emoji.py takes 1.3 times as long without this kernel
+(benchmarks/cpu_kernels.py).
 """
 
 from __future__ import annotations

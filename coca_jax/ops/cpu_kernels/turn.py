@@ -1,9 +1,11 @@
 """The product of a weight's gradient in bfloat16 on a CPU: both operands have their rows summed.
 
-XLA has none of that form in bfloat16: it converts to float32, and a processor's units for bfloat16
-stay idle. It has one of a left operand that lies turned, but takes a transpose of its own back into
-the product, before it or behind. So turning is a kernel, and what is done with the result is kept
-apart. Numbers: docs/performance.md.
+XLA has no such product in bfloat16: it converts to float32, and a processor's bfloat16 units stay
+idle. It has one for a left operand that is already transposed, but it folds its own transpose back
+into the product. So the transpose is a kernel, and so is the copy of the result that stops XLA from
+fusing across it. On one core of an Intel Xeon with AMX a step of configs/emoji.py takes 1.4 times
+as long without this kernel, and a bfloat16 step of coca_ViT-B-32 1.3 times
+(benchmarks/cpu_kernels.py).
 """
 
 from __future__ import annotations
