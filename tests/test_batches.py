@@ -381,7 +381,7 @@ def test_a_set_name_means_the_same_texts_in_training_and_evaluation(tmp_path):
     """Once 'plain' was 'a photo of the {}' for the one and '{}' for the other."""
     for name in prompts.SETS:
         task = dict(kind="zero_shot", name="x", data={}, class_names=["cat", "dog"], prompts=name)
-        evaluator = base.of("zero_shot").from_task(task, base.Setting())
+        evaluator = base.get("zero_shot").from_task(task, base.Setting())
         assert evaluator.prompts == prompts.load(name)
 
 

@@ -121,7 +121,7 @@ def test_what_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(cm.shutil, "which", lambda name: None)
     monkeypatch.setattr(cm.importlib.util, "find_spec", lambda name: None)
     assert "pip install" in cm.why_not("spice")
-    with pytest.raises(ValueError, match="METEOR: the package pycocoevalcap is missing"):
+    with pytest.raises(ValueError, match="METEOR: pycocoevalcap is not installed"):
         cm.meteor([["a"]], [[["a"]]])
 
 
@@ -173,7 +173,7 @@ def test_meteor_is_asked_for_each_image_and_then_for_the_set(java_metrics):
     references = [[["a", "dog"], ["dog"]], [["cat"]]]
     whole, each = cm.meteor(captions, references)
     assert each.tolist() == [(2 + 2) / 10, (1 + 3) / 10] and whole == 0.8  # a cat runs
-    with pytest.raises(ValueError, match="^METEOR ended too soon: out of memory$"):
+    with pytest.raises(ValueError, match="METEOR: .*out of memory$"):
         cm.meteor([["fall"]], [[["a"]]])
 
 
@@ -188,8 +188,8 @@ def test_the_interval_of_meteor_stays_in_its_range(whole, limits, java_metrics, 
 
 
 def test_spice_gives_a_figure_an_image(java_metrics):
-    assert "its language models are not there" in cm.why_not("spice") and not cm.why_not("meteor")
-    with pytest.raises(ValueError, match="SPICE: its language models are not there"):
+    assert "models are missing" in cm.why_not("spice") and not cm.why_not("meteor")
+    with pytest.raises(ValueError, match="SPICE: .*models are missing"):
         cm.spice(["a"], [["a"]])
     (java_metrics / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar").touch()
     assert cm.spice(["a", "b", "c"], [["a"], ["a"], []]).tolist() == [1.0, 0.0, 0.0]

@@ -82,7 +82,7 @@ def test_captions_that_begin_with_the_same_words_are_a_collapse(caplog):
     assert got["captioning/s/same_start"] == pytest.approx(0.54)
     assert got["captioning/s/same_start_low"] < 0.54 < got["captioning/s/same_start_high"]
     assert got["captioning/s/same_start_references"] == 0 and got["captioning/s/distinct"] == 1
-    for fact in ("54% of 50 captions begin with the same three words", "'a photo of'"):
+    for fact in ("54% of 50 captions", "'a photo of'"):
         assert fact in evaluator.warning and fact in caplog.text
         assert fact in evaluator.examples["notes"][0]
     # The most common of ten references is right for each tenth, and shares four of five words.
@@ -182,10 +182,8 @@ def test_references_that_are_cut_are_counted(caplog):
         return caplog.messages
 
     assert said(7) == []
-    assert said(5) == [
-        "captioning/c: 2 of 4 references fill all model.text.max_len=5 tokens, and what is longer "
-        "loses its end: perplexity is of what is left"
-    ]
+    (line,) = said(5)
+    assert line.startswith("captioning/c: 2 of 4 references fill model.text.max_len=5 tokens")
 
 
 @pytest.mark.parametrize("nats, wanted", [(2.0, math.exp(2)), (710.0, math.inf)])
@@ -256,7 +254,7 @@ def test_a_damaged_line_ends_the_captions_so_far_and_no_evaluation(bad, tmp_path
     again = captioning.Outputs(path, dict(step=1), write=Writing(True))
     assert [one["key"] for one in again.take(records)] == ["0", "1", "2"]
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"{path}, line 5, is damaged (")
+    assert said.startswith(f"{path}, line 5: damaged (")
     again.add([dict(record, caption="b") for record in records[3:]])
     again.close()
     whole = captioning.Outputs(path, dict(step=1), write=Writing(False)).take(records)
@@ -295,7 +293,7 @@ class Broken(Fake):
 
 def test_likelihoods_that_are_no_numbers_are_refused():
     records = [dict(image=picture(i), text=f"word {i}") for i in range(4)]
-    says = "caption likelihoods{}: 2 of 4 are not finite; the training diverged"
+    says = "caption likelihoods{}: 2 of 4 are not finite"
     with pytest.raises(ValueError, match=says.format(" of captioning/c")):
         dict(captioning.Captioning("c", captions=False).run(Broken(), records))
     pixels = np.stack([record["image"] for record in records])

@@ -305,13 +305,13 @@ def test_class_names_from_files(tmp_path):
     for text, says in (
         ("n03\tcat\ndog\n", "names.txt, line 2: 0 tabs; every line needs one tab"),
         ("\nn03\tcat\nn01\tdog\tbig\n", "names.txt, line 3: 2 tabs; every line needs one tab"),
-        ("n03\tcat\nn01\tdog\nn03\tcow\n", "names.txt: the label 'n03' is there twice"),
+        ("n03\tcat\nn01\tdog\nn03\tcow\n", "names.txt: label 'n03'"),
     ):
         with pytest.raises(ValueError, match=says):
             read(text)
     path.write_text("n03\tcat\nn02\tdog\nn01\tcat\n")
     task = dict(kind="zero_shot", name="x", class_names=str(path))
-    with pytest.raises(ValueError, match="3 names, 2 distinct; .*; 'cat' is there twice"):
+    with pytest.raises(ValueError, match="3 names, 2 distinct, 'cat' twice"):
         inputs.check(task)
 
 
@@ -325,12 +325,12 @@ def test_how_class_names_are_taken_is_said(tmp_path, capsys):
 
     declared = ["objects", "people", "places", "signs", "travel"]
     by_order = read("a\nb\nc\nd\ne\n", declared)
-    assert f"class_names {path}: none is a class of the data" in by_order
+    assert f"class_names {path}: no name is a class of the data" in by_order
     assert by_order.endswith("a -> objects, b -> people, c -> places, d -> signs, ...\n")
     assert read("a\nb\nc\nd\ne\n", declared) == ""  # once for all tasks
     assert read("objects\npeople\n", declared) == read("objects\ta\nsigns\tb\n", declared) == ""
     said = read("objects\ta\nplacs\tb\nsigns\tc\n", declared)
-    assert "no class of the data is called placs; without a line are places, people, t" in said
+    assert "labels not in the data: placs; classes without a line: places, people, t" in said
     assert read("objects\ta\nmore\tb\n", declared[:1]) == ""  # a list of more classes than occur
 
 

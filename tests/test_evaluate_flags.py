@@ -68,7 +68,7 @@ def test_one_label_beside_captions_is_no_classification(ask, tmp_path, capsys):
     assert capsys.readouterr().err.count("one has nothing for zero_shot: left out") == 1
     ask(data=str(tmp_path / "one"), tasks="zero_shot")
     (task,) = evaluate.tasks_of_flags()
-    says = "zero_shot of one_test: all labels are 'photo', and it tells two classes or more apart; "
+    says = "zero_shot of one_test: all labels are 'photo'. "
     with pytest.raises(ValueError, match=says):
         inputs.names_and_labels(task)
 
@@ -358,7 +358,7 @@ def test_whose_scores_a_folder_holds_is_noted_before_the_first(ask, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(["evaluate"])
     ask(checkpoint="runs/b", **given)
-    with pytest.raises(ValueError, match="scores holds the scores of runs/a; give another --out"):
+    with pytest.raises(ValueError, match="scores: contains the scores of runs/a"):
         evaluate.main(["evaluate"])
 
 

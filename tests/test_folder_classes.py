@@ -93,11 +93,11 @@ def test_a_probe_says_what_has_no_class_before_images_are_encoded(maker, caplog)
     found = dict(maker("set", names, records(*train), batch_size=3).run(Mean(), test))
     assert found[f"{maker.kind}/set/top1"] == 1 and found[f"{maker.kind}/set/num_train"] == 16
     assert len(encoded) == 18 and 120 not in encoded
-    line = "2 of 18 examples to learn from have none of the 2 classes, as k0 with ['grey'], and"
+    line = "2 of 18 training examples have none of the 2 classes (such as k0 with labels ['grey'])"
     assert line in caplog.text
     encoded.clear()
-    with pytest.raises(ValueError, match="labels of k0 are .'grey'.; none is among the 2 classes"):
+    with pytest.raises(ValueError, match="k0: labels .'grey'. are not among the 2 classes"):
         dict(maker("set", names, records(*train)).run(Mean(), records("grey", "red")))
     assert not encoded
-    with pytest.raises(ValueError, match="2 of 2 examples to learn from .*; give data of these"):
+    with pytest.raises(ValueError, match="2 of 2 training examples"):
         dict(maker("set", names, records("grey", "grey")).run(Mean(), test))

@@ -96,19 +96,19 @@ def test_a_report_is_written_over_a_report_alone(tmp_path, monkeypatch):
 
     page = b"<!doctype html>\n<title>mine</title>\n"
     for name, says in (
-        ("my.py", "--out=my.py: a report is a page; .* ends with .html, my.html$"),
-        ("my", "--out=my: a report .*, my.html$"),
-        ("mine.html", "--out=mine.html is there and no report; give another name$"),
+        ("my.py", "--out=my.py: .*my.html.$"),
+        ("my", "--out=my: .*my.html.$"),
+        ("mine.html", "--out=mine.html: the file exists"),
     ):
         (tmp_path / name).write_bytes(page)
         with pytest.raises(ValueError, match=says):
             call(run, out=name)
         assert (tmp_path / name).read_bytes() == page
     (tmp_path / "comparison.html").write_bytes(page)  # the name that it takes by itself
-    with pytest.raises(ValueError, match="--out=comparison.html is there and no report"):
+    with pytest.raises(ValueError, match="--out=comparison.html: the file exists"):
         call(run, other)
     (tmp_path / "folder.html").mkdir()
-    with pytest.raises(ValueError, match="is a folder; .* --out=folder.html/report.html$"):
+    with pytest.raises(ValueError, match="this is a folder.*--out=folder.html/report.html"):
         call(run, out="folder.html")
     (tmp_path / "empty.html").touch()
     for out in ("new/a.html", "empty.html"):

@@ -81,7 +81,7 @@ def task_of(**change):
         ("texts", "querybank='texts': give a dict"),
         (dict(path="no/such"), "data source no/such"),
         (dict(SCENES, split="val"), "split is 'val'; use one of train, test, heldout"),
-        (dict(SCENES, split="test"), "of mine: scenes would be the querybank and scored: give an"),
+        (dict(SCENES, split="test"), "of mine: scenes would be both the querybank and scored"),
     ],
 )
 def test_what_can_be_no_querybank_is_refused(bank, says):
@@ -94,7 +94,7 @@ def test_a_folder_without_splits_is_no_querybank_of_itself(tmp_path):
     for name in ("a", "b"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    with pytest.raises(ValueError, match="would be the querybank and scored"):
+    with pytest.raises(ValueError, match="would be both the querybank and scored"):
         base.check([task_of(data=dict(path=str(tmp_path)), querybank=dict(path=str(tmp_path)))])
 
 
@@ -102,7 +102,7 @@ def test_what_holds_all_that_is_scored_is_no_querybank():
     """`--where` leaves a part to be scored, and a bank of everything would have it too."""
     data = dict(tfds="x", split="train", where={"site": "a"})
     for bank in (dict(tfds="x", split="train"), data):
-        with pytest.raises(ValueError, match="x would be the querybank and scored"):
+        with pytest.raises(ValueError, match="x would be both the querybank and scored"):
             base.check_apart(task_of(data=data), bank, "the querybank")
     for other in (dict(data, where={"site": "b"}), dict(tfds="x", split="validation")):
         base.check_apart(task_of(data=data), other, "the querybank")

@@ -280,12 +280,11 @@ def test_the_alarm_names_what_is_wrong_and_its_threshold():
     good = dict(distinct=0.9, self_bleu=0.5, image_gain=0.4)
     assert collapse.warning(good, 100) == ""
     text = collapse.warning(dict(good, distinct=0.02), 100)
-    same = "says the same of everything: 2.0% of 100 captions are distinct (warned of below 20.0%)"
-    assert text == f"the model {same}"
+    assert "2.0% of 100 captions are distinct (threshold: 20.0%)" in text
     assert collapse.warning(dict(good, distinct=0.02), 100, of_references=0.03) == ""
     text = collapse.warning(dict(good, image_gain=0.001), 100)
-    assert text.startswith("the model hardly looks at its images: captions are 0.0010 nats a token")
-    assert "same of everything" not in text
+    assert "0.0010 nats per token" in text
+    assert "distinct" not in text
     assert collapse.warning(dict(good, distinct=0.02, image_gain=0.001), 100).count("; ") == 1
     assert collapse.warning(dict(good, distinct=0.02), 5) == ""
 

@@ -364,7 +364,7 @@ class Mismatched(Captioner):
 @pytest.mark.parametrize(
     ("captioner", "why"),
     [
-        (Poor, "50% of 40 captions begin with the same three words ('a photo of'; 0% of the"),
+        (Poor, "50% of 40 captions start with the same three words ('a photo of'; 0% of the"),
         (Mismatched, "fits its own image better than another in 60% of cases (chance 50%"),
     ],
 )

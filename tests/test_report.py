@@ -128,7 +128,7 @@ def test_report_is_one_file_and_shows_every_score(run):
     top1 = scores["zero_shot/scenes_heldout/top1"]
     assert f"{100 * top1:.1f}%" in reader.text
     assert "4,000 steps · batch 128 · 64 px, patch 8" in reader.text
-    for title in ("Loss", "Throughput", "Where the time went", "Zero-shot classification"):
+    for title in ("Loss", "Throughput", "Time breakdown", "Zero-shot classification"):
         assert title in reader.text
     assert "Image to text R@1" in reader.text and "Perplexity" in reader.text
     bleu = scores["captioning/scenes_heldout/bleu4"]
@@ -171,7 +171,7 @@ def test_words_of_captions_carry_their_maps(tmp_path):
 def test_parts_without_a_file_are_left_out(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a folder"):
         report.write_report(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no metrics.jsonl or eval.json"):
+    with pytest.raises(ValueError, match="no metrics.jsonl or eval.json"):
         report.write_report(tmp_path)
     writer = metric_log.MetricWriter(tmp_path)
     writer.write(1, {"loss": float("nan")})
@@ -193,7 +193,7 @@ def test_command_prints_one_json_line_and_explains_bad_input(run, commands, tmp_
     last = done.stdout.splitlines()[-1]
     assert json.loads(last) == {"report": str(run / "report.html")} and run.name in last
     bad = commands.run(["report", f"--workdir={tmp_path}"], tmp_path)
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "run train" in bad.stderr
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "Run train" in bad.stderr
 
 
 def test_tasks_have_a_headline_each_and_the_worst_examples_come_first(run):
@@ -263,7 +263,7 @@ def test_pictures_stand_on_a_map_by_their_embeddings(run):
     drawn = found["retrieval/scenes_heldout"]["map"]
     assert section.count("<circle class=") - 2 == len(drawn["points"]) == 200  # 2: the legend's
     r1 = scores["retrieval/scenes_heldout/image_to_text_r1"]
-    assert f"right {round(200 * r1)}<" in section and sum(drawn["right"]) == round(200 * r1)
+    assert f"correct {round(200 * r1)}<" in section and sum(drawn["right"]) == round(200 * r1)
     width, height = map(int, re.findall(r'<svg viewBox="0 0 (\d+) (\d+)"', section)[0])
     places = re.findall(r'cx="(\d+)" cy="(\d+)" data-text="([^"]*)"', section)
     assert all(40 <= int(x) <= width - 40 and 40 <= int(y) <= height - 40 for x, y, _ in places)
@@ -306,7 +306,7 @@ def test_a_damaged_map_is_said_in_a_line(tmp_path):
     for wrong, said in ((dict(texts=["a"]), "map of 2 points, 1"), (dict(columns=0), "0 thumbn")):
         found = dict(kind="table", head=["a"], rows=[], map=drawn | wrong)
         results.save_examples(tmp_path, "retrieval/x", found)
-        with pytest.raises(ValueError, match=f"damaged: retrieval/x: ValueError: a .*{said}"):
+        with pytest.raises(ValueError, match=f"damaged entry retrieval/x: ValueError: a .*{said}"):
             report.write_report(tmp_path)
 
 
@@ -380,6 +380,6 @@ def test_time_over_restarts_is_that_of_goodput(run, tmp_path):
     found = dict(starts=3, parts=parts, life=life, at=dict(wall=0.0, boot="", since_boot=0.0))
     (tmp_path / "goodput.json").write_text(json.dumps(found))
     text = Reader(report.write_report(tmp_path).read_text()).text
-    assert "40.0% of 3 min 20 s went into steps, over 3 starts" in text
-    assert "not running 1 min 00 s (30.0%)" in text and "steps that were lost 40.0 s" in text
+    assert "40.0% of 3 min 20 s spent in steps, over 3 starts" in text
+    assert "not running 1 min 00 s (30.0%)" in text and "lost steps 40.0 s" in text
     assert "4,000 steps · 2 min 20 s · " in text  # of which it ran

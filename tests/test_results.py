@@ -98,7 +98,7 @@ def test_a_share_of_none_or_all_has_an_interval(value):
 def test_a_mean_beyond_its_ends_is_refused_and_one_without_ends_has_an_interval():
     """Words a caption taken for a share had an interval that ended at 1."""
     words = np.array([7.0, 9.0, 8.0, 8.0])
-    with pytest.raises(ValueError, match=r"^7, of weight 1, does not lie between 0 and most=1 "):
+    with pytest.raises(ValueError, match=r"^value 7 with weight 1: not between 0 and most=1 "):
         dict(intervals.with_interval("words/x/mean", words))
     found = dict(intervals.with_interval("words/x/mean", words, most=None))
     assert 7 <= found["words/x/mean_low"] < found["words/x/mean"] == 8
@@ -133,7 +133,7 @@ def test_bootstrap_agrees_with_theory_and_is_deterministic():
     assert intervals.bootstrap(np.asarray([1.0, 6.0]), np.asarray([1.0, 2.0]))[0] == 7 / 3
     with pytest.raises(ValueError, match="0 examples"):
         intervals.bootstrap(np.zeros(0))
-    with pytest.raises(ValueError, match="3 examples with weights of sum 0.0"):
+    with pytest.raises(ValueError, match="3 examples with total weight 0.0"):
         intervals.bootstrap(np.ones(3), np.zeros(3))
     samples = np.append(np.linspace(0, 1, 1001), [np.nan] * 50)  # resamples of no example
     assert intervals.limits(samples) == pytest.approx((0.025, 0.975))
@@ -179,7 +179,7 @@ def test_results_are_merged(tmp_path):
 
 
 def test_scores_that_are_written_at_once_are_all_there(tmp_path, monkeypatch):
-    found, both = results._found, threading.Barrier(2)
+    found, both = results._read, threading.Barrier(2)
 
     def read(path):  # as if each read what was there before the other wrote
         there = found(path)
@@ -187,7 +187,7 @@ def test_scores_that_are_written_at_once_are_all_there(tmp_path, monkeypatch):
             both.wait(0.3)
         return there
 
-    monkeypatch.setattr(results, "_found", read)
+    monkeypatch.setattr(results, "_read", read)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: results.save_results(tmp_path / "new", {name: 1}), "ab"))
     assert json.loads((tmp_path / "new/eval.json").read_text()) == {"a": 1.0, "b": 1.0}
@@ -205,8 +205,8 @@ def test_a_damaged_file_is_set_aside_and_ends_nothing(tmp_path, caplog, harm):
     assert (tmp_path / "eval_examples.json.damaged").read_bytes() == harm
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2 and not any("\n" in line for line in told)
-    assert told[0].startswith(f"{tmp_path}/eval.json is damaged (")
-    assert told[0].endswith(f": set aside as {tmp_path}/eval.json.damaged and begun anew")
+    assert told[0].startswith(f"{tmp_path}/eval.json: damaged (")
+    assert told[0].endswith(f"Moved to {tmp_path}/eval.json.damaged; started a new file.")
 
 
 def test_the_table_of_a_terminal_has_headlines_with_intervals_and_baselines_on_a_screen():
@@ -256,7 +256,7 @@ def test_the_folder_of_a_run_has_its_own_scores(tmp_path, monkeypatch):
         results.save_checkpoint(str(run), f"{run.name}/")
         assert not (run / results.CHECKPOINT).exists()  # it may be moved
         results.check_checkpoint(str(run), run.name)
-        with pytest.raises(ValueError, match=f"--out={run} holds the scores of {run}; give an"):
+        with pytest.raises(ValueError, match=f"--out={run}: contains the scores of {run}"):
             results.check_checkpoint(str(run), "runs/other")
     results.save_results("scores", {"a/b/r1": 0.5})  # of an earlier version, which noted none
     results.check_checkpoint("scores", "runs/other")
@@ -269,7 +269,7 @@ def test_a_folder_has_the_scores_of_one_checkpoint(tmp_path, monkeypatch):
     results.save_checkpoint("scores", "runs/mine")
     for same in ("runs/mine/", "./runs/mine", str(tmp_path / "runs/mine")):
         results.check_checkpoint("scores", same)
-    told = f"--out=scores holds the scores of {tmp_path}/runs/mine; give another --out"
+    told = f"--out=scores: contains the scores of {tmp_path}/runs/mine."
     for other in ("runs/mine/checkpoints/400", "coca_ViT-B-32:tag"):
         with pytest.raises(ValueError, match=told):
             results.check_checkpoint("scores", other)

@@ -205,4 +205,4 @@ def test_a_run_goes_on_from_any_step(tmp_path, monkeypatch):
     want, got = (manager.load_params(str(tmp_path / n))[0] for n in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert json.loads((tmp_path / "whole/config.json").read_text())["batch_sizes"] == [[0.5, 8]]
-    assert "of batch 8, then 16" in (tmp_path / "whole/report.html").read_text()
+    assert "with batch 8, then 16" in (tmp_path / "whole/report.html").read_text()

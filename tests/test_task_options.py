@@ -15,12 +15,12 @@ from coca_jax.training import recipes
 def test_a_task_s_unknown_key_is_refused_with_the_nearest():
     known = [task for name in recipes.names() for task in typed(recipes.load(name)).eval.tasks]
     for task in known:
-        base.check_keys(task, base.of(task["kind"]))
+        base.check_keys(task, base.get(task["kind"]))
     wrong = dict(kind="zero_shot", name="mine", data=dict(path="data/mine"), prompt="photo")
-    with pytest.raises(ValueError, match="zero_shot of mine: no key 'prompt'; did you .*'prompts"):
+    with pytest.raises(ValueError, match="zero_shot of mine: unknown key 'prompt'.*'prompts"):
         base.check([wrong])
     wrong = dict(kind="knn", name="mine", data=dict(path="data/mine"), xyz=1)
-    with pytest.raises(ValueError, match="no key 'xyz'; it takes kind, name, .*, train_limit"):
+    with pytest.raises(ValueError, match="unknown key 'xyz'.*kind, name, .*, train_limit"):
         base.check([wrong])
 
 
@@ -34,15 +34,15 @@ WRONG = [
     (dict(data=dict(builtin="scene")), "builtin='scene': there is 'scenes'"),
     (dict(data=dict(SCENES, split="val")), "split is 'val'; use one of train, test, heldout"),
     (dict(data=dict(split="test")), "give exactly one of path, builtin"),
-    (dict(data=dict(SCENES, where={"a": "b"})), "where=.*: builtin='scenes' is scored whole and"),
-    (dict(data=dict(SCENES, label_field="a")), "label_field='a': builtin='scenes' is scored whol"),
+    (dict(data=dict(SCENES, where={"a": "b"})), "where=.*: .*builtin='scenes'"),
+    (dict(data=dict(SCENES, label_field="a")), "label_field='a': .*builtin='scenes'"),
     (dict(data=dict(path="x", scenery="varied")), "mine: data.scenery='varied' is for data by bui"),
-    (dict(data=dict(SCENES, limit=3)), "limit=3: builtin='scenes' .* or give the task's own limit"),
+    (dict(data=dict(SCENES, limit=3)), "limit=3: .*builtin='scenes'.*the task's limit"),
     (dict(class_names="names.txt"), "class_names names.txt: no such file"),
-    (dict(class_names=["cat", "cat"]), "of mine: class_names holds 2 names, 1 distinct"),
+    (dict(class_names=["cat", "cat"]), "of mine: class_names: 2 names, 1 distinct"),
     (dict(class_names=3), "class_names=3: give a string or a tuple"),
     (dict(kind="retrieval", candidates="texts"), "candidates='texts': give a dict"),
-    (dict(kind="retrieval", known_only=True), "known_only=True needs candidates"),
+    (dict(kind="retrieval", known_only=True), "known_only=True without candidates"),
     (dict(kind="retrieval", candidates=dict(path="no/such")), "data source no/such"),
     (dict(kind="captioning", attention="no"), "attention='no': give True or False"),
     (dict(kind="captioning", decode=3), "decode=3: give a dict"),
@@ -68,7 +68,7 @@ def test_what_a_task_cannot_have_is_refused_before_any_work(change, message):
 def test_a_task_without_what_each_needs_is_refused(key):
     task = dict(kind="zero_shot", name="mine", data=SCENES)
     del task[key]
-    with pytest.raises(ValueError, match=f"no {key!r}; give a "):
+    with pytest.raises(ValueError, match=f"{key!r} is missing"):
         base.check([task])
 
 
@@ -76,7 +76,7 @@ def test_two_tasks_of_one_kind_need_two_names():
     """The second would take the place of the first in eval.json."""
     task = dict(kind="zero_shot", name="mine", data=SCENES)
     base.check([task, dict(task, name="other"), dict(task, kind="retrieval")])
-    with pytest.raises(ValueError, match="zero_shot of mine is there twice"):
+    with pytest.raises(ValueError, match="zero_shot of mine: defined twice"):
         base.check([task, task])
 
 
@@ -86,10 +86,10 @@ def test_a_file_of_class_names_is_read_before_any_work(tmp_path):
     path.write_text("red circle\tcircle\nblue square\tsquare\n")
     base.check([task])
     path.write_text("red circle\tcircle\nblue square\tcircle\n")
-    with pytest.raises(ValueError, match="names.txt holds 2 names, 1 distinct"):
+    with pytest.raises(ValueError, match="names.txt: 2 names, 1 distinct"):
         base.check([task])
     path.write_text("red circle\tcircle\nblue square\n")
-    with pytest.raises(ValueError, match="every line needs one tab"):
+    with pytest.raises(ValueError, match="line 2: .*label<TAB>name"):
         base.check([task])
 
 
@@ -139,9 +139,9 @@ def test_a_probe_does_not_learn_from_what_it_scores(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
     task = dict(kind="linear_probe", name="mine", data=dict(path=str(tmp_path)))
-    with pytest.raises(ValueError, match="of mine: .* would be learned from and scored: give anot"):
+    with pytest.raises(ValueError, match="of mine: .* would be both .* and scored"):
         base.check([task])
-    with pytest.raises(ValueError, match="scenes would be learned from and scored"):
+    with pytest.raises(ValueError, match="scenes would be both .* and scored"):
         base.check([dict(task, data=SCENES, train=dict(SCENES, split="test"))])
     base.check([dict(task, data=SCENES)])
 

@@ -137,7 +137,7 @@ def test_scores_and_finds_are_those_of_the_originals_embeddings(
     scores = json.loads((tmp_path / "scores/eval.json").read_text())
     other = ["evaluate", f"--checkpoint={tmp_path}", f"--data={photos}", "--out=scores"]
     done = commands.run(other, tmp_path)
-    told = f"--out=scores holds the scores of {tmp_path / weights}; give another --out"
+    told = f"--out=scores: contains the scores of {tmp_path / weights}."
     assert done.returncode == 2 and told in done.stderr
     right = (images @ classes.T).argmax(1) == np.arange(6) % 3
     assert scores["zero_shot/six/top1"] == pytest.approx(right.mean())

@@ -161,38 +161,37 @@ def test_classes_that_the_model_reads_alike_are_named(of, caplog):
     assert notes() == []
     model.max_len = 8
     (note,) = notes()
-    assert note.startswith(
-        "2 of 3 classes have the text of another one, as 'food, fruit' and 'food, meat', and "
-        "cannot be told apart: the texts are cut at model.text.max_len=8; train with a larger one"
-    )
+    for fact in ("2 of 3 classes", "'food, fruit' and 'food, meat'", "model.text.max_len=8"):
+        assert fact in note
     model.max_len = 64
     assert notes() == []
     model.tokenize_with_mask = lambda texts, labels: Fake().tokenize_with_mask(
         [t.lower() for t in texts]
     )
     names = ["food", "Food", "drink"]
-    assert "'food' and 'Food', and cannot be told apart: the model's vocabulary does" in notes()[0]
+    (note,) = notes()
+    assert "'food' and 'Food'" in note and "vocabulary" in note
 
 
 def test_zero_shot_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="3 names, 2 distinct"):
         zero_shot.ZeroShot("toy", ["a", "b", "a"])
-    with pytest.raises(ValueError, match="1 names, 1 distinct; give two or more"):
+    with pytest.raises(ValueError, match="1 names, 1 distinct"):
         zero_shot.ZeroShot("toy", ["a"])
     with pytest.raises(ValueError, match="1 distinct labels for 2 class_names"):
         zero_shot.ZeroShot("toy", ["a", "b"], labels=["x", "x"])
     evaluator = zero_shot.ZeroShot("toy", ["a", "b"], ("{}",))
     model = Fake(np.eye(2, dtype=np.float32), lambda t: np.eye(2)[0])
-    with pytest.raises(ValueError, match=r"labels of x.png are \['z'\]; none is among the 2"):
+    with pytest.raises(ValueError, match=r"x.png: labels \['z'\] are not among the 2"):
         list(evaluator.run(model, [dict(image=picture(0), labels=["z"], key="x.png")]))
-    with pytest.raises(ValueError, match="which 'b' is the nearest; give all .*--where=label=NA"):
+    with pytest.raises(ValueError, match="closest: 'b'.*--where=label=NA"):
         list(evaluator.run(model, [dict(image=picture(0), labels=["bb"], key="x.png")]))
-    with pytest.raises(ValueError, match="has no record"):
+    with pytest.raises(ValueError, match="no records"):
         list(evaluator.run(model, []))
     model.image = np.full((2, 2), np.nan, np.float32)
     with pytest.raises(ValueError, match="image embeddings: 1 of 1 are not finite"):
         list(evaluator.run(model, [dict(image=picture(0), labels=["a"])]))
-    with pytest.raises(ValueError, match="preprocess to one size"):
+    with pytest.raises(ValueError, match="to one size"):
         evaluators.stack_images([dict(image=picture(0)), dict(image=np.zeros((2, 2, 3)))])
 
 

@@ -176,7 +176,7 @@ def able(model: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found, left = [], []
     for task in tasks:
         try:
-            base.of(task["kind"]).check_model(model, task)
+            base.get(task["kind"]).check_model(model, task)
             found.append(task)
         except ValueError as error:
             left.append(f"{task['kind']} left out: {str(error).partition(': ')[2]}")
@@ -202,7 +202,7 @@ def tasks_of_flags() -> list[dict[str, Any]]:
     for kind in kinds:
         task: dict[str, Any] = dict(kind=kind, name=name)
         task |= dict(data=dict(data), limit=args.limit)
-        base.of(kind).from_flags(task, args)
+        base.get(kind).from_flags(task, args)
         tasks.append(task)
     base.check(tasks)
     return tasks

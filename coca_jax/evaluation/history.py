@@ -1,7 +1,7 @@
-"""Every evaluation of a run, not only the last: evaluations.jsonl in its workdir.
+"""The evaluation history of a run: evaluations.jsonl in its workdir.
 
-One line an evaluation, in order of steps: {"step": 2000, "scores": {name: value}} and a checksum
-(see sealed_json.py). The file is written whole each time: a kill leaves the old one or the new one.
+The file has one line per evaluation, in step order: {"step": 2000, "scores": {name: value}} and a
+checksum (runtime/json_files.py).
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ FILE = "evaluations.jsonl"
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The evaluations so far, dict(step, scores), in order of steps; values that are not finite are
-    None. A damaged line is left out with a warning."""
+    """Returns dict(step, scores) per evaluation, in step order; a value that is not finite is None.
+    Skips damaged lines with a warning."""
     path = storage.place(workdir) / FILE
     found = []
-    # As bytes: one that is damaged may be no UTF-8, and is of its line alone.
+    # Split bytes, not text: a damaged line may be invalid UTF-8 and must not affect the others.
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             row = json_files.unseal(bounded_json.loads(line.decode()), f"{path}, line {number},")
             found.append(row)
         except ValueError as error:
-            logging.warning("an evaluation is left out: %s", error)
+            logging.warning("skipped an evaluation: %s", error)
     return found
 
 
 def add(workdir: str | os.PathLike[str], step: int, scores: Mapping[str, float]) -> None:
-    """Adds the evaluation after `step`. Those of that step and of later ones, left by a run that
-    went back to an earlier checkpoint, are dropped: each step occurs once."""
+    """Adds the evaluation after `step`."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in scores.items()}
+    # A run that went back to an earlier checkpoint repeats steps: drop their old evaluations.
     rows = [row for row in read(workdir) if row["step"] < step]
     _write(workdir, [*rows, dict(step=int(step), scores=clean)])
 
 
 def drop_after(workdir: str | os.PathLike[str], step: int) -> None:
-    """Drops the evaluations of later steps than `step`, whose weights the run gives up."""
+    """Drops the evaluations after `step`, whose weights the run discards."""
     rows = read(workdir)
     remaining = [row for row in rows if row["step"] <= step]
     if len(remaining) < len(rows):
@@ -51,10 +51,11 @@ def drop_after(workdir: str | os.PathLike[str], step: int) -> None:
 
 
 def _write(workdir: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    # Rewrite the file atomically: a kill leaves either the old file or the new one.
     text = "".join(json.dumps(json_files.seal(dict(row)), allow_nan=False) + "\n" for row in rows)
     storage.write_text(storage.place(workdir) / FILE, text)
 
 
 def has(workdir: str | os.PathLike[str], step: int) -> bool:
-    """Whether the evaluation after `step` is there."""
+    """Whether the history contains the evaluation after `step`."""
     return any(row["step"] == step for row in read(workdir))

@@ -1,4 +1,4 @@
-"""The page: what a run left behind, put into the templates of this folder."""
+"""Renders the HTML report of a run, or of several runs side by side, from the files in its workdir."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from coca_jax.evaluation.report_data import RunFiles
 from coca_jax.runtime import goodput as training
 from coca_jax.runtime import storage
 
-# The map of an evaluation's pictures: where each stands on the drawing, and in the sheet of
-# thumbnails. Without a script it shows its dots; templates/maps.js adds the picture of the dot.
+# Embedding map: a scatter plot of the evaluated images. Without JavaScript it shows only dots;
+# templates/maps.js adds the thumbnail of the selected dot.
 
 
-MARGIN = 40  # around the places, which run from 0 to 1000
-THUMBNAIL = 56  # units of the drawing a thumbnail is wide there
+MARGIN = 40  # around the points, whose coordinates run from 0 to 1000
+THUMBNAIL = 56  # width of a thumbnail in units of the plot
 
 
-def placed(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """dict(width, height, dots, sheet, texts, share, right) of what `evaluators.picture_map` found;
-    None where it found nothing.
+def map_layout(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the geometry of an embedding map, or None if `found` is empty.
 
-    dots: dict(x, y, right, sheet_x, sheet_y, near) from the left to the right; near: the corner of
-    its thumbnail on the drawing.
+    found: the "map" entry of eval_examples.json.
+
+    The result's `dots` are sorted from left to right. (sheet_x, sheet_y) is the position of a dot's
+    thumbnail in the sprite sheet, in pixels; (near_x, near_y) is its corner on the plot.
 
     Raises:
-        LookupError, TypeError, ValueError, AttributeError: it is damaged.
+        LookupError, TypeError, ValueError, AttributeError: the entry is damaged.
     """
     if not found:
         return None
@@ -44,13 +45,13 @@ def placed(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not len(points) == len(texts) == len(right):
         raise ValueError(f"a map of {len(points)} points, {len(texts)} texts, {len(right)} marks")
     columns = found["columns"]
-    if not all(isinstance(one, int) and 0 < one <= 4096 for one in (columns, size)):
-        raise ValueError(f"a sheet of {columns!r} thumbnails a row, {size!r} pixels each")
+    if not all(isinstance(n, int) and 0 < n <= 4096 for n in (columns, size)):
+        raise ValueError(f"a sheet with {columns!r} thumbnails per row, {size!r} pixels each")
     low, high = min(y for _, y in points), max(y for _, y in points)
     dots = []
     for number, (x, y) in enumerate(points):
         line, column = divmod(number, columns)
-        # The drawing's y runs downwards.
+        # SVG's y axis points down.
         at = dict(x=MARGIN + x, y=MARGIN + high - y, right=bool(right[number]))
         half = THUMBNAIL // 2
         near = dict(near_x=at["x"] - half, near_y=at["y"] - half)
@@ -72,16 +73,16 @@ def placed(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     )
 
 
-# What evaluations showed of single pictures: the worst first, and the geometry of a confusion.
+# Example images of each evaluation, worst first, and the geometry of the confusion matrix.
 
 
 Found = Mapping[str, Any]
-CELL = 18  # pixels of a confusion
+CELL = 18  # pixels per cell of the confusion matrix
 
 
 def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str, Any]]:
-    """dict(id, title, data, layout, found, map) of each evaluation whose layout is known; a warning
-    names another."""
+    """Returns dict(id, title, data, layout, found, map) for each evaluation in eval_examples.json.
+    Skips an evaluation with an unknown layout, with a warning."""
     made = []
     for number, (name, found) in enumerate(examples.items()):
         evaluator, _, data = name.partition("/")
@@ -90,85 +91,85 @@ def sections(examples: Mapping[str, Found], layouts: set[str]) -> list[dict[str,
             title = report_data.title_of(evaluator)
             try:
                 shown = _ORDERS.get(layout, dict)(found)
-                drawn = placed(found.get("map"))
+                drawn = map_layout(found.get("map"))
             except (LookupError, TypeError, ValueError, AttributeError) as error:
-                text = f"eval_examples.json is damaged: {name}: {type(error).__name__}: {error}"
-                raise ValueError(f"{text}; run evaluate again") from None
+                text = f"eval_examples.json: damaged entry {name}: {type(error).__name__}: {error}"
+                raise ValueError(f"{text}. Run evaluate again.") from None
             about = dict(id=f"e{number}", title=title, data=data, layout=layout)
             made.append(dict(**about, found=shown, map=drawn))
         elif layout:
             logging.warning(
-                "eval_examples.json: the pictures of %s are left out: there is no layout %r among "
-                "report/templates/layouts: %s",
+                "eval_examples.json: skipped the examples of %s: unknown layout %r. Layouts in "
+                "coca_jax/evaluation/templates/layouts: %s",
                 *(name, layout, ", ".join(sorted(layouts))),
             )
     return made
 
 
-def _worst_first(found: Found, place: Callable[[Found], Any]) -> list[Found]:
-    """The worst of all examples, then those spread over all, by `place`."""
+def _worst_first(found: Found, sort_key: Callable[[Found], Any]) -> list[Found]:
+    """The worst examples and an even sample of the others, sorted by `sort_key`."""
     worst = list(found.get("worst", ()))
-    return sorted(worst + [one for one in found["items"] if one not in worst], key=place)
+    return sorted(worst + [item for item in found["items"] if item not in worst], key=sort_key)
 
 
 def _marks(right: Iterable[bool]) -> list[str]:
-    """'yes' for right guesses, 'no' for those that stand before the first of them, '' behind it."""
+    """'yes' for correct guesses, 'no' for wrong ones before the first correct one, '' after it."""
     marks, found = [], False
-    for one in right:
-        found = found or one
-        marks.append("yes" if one else "" if found else "no")
+    for correct in right:
+        found = found or correct
+        marks.append("yes" if correct else "" if found else "no")
     return marks
 
 
 def _by_class(found: Found) -> dict[str, Any]:
-    """Wrong guesses first, the surest of them at the top; classes from the hardest on."""
+    """Sorts wrong guesses first, by decreasing confidence, and classes by increasing accuracy."""
     shown = dict(found)
 
-    def place(item: Found) -> tuple[bool, float]:
+    def sort_key(item: Found) -> tuple[bool, float]:
         best = item["guesses"][0]
         right = best[0] in item["truth"]
         return right, best[1] if right else -best[1]
 
     shown["items"] = [
         dict(item, marks=_marks(name in item["truth"] for name, _ in item["guesses"]))
-        for item in _worst_first(found, place)
+        for item in _worst_first(found, sort_key)
     ]
     classes = sorted(found["per_class"].items(), key=lambda item: item[1]["accuracy"])
     shown["hardest"] = classes[:12]
     shown["all_classes"] = sorted(found["per_class"].items()) if len(classes) > 12 else []
-    table = found.get("confusion")  # not there where classes are too many, or none was seen
+    table = found.get("confusion")  # missing with too many classes or no examples
     shown["grid"] = confusion(table) if table and table["rows"] else None
     return shown
 
 
 def _captions(found: Found) -> dict[str, Any]:
-    """Wrong ones first, the least like their references at the top."""
+    """Sorts wrong captions first, by increasing F1 against the references."""
     shown = dict(found)
     shown["items"] = _worst_first(found, lambda item: (item["exact"], item.get("f1", 0.0)))
     return shown
 
 
 def _retrieval(found: Found) -> dict[str, Any]:
-    """Queries whose match comes late first; files of before ranks stood in them do not say how late
-    one comes that is not among the first five."""
+    """Sorts queries by decreasing rank of their first correct match."""
 
-    def place(hits: list[Found]) -> int:
+    def sort_key(hits: list[Found]) -> int:
+        # Older files store no rank: a match outside the stored hits counts as one rank later.
         right = [hit.get("rank", n) for n, hit in enumerate(hits, 1) if hit["correct"]]
         return -(right[0] if right else len(hits) + 1)
 
     shown = dict(found)
     shown["items"] = []
-    for item in sorted(found["items"], key=lambda item: place(item["texts"])):
-        texts = _with_right(item["texts"], 4)
+    for item in sorted(found["items"], key=lambda item: sort_key(item["texts"])):
+        texts = _with_correct(item["texts"], 4)
         marks = _marks(hit["correct"] for hit in texts)
-        spare = 2 if marks[2:] == ["no", "yes"] else 3  # left out where there is little room
+        spare = 2 if marks[2:] == ["no", "yes"] else 3  # hidden on narrow screens
         shown["items"].append(dict(item, texts=texts, marks=marks, spare=spare))
-    shown["text_items"] = sorted(found["text_items"], key=lambda item: place(item["images"]))
+    shown["text_items"] = sorted(found["text_items"], key=lambda item: sort_key(item["images"]))
     return shown
 
 
-def _with_right(hits: list[Found], count: int) -> list[Found]:
-    """The first hits, of which the last gives its place to a right one that comes later."""
+def _with_correct(hits: list[Found], count: int) -> list[Found]:
+    """The first `count` hits; if all are wrong, a later correct hit replaces the last of them."""
     first = hits[:count]
     later = [hit for hit in hits[count:] if hit["correct"]][:1]
     return first if any(hit["correct"] for hit in first) or not later else first[:-1] + later
@@ -178,8 +179,8 @@ _ORDERS = dict(zero_shot=_by_class, captioning=_captions, retrieval=_retrieval)
 
 
 def confusion(table: Found) -> dict[str, Any]:
-    """Places of a confusion's names and cells, in pixels: a row is a true class, a column the
-    guess. table: rows, columns (names) and counts."""
+    """Pixel positions of the labels and cells of a confusion matrix (rows: true class, columns:
+    predicted class). table: {"rows": names, "columns": names, "counts": [rows, columns]}."""
     rows, columns, counts = table["rows"], table["columns"], table["counts"]
     left, top = 8 + 7 * max(map(len, rows)), 8 + 6 * max(map(len, columns))
     heads = [dict(x=left + CELL * j + CELL / 2 + 4, name=name) for j, name in enumerate(columns)]
@@ -193,7 +194,7 @@ def confusion(table: Found) -> dict[str, Any]:
                     x=left + CELL * j,
                     kind="hit" if name == guess else "miss",
                     opacity=f"{0.15 + 0.85 * share:.2f}" if share else "",
-                    note=f"{name} taken for {guess}: {counts[i][j]} of {total}",
+                    note=f"{name} classified as {guess}: {counts[i][j]} of {total}",
                 )
             )
         lines.append(dict(y=top + CELL * i, name=name, cells=cells))
@@ -208,28 +209,28 @@ def confusion(table: Found) -> dict[str, Any]:
     )
 
 
-TIMES = dict(  # parts of a run's time, as people call them
+TIMES = dict(  # labels for the parts of a run's time
     init="start-up",
     compile="compilation",
     data_wait="waiting for data",
     step="steps",
     eval="evaluation",
-    save="saves",
-    lost="steps that were lost",
+    save="checkpoint saves",
+    lost="lost steps",
     down="not running",
 )
-# By which a page is known, of every version: base.html has it behind the title.
+# Identifies our reports, in every version: base.html ends the title with it.
 TITLE_END = " \u00b7 coca_jax</title>".encode()
-_HEAD = 1 << 16  # bytes of a page in which its title ends
+_HEAD = 1 << 16  # the title ends within this many bytes
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
 def write_report(
     workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> epath.Path:
-    """Writes the page of a run, `workdir`/report.html by default, and returns its path.
+    """Writes the report of a run, by default to `workdir`/report.html, and returns its path.
 
-    Raises FileNotFoundError when there is no such folder, ValueError when it holds neither metrics
+    Raises FileNotFoundError if `workdir` doesn't exist, ValueError if it contains neither metrics
     nor evaluations.
     """
     run = report_data.read(workdir)
@@ -253,45 +254,41 @@ def write_report(
 
 
 def check_out(out: str | os.PathLike[str]) -> None:
-    """Raises ValueError where a page may not be written to `out`: its name is not that of a page,
-    or something is there that is no page of this library."""
-    begin, end = os.path.splitext(str(out))
-    if end.lower() != ".html":
+    """Raises ValueError if `out` doesn't end with .html, is a folder, or would overwrite a file
+    that is not one of our reports."""
+    stem, suffix = os.path.splitext(str(out))
+    if suffix.lower() != ".html":
         raise ValueError(
-            f"--out={out}: a report is a page; give a name that ends with .html, "
-            f"{begin if end else out}.html"
+            f"--out={out}: not an .html file. Use --out={stem if suffix else out}.html."
         )
     path = storage.place(out)
     if not path.exists():
         return
     if path.is_dir():
-        raise ValueError(
-            f"--out={out} is a folder; give the name of a page: --out={out}/report.html"
-        )
+        raise ValueError(f"--out={out}: this is a folder. Use --out={out}/report.html.")
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if head and TITLE_END not in head:
-        raise ValueError(f"--out={out} is there and no report; give another name")
+        raise ValueError(f"--out={out}: the file exists and is not a report. Use another name.")
 
 
-def _render(template: str, context: dict[str, Any], place: epath.Path) -> str:
-    """Raises ValueError where what evaluations showed lacks what its layout asks for."""
+def _render(template: str, context: dict[str, Any], folder: epath.Path) -> str:
+    """Raises ValueError if eval_examples.json lacks a field that its layout needs."""
     try:
         return _environment().get_template(template).render(context)
     except (jinja2.UndefinedError, LookupError, TypeError, AttributeError) as error:
-        file, why = place / "eval_examples.json", f"{type(error).__name__}: {error}"
-        name, layout = _misfit(context)
+        file, why = folder / "eval_examples.json", f"{type(error).__name__}: {error}"
+        name, layout = _unrenderable(context)
         if not name:
-            raise ValueError(f"{file} is damaged: {why}; run evaluate again") from None
+            raise ValueError(f"{file}: damaged: {why}. Run evaluate again.") from None
         raise ValueError(
-            f"{file} is damaged: {name} has not what layouts/{layout}.html asks for: {why}; run "
-            "evaluate again, or mend `examples` of an evaluator of your own"
+            f"{file}: {name} lacks a field that layouts/{layout}.html needs: {why}. Run evaluate "
+            "again, or correct `examples` in your evaluator."
         ) from None
 
 
-def _misfit(context: dict[str, Any]) -> tuple[str, str]:
-    """The first evaluation whose pictures lack what their layout asks for, and that layout; ''
-    where it is none of them."""
+def _unrenderable(context: dict[str, Any]) -> tuple[str, str]:
+    """(name, layout) of the first evaluation whose layout fails to render; ('', '') if all do."""
     parts = _environment().get_template("parts.html").module
     for section in context.get("examples", ()):
         template = _environment().get_template(f"layouts/{section['layout']}.html")
@@ -305,8 +302,8 @@ def _misfit(context: dict[str, Any]) -> tuple[str, str]:
 def write_comparison(
     workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
 ) -> epath.Path:
-    """Writes one page of several runs to `out`, and returns its path: their curves in the same
-    charts, their scores side by side, and where their configs differ. Raises as `write_report`."""
+    """Writes a report that compares several runs (curves, scores, config differences) to `out`, and
+    returns its path. Raises the errors of `write_report`."""
     runs = report_data.read_several(workdirs)
     context: dict[str, Any] = dict(
         title=" \u00b7 ".join(run.name for run in runs),
@@ -329,7 +326,7 @@ def write_comparison(
 
 
 def render_page(template: str, context: dict[str, Any]) -> str:
-    """A template of this folder, filled with what it asks for."""
+    """Renders a template of this package."""
     return _environment().get_template(template).render(context)
 
 
@@ -347,12 +344,12 @@ def _environment() -> jinja2.Environment:
 
 
 def layouts() -> set[str]:
-    """The layouts that evaluators can name for their pictures."""
+    """Names of the layouts for the example images of an evaluator."""
     return {path.stem for path in (TEMPLATES / "layouts").glob("*.html")}
 
 
 def summary(run: RunFiles) -> str:
-    """The run in a line: steps, batch, model, time, last loss."""
+    """A one-line summary of the run: steps, batch size, model, time, final loss."""
     config, last, parts = run.config, run.logged.last, []
     if run.last_step:
         parts.append(f"{run.last_step:,} steps")
@@ -371,14 +368,14 @@ def summary(run: RunFiles) -> str:
 
 
 def batch(config: Mapping[str, Any]) -> str:
-    """The batch sizes of a run's config.json, in their order."""
+    """The batch sizes of a run, in the order of its schedule."""
     sizes = [*(size for _, size in config.get("batch_sizes", ())), config.get("batch_size", 0)]
     return ", then ".join(f"{size:,}" for size in sizes)
 
 
 def time_totals(run: RunFiles) -> dict[str, float]:
-    """Seconds of each part of a run, the longest first, over all of its starts where goodput.json
-    says, else as its rows of metrics.jsonl have it."""
+    """Seconds per part of a run, longest first: from goodput.json, which spans restarts, or else
+    from metrics.jsonl."""
     if "life" not in run.goodput:
         return run.logged.seconds()
     found = training.fold(run.goodput, run.goodput["life"]["step"], 0.0)
@@ -386,15 +383,15 @@ def time_totals(run: RunFiles) -> dict[str, float]:
 
 
 def goodput(run: RunFiles) -> dict[str, Any]:
-    """Where the time went: dict(share of the steps, whole, parts, starts); {} where nothing says
-    it."""
+    """How the run spent its time: dict(share, whole, parts, starts), where `share` is the fraction
+    spent in steps; {} if unknown."""
     totals, starts = time_totals(run), run.goodput["starts"] if "life" in run.goodput else 0
     whole = sum(totals.values())
     if not whole:
         return {}
     parts = [
         dict(
-            colour=number,  # the style has one for each part
+            colour=number,  # style.css defines one color per part
             width=f"{100 * seconds / whole:.2f}",
             label=f"{TIMES.get(name, name)} {report_data.duration(seconds)} ({seconds / whole:.1%})",
         )
@@ -406,7 +403,7 @@ def goodput(run: RunFiles) -> dict[str, Any]:
 
 
 def model_card(run: RunFiles) -> list[tuple[str, str]]:
-    """(what, value) of the model and how it was trained, from config.json."""
+    """(label, value) rows that describe the model and its training, from config.json."""
     config = run.config
     model = config.get("model", {})
     if not model:
@@ -433,7 +430,7 @@ def model_card(run: RunFiles) -> list[tuple[str, str]]:
         ),
         "Task head": _head(config),
         "Trained on": ", ".join(sources),
-        "Began from": config.get("init_from") or ("fresh weights" if sources else ""),
+        "Initialized from": config.get("init_from") or ("random weights" if sources else ""),
         "Losses": ", ".join(
             f"{name.removesuffix('_weight')} x {loss[name]:g}"
             for name in loss
@@ -445,7 +442,7 @@ def model_card(run: RunFiles) -> list[tuple[str, str]]:
             if optimizer
             else ""
         ),
-        "Steps": f"{run.last_step:,} of batch {batch(config)}",
+        "Steps": f"{run.last_step:,} with batch {batch(config)}",
         "Precision": model.get("dtype", ""),
         "Seed": str(config.get("seed", "")),
     }
@@ -458,7 +455,7 @@ def _head(config: dict[str, Any]) -> str:
 
 
 def differences(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """dict(key, values) of the config keys whose values differ between runs."""
+    """dict(key, values) for each config key whose value differs between the runs."""
     flat = [flatten(run.config) for run in runs]
     found = []
     for key in sorted(set().union(*flat)):

@@ -1,6 +1,6 @@
-"""Curves over steps for the report, drawn in the browser by uPlot (MIT; templates/uplot).
+"""Training and evaluation curves for the report, drawn in the browser by uPlot (templates/uplot).
 
-A chart is a figure whose data-chart attribute holds its curves; templates/charts.js draws it.
+The data-chart attribute of a figure contains its curves as JSON; templates/charts.js draws it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from coca_jax.evaluation.report_data import RunFiles, headline_metrics, tasks_of
 
 Points = list[tuple[float, float]]
 
-POINTS = 900  # of a curve: more than a screen shows, so that it can be zoomed into
+POINTS = 900  # per curve: more than a screen shows, to allow zooming
 COLOURS = 6
-DASHES = ((), (6, 4), (2, 3), (8, 3, 2, 3))  # one of each a run, with the widths, so that
-WIDTHS = (1.8, 3.4, 5)  # twelve runs look different
+# Combinations of dash and width distinguish up to twelve runs.
+DASHES = ((), (6, 4), (2, 3), (8, 3, 2, 3))
+WIDTHS = (1.8, 3.4, 5)
 
 TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys of metrics.jsonl
     ("Loss", "nats", ("loss", "contrastive_loss", "captioning_loss", "head_loss", "*_loss")),
-    ("Accuracy of the task head in training", "share", ("head_accuracy",)),
+    ("Training accuracy of the task head", "share", ("head_accuracy",)),
     (
-        "Loss by kind of text",
+        "Loss by text type",
         "nats",
         (
             *("contrastive_loss/caption", "contrastive_loss/label"),
@@ -39,7 +40,7 @@ TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys 
     ),
     ("Learning rate", "rate", ("learning_rate",)),
     ("Throughput", "pairs/s", ("pairs_per_second",)),
-    ("Goodput", "share of the time that went to steps", ("goodput",)),
+    ("Goodput", "share of time spent in steps", ("goodput",)),
     ("Gradient norm", "norm", ("gradient_norm",)),
     ("Temperature", "temperature", ("temperature",)),
 )
@@ -47,7 +48,7 @@ TRAINING: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # title, unit, keys 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """colour: 0 to COLOURS - 1, of a metric; run: 0, 1, .., which gives its dashes and width."""
+    """A curve. colour: 0 to COLOURS - 1, by metric; run: index, which selects dash and width."""
 
     name: str
     points: Points
@@ -57,37 +58,37 @@ class Curve:
 
 
 def training(runs: Sequence[RunFiles]) -> list[Markup]:
-    """Charts of what the steps logged, with the curves of all runs."""
+    """Charts of the training metrics, each with the curves of all runs."""
     charts = []
     logged = sorted({name for run in runs for name in run.logged.columns})
     for title, unit, keys in TRAINING:
         curves = []
         matched = (name for key in keys for name in logged if fnmatch.fnmatchcase(name, key))
-        there = list(dict.fromkeys(matched))
-        for place, run in enumerate(runs):
-            for colour, key in enumerate(there):
+        present = list(dict.fromkeys(matched))
+        for index, run in enumerate(runs):
+            for colour, key in enumerate(present):
                 points = list(run.logged.points(key))
                 if len(points) > 1:
                     name = key.replace("_", " ").replace("/", " \u00b7 ")
-                    curves.append(_curve(name, thin(points), colour, place, runs))
+                    curves.append(_curve(name, thin(points), colour, index, runs))
         charts += [chart(title, unit, curves)] if curves else []
     return charts
 
 
 def evaluations(runs: Sequence[RunFiles]) -> list[Markup]:
-    """A chart a headline metric, over the evaluations of a run: a curve a data set."""
+    """One chart per headline metric over the evaluations, with one curve per dataset and run."""
     charts: dict[tuple[str, str], list[Curve]] = {}
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         scores = {name: None for row in run.evaluations for name in row["scores"]}
         colours: dict[str, int] = {}
-        for (evaluator, data), there in tasks_of(scores).items():
+        for (evaluator, data), metrics in tasks_of(scores).items():
             colour = colours.setdefault(data, len(colours))
-            for metric in headline_metrics(evaluator, there)[:2]:
+            for metric in headline_metrics(evaluator, metrics)[:2]:
                 name = f"{evaluator}/{data}/{metric}"
                 values = [(row["step"], row["scores"].get(name)) for row in run.evaluations]
                 points = [(step, value) for step, value in values if is_number(value)]
                 if len(points) > 1:
-                    curve = _curve(data, thin(points), colour, place, runs, dots=True)
+                    curve = _curve(data, thin(points), colour, index, runs, dots=True)
                     charts.setdefault((evaluator, metric), []).append(curve)
     found = []
     for (evaluator, metric), curves in charts.items():
@@ -116,26 +117,27 @@ def _curve(
 
 
 def thin(points: Points, most: int = POINTS) -> Points:
-    """At most `most` points, means over neighbours."""
+    """Reduces a curve to at most `most` points by averaging neighbors."""
     size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def top(curves: Sequence[Curve]) -> float | None:
-    """Where the vertical axis of a whole chart ends if its first steps, as of a loss, are far off
-    the rest; None to show all."""
+    """Upper end of the y axis if the first steps are outliers (a loss usually starts high), or None
+    to show all values."""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = sorted(y for curve in curves for _, y in curve.points)
-    begin = min(xs) + 0.05 * (max(xs) - min(xs))
-    rest = [y for curve in curves for x, y in curve.points if x > begin]
+    # Outliers: only the first 5% of the steps, and their maximum is 20 times the median.
+    first_steps = min(xs) + 0.05 * (max(xs) - min(xs))
+    rest = [y for curve in curves for x, y in curve.points if x > first_steps]
     middle = ys[len(ys) // 2]
     far = rest and 0 < middle <= ys[-1] / 20 and max(rest) < ys[-1]
     return max(rest) if far else None
 
 
 def chart(title: str, unit: str, curves: Sequence[Curve]) -> Markup:
-    """A figure with its curves as JSON."""
+    """An HTML figure with its curves as JSON."""
     drawn: list[dict[str, Any]] = []
     for curve in curves:
         x, y = zip(*curve.points)

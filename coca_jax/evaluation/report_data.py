@@ -1,4 +1,4 @@
-"""What a run left behind, read for its report."""
+"""Reads the files of a run for its report, and formats its scores."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from coca_jax.evaluation.evaluators.base import Metric, Scale
 from coca_jax.evaluation.metrics.intervals import COMPANIONS
 from coca_jax.runtime import bounded_json, goodput, json_files, metric_log, storage
 
-# What the steps of a run logged, by columns: of millions of rows the dicts would be gigabytes.
-
-
 _MISSING = math.nan
 
 
 @dataclasses.dataclass
 class Logged:
-    """steps: of the rows, in their order; columns: {name: its numbers, NaN in a row without a
-    finite one}, of each name in any row; last: the last row."""
+    """Logged training metrics by column; as dicts, millions of rows would need gigabytes.
+
+    steps: step of each row; columns: {name: values}, NaN where a row has no finite value; last: the
+    last row.
+    """
 
     steps: array.array[float] = dataclasses.field(default_factory=lambda: array.array("d"))
     columns: dict[str, array.array[float]] = dataclasses.field(default_factory=dict)
@@ -37,7 +37,7 @@ class Logged:
 
     @classmethod
     def of(cls, rows: Iterable[dict[str, Any]]) -> Logged:
-        """rows: each with a 'step'."""
+        """Collects rows into columns; each row has a 'step'."""
         found = cls()
         for count, row in enumerate(rows):
             found.steps.append(row["step"])
@@ -57,12 +57,12 @@ class Logged:
         return len(self.steps)
 
     def points(self, name: str) -> Iterator[tuple[float, float]]:
-        """(step, number) of each row that has a finite one."""
+        """(step, value) for each row with a finite value of `name`."""
         pairs = zip(self.steps, self.columns.get(name, ()))
         return (pair for pair in pairs if not math.isnan(pair[1]))
 
     def seconds(self) -> dict[str, float]:
-        """The sums of all '*_seconds', by what stands before that; the longest first."""
+        """{part: total} of the columns named '<part>_seconds', longest first."""
         totals = {
             name.removesuffix("_seconds"): sum(value for _, value in self.points(name))
             for name in self.columns
@@ -72,16 +72,16 @@ class Logged:
         return dict(sorted(positive.items(), key=lambda item: -item[1]))
 
 
-_MAX_BYTES = 1 << 30  # of one of these files; those with pictures are the largest
+_MAX_BYTES = 1 << 30  # size limit of a file; files with images are the largest
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """A run's files, empty where they are missing.
+    """The parsed files of a run; missing files are empty.
 
-    logged: of metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
-    goodput: as runtime/goodput.py keeps it over restarts; steps: after
-    which a task ('retrieval/x') was scored.
+    logged: metrics.jsonl; evaluations: dict(step, scores) each; scores: of the last evaluation;
+    goodput: accumulated over restarts (runtime/goodput.py); steps: {task: step at which it was
+    scored}, such as {'retrieval/x': 2000}; parents: number of parent folders in `name`.
     """
 
     folder: epath.Path
@@ -96,25 +96,25 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """Of its folder, with so many above it."""
+        """Name of the folder, preceded by `parents` parent folders."""
         return "/".join(self.folder.parts[-1 - self.parents :])
 
     @property
     def last_step(self) -> int:
-        """The last one that is logged or evaluated; 0 where nothing says."""
+        """The last step that was logged or evaluated; 0 if unknown."""
         if self.logged:
             return int(self.logged.last["step"])
         return int(self.scores.get("step") or 0)
 
 
 def read_several(workdirs: Sequence[str | os.PathLike[str]]) -> list[RunFiles]:
-    """As `read`, with as many folders in each name as tell all of them apart. Raises ValueError for
-    a run that is given twice as well."""
+    """Reads several runs and gives them distinct names, with parent folders where necessary.
+    Raises the errors of `read`, and ValueError if a run occurs twice."""
     given = set()
     for workdir in workdirs:
         place = files.real(os.fspath(workdir))
         if place in given:
-            raise ValueError(f"workdir {workdir} is given twice; give each run once")
+            raise ValueError(f"workdir {workdir}: given twice. Give each run once.")
         given.add(place)
     runs = [read(workdir) for workdir in workdirs]
     most = max(len(run.folder.parts) for run in runs)
@@ -126,14 +126,14 @@ def read_several(workdirs: Sequence[str | os.PathLike[str]]) -> list[RunFiles]:
 
 
 def read(workdir: str | os.PathLike[str]) -> RunFiles:
-    """Raises FileNotFoundError when there is no such folder, ValueError when it holds neither
-    metrics nor evaluations."""
+    """Reads the files of a run. Raises FileNotFoundError if the folder doesn't exist, ValueError if
+    it contains neither metrics nor evaluations."""
     folder = storage.place(workdir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"workdir {str(folder)!r} is not a folder; give that of a run")
+        raise FileNotFoundError(f"workdir {folder}: not a folder. Give the workdir of a run.")
     config = _read_json(folder / "config.json")
-    config.pop(json_files.SEAL_KEY, None)  # of the file, and no key of the run
-    if config:  # for its types; what is not said stays unsaid
+    config.pop(json_files.SEAL_KEY, None)  # the checksum of the file, not a config key
+    if config:  # validate types only: missing keys keep no value in the report
         typed.read(typed.StoredConfig, config, f"{folder / 'config.json'}: config", old=True)
     evaluations = [row for row in history.read(folder) if isinstance(row.get("scores"), dict)]
     found = RunFiles(
@@ -147,25 +147,24 @@ def read(workdir: str | os.PathLike[str]) -> RunFiles:
         goodput=_goodput(folder / goodput.FILE),
     )
     if not found.logged and not found.scores:
-        raise ValueError(f"workdir {str(folder)!r} holds no metrics.jsonl or eval.json: run train")
+        raise ValueError(f"workdir {folder}: no metrics.jsonl or eval.json. Run train first.")
     return found
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-    """Raises ValueError where the file is there and no JSON object."""
+    """{} if the file doesn't exist. Raises ValueError if it is not a JSON object."""
     try:
         return bounded_json.parse(path.read_bytes(), _MAX_BYTES) if path.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path}: damaged: {error}") from None
 
 
 def _steps(found: dict[str, Any]) -> dict[str, int]:
-    """Those that are steps."""
     return {task: step for task, step in found.items() if isinstance(step, int)}
 
 
 def _goodput(path: epath.Path) -> dict[str, Any]:
-    """{} for a file that is not whole, as training takes it."""
+    """{} if the file is incomplete; training also starts anew then."""
     found = _read_json(path)
     try:
         if found:
@@ -177,7 +176,7 @@ def _goodput(path: epath.Path) -> dict[str, Any]:
 
 
 def _numbers(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows whose step is one, in order of steps; of a damaged one nothing is told."""
+    """Yields the rows with a valid step, reduced to numbers and scores."""
     for row in rows:
         step = row.get("step")
         if isinstance(step, int) and _plain(step) and step >= 0:
@@ -185,7 +184,7 @@ def _numbers(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _scores(scores: dict[str, Any]) -> dict[str, Any]:
-    """Those that are numbers or None, and the step."""
+    """The entries that are numbers or None."""
     return {name: value for name, value in scores.items() if _plain(value)}
 
 
@@ -194,11 +193,11 @@ def _plain(value: Any) -> bool:
     return value is None or (number and abs(value) < 1e300)
 
 
-# Numbers and names as a person reads them.
+# Formatting of numbers and names.
 
 
 def number(value: float) -> str:
-    """About four significant digits, without exponents where a person needs none."""
+    """Formats a number with about four significant digits; only tiny ones have an exponent."""
     size = abs(value)
     if value == round(value) and size < 1e15:
         return f"{value:,.0f}"
@@ -211,7 +210,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 3.2 s, 12 min 05 s or 7 h 30 min."""
+    """Formats seconds as '3.2 s', '12 min 05 s' or '7 h 30 min'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -221,9 +220,9 @@ def duration(seconds: float) -> str:
 
 
 def metric_of(evaluator: str, name: str, values: Iterable[Any]) -> Metric:
-    """What the evaluator declares of a metric, or for others what its name and its values say.
+    """The evaluator's declaration of a metric, or a guess from its name and values.
 
-    values: all that are shown together, None for those that are not finite.
+    values: all values that are displayed together; None for those that are not finite.
     """
     known = base.kinds().get(evaluator)
     if known is not None and name in known.metrics:
@@ -235,13 +234,13 @@ def metric_of(evaluator: str, name: str, values: Iterable[Any]) -> Metric:
 
 
 def title_of(evaluator: str) -> str:
-    """The evaluator's title, or its name where nothing declares it."""
+    """The evaluator's title, or its name if it is not registered."""
     known = base.kinds().get(evaluator)
     return known.title if known is not None else evaluator
 
 
 def score(metric: Metric, value: float | None) -> str:
-    """A value in the metric's scale; a 'share' outside 0 to 1 is written as it is."""
+    """Formats a value in the metric's scale; a percentage outside 0 to 1 is not scaled."""
     if value is None:
         return "not finite"
     if metric.scale is Scale.HUNDREDFOLD:
@@ -252,12 +251,12 @@ def score(metric: Metric, value: float | None) -> str:
 
 
 def factor(metric: Metric) -> float:
-    """What a value is multiplied by on an axis, as `score` writes it."""
+    """Factor that scales a value on a chart axis in the same way as `score`."""
     return 1.0 if metric.scale is Scale.PLAIN else 100.0
 
 
 def interval(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
-    """The 95% interval of a score, in the scale of that one; '' where it has none."""
+    """Formats the 95% interval of a score in the score's scale; '' if it has none."""
     low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
     if low is None or high is None:
         return ""
@@ -270,20 +269,20 @@ def interval(metric: Metric, scores: Mapping[str, Any], name: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """(evaluator, data set, metric) of a score; ('', '', name) of anything else."""
+    """Splits a score name into (evaluator, dataset, metric); ('', '', name) for other names."""
     parts = name.split("/")
     return (parts[0], "/".join(parts[1:-1]), parts[-1]) if len(parts) >= 3 else ("", "", name)
 
 
-# Scores for the page: a headline a task, and a table a task, as the evaluators declare them.
+# Scores for the report: one headline and one table per task, as declared by the evaluators.
 
 
 Scores = Mapping[str, Any]
-_COUNTED = "num_"  # metrics that say of how many things
+_COUNTED = "num_"  # prefix of metrics that count examples, images or texts
 
 
 def tasks_of(scores: Scores) -> dict[tuple[str, str], list[str]]:
-    """{(evaluator, data set): its metrics}, in the order of the evaluators, then by data set."""
+    """{(evaluator, dataset): metrics}, sorted by evaluator, then by dataset."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in scores:
         evaluator, data, metric = split_name(name)
@@ -299,7 +298,7 @@ def _is_companion(name: str, scores: Scores) -> bool:
 
 
 def _metric_order(evaluator: str) -> Any:
-    """Declared ones as declared, others by name, R@5 before R@10."""
+    """Sort key: declared metrics in their order, then the others by name, R@5 before R@10."""
     known = base.kinds().get(evaluator)
     declared = list(known.metrics) if known is not None else []
 
@@ -312,10 +311,10 @@ def _metric_order(evaluator: str) -> Any:
 
 
 def headlines(scores: Scores, metrics: Mapping[tuple[str, str], list[str]]) -> list[dict[str, Any]]:
-    """A tile a task: its first headline large, with its interval, and the others small."""
+    """One tile per task: the first headline metric in large type, up to two others in small."""
     tiles = []
-    for (evaluator, data), there in metrics.items():
-        wanted = headline_metrics(evaluator, there)
+    for (evaluator, data), present in metrics.items():
+        wanted = headline_metrics(evaluator, present)
         lines = [_line(scores, evaluator, data, metric) for metric in wanted]
         if lines:
             title = title_of(evaluator)
@@ -323,12 +322,12 @@ def headlines(scores: Scores, metrics: Mapping[tuple[str, str], list[str]]) -> l
     return tiles
 
 
-def headline_metrics(evaluator: str, there: Sequence[str]) -> list[str]:
-    """The evaluator's headlines that there are; of an unknown evaluator its first metric."""
+def headline_metrics(evaluator: str, present: Sequence[str]) -> list[str]:
+    """The evaluator's headline metrics among `present`; for an unknown evaluator, the first one."""
     known = base.kinds().get(evaluator)
     if known is None:
-        return [metric for metric in there if not metric.startswith(_COUNTED)][:1]
-    return [metric for metric in known.headlines if metric in there]
+        return [metric for metric in present if not metric.startswith(_COUNTED)][:1]
+    return [metric for metric in known.headlines if metric in present]
 
 
 def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, Any]:
@@ -347,7 +346,7 @@ def _line(scores: Scores, evaluator: str, data: str, metric: str) -> dict[str, A
 
 
 def _baseline(shown: Metric, scores: Scores, name: str) -> str:
-    """A companion of a score, as the score is written; '' where there is none."""
+    """Formats the baseline of a score in the score's scale; '' if it has none."""
     value = scores.get(name)
     return "" if value is None else score(shown, value)
 
@@ -355,19 +354,19 @@ def _baseline(shown: Metric, scores: Scores, name: str) -> str:
 def tables(
     scores: Scores, metrics: Mapping[tuple[str, str], list[str]], run: RunFiles
 ) -> list[dict[str, Any]]:
-    """A table a task: dict(title, data, rows, note). Scores of another step than the run's last one
-    say so."""
+    """One table per task: dict(title, data, rows, note). The note names the step of the scores if
+    it is not the run's last step."""
     found = []
-    for (evaluator, data), there in metrics.items():
+    for (evaluator, data), present in metrics.items():
         step = run.steps.get(f"{evaluator}/{data}", run.last_step)
         sizes = [
             f"{scores[f'{evaluator}/{data}/{metric}']:,.0f} {metric.removeprefix(_COUNTED)}"
-            for metric in there
+            for metric in present
             if metric.startswith(_COUNTED) and scores[f"{evaluator}/{data}/{metric}"] is not None
         ]
         rows = [
             _line(scores, evaluator, data, metric)
-            for metric in there
+            for metric in present
             if not metric.startswith(_COUNTED)
         ]
         title = title_of(evaluator)
@@ -377,14 +376,15 @@ def tables(
 
 
 def side_by_side(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """A table a task with a column a run: dict(title, data, rows); the best of a row is marked."""
+    """One table per task with one column per run: dict(title, data, rows). Each row marks its best
+    value."""
     together: dict[str, Any] = {}
     for run in runs:
         together |= run.scores
     found = []
-    for (evaluator, data), there in tasks_of(together).items():
+    for (evaluator, data), present in tasks_of(together).items():
         rows = []
-        for metric in there:
+        for metric in present:
             if metric.startswith(_COUNTED):
                 continue
             name = f"{evaluator}/{data}/{metric}"

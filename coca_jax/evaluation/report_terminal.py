@@ -1,4 +1,4 @@
-"""Scores on a terminal: each task's headlines, in at most a screen."""
+"""Formats the main scores of an evaluation as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ HEADER = ("", "score", "95% interval", "chance", "majority", "examples")
 
 
 def score_table(found: Mapping[str, Any]) -> list[str]:
-    """Lines with the headline scores of each task, their intervals and baselines: the scores of
-    random guesses ('chance') and of always giving the most common answer ('majority').
+    """Returns lines with the headline scores of each task, their 95% intervals and two baselines:
+    random guessing ('chance') and always predicting the most common answer ('majority').
 
-    found: scores by name, as in eval.json; other values are left out.
+    found: scores by name, as in eval.json; other entries are ignored.
     """
     tasks = {
         task: report_data.headline_metrics(task[0], metrics) or metrics[:1]
@@ -29,7 +29,7 @@ def score_table(found: Mapping[str, Any]) -> list[str]:
         for (evaluator, data), metrics in tasks.items():
             rows.append([f"{report_data.title_of(evaluator)}, {data}", *[""] * 5])
             rows += [_row(found, evaluator, data, metric, "  ") for metric in metrics]
-    else:  # one row a task
+    else:  # too long for a screen: one row per task
         for (evaluator, data), metrics in tasks.items():
             name = f"{report_data.title_of(evaluator)}, {data}: "
             rows.append(_row(found, evaluator, data, metrics[0], name))

@@ -1,4 +1,4 @@
-"""Runs evaluation tasks on a model, each with the evaluator of its kind, and writes the scores."""
+"""Runs evaluation tasks on a model and writes the scores; a killed evaluation resumes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from coca_jax.evaluation.evaluators.inputs import records_of
 from coca_jax.inference import fingerprint
 from coca_jax.runtime import multihost, storage
 
-# What an evaluation has finished when it is killed: eval_progress.json, while it runs.
-
 
 class Unfinished:
-    """What an evaluation has finished, in workdir/eval_progress.json until all of it is.
+    """Scores of the finished tasks of a running evaluation, in workdir/eval_progress.json.
+
+    All processes call every method; errors in writing raise NotWritten on all of them.
 
     Args:
-      workdir: made when missing.
-      request: what the scores depend on besides the task; a file of another request is dropped.
-      write: does it on one process. All call all of this, and raise NotWritten together.
+      workdir: created if missing.
+      request: everything that the scores depend on besides the task. A file with another request
+        is replaced.
+      write: writes on process 0.
 
     Attributes:
-      request: as the file has it, whose checksum may be of an older kind.
+      request: the request as stored in the file; its checksum may be of an older format.
     """
 
     def __init__(self, workdir: str, request: Mapping[str, Any], write: Writing):
@@ -42,44 +43,43 @@ class Unfinished:
         write.agree()
         if not write.main_process and not self._path.exists():
             raise ValueError(
-                f"{self._path} of process 0 is not here: the folder of the scores must be "
-                "shared by all processes, or lie in a bucket"
+                f"{self._path}: written by process 0 but not visible to process "
+                f"{jax.process_index()}. Use a folder that all processes share, or a bucket."
             )
         self._state = json.loads(self._path.read_text())
         self.request: dict[str, Any] = self._state["request"]
         self.started: int = self._state["started"]
 
     def scores(self, task: str) -> dict[str, float] | None:
-        """The scores of a task that is finished, else None."""
+        """The scores of a task, or None if it has not finished."""
         return self._state["tasks"].get(task)
 
     def add(self, task: str, scores: Mapping[str, float]) -> None:
-        """Notes that a task is finished; what could not be written of it ends the rest."""
+        """Stores the scores of a finished task."""
         self._state["tasks"][task] = dict(scores)
-        self._once(self._keep)
+        self._once(self._save)
         self._once.agree()
 
     def close(self) -> None:
-        """All is finished, and all have read the file: the next start begins anew."""
-        self._once.agree()
+        """Deletes the file after the last task."""
+        self._once.agree()  # every process has read the file
         self._once(self._drop)
 
     def _is_mine(self) -> bool:
-        """False where another evaluation of these weights has begun since, whose file it is now;
-        or has finished."""
-        return self._found().get("request") == self._state["request"]
+        """False if another evaluation in this workdir has replaced or deleted the file."""
+        return self._read().get("request") == self._state["request"]
 
-    def _found(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         try:
             return results.read_sealed(self._path, request=dict, started=int, tasks=dict)
         except FileNotFoundError:  # another evaluation has just finished
             return {}
 
     def _begin(self, request: Mapping[str, Any]) -> None:
-        if not fingerprint.same_request(self._found().get("request"), request):
+        if not fingerprint.same_request(self._read().get("request"), request):
             self._write(dict(request=dict(request), started=time.time_ns(), tasks={}))
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         if self._is_mine():
             self._write(self._state)
 
@@ -92,17 +92,17 @@ class Unfinished:
 
 
 class Model(Predictor, Protocol):
-    """A predictor that says how much it takes at a time and which weights it has."""
+    """A predictor with a batch size and a checksum of its weights."""
 
     num_frames: int
     batch_size: int
     head_kind: HeadKind | None
 
     def checksum(self) -> str:
-        """Tells this model from others."""
+        """Identifies the weights."""
 
     def fit_image(self, image: Any) -> np.ndarray:
-        """One image as the model takes it. Raises ValueError: cannot be decoded."""
+        """Preprocesses one image. Raises ValueError if it cannot be decoded."""
 
 
 def run_tasks(
@@ -113,18 +113,25 @@ def run_tasks(
     step: int | None = None,
     of_step: int | None = None,
 ) -> dict[str, float]:
-    """Runs every task; on process 0 writes eval.json, eval_classes.json, the report's examples and
-    the captions (eval_captions/), and of which step of a run the scores are: `step` of one that
-    evaluates itself, `of_step` of one that left the weights.
+    """Runs the tasks and returns {"evaluator/dataset/metric": value}.
 
-    All processes call this with the same arguments, model and data, which they compare first; each
-    computes its share, and all get the scores; with `step` these join the run's history
-    (history.py). A task with `known_only` scores only records whose text the candidates hold.
-    Scores of tasks that an earlier, killed call with the same weights finished are taken over.
+    All processes call this with the same arguments, model and data; each evaluates its share, and
+    all get the scores. Process 0 writes eval.json, eval_classes.json, the examples for the report
+    and the captions (eval_captions/). Tasks that an earlier, killed call with the same weights
+    finished are not repeated.
 
-    Raises ValueError for an unknown kind of task, options that cannot be, one that the model has
-    no program for, or processes that differ, before any of them runs; OSError where something
-    cannot be written, NotWritten of several processes.
+    Args:
+        model: the model to evaluate.
+        tasks: options of each task. A task with `known_only` scores only the records whose text is
+            among the candidates.
+        workdir: folder for the results.
+        step: current step of a training run; adds the scores to the run's history (history.py).
+        of_step: step of the checkpoint that the weights come from, outside of training.
+
+    Raises:
+        ValueError: before any task runs, for an unknown kind of task, invalid options, a task that
+            the model does not support, or processes whose arguments differ.
+        OSError: a file cannot be written (NotWritten with several processes).
     """
     tasks = [_plain(task) for task in tasks]
     check(model, tasks)
@@ -134,7 +141,7 @@ def run_tasks(
     if jax.process_count() > 1:
         asked = {_named(t, f".{key}"): json.dumps(t[key]) for t in tasks for key in t}
         model_is = dict(request, batch_size=model.batch_size)
-        multihost.compare("tasks", asked | {name: str(one) for name, one in model_is.items()})
+        multihost.compare("tasks", asked | {name: str(value) for name, value in model_is.items()})
     write = Writing(main_process, jax.process_count())
     unfinished = Unfinished(workdir, request, write)
     setting = Setting(
@@ -150,7 +157,7 @@ def run_tasks(
         if scores_before is not None:
             scores |= scores_before
             if main_process:
-                print(_named(task, ": kept from before"), file=sys.stderr)
+                print(_named(task, ": already evaluated, scores reused"), file=sys.stderr)
             continue
         new = run_task(model, task, setting)
         write(functools.partial(results.save_results, workdir, new, whose))
@@ -167,30 +174,30 @@ def run_tasks(
 
 
 def check(model: Model, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError for what `run_tasks` refuses before any of them runs."""
+    """Raises the ValueErrors of `run_tasks` without running a task."""
     for task in tasks:
-        evaluator = base.of(task["kind"])
+        evaluator = base.get(task["kind"])
         evaluator.check_task(task)
         evaluator.check_model(model, task)
 
 
-def _named(task: Mapping[str, Any], what: str) -> str:
-    return f"{task['kind']}/{task['name']}{what}"
+def _named(task: Mapping[str, Any], suffix: str) -> str:
+    return f"{task['kind']}/{task['name']}{suffix}"
 
 
 def _plain(task: Any) -> Any:
-    """A task without tuples, as JSON would give it back."""
-    whole = task.to_dict() if hasattr(task, "to_dict") else dict(task)
+    """Converts a task to plain JSON types (lists instead of tuples)."""
+    fields = task.to_dict() if hasattr(task, "to_dict") else dict(task)
 
     def plain(x: Any) -> Any:
         return x.to_dict() if hasattr(x, "to_dict") else list(x)
 
-    return json.loads(json.dumps(whole, default=plain))
+    return json.loads(json.dumps(fields, default=plain))
 
 
 def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[str, float]:
-    """The scores of one task; on process 0 its examples and classes are written as well."""
-    kind = base.of(task["kind"])
+    """Returns the scores of one task; process 0 also writes its examples and per-class results."""
+    kind = base.get(task["kind"])
     task = dict(task, data=kind.data_of(task, model))
     need = kind.need_of(model)
     records = records_of(task, need)
@@ -198,29 +205,33 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
         multihost.compare("examples", {_named(task, " examples"): str(len(records))})
     setting.records = records
     evaluator = kind.from_task(task, setting)
-    for some, of in ((records, ""), *((one, " to learn from") for one in evaluator.further)):
-        if some.left_out and setting.main_process:
+    inputs = ((records, ""), *((further, "training ") for further in evaluator.further))
+    for given, purpose in inputs:
+        if given.left_out and setting.main_process:
             evaluators.notify(
-                f"{task['kind']}/{task['name']}: {some.left_out} examples{of} have no {need} "
-                "and are left out"
+                _named(task, f": skipped {given.left_out} {purpose}examples without {need}")
             )
-        if some.damaged and setting.main_process:
+        if given.damaged and setting.main_process:
             evaluators.notify(
-                f"{task['kind']}/{task['name']}: {some.damaged} examples{of} have an image that "
-                "cannot be read, and are left out"
+                _named(
+                    task,
+                    f": skipped {given.damaged} {purpose}examples whose image cannot be read",
+                )
             )
     try:
         new = dict(evaluator.run(model, records))
     except ValueError as error:
-        last = setting.common()["batch_size"]  # the most that an evaluator has before it
+        # If an unreadable image caused the error, name the image instead. An evaluator has read at
+        # most one batch beyond the examples that it finished.
+        last = setting.common()["batch_size"]
         reading = (records, *evaluator.further)
-        named = [one.unreadable(model.fit_image, last) for one in reading]
+        named = [given.unreadable(model.fit_image, last) for given in reading]
         found = next(filter(None, named), "")
         if not found:
             raise
         raise ValueError(
-            f"{task['kind']}/{task['name']}: {found}; mend or remove it, or `coca-jax prepare` the "
-            "data, which leaves such images out and lists them"
+            f"{task['kind']}/{task['name']}: {found}. Repair or remove it, or run `coca-jax "
+            "prepare` on the data, which skips unreadable images and lists them."
         ) from error
     new[f"{evaluator.name}/num_examples"] = float(len(records))
     workdir, name, classes = setting.workdir, evaluator.name, evaluator.classes
@@ -229,5 +240,5 @@ def run_task(model: Model, task: Mapping[str, Any], setting: Setting) -> dict[st
         setting.write(lambda: results.save_classes(workdir, name, classes))
     if setting.main_process:
         for metric, why in evaluator.skipped.items():
-            evaluators.notify(f"{evaluator.name}: {metric.upper()} skipped, {why}")
+            evaluators.notify(f"{evaluator.name}: skipped {metric.upper()}: {why}")
     return new

@@ -11,9 +11,11 @@ from coca_jax.evaluation.report_data import RunFiles
 # A skill is (score - baseline) / (1 - baseline): 0 is what a model reaches without looking at the
 # images, 1 is perfect.
 USABLE, WEAK = 0.5, 0.2
-GOOD_CIDER = 0.8  # for long captions, of which even a good model's words differ from people's
-FEW_IMAGES = 20_000  # below, pretrained weights help most
-FEW_PASSES, FEW_PASSES_TUNING = 10, 3  # over the data; below, longer training helps
+# Long captions with this CIDEr-D are usable even at a low word F1: good captions of the same image
+# use different words.
+GOOD_CIDER = 0.8
+FEW_IMAGES = 20_000  # below this, pretrained weights help most
+FEW_PASSES, FEW_PASSES_TUNING = 10, 3  # epochs; below this, longer training helps
 PRETRAINED = "coca_ViT-B-32:laion2b_s13b_b90k"  # the smallest captioner with public weights
 
 
@@ -28,14 +30,14 @@ class Use(NamedTuple):
 def verdict(
     scores: Mapping[str, Any], *, images: int = 0, passes: float = 0.0, pretrained: bool = False
 ) -> str:
-    """One sentence: is the model usable for captioning, search and classification, and what would
-    help most? '' if none of these was scored.
+    """Says in one sentence whether the model is usable for captioning, search and classification,
+    and what would help most; '' if none of these was scored.
 
     Args:
-        scores: of eval.json. If several data sets were scored, the worst one counts.
+        scores: contents of eval.json. Of several datasets, the one with the worst scores counts.
         images: number of training images; 0 if unknown.
-        passes: of training over them; 0 if unknown.
-        pretrained: whether training started from other weights.
+        passes: number of training epochs; 0 if unknown.
+        pretrained: whether training started from pretrained weights.
     """
     uses = [use for use in (_search(scores), _classes(scores), _captions(scores)) if use]
     if not uses:
@@ -70,9 +72,9 @@ def of_run(run: RunFiles) -> str:
 
 
 def _training_images(config: Mapping[str, Any]) -> int:
-    """Number of examples of the sources, each counted once; 0 if unknown for one of them."""
+    """Number of training examples, with repeated sources counted once; 0 if any is unknown."""
     digests = config.get("data_digests", ())
-    return sum({one["sha256"]: one["examples"] for one in digests}.values()) if all(digests) else 0
+    return sum({d["sha256"]: d["examples"] for d in digests}.values()) if all(digests) else 0
 
 
 def _remedy(images: int, passes: float, pretrained: bool) -> str:
@@ -84,13 +86,13 @@ def _remedy(images: int, passes: float, pretrained: bool) -> str:
     return f"more images than {images:,}" if images else "more images or longer training"
 
 
-def _of(scores: Mapping[str, Any], evaluator: str, metric: str) -> dict[str, float]:
-    """{data set: the value of a metric}, of those that have a finite one."""
-    begin, end = f"{evaluator}/", f"/{metric}"
+def _by_dataset(scores: Mapping[str, Any], evaluator: str, metric: str) -> dict[str, float]:
+    """{dataset: value} of a metric, without values that are not finite."""
+    prefix, suffix = f"{evaluator}/", f"/{metric}"
     return {
-        name[len(begin) : -len(end)]: value
+        name[len(prefix) : -len(suffix)]: value
         for name, value in scores.items()
-        if name.startswith(begin) and name.endswith(end) and value is not None
+        if name.startswith(prefix) and name.endswith(suffix) and value is not None
     }
 
 
@@ -99,10 +101,10 @@ def _skill(value: float, baseline: float) -> float:
 
 
 def _search(scores: Mapping[str, Any]) -> Use | None:
-    """By R@5, the mean of both directions: people look at more than the first result."""
     found = []
-    to_image = _of(scores, "retrieval", "text_to_image_r5")
-    for data, to_text in _of(scores, "retrieval", "image_to_text_r5").items():
+    # R@5, the mean of both directions: people look at more than the first result.
+    to_image = _by_dataset(scores, "retrieval", "text_to_image_r5")
+    for data, to_text in _by_dataset(scores, "retrieval", "image_to_text_r5").items():
         if data not in to_image:
             continue
         name = f"retrieval/{data}"
@@ -110,7 +112,7 @@ def _search(scores: Mapping[str, Any]) -> Use | None:
         chances = [
             scores.get(f"{name}/{to}_r5_chance") for to in ("image_to_text", "text_to_image")
         ]
-        chance = sum(one or 0.0 for one in chances) / 2
+        chance = sum(value or 0.0 for value in chances) / 2
         images = scores.get(f"{name}/num_images")
         among = f" of {images:,.0f} images" if images else ""
         evidence = f"R@5 {value:.0%}{among}, chance {chance:.0%}"
@@ -119,34 +121,38 @@ def _search(scores: Mapping[str, Any]) -> Use | None:
 
 
 def _classes(scores: Mapping[str, Any]) -> Use | None:
-    """By top-1 accuracy, of the task head where there is one."""
+    """Rates top-1 accuracy, of the task head if the model has one."""
     found = []
-    evaluator = next((e for e in ("classification", "zero_shot") if _of(scores, e, "top1")), "")
-    for data, value in _of(scores, evaluator, "top1").items():
+    evaluator = next(
+        (e for e in ("classification", "zero_shot") if _by_dataset(scores, e, "top1")), ""
+    )
+    for data, value in _by_dataset(scores, evaluator, "top1").items():
         name = f"{evaluator}/{data}/top1"
         chance = scores.get(f"{name}_chance") or 0.0
         majority = scores.get(f"{name}_majority") or chance
-        evidence = f"top-1 {value:.0%}, always naming the largest class {majority:.0%}"
+        evidence = f"top-1 {value:.0%}, majority class {majority:.0%}"
         found.append(Use("classification", _skill(value, max(chance, majority)), evidence))
     return min(found, key=lambda use: use.skill, default=None)
 
 
 def _captions(scores: Mapping[str, Any]) -> Use | None:
-    """By the F1 of words, or CIDEr-D of long captions; 0 of a collapsed captioner."""
+    """Rates word F1, or CIDEr-D for long captions. A collapsed captioner has skill 0."""
     found = []
-    metric = next((m for m in ("word_f1", "attribute_f1") if _of(scores, "captioning", m)), "")
-    for data, value in _of(scores, "captioning", metric).items():
+    metric = next(
+        (m for m in ("word_f1", "attribute_f1") if _by_dataset(scores, "captioning", m)), ""
+    )
+    for data, value in _by_dataset(scores, "captioning", metric).items():
         name = f"captioning/{data}"
         exact = scores.get(f"{name}/exact_match") or 0.0
         skill = _skill(value, scores.get(f"{name}/{metric}_majority") or 0.0)
         if (scores.get(f"{name}/cider_d") or 0.0) >= GOOD_CIDER and skill >= WEAK:
             skill = max(skill, USABLE)
-        evidence = f"{exact:.1%} word for word, word F1 {value:.0%}"
+        evidence = f"{exact:.1%} exact matches, word F1 {value:.0%}"
         alike = scores.get(f"{name}/same_start") or 0.0
         if collapse.begin_alike(alike, scores.get(f"{name}/same_start_references") or 0.0):
-            skill, evidence = 0.0, f"{evidence}, {alike:.0%} begin with the same three words"
+            skill, evidence = 0.0, f"{evidence}, {alike:.0%} start with the same three words"
         gain = scores.get(f"{name}/image_gain")
         if gain is not None and gain < collapse.LEAST_GAIN:
-            skill, evidence = 0.0, f"{evidence}, hardly depending on the image"
+            skill, evidence = 0.0, f"{evidence}, nearly independent of the image"
         found.append(Use("captioning", skill, evidence))
     return min(found, key=lambda use: use.skill, default=None)

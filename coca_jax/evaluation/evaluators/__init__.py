@@ -1,9 +1,9 @@
-"""Evaluators: one file a metric family, each a class whose `run` yields (name, value).
+"""Evaluators: one file per family of metrics, each a class whose `run` yields (name, value).
 
-They know nothing of the model: they call a `Predictor`, such as `coca_jax.load(...)` returns.
-Records are dicts with `image` (encoded bytes, or uint8 [S, S, 3]), `text` (one caption or several),
-`labels` (class names) and for drawn scenes `scene`; each evaluator says which it needs. Every
-process of a run calls `run` with the same records, and every one gets the same values.
+Evaluators depend only on the `Predictor` interface, which models from `coca_jax.load` implement.
+Records are dicts with `image` (encoded bytes or uint8 [S, S, 3]), `text` (one caption or several),
+`labels` (class names) and, for synthetic scenes, `scene`; each evaluator declares which it needs.
+All processes of a run call `run` with the same records and get the same values.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LIKELIHOOD_TIE = 1e-4  # nats; log likelihoods closer than this are equal
 
 
 class Predictor(Protocol):
-    """What an evaluator asks of a model; N is at most the evaluator's batch size.
+    """Interface between evaluators and models; N is at most the evaluator's batch size.
 
-    Images are uint8 [N, S, T, 3], or a list of N images as the records hold them. resize: 'squash'
-    or 'crop', how they come to the model's size, image_size. max_len: tokens that a text may have,
-    begin and end included.
+    Images are uint8 [N, S, T, 3], or a list of N images from records. resize: how images are fitted
+    to image_size, a value of data.resize. max_len: maximum number of tokens of a text, including
+    the start and end tokens.
     """
 
     resize: str
@@ -39,26 +39,26 @@ class Predictor(Protocol):
 
     @property
     def scale(self) -> float:
-        """What cosine similarities are multiplied by as logits."""
+        """Logit scale: the factor between cosine similarities and logits."""
 
     def encode_image(self, images: Any) -> np.ndarray:
-        """N images -> float32 [N, E], unit length."""
+        """Encodes N images to float32 [N, E], unit length."""
 
     def encode_text(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
-        """N texts -> float32 [N, E], unit length. labels: they are class names in prompts."""
+        """Encodes N texts to float32 [N, E], unit length. labels: texts are class prompts."""
 
     def tokenize_with_mask(
         self, texts: Sequence[str], *, labels: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """N texts -> ids int32 and padding mask bool, [N, max_len], cut where they are longer."""
+        """Returns ids int32 and padding mask bool, both [N, max_len]; longer texts are cut."""
 
     def caption(self, images: Any, **how: Any) -> list[str]:
-        """N images -> N captions; how: options of decoding."""
+        """Generates a caption per image; how: decoding options."""
 
     def caption_log_likelihood(
         self, images: Any, texts: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (sum of log probabilities in nats [N], number of predicted tokens [N])."""
+        """Returns (log likelihood of each text in nats [N], number of predicted tokens [N])."""
 
     def score(self, images: Any, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
         """Returns the log probability of text j for image i in nats, float32 [N, M]."""
@@ -66,34 +66,32 @@ class Predictor(Protocol):
     def score_some(
         self, images: Any, texts: Sequence[str], chosen: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
-        """Returns the log probability in nats of texts[chosen[i]] for image i, for each image."""
+        """Returns, for each image i, the log probabilities of texts[chosen[i]] in nats."""
 
     def num_tokens(self, texts: Sequence[str], *, labels: bool = False) -> np.ndarray:
-        """Returns the tokens that `score` predicts of each text, int [M]."""
+        """Returns the number of tokens that `score` predicts for each text, int [M]."""
 
     def explain(self, images: Any, texts: Sequence[str]) -> list[Explanation]:
-        """N images, N texts -> the words of each, with attention over the image as `resize` has
-        made it."""
+        """Returns the words of each text with their attention over the resized image."""
 
 
 def warn(name: str, line: str) -> None:
-    """Says what an evaluator finds about the data or the model. name: of the evaluator. Every
-    process of a run finds the same: the first says it."""
-    import jax  # `--help` of a command that evaluates does without
+    """Logs a warning of the evaluator `name` on process 0; all processes see the same data."""
+    import jax  # keeps `--help` fast
 
     if jax.process_index() == 0:
         logging.warning("%s: %s", name, line)
 
 
 def notify(line: str) -> None:
-    """Says a line about the data on standard error."""
+    """Prints a line to standard error."""
     print(line, file=sys.stderr)
 
 
 def in_batches(records: Iterable[Any], size: int, *, show: str = "") -> Iterator[list[Any]]:
-    """Yields lists of `size` records, the last one shorter.
+    """Yields lists of `size` records; the last one may be shorter.
 
-    show: title of a progress bar with rate and time left on standard error; '': none.
+    show: title of the progress bar on standard error; '': no bar.
     """
     total = len(records) if isinstance(records, Sized) else None
     batch: list[Any] = []
@@ -110,9 +108,9 @@ def in_batches(records: Iterable[Any], size: int, *, show: str = "") -> Iterator
 
 
 def stack_images(records: Sequence[Record]) -> Any:
-    """Returns uint8 [N, S, S, 3], or a list where the images are encoded.
+    """Returns uint8 [N, S, S, 3], or a list if the images are encoded.
 
-    Raises ValueError naming a record whose array differs in shape from the others.
+    Raises ValueError if the shapes differ.
     """
     if not all(isinstance(record["image"], np.ndarray) for record in records):
         return [record["image"] for record in records]
@@ -121,7 +119,7 @@ def stack_images(records: Sequence[Record]) -> Any:
         if np.shape(record["image"]) != shape:
             name, found = record.get("key", "?"), np.shape(record["image"])
             raise ValueError(
-                f"image of {name} is {found}, others are {shape}: preprocess to one size"
+                f"record {name}: its image is {found}, others are {shape}. Resize images to one size."
             )
     return np.stack([np.asarray(r["image"], np.uint8) for r in records])
 
@@ -134,7 +132,7 @@ def encode_texts(
     labels: bool = False,
     show: str = "",
 ) -> np.ndarray:
-    """Returns float32 [N, E], encoded in batches; ValueError when a value is not finite."""
+    """Encodes texts in batches: float32 [N, E]. Raises ValueError if a value is not finite."""
     parts = [
         predict.encode_text(batch, labels=labels)
         for batch in in_batches(texts, batch_size, show=show)
@@ -143,21 +141,22 @@ def encode_texts(
 
 
 def record_texts(record: Record, name: str) -> list[str]:
-    """Returns the record's captions as a list; ValueError when it has none. name: who asks."""
+    """Returns the captions of a record as a list. Raises ValueError if it has none. name: evaluator
+    that needs them."""
     texts = record["text"]
     texts = [texts] if isinstance(texts, str) else list(texts or ())
     if not texts:
-        raise ValueError(f"record {record.get('key', '?')} has no text; {name} needs one")
+        raise ValueError(f"record {record.get('key', '?')}: no text, which {name} needs.")
     return texts
 
 
-def check_finite(values: np.ndarray, what: str) -> np.ndarray:
-    """Returns what a model said of N things, [N, ...]; a NaN would compare as never better and look
-    like a perfect rank. what: the name of the values in the ValueError."""
+def check_finite(values: np.ndarray, name: str) -> np.ndarray:
+    """Returns model outputs [N, ...]. Raises ValueError if any is not finite; `name` describes
+    them. Without this check, NaN scores would never beat the correct one and look like rank 0."""
     bad = int((~np.isfinite(values).all(tuple(range(1, values.ndim)))).sum())
     if bad:
         raise ValueError(
-            f"{what}: {bad} of {len(values)} are not finite; "
-            "the training diverged or the checkpoint is damaged"
+            f"{name}: {bad} of {len(values)} are not finite. "
+            "Training diverged or the checkpoint is damaged."
         )
     return values

@@ -1,8 +1,8 @@
-"""What an evaluator says of itself: its name, flags, records, programs and rows of the report.
+"""Base class of evaluators: name, flags, required record fields, model methods and report rows.
 
-`evaluate`, the runner of tasks (tasks.py) and the report know no evaluator by name: they read what
-the modules of this folder declare. To add one, write a file here with a class like these; nothing
-else is edited. The declarations import no JAX: the command's help and its refusals come at once.
+The `evaluate` command, the task runner and the report discover evaluators from the modules of this
+folder. To add one, add a file with a subclass; no other file changes. Modules here must not import
+JAX at the top, so that `--help` and input checks stay fast.
 """
 
 from __future__ import annotations
@@ -29,20 +29,19 @@ from coca_jax.data.filters import open_whole
 from coca_jax.evaluation.evaluators import Record
 from coca_jax.runtime import multihost
 
-# What process 0 writes of an evaluation: where it cannot, all hear of it at one place.
-
 
 class NotWritten(OSError):
-    """Process 0 could not write what an evaluation found; all processes raise it together."""
+    """Process 0 could not write evaluation results; all processes raise this together."""
 
 
 @dataclasses.dataclass
 class Writing:
-    """Writes of the process that does so (`main_process`) of `count`, each a function without
-    arguments.
+    """Runs writes on process 0 and reports a failure on all processes.
 
-    One process raises what fails at once. Of several, process 0 goes on, as the others expect it in
-    the next program, and writes no more; `agree` is where all raise.
+    A single process raises an OSError immediately. With several, process 0 stops writing but
+    continues to compute, because the others wait for it in collectives; `agree` raises on all.
+
+    main_process: whether this is process 0; count: number of processes; problem: first failure.
     """
 
     main_process: bool = False
@@ -50,7 +49,7 @@ class Writing:
     problem: str = ""
 
     def __call__(self, work: Callable[[], object]) -> None:
-        """Does the work on the process that writes."""
+        """Calls `work` on process 0."""
         if not self.main_process or self.problem:
             return
         try:
@@ -61,8 +60,7 @@ class Writing:
             self.problem = str(error)
 
     def agree(self) -> None:
-        """All processes come here. Raises NotWritten on all of them, with what failed since the
-        start."""
+        """Raises NotWritten on all processes if a write has failed. All processes must call it."""
         if self.count == 1:
             return
         if line := multihost.agreed("scores", self.problem):
@@ -70,7 +68,7 @@ class Writing:
 
 
 RecordLimit = Annotated[int, Interval(ge=0)]  # 0: all
-# Keys of every task and their types; an evaluator may have options of its own.
+# Keys of every task and their types; evaluators can add options.
 TASK = dict(
     kind=str,
     name=Annotated[str, MinLen(1)],
@@ -84,9 +82,9 @@ _NEEDED = ("kind", "name", "data")
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of `coca-jax evaluate`, of the type of its default; several evaluators may share it.
+    """A flag of `coca-jax evaluate`; its default determines its type. Evaluators can share a flag.
 
-    least: the lowest value of a number.
+    least: lower bound of a number.
     """
 
     name: str
@@ -96,7 +94,7 @@ class Flag:
 
 
 class Scale(enum.Enum):
-    """How people write a metric: a share as per cent, a share times 100, or the number itself."""
+    """Display of a metric: a percentage, a fraction times 100, or the value itself."""
 
     PERCENT = "percent"
     HUNDREDFOLD = "hundredfold"
@@ -114,12 +112,12 @@ class Metric:
 
 @dataclasses.dataclass
 class Setting:
-    """What an evaluator runs in.
+    """Context of an evaluator.
 
-    records: of the task. batch_size: of the model, images at a time. main_process: whether this
-    one shows bars. write: does what is written. workdir, request: where unfinished work is kept,
-    and what it depends on besides the task. shared: of all evaluators of one model, to keep what
-    others need too.
+    records: records of the task. batch_size: batch size of the model in images. main_process:
+    whether this process shows progress bars. write: performs file writes. workdir: folder for
+    partial results. request: what partial results depend on besides the task. shared: cache that
+    the evaluators of one model share.
     """
 
     records: Any = ()
@@ -131,33 +129,33 @@ class Setting:
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def common(self, *, several: bool = True) -> dict[str, Any]:
-        """Arguments that every evaluator takes. several: a call takes several batches of the
-        model, which reads the next one while it computes."""
+        """Arguments common to all evaluators. several: pass several model batches per call, so that
+        the model prefetches the next batch while it computes."""
         times = max(1, 1024 // self.batch_size) if several else 1
         return dict(progress=self.main_process, batch_size=self.batch_size * times)
 
 
 class Evaluator(abc.ABC):
-    """A family of metrics of one data set.
+    """A family of metrics on one dataset.
 
-    Declared:
-        kind: its name in tasks, and the first part of its metrics' names.
-        order: its place among the others, in messages and in the report.
-        title: of its part of the report.
-        needs: what a record must have, the name of a kind of source (data/supervision.py); '': nothing.
-        programs: the methods of a model that it calls.
-        usual: whether `evaluate` runs it unasked, where the data have what it needs.
-        flags: of `evaluate`, read in `from_flags`.
-        options: keys of a task in addition to TASK, and their types.
-        metrics: name -> how the report shows it; one that is not declared is shown by its name.
-        headlines: metrics that stand at the top of the report, the first of them large.
-    Of an instance:
-        name: `<kind>/<data set>`.
-        examples: after `run`, what the report shows; `kind` in it names the layout, a file of
-            report/templates/layouts.
-        classes: after `run`, accuracy by class and confusion, or {}.
-        skipped: metrics that could not run, and why.
-        further: what it learns from beside the records of the task, each a `records.Records`.
+    Class attributes:
+        kind: name in tasks, and first part of the metric names.
+        order: position in messages and in the report.
+        title: heading in the report.
+        needs: kind of supervision that a record must have (data/supervision.py); '': none.
+        programs: methods of the model that it calls.
+        usual: whether `evaluate` runs it by default if the data has what it needs.
+        flags: flags of `evaluate`, read in `from_flags`.
+        options: additional keys of a task, with their types.
+        metrics: {name: display in the report}; an undeclared metric is displayed by its name.
+        headlines: metrics at the top of the report; the first is in large type.
+    Instance attributes:
+        name: `<kind>/<dataset>`.
+        examples: after `run`, the example images for the report; its key `kind` names a layout in
+            evaluation/templates/layouts.
+        classes: after `run`, per-class accuracy and confusion matrix, or {}.
+        skipped: {metric: reason} for metrics that could not run.
+        further: additional `Records` that it reads, such as training examples.
     """
 
     kind: ClassVar[str]
@@ -180,23 +178,22 @@ class Evaluator(abc.ABC):
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Completes a task, dict(kind, name, data, limit), by the command's flags."""
+        """Adds options from the command's flags to a task, dict(kind, name, data, limit)."""
         if cls.needs:
             task["data"]["kind"] = cls.needs
 
     @classmethod
     def check_task(cls, task: Mapping[str, Any]) -> None:
-        """Raises ValueError or FileNotFoundError for options that cannot be, before any work. It
-        reads no data."""
+        """Raises ValueError or FileNotFoundError for invalid options, without reading data."""
         check_keys(task, cls)
 
     @classmethod
     def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
-        """Raises ValueError for a model that a task cannot score, before any work."""
+        """Raises ValueError if the model does not support the task."""
         lacking = [name for name in cls.programs if not hasattr(model, name)]
         if lacking:
-            what = ", ".join(lacking) if model.writes_captions else "decoder"
-            raise ValueError(f"task {cls.kind!r}: this model has no {what}")
+            part = ", ".join(lacking) if model.writes_captions else "decoder"
+            raise ValueError(f"task {cls.kind!r}: this model has no {part}.")
 
     @classmethod
     def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -205,38 +202,38 @@ class Evaluator(abc.ABC):
 
     @classmethod
     def need_of(cls, model: Any) -> str:
-        """What a record must have for this model: `needs`."""
+        """The kind of supervision that this model needs in a record, by default `needs`."""
         return cls.needs
 
     @classmethod
     def more_data(cls, task: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The data entries that it reads besides, with their splits."""
+        """Additional data entries that it reads, with their splits."""
         candidates = task.get("candidates")
         return [dict(dict(split="train"), **candidates)] if candidates else []
 
     @classmethod
     def check_data(cls, task: Mapping[str, Any]) -> None:
-        """Raises ValueError for data, which are there, that this evaluator cannot take."""
+        """Raises ValueError for existing data that this evaluator cannot use."""
         return
 
     @classmethod
     @abc.abstractmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
-        """Makes the evaluator of a task. Raises ValueError for what the task cannot have."""
+        """Creates the evaluator of a task. Raises ValueError for invalid options."""
 
     @abc.abstractmethod
     def run(self, predict: Any, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields (name, value)."""
+        """Yields (metric name, value)."""
 
 
 class Pictured(Evaluator):
-    """An evaluator that keeps pictures for the report.
+    """An evaluator that stores example images for the report.
 
     Args:
-      data_name: of the data set, the second part of the metrics' names.
-      batch_size: images at a time.
-      num_examples: pictures kept; by default `pictures`.
-      progress: shows a bar.
+      data_name: name of the dataset, the second part of the metric names.
+      batch_size: images per call of the model.
+      num_examples: number of stored images; `pictures` by default.
+      progress: show a progress bar.
     """
 
     pictures: ClassVar[int] = 24
@@ -256,69 +253,72 @@ class Pictured(Evaluator):
 
 @functools.cache
 def kinds() -> dict[str, type[Evaluator]]:
-    """Every evaluator by its name, in order: the modules of this folder are read for them."""
+    """{kind: evaluator class}, sorted by `order`, from all modules of this folder."""
     for module in pkgutil.iter_modules(coca_jax.evaluation.evaluators.__path__):
         importlib.import_module(f"coca_jax.evaluation.evaluators.{module.name}")
     found, waiting = [], [Evaluator]
     while waiting:
-        for one in waiting.pop().__subclasses__():
-            waiting.append(one)
-            if "kind" in vars(one):
-                found.append(one)
-    return {one.kind: one for one in sorted(found, key=lambda one: one.order)}
+        for subclass in waiting.pop().__subclasses__():
+            waiting.append(subclass)
+            if "kind" in vars(subclass):
+                found.append(subclass)
+    return {cls.kind: cls for cls in sorted(found, key=lambda cls: cls.order)}
 
 
-def of(kind: str) -> type[Evaluator]:
-    """The evaluator of this name. Raises ValueError for an unknown one."""
+def get(kind: str) -> type[Evaluator]:
+    """The evaluator class of this kind. Raises ValueError for an unknown kind."""
     if kind not in kinds():
-        raise ValueError(f"task {kind!r}: choose one of {', '.join(kinds())}")
+        raise ValueError(f"task {kind!r}: unknown. Use one of {', '.join(kinds())}.")
     return kinds()[kind]
 
 
 def suited(tasks: Sequence[str], data: Mapping[str, Any]) -> list[str]:
-    """Those of the tasks for which the data have what they need, where that can be told early."""
+    """The tasks whose required supervision the data has, or may have if that is not known yet."""
     counts = evaluation_data.counts(data)
-    return [task for task in tasks if not counts or counts.get(of(task).needs, 1)]
+    return [task for task in tasks if not counts or counts.get(get(task).needs, 1)]
 
 
 def lacks(name: str, evaluator: type[Evaluator]) -> str:
-    """Why data without what an evaluator needs cannot be scored so, and what to do."""
+    """The error message for data without the supervision that an evaluator needs."""
     return missing(name, evaluator.needs, evaluator.kind)
 
 
 def missing(name: str, need: str, task: str) -> str:
-    """Why data without any caption or label cannot be scored, and what to do."""
+    """The error message for data without captions or labels."""
     return (
-        f"data {name}: no example has a {need}, and {task} needs one; give "
+        f"data {name}: no example has a {need}, which {task} needs. Use "
         f"--tasks={instead(need)}, or {sources.KINDS[need].remedy()}"
     )
 
 
 def instead(need: str) -> str:
-    """The usual tasks for data that have nothing of this need."""
-    return ",".join(one.kind for one in kinds().values() if one.usual and one.needs != need)
+    """The default tasks that work without this kind of supervision."""
+    return ",".join(cls.kind for cls in kinds().values() if cls.usual and cls.needs != need)
 
 
 def check(tasks: Sequence[Any]) -> None:
-    """Raises ValueError or FileNotFoundError for the first of a run's evaluations that is unknown,
-    whose options cannot be, whose data are not there, or hold nothing that it needs, as far as that
-    can be told without reading images; and for two of one kind and name."""
+    """Checks the evaluation tasks of a run without reading images.
+
+    Raises ValueError or FileNotFoundError for an unknown kind, invalid options, missing data, data
+    without the required supervision, or two tasks with the same kind and name.
+    """
     seen = set()
-    looked: set[str] = set()  # what tasks share is looked at once ...
-    counts: dict[str, Mapping[str, int]] = {}  # ... and gone through once, whatever they need of it
+    # Tasks may share data: check and count it once.
+    checked: set[str] = set()
+    counts: dict[str, Mapping[str, int]] = {}
     for task in tasks:
         task = task.to_dict() if hasattr(task, "to_dict") else dict(task)
-        evaluator = of(task.get("kind", ""))
+        evaluator = get(task.get("kind", ""))
         evaluator.check_task(task)
-        name = called(task)
+        name = task_label(task)
         if name in seen:
-            raise ValueError(f"{name} is there twice; give one of them another name")
+            raise ValueError(f"{name}: defined twice. Give one of them another name.")
         seen.add(name)
         data = dict(dict(split="test"), **task["data"])
-        for one in (data, *evaluator.more_data(task)):
-            if _key(one) not in looked:
-                _check_split(one, name)
-                looked.add(_key(one))
+        for entry in (data, *evaluator.more_data(task)):
+            if _key(entry) not in checked:
+                _check_split(entry, name)
+                checked.add(_key(entry))
         evaluator.check_data(task)
         place = _key(dict(data, kind=""))
         if data.get("path") and place not in counts:
@@ -326,9 +326,8 @@ def check(tasks: Sequence[Any]) -> None:
         need = evaluator.needs
         if counts.get(place) and not counts[place].get(need, 1):
             raise ValueError(
-                f"{name}: no example of {data['path']} [{data['split']}] has a {need}; leave the "
-                f"task out, or say in its data which field it is ({sources.KINDS[need].wanted}"
-                "_field='NAME')"
+                f"{name}: no example of {data['path']} [{data['split']}] has a {need}. Remove the "
+                f"task, or name the field in its data ({sources.KINDS[need].wanted}_field='NAME')."
             )
 
 
@@ -337,8 +336,7 @@ def _key(data: Mapping[str, Any]) -> str:
 
 
 def _check_split(data: Mapping[str, Any], task: str) -> None:
-    """Raises ValueError or FileNotFoundError for data of a task that are not there, or without the
-    split."""
+    """Raises ValueError or FileNotFoundError if the data of a task or its split does not exist."""
     try:
         entry = Entry.of(data, "data")
         entry.check_place("data")
@@ -347,13 +345,13 @@ def _check_split(data: Mapping[str, Any], task: str) -> None:
     for key in ("where", "text_field", "label_field", "image_field", "limit"):
         if entry.builtin and getattr(entry, key):
             raise ValueError(
-                f"{task}: {key}={getattr(entry, key)!r}: builtin={entry.builtin!r} is scored whole "
-                "and as it is drawn; leave it out, or give the task's own limit"
+                f"{task}: {key}={getattr(entry, key)!r}: not supported for "
+                f"builtin={entry.builtin!r}. Remove it; to limit the examples, set the task's limit."
             )
     if entry.builtin or not (entry.path or entry.tfds or entry.seqio):
-        open_whole(entry)  # at once, for scenes; refuses what is nowhere
+        open_whole(entry)  # raises for an unknown source; cheap for synthetic scenes
         return
-    if entry.seqio:  # its module is not loaded for this
+    if entry.seqio:  # checking it would import TensorFlow
         return
     try:
         evaluation_data.check_split(entry, entry.split)
@@ -361,40 +359,40 @@ def _check_split(data: Mapping[str, Any], task: str) -> None:
         raise ValueError(f"{task}: {error}") from None
 
 
-def called(task: Mapping[str, Any]) -> str:
-    """What messages call a task."""
+def task_label(task: Mapping[str, Any]) -> str:
+    """Name of a task in messages."""
     return f"eval.tasks, {task['kind']} of {task.get('name')}"
 
 
 def check_apart(task: Mapping[str, Any], other: Mapping[str, Any], use: str) -> None:
-    """Raises ValueError where a task's other data are those that it scores, or hold them all. use:
-    what they are."""
+    """Raises ValueError if `other`, additional data of a task, contains the data that it scores.
+    use: how the task uses `other`."""
     given, test = (Entry.of(dict(dict(split="test"), **data)) for data in (other, task["data"]))
-    if test.path and not evaluation_data.splits(test):  # then all is read, whatever it is called
+    if test.path and not evaluation_data.splits(test):  # without splits, all data is read
         given = dataclasses.replace(given, split=test.split)
-    where = test.where if given.where else given.where  # the whole holds each part
+    where = test.where if given.where else given.where  # unfiltered data contains every subset
     if given == dataclasses.replace(test, kind=given.kind, where=where):
         raise ValueError(
-            f"{called(task)}: {test.path or test.tfds or test.builtin} would be {use} and scored: "
-            "give another split, or folders `train` and `test`"
+            f"{task_label(task)}: {test.path or test.tfds or test.builtin} would be both {use} and "
+            "scored. Use another split, or folders `train` and `test`."
         )
 
 
 def check_keys(task: Mapping[str, Any], evaluator: type[Evaluator]) -> None:
-    """Raises ValueError for a key that tasks of this kind do not have, with the nearest one, a
-    value that cannot be, or a key that is needed and not there."""
+    """Raises ValueError for an unknown key, an invalid value, or a missing key of a task."""
     known = dict(TASK, **evaluator.options)
-    name = called(dict(task, kind=evaluator.kind))
+    name = task_label(dict(task, kind=evaluator.kind))
     for key, value in task.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-            raise ValueError(f"{name}: no key {key!r}; {remedy}")
+            remedy = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+            raise ValueError(f"{name}: unknown key {key!r}. {remedy}")
         check_value(known[key], value, f"{name}: {key}")
     for key in _NEEDED:
         if key not in task:
-            raise ValueError(f"{name}: no {key!r}; give {allowed(known[key])}")
+            raise ValueError(f"{name}: {key!r} is missing. Set it to {allowed(known[key])}.")
     if task.get("known_only") and not task.get("candidates"):
         raise ValueError(
-            f"{name}: known_only=True needs candidates, whose texts are the known ones"
+            f"{name}: known_only=True without candidates. Set candidates, which define the known "
+            "texts."
         )

@@ -16,12 +16,9 @@ from coca_jax.evaluation.evaluators.caption_match import canonical_text, score_r
 
 
 def among_first(count: int, right: Iterable[int], k: int) -> float:
-    """Probability that one of the right candidates is among the first k of `count` candidates in
-    random order, averaged over the queries.
-
-    right: number of right candidates of each query. For m of them the probability is
-    1 - C(count - m, k) / C(count, k).
-    """
+    """Probability that a correct candidate is among the first k of `count` candidates in random
+    order, averaged over the queries. right: number of correct candidates of each query."""
+    # With m correct candidates: 1 - C(count - m, k) / C(count, k).
     first = min(k, count)
     several, times = np.unique(np.fromiter(right, np.int64), return_counts=True)
     whole = math.comb(count, first)
@@ -30,7 +27,7 @@ def among_first(count: int, right: Iterable[int], k: int) -> float:
 
 
 def most_common_caption(references: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """(exact match, word F1) of the most common reference as the caption of every image.
+    """(exact match, word F1) of a model that always outputs the most common reference.
 
     references: the captions of each image.
     """

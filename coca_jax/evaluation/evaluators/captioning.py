@@ -1,4 +1,4 @@
-"""Captioning: perplexity of the references, and the model's captions compared with them."""
+"""Captioning evaluator: perplexity of the references, and metrics of the generated captions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coca_jax.evaluation.evaluators import (
     stack_images,
     warn,
 )
-from coca_jax.evaluation.evaluators.base import Evaluator, Flag, Metric, Scale, Setting, called
+from coca_jax.evaluation.evaluators.base import Evaluator, Flag, Metric, Scale, Setting, task_label
 from coca_jax.evaluation.evaluators.baselines import most_common_caption
 from coca_jax.evaluation.evaluators.caption_match import Scorer, score_references, score_scene
 from coca_jax.evaluation.evaluators.results import Outputs, Spread, Worst, encode_png, picture, seen
@@ -30,9 +30,9 @@ from coca_jax.evaluation.metrics import captions as caption_metrics
 from coca_jax.evaluation.metrics.intervals import (
     bootstrap,
     limits,
-    of_owners,
     resampled_sums,
     scored,
+    sum_by_owner,
     with_interval,
 )
 from coca_jax.inference.generation.config import GenerationConfig
@@ -40,23 +40,23 @@ from coca_jax.runtime import storage
 
 
 def _item(record: Record, caption: str, exact: bool, f1: float) -> dict[str, Any]:
-    """One picture of the report; raw: as the model takes it, for `_with_words` alone."""
+    """An example image for the report. `raw` is the model's input; `_with_words` removes it."""
     references = record_texts(record, "captioning")[:5]
     raw, image = record["image"], encode_png(picture(record["image"]))
     return dict(image=image, caption=caption, references=references, exact=exact, f1=f1, raw=raw)
 
 
 def _with_words(predict: Predictor, items: Sequence[dict[str, Any]], wanted: bool) -> None:
-    """Gives the pictures of the report, where that is wanted, the words of their captions, with
-    probability and the attention over the picture, and takes `raw` away."""
+    """Removes `raw` from the items; if `wanted`, adds the words of each caption with their
+    probability and attention map."""
     images = [item.pop("raw") for item in items]
-    if not wanted or not items or predict.resize == "native":  # maps are of square images
+    if not wanted or not items or predict.resize == "native":  # the report needs fixed-size maps
         return
     reasons = predict.explain(images, [item["caption"] for item in items])
     for item, reason, raw in zip(items, reasons, images):
-        if reason.attention.ndim > 2:  # of a clip's frames, of which one is shown
+        if reason.attention.ndim > 2:  # video: the report shows only one frame
             continue
-        item["image"] = encode_png(seen(raw, predict))  # what the map lies over
+        item["image"] = encode_png(seen(raw, predict))  # background of the map
         item["fit"], item["aspect"] = predict.resize, shapes.aspect(predict.image_size)
         item["words"] = [
             dict(
@@ -70,34 +70,35 @@ def _with_words(predict: Predictor, items: Sequence[dict[str, Any]], wanted: boo
 
 
 def _encoded(attention: np.ndarray) -> str:
-    """A map [R, C] as base64 of uint8, 255 where it is highest."""
+    """Encodes a map [R, C] as base64 uint8, with the maximum scaled to 255."""
     scaled = np.rint(255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8)
     return base64.b64encode(scaled.tobytes()).decode()
 
 
 class Captioning(Evaluator):
-    """Scores a model's captions.
+    """Scores the captions of a model.
 
     Args:
-      data_name: of the data set, the second part of the metrics' names.
+      data_name: name of the dataset, the second part of the metric names.
       scorer: (caption, record) -> (exact, F1); `score_references` or `score_scene`.
-      perplexity, captions: which halves to run.
-      java_metrics: METEOR and SPICE as well, where they can run; `skipped` says why not.
-      attention: words of the report's captions with their attention over the picture.
-      how: options of decoding, such as num_beams.
-      outputs: where captions are kept while they are made.
-      batch_size: images at a time.
-      num_examples: pictures kept for the report.
-      progress: shows a bar.
+      perplexity: compute the perplexity of the references.
+      captions: generate captions and score them.
+      java_metrics: also compute METEOR and SPICE; `skipped` gives the reason if they cannot run.
+      attention: add an attention map per caption word to the report.
+      how: decoding options, such as num_beams.
+      outputs: file for captions during the evaluation.
+      batch_size: images per call of the model.
+      num_examples: number of example images for the report.
+      progress: show a progress bar.
     """
 
     kind, order, title, usual = "captioning", 40, "Captioning", True
     options = dict(decode=Mapping[str, Any], java_metrics=bool, attention=bool)
     needs, programs = "caption", ("caption", "caption_log_likelihood")
     flags = (
-        Flag("num_beams", 1, "Beams of the captions.", least=1),
-        Flag("java_metrics", True, "METEOR and SPICE, where they can run."),
-        Flag("attention", True, "In the report, where the model looked for each word."),
+        Flag("num_beams", 1, "Number of beams for captions.", least=1),
+        Flag("java_metrics", True, "Compute METEOR and SPICE if Java is available."),
+        Flag("attention", True, "Show the attention map of each caption word in the report."),
     )
     metrics = {
         "exact_match": Metric("Exact match"),
@@ -111,12 +112,12 @@ class Captioning(Evaluator):
         "perplexity": Metric("Perplexity", Scale.PLAIN, lower=True),
         "distinct": Metric("Distinct captions"),
         "same_start": Metric("Captions with the most common first three words", lower=True),
-        "same_start_references": Metric("References with these first three words"),
+        "same_start_references": Metric("References with the same first three words"),
         "self_bleu": Metric("Self-BLEU", Scale.HUNDREDFOLD, lower=True),
-        "image_gain": Metric("Gain by the right image, nats a token", Scale.PLAIN),
+        "image_gain": Metric("Gain from the correct image, nats per token", Scale.PLAIN),
     }
-    # Word F1 first: exact match is near 0 for long captions even of a good model, and CIDEr-D and
-    # BLEU-4 mean little to people who don't know them.
+    # Word F1 first: for long captions even a good model's exact match is near 0, and CIDEr-D and
+    # BLEU-4 are hard to interpret.
     headlines = ("word_f1", "attribute_f1", "exact_match", "cider_d")
 
     def __init__(
@@ -144,13 +145,13 @@ class Captioning(Evaluator):
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --num_beams, --java_metrics and --attention."""
+        """Reads --num_beams, --java_metrics and --attention."""
         super().from_flags(task, flags)
         task.update(java_metrics=flags.java_metrics, attention=flags.attention)
         if flags.num_beams > 1:
             task["decode"] = dict(num_beams=flags.num_beams)
         if task["data"].get("builtin"):
-            task["data"]["objects"] = (1,)  # what exact match is defined for
+            task["data"]["objects"] = (1,)  # exact match is defined for single objects
 
     @classmethod
     def check_task(cls, task: Mapping[str, Any]) -> None:
@@ -158,12 +159,12 @@ class Captioning(Evaluator):
         try:
             GenerationConfig().updated(task.get("decode") or {})
         except ValueError as error:
-            raise ValueError(f"{called(task)}: decode: {error}") from None
+            raise ValueError(f"{task_label(task)}: decode: {error}") from None
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Captioning:
-        """task: decode, options of decoding; java_metrics; attention. Captions so far are kept in
-        workdir/eval_captions."""
+        """Options of a task: decode (decoding options), java_metrics, attention. Captions are
+        stored in workdir/eval_captions during the evaluation."""
         outputs = None
         if setting.workdir:
             name = f"{task['name'].replace('/', '_')}.jsonl"
@@ -183,14 +184,12 @@ class Captioning(Evaluator):
         )
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields perplexity (of a token, over all references), exact_match, f1, bleu4, rouge_l,
-        cider_d, with java_metrics meteor and spice, and the figures of collapse.py (image_gain
-        with perplexity alone), all with intervals; exact_match and word_f1 also of always giving
-        the most common reference (`_majority`).
+        """Yields perplexity, exact_match, word_f1 or attribute_f1, bleu4, rouge_l, cider_d, meteor
+        and spice (with java_metrics), and the metrics of collapse.py (image_gain only with
+        perplexity), all with intervals; exact_match and word_f1 also have a `_majority` baseline.
 
-        A record needs `image` and `text`, and what the scorer reads. Perplexity is
-        exp(-sum of log likelihoods / number of predicted tokens), the end of text included.
-        Afterwards `examples` holds pictures with captions and references.
+        Perplexity is exp(-sum of log likelihoods / number of predicted tokens) over all references,
+        including the end tokens. A record needs `image` and `text`. Sets `examples`.
         """
         sums, tokens, f1 = list[float](), list[list[int]](), list[float]()
         exact, captions, image_of = list[bool](), list[str](), list[bytes]()  # digests
@@ -211,7 +210,8 @@ class Captioning(Evaluator):
                 image_of.append(content_digest(record["image"]))
                 references.append(record_texts(record, self.name))
                 if self.perplexity:
-                    sums.append(sum(one["log_likelihood"]))  # an image's: they are no draws apart
+                    # Sum per image: its references are not independent samples.
+                    sums.append(sum(one["log_likelihood"]))
                     tokens.append(one["tokens"])
                 if not self.captions:
                     continue
@@ -228,10 +228,9 @@ class Captioning(Evaluator):
         if self.outputs:
             self.outputs.close()
         if not references:
-            raise ValueError(f"{self.name} has no record; check the data set and its split")
-        once, owners = np.unique(
-            firsts(image_of), return_inverse=True
-        )  # a list may name an image twice
+            raise ValueError(f"{self.name}: no records. Check the dataset and its split.")
+        # Several records may have the same image: intervals resample images.
+        once, owners = np.unique(firsts(image_of), return_inverse=True)
         if self.perplexity:
             yield from self._perplexity(sums, tokens, owners, predict.max_len)
         if self.captions:
@@ -249,7 +248,7 @@ class Captioning(Evaluator):
         self.examples = dict(kind="captioning", items=items, worst=worse, notes=self._notes())
 
     def _notes(self) -> list[str]:
-        skipped = [f"{metric.upper()} skipped: {why}" for metric, why in self.skipped.items()]
+        skipped = [f"Skipped {metric.upper()}: {why}" for metric, why in self.skipped.items()]
         return [line for line in (self.cut, self.warning) if line] + skipped
 
     def _make(
@@ -260,8 +259,8 @@ class Captioning(Evaluator):
         recent: Sequence[Record],
         before: int,
     ) -> list[dict[str, Any]]:
-        """The model's outputs of a batch's records from the `first`, as `Outputs` keeps them;
-        recent: the last records of the batches before; before: how many there were."""
+        """Model outputs for the records of a batch from index `first`, in the format of `Outputs`.
+        recent: the last records of earlier batches; before: number of earlier records."""
         records = batch[first:]
         images = stack_images(records)
         made: list[dict[str, Any]] = [dict(key=str(r.get("key", ""))) for r in records]
@@ -300,19 +299,20 @@ class Captioning(Evaluator):
         owners: np.ndarray,
         max_len: int,
     ) -> Iterator[tuple[str, float]]:
-        """Of each record's log likelihood and its references' predicted tokens. `cut` says how many
-        references have as many as a text of max_len can, with its begin: most were longer."""
+        """Perplexity from the log likelihood of each record and the token counts of its references.
+        Sets `cut` to a warning if references reach the maximum length."""
         counts = [count for several in tokens for count in several]
+        # The start token is not predicted; most references of the full length were cut.
         full = sum(count >= max_len - 1 for count in counts)
         if full:
             self.cut = (
-                f"{full} of {len(counts)} references fill all model.text.max_len={max_len} tokens, "
-                "and what is longer loses its end: perplexity is of what is left"
+                f"{full} of {len(counts)} references fill model.text.max_len={max_len} tokens; "
+                "longer ones are truncated, and perplexity covers only the remaining tokens"
             )
             warn(self.name, self.cut)
-        predicted = of_owners(np.asarray([sum(one) for one in tokens]), owners)
-        nats = bootstrap(-of_owners(np.asarray(sums), owners), predicted)
-        with np.errstate(over="ignore"):  # above 709 nats a token it is infinite
+        predicted = sum_by_owner(np.asarray([sum(one) for one in tokens]), owners)
+        nats = bootstrap(-sum_by_owner(np.asarray(sums), owners), predicted)
+        with np.errstate(over="ignore"):  # infinite above 709 nats per token
             found, low, high = np.exp(nats).tolist()
         yield from scored(f"{self.name}/perplexity", found, (low, high), len(sums))
 
@@ -323,8 +323,8 @@ class Captioning(Evaluator):
         gains: Sequence[tuple[float, float] | None],
         once: Sequence[int],
     ) -> Iterator[tuple[str, float]]:
-        """Whether the model says the same of everything; `warning` says so. once: the first record
-        of each image, as a list may name it for each of its captions."""
+        """Metrics of collapse.py; sets `warning` for a collapsed captioner. once: index of the
+        first record of each image."""
         captions, references = [captions[i] for i in once], [references[i] for i in once]
         start, same_start = collapse.same_start(captions)
         found = dict(
@@ -335,8 +335,8 @@ class Captioning(Evaluator):
         figures = {name: float(values.mean()) for name, values in found.items()}
         for name, values in found.items():
             yield from with_interval(f"{self.name}/{name}", values)
-        # Of a first record alone: what a later one was compared with may be its own picture.
-        own = [one for i in once if (one := gains[i])]
+        # Only the first record of an image: a later one may have been compared with its own image.
+        own = [pair for i in once if (pair := gains[i])]
         gain, count = np.asarray(own, np.float64).reshape(-1, 2).T
         if count.sum() > 0:
             figures["image_gain"], low, high = bootstrap(gain, count)
@@ -355,14 +355,14 @@ class Captioning(Evaluator):
     def _corpus_metrics(
         self, captions: Sequence[str], references: Sequence[Sequence[str]], owners: np.ndarray
     ) -> Iterator[tuple[str, float]]:
-        """owners: the image of each caption, which is drawn with all of its records."""
+        """Metrics of tokenized captions. owners: image of each caption; intervals resample images."""
         tokenized = [caption_metrics.tokenize(caption) for caption in captions]
         wanted = [[caption_metrics.tokenize(text) for text in several] for several in references]
         stats = caption_metrics.bleu_stats(tokenized, wanted)
         yield from scored(
             f"{self.name}/bleu4",
             caption_metrics.bleu(stats.sum(0))[3],
-            limits(caption_metrics.bleu(resampled_sums(of_owners(stats, owners)))[:, 3]),
+            limits(caption_metrics.bleu(resampled_sums(sum_by_owner(stats, owners)))[:, 3]),
             len(tokenized),
         )
         for name, metric, most in (
@@ -375,12 +375,12 @@ class Captioning(Evaluator):
             return
         self.skipped = {m: w for m in ("meteor", "spice") if (w := caption_metrics.why_not(m))}
         if "meteor" not in self.skipped:
-            whole, each = caption_metrics.meteor(tokenized, wanted)
-            # METEOR's own figure is not the mean of the images': its interval is theirs, moved.
+            corpus, each = caption_metrics.meteor(tokenized, wanted)
+            # Corpus METEOR is not the mean over images: shift the interval of the mean to it.
             counts = np.bincount(owners)
-            mean, low, high = bootstrap(of_owners(each, owners), counts)
-            moved = (max(whole + low - mean, 0.0), min(whole + high - mean, 1.0))
-            yield from scored(f"{self.name}/meteor", whole, moved, len(tokenized))
+            mean, low, high = bootstrap(sum_by_owner(each, owners), counts)
+            moved = (max(corpus + low - mean, 0.0), min(corpus + high - mean, 1.0))
+            yield from scored(f"{self.name}/meteor", corpus, moved, len(tokenized))
         if "spice" not in self.skipped:
             each = caption_metrics.spice(
                 [" ".join(tokens) for tokens in tokenized],

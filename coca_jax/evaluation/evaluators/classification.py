@@ -1,4 +1,4 @@
-"""What every classifier's guesses amount to: accuracies, accuracy by class, confusion."""
+"""Classification metrics: top-k and per-class accuracy, confusion matrix, example images."""
 
 from __future__ import annotations
 
@@ -28,27 +28,26 @@ METRICS = {
     "top5": Metric("Top-5"),
     "mean_per_class": Metric("Mean per class"),
 }
-_MAX_CONFUSION = 100  # classes; more would be a picture nobody reads
+_MAX_CONFUSION = 100  # classes; a larger matrix is unreadable
 
 
 class Tally:
-    """Collects scores of classes for images with one or several true classes.
+    """Accumulates class scores of images with one or several true classes.
+
+    A prediction is correct if it is any of the true classes. Among equal scores the true class is
+    ranked last, so constant scores count as wrong.
 
     Args:
-      name: first two parts of the metrics' names, `<evaluator>/<data set>`.
+      name: first two parts of the metric names, `<evaluator>/<dataset>`.
       class_names: distinct names, [classes].
-      labels: how the records call the classes, [classes]; by default as `class_names`.
+      labels: names of the classes in the records, [classes]; `class_names` by default.
       tie: scores closer than this are equal.
-      relative: `tie` is a share of the higher score, as probabilities need, of which most are tiny.
-      missing: whether an image with none of the classes counts as wrong and is not refused.
-      asked: whether records ask something of images, of one several things: intervals draw it with
-        all of them.
-      num_examples: pictures kept for the report.
+      relative: `tie` is relative to the higher score; for probabilities, most of which are tiny.
+      missing: count an image without a known class as wrong instead of raising an error.
+      asked: records are questions, of which an image may have several; intervals resample images.
+      num_examples: number of example images for the report.
 
-    An image is right when any of its classes is guessed. Of classes that score the same the true
-    one is ranked last, so that constant scores count as wrong.
-
-    Raises ValueError when names repeat or there are fewer than two.
+    Raises ValueError for duplicate names or fewer than two.
     """
 
     def __init__(
@@ -67,37 +66,36 @@ class Tally:
         check_distinct(class_names)
         if len(set(labels)) != len(class_names):
             raise ValueError(
-                f"labels holds {len(set(labels))} distinct labels for {len(class_names)} "
-                "class_names; give one for each name"
+                f"labels: {len(set(labels))} distinct labels for {len(class_names)} class_names. "
+                "Give one label per name."
             )
         self.name, self.class_names = name, list(class_names)
         self.tie, self.relative, self.missing, self.asked = tie, relative, missing, asked
         self._image_of: list[bytes] = []
         self._number = {label: i for i, label in enumerate(labels)}
         self._ranks: list[np.ndarray] = []
-        self._right: list[np.ndarray] = []  # how many classes each image has
+        self._right: list[np.ndarray] = []  # number of true classes of each image
         self._images_of = np.zeros(len(class_names), np.int64)  # number of images of each class
-        self._truths: list[int] = []  # the first name, for accuracy by class and confusion; or -1
+        self._truths: list[int] = []  # first true class of each image, or -1
         self._guesses: list[np.ndarray] = []
         self._shown, self._worst = Spread(num_examples), Worst(num_examples // 2)
 
     def true_classes(self, record: Record) -> list[int]:
-        """Returns the numbers of the record's classes; ValueError when none is known."""
+        """Returns the class indices of a record. Raises ValueError if none is known."""
         found = [self._number[label] for label in record["labels"] if label in self._number]
         if not found and not self.missing:
             first = str(next(iter(record["labels"]), ""))
             near = difflib.get_close_matches(first, self._number, n=1, cutoff=0)
             raise ValueError(
-                f"labels of {record.get('key', 'a record')} are {list(record['labels'])}; "
-                f"none is among the {len(self._number)} classes of {self.name}, of which "
-                f"{near[0]!r} is the nearest; give all classes, or keep only records of these with "
-                "--where=label=NAME,NAME"
+                f"record {record.get('key', '?')}: labels {list(record['labels'])} are not among "
+                f"the {len(self._number)} classes of {self.name} (closest: {near[0]!r}). Add the "
+                "class names, or select records with --where=label=NAME,NAME."
             )
         return found
 
     def add(self, scores: np.ndarray, records: Sequence[Record]) -> np.ndarray:
-        """Takes scores [N, classes] of N records with `labels` (and `image`, for the report);
-        returns bool [N], whether the first guess is right."""
+        """Adds scores [N, classes] of N records with `labels` and `image`. Returns bool [N]:
+        whether the top prediction is correct."""
         right = np.zeros(scores.shape, bool)
         for row, record in enumerate(records):
             known = self.true_classes(record)
@@ -108,11 +106,11 @@ class Tally:
         self._ranks.append(rank_of_best(scores, right, self.tie, self.relative))
         self._right.append(right.sum(1))
         self._images_of += right.sum(0)
-        # Among equal scores a wrong class is the guess, as in the rank.
+        # Among equal scores the prediction is a wrong class, consistent with the rank.
         top = scores.max(1, keepdims=True)
         best = scores >= top - _width(self.tie, top, self.relative)
         self._guesses.append(np.where(best & ~right, 2, np.where(best, 1, 0)).argmax(1))
-        # How far the guess lies over the truth, where it is wrong.
+        # Margin of a wrong prediction over the best true class.
         margin = scores.max(1) - np.where(right, scores, -np.inf).max(1)
         for record, row, wrong, off in zip(records, scores, self._ranks[-1] > 0, margin):
             make = functools.partial(self._item, record, row.copy())
@@ -122,7 +120,7 @@ class Tally:
         return self._ranks[-1] < 1
 
     def _item(self, record: Record, scores: np.ndarray) -> dict[str, Any]:
-        """One picture of the report, with the three best guesses."""
+        """An example image for the report with the top three predictions."""
         return dict(
             image=encode_png(picture(record["image"])),
             truth=[self.class_names[c] for c in self.true_classes(record)] or record["labels"],
@@ -130,18 +128,18 @@ class Tally:
         )
 
     def owners(self) -> np.ndarray | None:
-        """Which image each record asks about, int [N]; None where records ask nothing."""
+        """Index of the image of each record, int [N]; None if records are not questions."""
         return numbered(self._image_of) if self.asked else None
 
     def results(self) -> Iterator[tuple[str, float]]:
-        """Yields top1, top5 (of more than five classes), mean_per_class, their intervals and
+        """Yields top1, top5 (with more than five classes) and mean_per_class with intervals and
         baselines.
 
-        mean_per_class is the mean accuracy of the classes that occur; its interval resamples within
-        each class. Raises ValueError when nothing was added.
+        mean_per_class is the mean accuracy over the classes that occur; its interval resamples
+        within each class. Raises ValueError if nothing was added.
         """
         if not self._truths:
-            raise ValueError(f"{self.name} has no record; check the data set and its split")
+            raise ValueError(f"{self.name}: no records. Check the dataset and its split.")
         rank, truth = np.concatenate(self._ranks), np.asarray(self._truths)
         owners = self.owners()
         yield from with_interval(f"{self.name}/top1", rank < 1, owners=owners)
@@ -157,16 +155,16 @@ class Tally:
             yield from scored(f"{self.name}/mean_per_class", mean, interval, len(rank))
         for metric, share in self.chance().items():
             yield f"{self.name}/{metric}_chance", share
-        # Always naming the largest class: the baseline that a useful classifier has to beat.
+        # Accuracy of always predicting the largest class.
         yield f"{self.name}/top1_majority", float(self._images_of.max() / len(self._truths))
         yield f"{self.name}/num_classes", float(len(self.class_names))
 
     def hits(self) -> np.ndarray:
-        """Returns bool [N]: whether each image's first guess is right."""
+        """Returns bool [N]: whether the top prediction of each image is correct."""
         return np.concatenate(self._ranks) < 1
 
     def chance(self) -> dict[str, float]:
-        """The scores of random guesses."""
+        """Expected scores of random guessing."""
         right, count = np.concatenate(self._right), len(self.class_names)
         found = {f"top{k}": among_first(count, right, k) for k in (1, 5) if k < max(count, 2)}
         known = np.asarray(self._truths) >= 0
@@ -178,18 +176,17 @@ class Tally:
         return found
 
     def _guessed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rank, first true class, guess) of every image that has a class; with several true
-        classes a guess of any of them stands on the diagonal."""
+        """(rank, first true class, prediction) of every image with a known class."""
         rank, truth = np.concatenate(self._ranks), np.asarray(self._truths)
+        # Any of several true classes is correct: put it on the diagonal of the confusion matrix.
         guess = np.where(rank < 1, truth, np.concatenate(self._guesses))
         return rank[truth >= 0], truth[truth >= 0], guess[truth >= 0]
 
     def classes(self) -> dict[str, Any]:
         """Returns dict(class_names, accuracy, count, confusion) for eval_classes.json.
 
-        accuracy: of each class, None where it does not occur; count: its images. confusion: triples
-        [true class, guessed class, times] of all pairs that occur, classes by their place in
-        class_names.
+        accuracy: per class, None if the class does not occur; count: images per class. confusion:
+        [true class, predicted class, count] of all pairs that occur, as indices into class_names.
         """
         rank, truth, guess = self._guessed()
         total = np.bincount(truth, minlength=len(self.class_names))
@@ -203,7 +200,7 @@ class Tally:
         )
 
     def examples(self) -> dict[str, Any]:
-        """Returns confusions, accuracies by class and pictures, for the report."""
+        """Returns the confusion matrix, per-class accuracy and example images for the report."""
         rank, truth, guess = self._guessed()
         names = self.class_names
         present, place, total = np.unique(truth, return_inverse=True, return_counts=True)
@@ -229,7 +226,8 @@ class Tally:
         )
         rows, columns = present, np.unique(np.concatenate([present, guess]))
         if len(columns) <= _MAX_CONFUSION:
-            table = np.zeros((len(rows), len(columns)), int)  # of 100,000 names all are 80 GB
+            # Only classes that occur: a full matrix of 100,000 classes would need 80 GB.
+            table = np.zeros((len(rows), len(columns)), int)
             np.add.at(table, (place, np.searchsorted(columns, guess)), 1)
             examples["confusion"] = dict(
                 rows=[names[c] for c in rows],
@@ -242,14 +240,15 @@ class Tally:
 def rank_of_best(
     scores: np.ndarray, right: np.ndarray, tie: float = 1e-6, relative: bool = False
 ) -> np.ndarray:
-    """Returns how many wrong candidates score no less than the best right one, int [N].
+    """Returns the number of wrong candidates that score at least as high as the best correct one,
+    int [N].
 
     Args:
       scores: [N, C].
-      right: bool [N, C]; a row without one has rank C.
-      tie: scores closer than this are equal; float32 dot products of the same unit vectors may
-        differ by about 1e-7.
-      relative: `tie` is a share of the best right score.
+      right: bool [N, C], the correct candidates; a row without any has rank C.
+      tie: scores closer than this are equal (float32 dot products of the same unit vectors can
+        differ by about 1e-7).
+      relative: `tie` is relative to the best correct score.
     """
     best = np.where(right, scores, -np.inf).max(1, keepdims=True)
     tie = _width(tie, best, relative)
@@ -257,5 +256,5 @@ def rank_of_best(
 
 
 def _width(tie: float, best: np.ndarray, relative: bool) -> Any:
-    """How far below `best` scores are equal to it; best may be -inf, where there is none."""
+    """Distance below `best` within which scores are equal to it; `best` may be -inf."""
     return tie * np.maximum(best, 0) if relative else tie

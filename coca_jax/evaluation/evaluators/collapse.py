@@ -1,10 +1,10 @@
-"""Does a captioner say the same of everything? Four figures, and when they are a warning.
+"""Detects a collapsed captioner, which writes the same captions for all images. Four metrics:
 
-distinct     share of the captions that differ from all others (after case and punctuation)
-same_start   share of the captions that begin with the same three words, the most common ones
-self_bleu    BLEU-4 of each caption with the others as its references, the mean (Zhu et al. 2018)
-image_gain   how much more probable captions are with their own images than with others' images:
-             nats a token, the mean
+distinct     number of different captions (ignoring case and punctuation) per caption
+same_start   fraction of captions that start with the most common first three words
+self_bleu    mean BLEU-4 of each caption with the others as references (Zhu et al. 2018)
+image_gain   mean gain in log probability of a caption with its own image instead of another one, in
+             nats per token
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ import numpy as np
 from coca_jax.evaluation.evaluators import Record, check_finite, stack_images
 from coca_jax.evaluation.metrics import captions
 
-TRIED = 64  # captions that an evaluation scores with another image too
-APART = 7  # places between an image and that other one: neighbours in a set are often alike
-LEAST = 32  # captions below which nothing is warned of
-LEAST_DISTINCT = 0.2  # of the share that the references have, or of 1 without references
+TRIED = 64  # captions that are also scored with another image
+APART = 7  # distance to the other image in the dataset: neighbors are often similar
+LEAST = 32  # no warning for fewer captions
+LEAST_DISTINCT = 0.2  # relative to the references
 START_WORDS = 3
-MOST_SAME_START = 0.25  # share of captions; more is allowed where references begin so, too
-LEAST_GAIN = 0.01  # nats a token
-MOST = 2000  # captions that self-BLEU looks at
+MOST_SAME_START = 0.25  # more is allowed if the references also start alike
+LEAST_GAIN = 0.01  # nats per token
+MOST = 2000  # maximum number of captions for self-BLEU
 
 
 class Scorer(Protocol):
-    """What gives log likelihoods: a loaded model, or an evaluator's predictor."""
+    """A model that computes the log likelihood of captions."""
 
     def caption_log_likelihood(self, images: Any, texts: Sequence[str]) -> Any:
-        """(Log probabilities of text i for image i, numbers of predicted tokens), each [N]."""
+        """(log probability of text i for image i, number of predicted tokens), each [N]."""
 
 
 def distinct(texts: Sequence[str]) -> np.ndarray:
-    """One over the number of texts that say the same, float64 [N]: the mean is the share of
-    different texts."""
+    """Returns 1 / (number of equal texts) for each text, float64 [N]; the mean is the number of
+    different texts divided by N."""
     normalized = [" ".join(captions.tokenize(text)) for text in texts]
     counts = collections.Counter(normalized)
-    return np.array([1 / counts[one] for one in normalized])
+    return np.array([1 / counts[text] for text in normalized])
 
 
 def start_of(text: str) -> str:
-    """The first three words of a text in lower case; '' of a shorter one."""
+    """The first three words of a text in lower case; '' for a shorter text."""
     words = captions.tokenize(text)[:START_WORDS]
     return " ".join(words) if len(words) == START_WORDS else ""
 
 
 def same_start(texts: Sequence[str]) -> tuple[str, np.ndarray]:
-    """The most common `start_of` the texts, and bool [N], whether each text begins with it."""
+    """Returns the most common `start_of` the texts, and bool [N]: the texts that start with it."""
     starts = [start_of(text) for text in texts]
     counts = collections.Counter(start for start in starts if start)
     most_common = counts.most_common(1)[0][0] if counts else ""
@@ -59,25 +59,24 @@ def same_start(texts: Sequence[str]) -> tuple[str, np.ndarray]:
 
 
 def begin_alike(captions: float, references: float) -> bool:
-    """Whether too many captions begin with the same words, by the shares of captions and references
-    that do. People's captions may begin alike ("a photo of"); then a model is right to do so."""
+    """Whether too many captions start with the same words, given the fractions of captions and of
+    references that do."""
+    # References may start alike, too ("a photo of"); then a model that does so is not collapsed.
     return captions > max(MOST_SAME_START, 2 * references + 0.1)
 
 
 def self_bleu(texts: Sequence[str]) -> np.ndarray:
-    """BLEU-4 of each text with all others as references, float64 [N], of the first MOST texts; 0
-    of one text alone. Of fewer than four words, where BLEU-4 is near 0 whatever they are: 1 where
-    another text is the same.
-
-    The most that another text has of an n-gram is the most of all, or the second most where the
-    text itself has the most: one pass for all.
+    """Returns BLEU-4 of each of the first MOST texts with the others as references, float64 [N].
+    A text of fewer than four words, whose BLEU-4 is always near 0, gets 1 if another text is equal.
     """
     tokens = [captions.tokenize(text) for text in texts[:MOST]]
     if len(tokens) < 2:
         return np.zeros(len(tokens))
     rows = np.zeros((len(tokens), 10))
     for n in range(1, 5):
-        counts = [collections.Counter(zip(*(one[i:] for i in range(n)))) for one in tokens]
+        counts = [collections.Counter(zip(*(text[i:] for i in range(n)))) for text in tokens]
+        # The clip for a text is the highest count of the n-gram in any other text: the highest of
+        # all, or the second highest if the text itself has the highest. One pass finds both.
         most: dict[tuple, tuple[int, int]] = {}
         for found in counts:
             for gram, number in found.items():
@@ -88,27 +87,27 @@ def self_bleu(texts: Sequence[str]) -> np.ndarray:
                 first, second = most[gram]
                 row[n - 1] += min(number, second if number == first else first)
             row[n + 3] = found.total()
-    lengths = sorted(len(one) for one in tokens)
-    for row, one in zip(rows, tokens):
-        row[8], row[9] = len(one), _closest(lengths, len(one))
+    lengths = sorted(len(text) for text in tokens)
+    for row, text in zip(rows, tokens):
+        row[8], row[9] = len(text), _closest(lengths, len(text))
     scores: np.ndarray = captions.bleu(rows)[:, 3]
     same = collections.Counter(map(tuple, tokens))
-    short = [len(one) < 4 and same[tuple(one)] > 1 for one in tokens]
+    short = [len(text) < 4 and same[tuple(text)] > 1 for text in tokens]
     return np.where(short, 1.0, scores)
 
 
 def _closest(lengths: Sequence[int], own: int) -> int:
-    """The length nearest to `own` among the others, the shorter of two; `own` is one of them."""
+    """The length among the other texts that is closest to `own`; the shorter of two."""
     at = bisect.bisect_left(lengths, own)
-    beside = [lengths[i] for i in (at - 1, at + 1) if 0 <= i < len(lengths)]
-    return min(beside, key=lambda length: (abs(length - own), length))
+    neighbors = [lengths[i] for i in (at - 1, at + 1) if 0 <= i < len(lengths)]
+    return min(neighbors, key=lambda length: (abs(length - own), length))
 
 
 def gains(
     model: Scorer, images: Any, others: Any, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What image_gain is made of: nats by which text i is more probable with image i than with
-    others[i], float64 [N], and its number of tokens, int [N]. Raises ValueError for NaN."""
+    """Returns the log probability of text i with image i minus that with others[i], in nats,
+    float64 [N], and its number of tokens, int [N]. Raises ValueError for NaN."""
     right, tokens = model.caption_log_likelihood(images, texts)
     wrong, _ = model.caption_log_likelihood(others, texts)
     gain = np.asarray(right, np.float64) - np.asarray(wrong, np.float64)
@@ -118,11 +117,12 @@ def gains(
 def first_gains(
     model: Scorer, recent: Sequence[Record], batch: Sequence[Record], texts: Sequence[str], at: int
 ) -> list[tuple[float, float] | None]:
-    """(gain, tokens) of the caption of each of the batch's last records, None beyond the first
-    `TRIED` of the set: beside the image `APART` places before, or the first; the first has none.
+    """Returns (gain, tokens) for the captions of the last records of a batch, or None for records
+    that are not among the first `TRIED` of the dataset. The other image is the one `APART` records
+    earlier, or the first record, which itself has no gain.
 
-    recent: the last `APART` records before the batch, so that it does not matter how long that is;
-    texts: of the last records of the batch; at: the place in the set of the first of them.
+    recent: the last `APART` records before the batch; texts: captions of the last records of the
+    batch; at: index in the dataset of the first of these.
     """
     line = [*recent, *batch]
     start = len(line) - len(texts)
@@ -145,10 +145,10 @@ def warning(
     start: str = "",
     start_of_references: float = 0.0,
 ) -> str:
-    """What to tell of `count` captions with these figures; '' where nothing is wrong.
+    """Returns a warning about `count` captions with these metrics; '' if they look normal.
 
-    of_references: the distinct share of what people say of the same images. start: the three words
-    of `same_start`; start_of_references: the share of the references that begin with them.
+    of_references: `distinct` of the references. start: the three words of `same_start`;
+    start_of_references: fraction of the references that start with them.
     """
     if count < LEAST:
         return ""
@@ -156,19 +156,19 @@ def warning(
     same_start = figures.get("same_start", 0.0)
     if begin_alike(same_start, start_of_references):
         problems.append(
-            f"{same_start:.0%} of {count} captions begin with the same three words ({start!r}; "
+            f"{same_start:.0%} of {count} captions start with the same three words ({start!r}; "
             f"{start_of_references:.0%} of the references do)"
         )
     least = LEAST_DISTINCT * of_references
     if figures["distinct"] < least:
         problems.append(
-            f"the model says the same of everything: {figures['distinct']:.1%} of {count} captions "
-            f"are distinct (warned of below {least:.1%})"
+            f"captions repeat: {figures['distinct']:.1%} of {count} captions are distinct "
+            f"(threshold: {least:.1%})"
         )
     if "image_gain" in figures and figures["image_gain"] < LEAST_GAIN:
         problems.append(
-            "the model hardly looks at its images: captions are "
-            f"{figures['image_gain']:.4f} nats a token more probable with their own than with "
-            f"others (warned of below {LEAST_GAIN})"
+            "captions hardly depend on the image: their own image adds "
+            f"{figures['image_gain']:.4f} nats per token compared with another image (threshold: "
+            f"{LEAST_GAIN})"
         )
     return "; ".join(problems)

@@ -1,4 +1,4 @@
-"""What a task reads of its data: records, candidate texts, class names."""
+"""Inputs of an evaluation task: records, candidate texts and class names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from coca_jax.data import evaluation_data, prompts
 from coca_jax.data.evaluation_data import Records
 from coca_jax.data.sources.fields import printable
 from coca_jax.evaluation.evaluators import Record
-from coca_jax.evaluation.evaluators.base import Flag, called
+from coca_jax.evaluation.evaluators.base import Flag, task_label
 
 
 def records_of(task: Mapping[str, Any], need: str) -> Records:
-    """The records of a task's data that have what its evaluator needs, of known texts where it
-    asks for these (`known_only`). Raises as `Records` does."""
+    """The records of a task that have the required supervision `need`; with `known_only`, only
+    those whose text is among the candidates. Raises the errors of `Records`."""
     known = set(candidates(task)) if task.get("known_only") else None
     return Records(task["data"], task.get("limit", 0), known, need)
 
 
 def candidates(task: Mapping[str, Any]) -> list[str]:
-    """The texts of the data that a task names as further candidates, each once, sorted."""
+    """The distinct texts of the task's additional candidates, sorted."""
     if not task.get("candidates"):
         return []
     found = Records(dict(dict(split="train"), **task["candidates"]))
@@ -32,80 +32,79 @@ def candidates(task: Mapping[str, Any]) -> list[str]:
 
 
 def texts_of(record: Record) -> list[str]:
-    """The texts of a record; [] where it has none."""
+    """The texts of a record; [] if it has none."""
     return [record["text"]] if isinstance(record["text"], str) else list(record["text"] or ())
 
 
-# The classes of a task: how its prompts call them, and how its records do.
+# Class names: the names in prompts and the labels in records.
 
 
-FLAG = Flag("class_names", "", "Text file: a class name, or label<TAB>name, a line.")
-_SHOWN = 4  # names in a line
-ClassNames = str | tuple[str, ...]  # a text file, or the names
+FLAG = Flag("class_names", "", "Text file with one class name, or label<TAB>name, per line.")
+_SHOWN = 4  # names listed in a message
+ClassNames = str | tuple[str, ...]  # path of a text file, or the names
 
 
 def names_and_labels(task: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(names that go into the prompts, labels as the records have them). Raises ValueError for data
-    of fewer than two classes where the task names none."""
+    """Returns (class names for prompts, labels of the records). Raises ValueError if the task names
+    no classes and the data has fewer than two."""
     given = task.get("class_names")
     if given and not isinstance(given, str):
         return list(given), list(given)
     declared = evaluation_data.class_names(task["data"], "test")
     if not given and len(declared) < 2:
-        there = f"all labels are {declared[0]!r}" if declared else "there is no label"
+        problem = f"all labels are {declared[0]!r}" if declared else "no labels"
         raise ValueError(
-            f"{called(task)}: {there}, and it tells two classes or more apart; give data that have "
-            "such, or their names as class_names"
+            f"{task_label(task)}: {problem}. Use data with at least two classes, or set class_names."
         )
     return read_class_names(given, declared) if given else (declared, declared)
 
 
 def check_class_names(task: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises ValueError for the name of a class that no text can have: bytes of a folder's."""
+    """Raises ValueError for a class name that is not valid UTF-8 (from a folder name)."""
     bad = next((name for name in names if printable(name) != name), "")
     if bad:
         raise ValueError(
-            f"{called(task)}: the class {bad!r} has a name that is not UTF-8; rename its folder, "
-            "or `coca-jax prepare` the data, which leaves its pictures out"
+            f"{task_label(task)}: class {bad!r}: the name is not UTF-8. Rename its folder, or run "
+            "`coca-jax prepare` on the data, which skips these images."
         )
 
 
 def check(task: Mapping[str, Any]) -> None:
-    """Raises ValueError or FileNotFoundError for class names of a task that cannot be, whatever the
-    data are: they are not read."""
+    """Raises ValueError or FileNotFoundError for invalid class names, without reading the data."""
     given = task.get("class_names")
     if not given:
         return
     names = _read(given)[0] if isinstance(given, str) else list(given)
     file = f" {given}" if isinstance(given, str) else ""
-    check_distinct(names, f"{called(task)}: class_names{file}")
+    check_distinct(names, f"{task_label(task)}: class_names{file}")
 
 
 def check_distinct(names: Sequence[str], where: str = "class_names") -> None:
-    """Raises ValueError when names repeat or there are fewer than two."""
+    """Raises ValueError for duplicate names or fewer than two."""
     distinct = len(set(names))
     if distinct < 2 or distinct != len(names):
-        again = f"; {twice(names)!r} is there twice" if distinct != len(names) else ""
+        again = f", {first_duplicate(names)!r} twice" if distinct != len(names) else ""
         raise ValueError(
-            f"{where} holds {len(names)} names, {distinct} distinct; give two or more, each "
-            f"once{again}"
+            f"{where}: {len(names)} names, {distinct} distinct{again}. Give two or more distinct "
+            "names."
         )
 
 
-def twice(texts: Sequence[str]) -> str:
-    """The first text of several that is there twice; '' where none is."""
+def first_duplicate(texts: Sequence[str]) -> str:
+    """The first text that occurs more than once; '' if there is none."""
     return next((text for text, count in Counter(texts).items() if count > 1), "")
 
 
 def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Class names from a text file, one a line: (names for the prompts, labels in the data).
+    """Reads class names from a text file; returns (names for prompts, labels in the data).
 
-    A line `label<TAB>name` calls the data's class `label` by `name`; classes without a line are no
-    candidates. Lines without a tab are the data's own class names, or, when none of them is, as
-    many as the data declares, in its order, of which a line on standard error says the first.
-    Another says which labels no class of the data has, where classes are left without a line.
+    Lines are either all `label<TAB>name`, where `label` is a class of the data and `name` its name
+    in prompts, or all plain names. Classes without a line are not candidates. Plain names are
+    classes of the data; if none is, their number must equal the number of classes, and they replace
+    the class names in order. Messages on standard error show this mapping, and labels that are not
+    in the data.
 
-    Raises ValueError for anything else.
+    Raises ValueError for an invalid file.
     """
     names, labels = _read(path)
     if labels:
@@ -115,26 +114,26 @@ def read_class_names(path: str, declared: Sequence[str]) -> tuple[list[str], lis
         return names, names
     if len(names) != len(declared):
         raise ValueError(
-            f"class_names {path}: {len(names)} names, none a class of the data, which has "
-            f"{len(declared)} ({', '.join(declared[:3])}, ..); give as many, or label<TAB>name"
+            f"class_names {path}: {len(names)} names, none of them among the {len(declared)} "
+            f"classes of the data ({', '.join(declared[:3])}, ..). Give {len(declared)} names, or "
+            "lines label<TAB>name."
         )
     shown = [f"{name} -> {label}" for name, label in zip(names, declared)]
-    _say(
-        f"class_names {path}: none is a class of the data, so they stand for these in their order: "
-        f"{_first(shown)}"
+    _print_once(
+        f"class_names {path}: no name is a class of the data; assigned in order: {_first(shown)}"
     )
     return names, list(declared)
 
 
 def _warn_unknown(path: str, labels: Sequence[str], declared: Sequence[str]) -> None:
-    """Says which labels may be mistyped: those of no class, where classes have no label."""
+    """Reports possible typos: labels that are not in the data while classes have no line."""
     unknown = [label for label in labels if label not in set(declared)]
     left = [name for name in declared if name not in set(labels)]
     if unknown and left:
         near = difflib.get_close_matches(unknown[0], left, n=1, cutoff=0)
-        _say(
-            f"class_names {path}: no class of the data is called {_first(unknown)}; without a line "
-            f"are {_first(list(dict.fromkeys([*near, *left])))}"
+        _print_once(
+            f"class_names {path}: labels not in the data: {_first(unknown)}; classes without a "
+            f"line: {_first(list(dict.fromkeys([*near, *left])))}"
         )
 
 
@@ -143,14 +142,14 @@ def _first(texts: Sequence[str]) -> str:
 
 
 @functools.cache
-def _say(line: str) -> None:
-    """Says it once, however many tasks and evaluations read the file."""
+def _print_once(line: str) -> None:
+    """Prints a line once, although several tasks and evaluations may read the same file."""
     print(line, file=sys.stderr)
 
 
 def _read(path: str) -> tuple[list[str], list[str]]:
-    """(names, labels) of the lines of a file; no labels where no line has a tab. Raises ValueError
-    for a line that is otherwise than the others, and a label that has two."""
+    """Returns (names, labels) of the lines of a file; no labels if no line has a tab. Raises
+    ValueError for lines of different formats or a repeated label."""
     names, labels = [], []
     lines = enumerate(prompts.read_lines(path, f"class_names {path}"), 1)
     several = [(number, line.strip().split("\t")) for number, line in lines if line.strip()]
@@ -159,13 +158,13 @@ def _read(path: str) -> tuple[list[str], list[str]]:
     for number, parts in several:
         if len(parts) != 2:
             raise ValueError(
-                f"class_names {path}, line {number}: {len(parts) - 1} tabs; every line needs one "
-                "tab, label<TAB>name"
+                f"class_names {path}, line {number}: {len(parts) - 1} tabs. Write every line as "
+                "label<TAB>name."
             )
         labels.append(parts[0].strip())
         names.append(parts[1].strip())
-    if again := twice(labels):
+    if again := first_duplicate(labels):
         raise ValueError(
-            f"class_names {path}: the label {again!r} is there twice; give it one name"
+            f"class_names {path}: label {again!r} has several names. Give it one name."
         )
     return names, labels

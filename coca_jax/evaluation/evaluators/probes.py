@@ -1,4 +1,4 @@
-"""How much a frozen encoder's features tell: a linear probe and k nearest neighbours."""
+"""Probes of frozen image features: linear classification and k nearest neighbors."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from coca_jax.evaluation.evaluators.base import (
 from coca_jax.evaluation.evaluators.classification import HEADLINES, METRICS, Tally
 
 Encode = Callable[[Any], np.ndarray]
-Kept = Callable[[Sequence[Record]], Sequence[Record]]
+Select = Callable[[Sequence[Record]], Sequence[Record]]
 
 
 class Probe(Evaluator):
-    """Classifies by features of the frozen encoder.
+    """Classifies images by features of the frozen encoder.
 
     Args:
-      data_name: of the data set, the second part of the metrics' names.
+      data_name: name of the dataset, the second part of the metric names.
       class_names: distinct names, [classes].
-      labels: how the records call the classes, [classes]; by default as `class_names`.
-      train: records to learn from, with `image` and `labels`.
-      batch_size: images at a time.
-      num_examples: pictures kept for the report.
-      progress: shows bars.
-      cache: features by 'train' and 'test', and labels by 'labels of train' and so on, filled in
-        here: for another probe of the same model and classes on the same records.
+      train: training records, with `image` and `labels`.
+      labels: names of the classes in the records, [classes]; `class_names` by default.
+      batch_size: images per call of the model.
+      num_examples: number of example images for the report.
+      progress: show progress bars.
+      cache: features and labels, shared by probes of the same model and classes on the same
+        records.
     """
 
     needs, programs = "label", ("features",)
     flags = (
         inputs.FLAG,
-        Flag("train_limit", 0, "Records that probes learn from; 0: all.", least=0),
+        Flag("train_limit", 0, "Number of training records for probes (0 = all).", least=0),
     )
     options = dict(class_names=inputs.ClassNames, train=Mapping[str, Any], train_limit=RecordLimit)
     metrics, headlines = METRICS, HEADLINES
@@ -73,14 +73,14 @@ class Probe(Evaluator):
         self._new_tally = lambda: Tally(
             self.name, class_names, labels, relative=True, num_examples=num_examples
         )
-        self._new_tally()  # refuses unsuitable names now
+        self._new_tally()  # raises for invalid names
         self._classes = frozenset(class_names if labels is None else labels)
         self.num_classes, self.train = len(class_names), train
         self.batch_size, self.progress = batch_size, progress
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --class_names and --train_limit."""
+        """Reads --class_names and --train_limit."""
         super().from_flags(task, flags)
         if flags.class_names:
             task["class_names"] = flags.class_names
@@ -94,7 +94,7 @@ class Probe(Evaluator):
 
     @classmethod
     def train_data(cls, task: Mapping[str, Any]) -> dict[str, Any]:
-        """The data entry that it learns from."""
+        """The data entry with the training records."""
         return dict(task.get("train") or dict(task["data"], split="train"))
 
     @classmethod
@@ -103,13 +103,13 @@ class Probe(Evaluator):
 
     @classmethod
     def check_data(cls, task: Mapping[str, Any]) -> None:
-        """Refuses to learn from what is scored."""
-        check_apart(task, cls.train_data(task), "learned from")
+        """Raises ValueError if the training data contains the test data."""
+        check_apart(task, cls.train_data(task), "trained on")
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Probe:
-        """task: train, a data entry to learn from, by default the split 'train' of the same data;
-        train_limit; class_names."""
+        """Options of a task: train (data entry with the training records, by default the split
+        'train' of the same data), train_limit, class_names."""
         train = cls.train_data(task)
         names, labels = inputs.names_and_labels(dict(task, data=train))
         found = Records(train, task.get("train_limit", 0), need=cls.needs)
@@ -126,27 +126,26 @@ class Probe(Evaluator):
     def scores(
         self, test: np.ndarray, train: np.ndarray, classes: np.ndarray
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """(scores [N, C], not below 0; what was chosen on the way, by metric), of test features
-        [N, W] by training features [M, W] and their classes int [M]."""
+        """Classifies test features [N, W] given training features [M, W] and their classes int [M].
+        Returns (scores [N, C] >= 0, {metric: chosen hyperparameter})."""
 
     def run(self, predict: Any, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields what `ZeroShot.run` does, num_train, and l2 of a linear probe.
+        """Yields the metrics of `ZeroShot.run`, num_train, and l2 for a linear probe.
 
-        predict.features: N images -> float32 [N, W]. records can be gone through more than once,
-        and have `image` and `labels`; of several labels the first that is a class is learned, and
-        a training record with none is left out, as a warning says. Afterwards `examples` and
-        `classes` are as those of ZeroShot. Raises ValueError for a test record with none, before
-        anything is learned.
+        predict.features maps N images to float32 [N, W]. `records` can be iterated repeatedly and
+        have `image` and `labels`. A training record is assigned its first label that is a class;
+        records without one are skipped with a warning. Raises ValueError for a test record without
+        a known class, before training.
         """
         tally = self._new_tally()
 
-        def refuse(batch: Sequence[Record]) -> Sequence[Record]:
+        def require_class(batch: Sequence[Record]) -> Sequence[Record]:
             for record in batch:
                 tally.true_classes(record)
             return batch
 
-        # What is learned from is mostly the larger part: what is wrong with the other comes first.
-        test_x = self._features(predict.features, records, "test", refuse)
+        # The test data is usually smaller: reading it first reports its errors early.
+        test_x = self._features(predict.features, records, "test", require_class)
         train_x = self._features(predict.features, self.train, "train", self._learned)
         labels = self._cache["labels of train"]
         train_y = np.array([tally.true_classes(record)[0] for record in labels])
@@ -163,39 +162,39 @@ class Probe(Evaluator):
 
     def _learned(self, batch: Sequence[Record]) -> Sequence[Record]:
         """The records of a batch that have a class."""
-        return [one for one in batch if not self._classes.isdisjoint(one["labels"])]
+        return [record for record in batch if not self._classes.isdisjoint(record["labels"])]
 
     def _features(
-        self, encode: Encode, records: Iterable[Record], which: str, cache: Kept
+        self, encode: Encode, records: Iterable[Record], which: str, select: Select
     ) -> np.ndarray:
-        """Of the records that `kept` keeps of a batch, before they are encoded; their labels stay
-        too: to read a million images once more for those takes as long as to read them once."""
+        """Features float32 [N, W] of the records that `select` returns per batch. Also caches their
+        labels, which would otherwise require reading all images again."""
         if which in self._cache:
             return self._cache[which]
         labels: list[dict[str, Any]] = []
         show = f"{self.name} {which} images" if self.progress else ""
         parts, left = [], list[Record]()
         for batch in in_batches(records, self.batch_size, show=show):
-            some = cache(batch)
-            if len(some) < len(batch):
-                here = set(map(id, some))
-                left += [_labels(one) for one in batch if id(one) not in here]
-            if not some:
+            selected = select(batch)
+            if len(selected) < len(batch):
+                ids = set(map(id, selected))
+                left += [_labels(record) for record in batch if id(record) not in ids]
+            if not selected:
                 continue
-            found = np.asarray(encode(stack_images(some)), np.float32)
+            found = np.asarray(encode(stack_images(selected)), np.float32)
             parts.append(check_finite(found, "image embeddings"))
-            labels += map(_labels, some)
+            labels += map(_labels, selected)
         if left:
             line = (
-                f"{len(left)} of {len(left) + len(labels)} examples to learn from have none of the "
-                f"{self.num_classes} classes, as {left[0].get('key', 'one')} with "
-                f"{list(left[0]['labels'])[:3]}, and are left out"
+                f"{len(left)} of {len(left) + len(labels)} training examples have none of the "
+                f"{self.num_classes} classes (such as {left[0].get('key', '?')} with labels "
+                f"{list(left[0]['labels'])[:3]})"
             )
             if not labels:
-                raise ValueError(f"{self.name}: {line}; give data of these classes")
-            warn(self.name, line)
+                raise ValueError(f"{self.name}: {line}. Use training data with these classes.")
+            warn(self.name, f"skipped {line}")
         if not parts:
-            raise ValueError(f"{self.name} has no record; check the data set and its split")
+            raise ValueError(f"{self.name}: no records. Check the dataset and its split.")
         self._cache[f"labels of {which}"] = labels
         self._cache[which] = np.concatenate(parts)
         return self._cache[which]
@@ -206,7 +205,7 @@ def _labels(record: Record) -> dict[str, Any]:
 
 
 class LinearProbe(Probe):
-    """By multinomial logistic regression."""
+    """Probes with multinomial logistic regression."""
 
     kind, order, title = "linear_probe", 70, "Linear probe"
     metrics = METRICS | {"l2": Metric("L2 weight chosen", Scale.PLAIN)}
@@ -214,12 +213,10 @@ class LinearProbe(Probe):
     def scores(
         self, test: np.ndarray, train: np.ndarray, classes: np.ndarray
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """Those of the classes' probabilities."""
-        from coca_jax.evaluation.metrics import (
-            linear,  # JAX and SciPy, which declarations do without
-        )
+        """Unnormalized class probabilities."""
+        from coca_jax.evaluation.metrics import linear  # slow: imports JAX and SciPy
 
-        # Features of unit variance: one sweep of L2 weights then fits every model.
+        # With unit variance, one sweep of L2 weights suits every model.
         mean, std = train.mean(0), np.maximum(train.std(0), 1e-6)
         l2, weights = linear.choose_l2((train - mean) / std, classes, self.num_classes)
         logits = linear.linear_scores((test - mean) / std, weights)
@@ -227,14 +224,14 @@ class LinearProbe(Probe):
 
 
 class NearestNeighbours(Probe):
-    """By the votes of the nearest training images."""
+    """Probes with the votes of the nearest training images."""
 
-    kind, order, title = "knn", 80, "Nearest neighbours"
+    kind, order, title = "knn", 80, "Nearest neighbors"
 
     def scores(
         self, test: np.ndarray, train: np.ndarray, classes: np.ndarray
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """The votes."""
+        """Votes per class."""
         from coca_jax.evaluation.metrics import linear
 
         return linear.knn_scores(test, train, classes, self.num_classes), {}

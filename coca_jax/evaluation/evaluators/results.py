@@ -1,4 +1,4 @@
-"""Files that evaluations leave in a workdir: eval.json and others whose names begin so."""
+"""Reads and writes the result files of evaluations in a workdir: eval.json, eval_*.json."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from coca_jax.evaluation.evaluators.base import Writing
 from coca_jax.runtime import bounded_json, growing_file, storage
 
 _THUMBNAIL = 96
-STEPS = "eval_steps.json"  # task -> step of the run after which it was scored
-CHECKPOINT = "eval_checkpoint.txt"  # beside the scores of a model from elsewhere
-_OF_MODELS = ("config.json", "open_clip_config.json")  # one of these is in a model's folder
+STEPS = "eval_steps.json"  # {task: step of the run at which it was scored}
+CHECKPOINT = "eval_checkpoint.txt"  # names the model if it is outside this workdir
+_MODEL_FILES = ("config.json", "open_clip_config.json")  # a model's folder contains one of these
 
 
 def save_results(
     workdir: str | os.PathLike[str], values: Mapping[str, float], step: int | None = None
 ) -> None:
-    """Merges name -> value into `workdir`/eval.json; a value that is not finite becomes null.
-    step: of the run whose scores they are, by task into eval_steps.json."""
+    """Merges {name: value} into `workdir`/eval.json; a value that is not finite becomes null.
+    step: step of the run, stored per task in eval_steps.json."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
     if step is not None:
         tasks = {key.rpartition("/")[0] for key in clean} - {""}
@@ -42,23 +42,22 @@ def save_results(
 
 
 def save_checkpoint(workdir: str, checkpoint: str) -> None:
-    """Notes whose scores `workdir` will hold, before the first is there: eval.json says of none
-    whose it is. A model's own folder needs no note."""
+    """Records which checkpoint the scores in `workdir` belong to, unless it is in `workdir`. Call
+    this before the first score is written."""
     if _place(workdir) != _place(checkpoint):
         storage.write_text(storage.place(workdir) / CHECKPOINT, f"{_place(checkpoint)}\n")
 
 
 def check_checkpoint(workdir: str, checkpoint: str) -> None:
-    """Raises ValueError where `workdir` holds the scores of another checkpoint: the one that is
-    noted, or in the folder of a run or a model, which notes none, its own."""
+    """Raises ValueError if `workdir` contains the scores of another checkpoint."""
     place = storage.place(workdir)
-    there = _place(checkpoint)
+    owner = _place(checkpoint)
     if (place / CHECKPOINT).exists():
-        there = (place / CHECKPOINT).read_text().strip()
-    elif (place / "eval.json").exists() and any((place / one).exists() for one in _OF_MODELS):
-        there = _place(workdir)
-    if there != _place(checkpoint):
-        raise ValueError(f"--out={workdir} holds the scores of {there}; give another --out")
+        owner = (place / CHECKPOINT).read_text().strip()
+    elif (place / "eval.json").exists() and any((place / name).exists() for name in _MODEL_FILES):
+        owner = _place(workdir)
+    if owner != _place(checkpoint):
+        raise ValueError(f"--out={workdir}: contains the scores of {owner}. Use another --out.")
 
 
 def _place(checkpoint: str) -> str:
@@ -66,8 +65,8 @@ def _place(checkpoint: str) -> str:
 
 
 def read_sealed(path: Any, **needs: type) -> dict[str, Any]:
-    """What a file of unfinished work holds; {} where there is none, and where it is damaged, of
-    which a warning tells. needs: keys that it must have, and of which type."""
+    """Reads a file of unfinished work; {} if it is missing, or damaged (with a warning). needs:
+    required keys and their types."""
     if not path.exists():
         return {}
     data = path.read_bytes()
@@ -75,10 +74,10 @@ def read_sealed(path: Any, **needs: type) -> dict[str, Any]:
         found = bounded_json.parse(data, len(data))
         for key, kind in needs.items():
             if not isinstance(found.get(key), kind):
-                raise ValueError(f"{key} is no {kind.__name__}")
+                raise ValueError(f"{key} is not a {kind.__name__}")
         return found
     except ValueError as error:
-        logging.warning("%s is damaged (%s): what it held is computed again", path, error)
+        logging.warning("%s: damaged (%s). Its results are recomputed.", path, error)
         return {}
 
 
@@ -88,41 +87,42 @@ def save_examples(workdir: str | os.PathLike[str], name: str, examples: Mapping[
 
 
 def save_classes(workdir: str | os.PathLike[str], name: str, classes: Mapping[str, Any]) -> None:
-    """Merges accuracy by class and confusion into `workdir`/eval_classes.json under a name."""
+    """Merges per-class accuracy and confusion into `workdir`/eval_classes.json under a name."""
     _merge(storage.place(workdir) / "eval_classes.json", {name: classes}, sort=False)
 
 
 class Spread:
-    """Keeps `count` items evenly spread over a stream whose length is not known."""
+    """Samples `count` items evenly from a stream of unknown length."""
 
     def __init__(self, count: int):
         self._count, self._seen, self._stride = count, 0, 1
         self._items: list[Any] = []
 
     def offer(self, make: Callable[[], Any]) -> None:
-        """Passes the next item of the stream, made only if it is kept for now."""
+        """Offers the next item of the stream; `make` is called only if the item is stored."""
         if self._count and self._seen % self._stride == 0:
             self._items.append(make())
+            # Full: drop every other item and double the stride.
             if len(self._items) == 2 * self._count:
                 self._items, self._stride = self._items[::2], 2 * self._stride
         self._seen += 1
 
     def items(self) -> list[Any]:
-        """The items kept, at most `count`, in their order."""
+        """At most `count` stored items, in stream order."""
         number = min(self._count, len(self._items))
         places = np.linspace(0, len(self._items) - 1, number) if number else np.zeros(0)
         return [self._items[int(place)] for place in places]
 
 
 class Worst:
-    """Keeps the `count` items of a stream that are furthest off."""
+    """Stores the `count` worst items of a stream."""
 
     def __init__(self, count: int):
         self._count, self._seen = count, 0
-        self._heap: list[tuple[float, int, Any]] = []  # a heap, the least bad on top
+        self._heap: list[tuple[float, int, Any]] = []  # min-heap by badness
 
     def offer(self, badness: float, make: Callable[[], Any]) -> None:
-        """Passes the next item, made only if it is kept for now; of equal ones the first stay."""
+        """Offers the next item; `make` is called only if it is stored. Earlier items win ties."""
         self._seen += 1
         if len(self._heap) < self._count:
             heapq.heappush(self._heap, (badness, -self._seen, make()))
@@ -130,12 +130,12 @@ class Worst:
             heapq.heapreplace(self._heap, (badness, -self._seen, make()))
 
     def items(self) -> list[Any]:
-        """The items kept, the worst first."""
+        """The stored items, worst first."""
         return [item for _, _, item in sorted(self._heap, key=lambda one: one[:2], reverse=True)]
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-    """Returns the image, uint8 [h, w, 3], at most 96 pixels a side."""
+    """Shrinks an image, uint8 [h, w, 3], to at most 96 pixels per side."""
     if max(image.shape[:2]) <= _THUMBNAIL:
         return np.asarray(image)
     picture = Image.fromarray(image)
@@ -144,13 +144,13 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def picture(image: Any) -> np.ndarray:
-    """Returns a small copy of an image as records hold it, encoded bytes or uint8 [h, w, 3]; of an
-    animation or a video file its middle frame."""
+    """Returns a thumbnail of an image (encoded bytes or uint8 [h, w, 3]), or of the middle frame of
+    an animation or video."""
     return thumbnail(videos.decode(image, 1)[0])
 
 
 def seen(image: Any, predict: Predictor) -> np.ndarray:
-    """Returns `picture`, without what the model never sees: plain margins, where it cuts them."""
+    """Returns the thumbnail, without plain margins if the model trims them."""
     small = picture(image)
     if predict.resize != "trim":
         return small
@@ -159,7 +159,7 @@ def seen(image: Any, predict: Predictor) -> np.ndarray:
 
 
 def encode_png(image: np.ndarray) -> str:
-    """Returns a small copy of the image as base64 PNG, for a page without files beside it."""
+    """Returns a thumbnail as base64 PNG, to embed in a page."""
     buffer = io.BytesIO()
     Image.fromarray(thumbnail(image)).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -171,14 +171,14 @@ def _merge(path: Any, values: Mapping[str, Any], *, sort: bool) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         alone = storage.alone_in(path.parent)
-    with alone:  # another evaluation may write its scores there now
-        merged = _found(path) | dict(values)
+    with alone:  # another evaluation may be writing to the same file
+        merged = _read(path) | dict(values)
         text = json.dumps(merged, sort_keys=sort, indent=1 if sort else None, allow_nan=False)
         storage.write_text(path, text + "\n")
 
 
-def _found(path: Any) -> dict[str, Any]:
-    """What the file holds; one that is damaged is set aside, so that it ends no run."""
+def _read(path: Any) -> dict[str, Any]:
+    """Reads a file; renames a damaged one and returns {}, so that the run continues."""
     if not path.exists():
         return {}
     data = path.read_bytes()
@@ -187,24 +187,21 @@ def _found(path: Any) -> dict[str, Any]:
     except ValueError as error:
         aside = path.parent / f"{path.name}.damaged"
         storage.write_bytes(aside, data)
-        logging.warning("%s is damaged (%s): set aside as %s and begun anew", path, error, aside)
+        logging.warning("%s: damaged (%s). Moved to %s; started a new file.", path, error, aside)
         return {}
 
 
-# What a captioner said of each record so far: a file of an evaluation that goes on from it.
-
-
 class Outputs:
-    """What a model said of each record so far, a file from which a later start goes on.
+    """File with the model outputs of an evaluation so far, from which an interrupted one resumes.
 
-    JSON lines: first what was asked for, then for each record in order its key, its caption and
-    the log likelihood (nats) and number of tokens of each of its references.
+    JSON lines: first the request, then for each record in order its key, its caption, and the log
+    likelihood (nats) and number of tokens of each of its references.
 
     Args:
-      path: of the file; its folder is made when missing.
-      request: what the outputs depend on. A file made for another request is begun anew; a last
-        line that was cut short is dropped, and a damaged one with all behind it, with a warning.
-      write: does it on one process; every process reads the file when this is made.
+      path: path of the file; its folder is created if missing.
+      request: what the outputs depend on. A file with another request is replaced. A truncated last
+        line is dropped; a damaged line is dropped with all later ones, with a warning.
+      write: writes on process 0. Every process reads the file in the constructor.
     """
 
     def __init__(self, path: str | os.PathLike[str], request: Mapping[str, Any], *, write: Writing):
@@ -213,47 +210,48 @@ class Outputs:
         self._found: list[dict[str, Any]] = []
         data = self._path.read_bytes() if self._path.exists() else b""
         if data.startswith(first := self._first.encode()):
-            # Not splitlines: captions may hold other separators. What is behind the last is cut.
+            # Not splitlines: captions may contain other line separators. The part after the last
+            # newline is a truncated line.
             for number, line in enumerate(data[len(first) :].split(b"\n")[:-1], 2):
                 try:
                     self._found.append(_output(line))
                 except ValueError as error:
-                    message = "%s, line %d, is damaged (%s): captions from there on are made anew"
+                    message = "%s, line %d: damaged (%s). Captions are regenerated from there."
                     logging.warning(message, self._path, number, error)
                     break
         self._taken = 0
         self._file: growing_file.Growing | None = None
 
     def take(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Returns what the file holds of the records that come next: of all, the first, or none."""
+        """Returns the stored outputs of the next records: for all, the first few, or none."""
         found: list[dict[str, Any]] = []
-        for record, one in zip(records, self._found[self._taken :]):
-            if one["key"] != str(record.get("key", "")):  # other data than it was made from
+        for record, output in zip(records, self._found[self._taken :]):
+            if output["key"] != str(record.get("key", "")):  # the data has changed
                 del self._found[self._taken + len(found) :]
                 break
-            found.append(one)
+            found.append(output)
         self._taken += len(found)
         return found
 
     def add(self, outputs: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the outputs of the records that `take` did not have."""
+        """Appends the outputs of the records that `take` did not return."""
         self._write(lambda: self._add(outputs))
 
     def _add(self, outputs: Sequence[Mapping[str, Any]]) -> None:
         if self._file is None:
-            begin = (self._first + _lines(self._found[: self._taken])).encode()
-            storage.write_bytes(self._path, begin)
-            self._file = growing_file.Growing(self._path, keep=len(begin))
+            start = (self._first + _lines(self._found[: self._taken])).encode()
+            storage.write_bytes(self._path, start)
+            self._file = growing_file.Growing(self._path, keep=len(start))
         self._file.write(_lines(outputs).encode())
 
     def close(self) -> None:
-        """Returns when the file holds all of it."""
+        """Waits until everything is written."""
         if self._file is not None:
             self._write(self._file.close)
 
 
 def _output(line: bytes) -> dict[str, Any]:
-    """Of one record. Raises ValueError for what `add` has not written."""
+    """Parses the output of one record. Raises ValueError for a damaged line."""
     found = bounded_json.parse(line, len(line))
     if "key" not in found:
         raise ValueError("no key")
@@ -264,20 +262,16 @@ def _lines(outputs: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in outputs)
 
 
-# A map of pictures: their embeddings on the two axes along which they differ most.
+# Embedding map: images on the first two principal components of their embeddings.
 
 
-POINTS = 240  # of a map; more would hide each other
-SIZE = 40  # pixels of a side of a thumbnail
+POINTS = 240  # images in a map; more would overlap
+SIZE = 40  # side of a thumbnail in pixels
 _COLUMNS = 16
 
 
 class PictureMap:
-    """Collects pictures evenly spread over a stream, for a map of them.
-
-    Args:
-      count: the most that are kept; 0: none.
-    """
+    """Samples at most `count` images evenly from a stream for an embedding map."""
 
     def __init__(self, count: int = POINTS):
         self._spread = Spread(count)
@@ -289,18 +283,18 @@ class PictureMap:
         texts: Sequence[str],
         right: Sequence[bool],
     ) -> None:
-        """Takes images as records hold them, their embeddings float [N, E], what they show, and
-        whether the model found it."""
+        """Offers N images from records, with their embeddings float [N, E], their texts, and
+        whether the model's answer is correct."""
         for image, row, text, good in zip(images, embeddings, texts, right):
             self._spread.offer(functools.partial(_thumbnail_row, image, row, text, good))
 
     def found(self) -> dict[str, Any]:
-        """dict(points, texts, right, sheet, columns, size, share) for the report; {} of fewer than
-        three pictures, or of pictures that are all the same to the model.
+        """Returns dict(points, texts, right, sheet, columns, size, share) for the report; {} for
+        fewer than three images or identical embeddings.
 
-        points: [x, y] of each, 0 to 1000, along the first two principal components, drawn to one
-        scale; share: of the variance that each of both axes holds. sheet: base64 JPEG of the
-        thumbnails, `columns` a row, each `size` pixels a side.
+        points: [x, y] of each image on the first two principal components, scaled equally to 0 to
+        1000; share: fraction of the variance per axis. sheet: base64 JPEG with the thumbnails,
+        `columns` per row, each `size` pixels per side.
         """
         items = self._spread.items()
         if len(items) < 3:
@@ -327,16 +321,16 @@ def _thumbnail_row(image: Any, row: np.ndarray, text: str, good: bool) -> tuple[
 
 
 def principal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two principal components (Pearson 1901) of float [N, E], N and E at least 2: places
-    [N, 2], and the share of the variance of each axis [2], zeros where nothing varies. The sign of
-    an axis is that which makes its largest place positive."""
+    """Projects float [N, E] (N, E >= 2) on the first two principal components. Returns coordinates
+    [N, 2] and the fraction of the variance of each axis [2], zeros if nothing varies."""
     left, sizes, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     places = left[:, :2] * sizes[:2]
+    # An SVD leaves the signs open: make the largest coordinate of each axis positive.
     places = places * np.where(places.max(0) >= -places.min(0), 1, -1)
-    whole = float((sizes**2).sum())
-    # What is left of equal rows is rounding.
-    varies = whole > 1e-12 * max(float((rows**2).sum()), 1e-30)
-    return places, sizes[:2] ** 2 / whole if varies else np.zeros(2)
+    total = float((sizes**2).sum())
+    # Equal rows leave only rounding errors.
+    varies = total > 1e-12 * max(float((rows**2).sum()), 1e-30)
+    return places, sizes[:2] ** 2 / total if varies else np.zeros(2)
 
 
 def _sheet(pictures: Sequence[np.ndarray]) -> str:
@@ -353,10 +347,7 @@ def _sheet(pictures: Sequence[np.ndarray]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-# What the report shows of a retrieval: queries of both directions with the best that was found.
-
-
-BEST = 5
+BEST = 5  # hits per query in the report
 
 
 def examples(
@@ -367,11 +358,16 @@ def examples(
     matches: np.ndarray,
     count: int,
 ) -> dict[str, Any]:
-    """`count` images, spread over the kept ones, with the best texts, and a text of each with the
-    best of the kept images. A right one that is not among the best follows them.
+    """Retrieval queries for the report: `count` images with their best texts, and one text of each
+    with its best images. If no best hit is correct, the best correct one follows them.
 
-    images: embeddings [I, D]. kept: pictures of the first of them, uint8 [H, W, 3] each.
-    embeddings: of the texts, [T, D]. matches: image and text of each pair, int64 [C, 2].
+    Args:
+        images: image embeddings [I, D].
+        rows: thumbnails of the first images, uint8 [H, W, 3] each. Only these are shown.
+        texts: T texts.
+        embeddings: text embeddings [T, D].
+        matches: int64 [C, 2], image and text index of each pair.
+        count: number of queries.
     """
     of_image: dict[int, set[int]] = {}
     for i, t in matches[matches[:, 0] < len(rows)].tolist():
@@ -392,12 +388,12 @@ def examples(
 
 
 def _hits(scores: np.ndarray, right: Collection[int]) -> list[tuple[int, dict[str, Any]]]:
-    """(number, dict(score, correct, rank)) of the best, rank 1 first, and of the best right one."""
+    """(index, dict(score, correct, rank)) of the best candidates, and of the best correct one."""
     best = np.argsort(-scores, kind="stable")[:BEST].tolist()
     ranked = list(zip(best, range(1, BEST + 1)))
     if not set(best) & set(right):
         first = max(right, key=lambda number: float(scores[number]))
-        ranked.append((first, int((scores >= scores[first]).sum())))  # as ties are counted
+        ranked.append((first, int((scores >= scores[first]).sum())))  # ties rank above it
     return [
         (number, dict(score=float(scores[number]), correct=number in right, rank=rank))
         for number, rank in ranked

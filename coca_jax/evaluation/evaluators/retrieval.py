@@ -1,4 +1,4 @@
-"""Image-text retrieval in both directions: R@1, R@5, R@10, mean recall, median rank."""
+"""Image-text retrieval evaluator: R@1, R@5, R@10, mean recall and median rank in both directions."""
 
 from __future__ import annotations
 
@@ -41,19 +41,16 @@ from coca_jax.evaluation.metrics.intervals import (
     share_limits,
 )
 
-# A second look at what retrieval found: the captioner orders the first candidates anew.
-#
-# Embeddings are compared with everything, which is cheap and coarse; the decoder looks at an image
-# and a text together, which is fine and dear. So the first `count` candidates of each query are
-# ordered by both: the sum of the contrastive logit, log p(text | image) among a batch up to a
-# constant, and the captioner's log p(text | image).
+# Reranking: comparing embeddings is cheap but coarse; the decoder is accurate but slow. So the first
+# `count` candidates of each query are reordered by the sum of the contrastive logit, which is
+# log p(text | image) within a batch up to a constant, and the captioner's log p(text | image).
 
 
-_ROWS = 1024  # queries whose scores exist at a time
+_ROWS = 1024  # queries scored at a time
 
 
 def shortlists(queries: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
-    """The `count` nearest candidates of each query, the nearest first, equal ones by number.
+    """The `count` nearest candidates of each query, nearest first; ties are in index order.
 
     queries, candidates: float32 [N, E], [M, E], unit length. Returns int64 [N, min(count, M)].
     """
@@ -68,7 +65,7 @@ def shortlists(queries: np.ndarray, candidates: np.ndarray, count: int) -> np.nd
 
 
 class PairScores:
-    """Scores of some pairs of an image and a text, each pair once.
+    """Scores of distinct image-text pairs.
 
     Args:
         images: number of images N.
@@ -84,12 +81,12 @@ class PairScores:
         """The texts of an image's pairs, int64, ascending."""
         return self._pairs[self._first[image] : self._first[image + 1], 1]
 
-    def put(self, image: int, scores: np.ndarray) -> None:
-        """Keeps the scores of `texts(image)`."""
+    def set(self, image: int, scores: np.ndarray) -> None:
+        """Stores the scores of `texts(image)`."""
         self._scores[self._first[image] : self._first[image + 1]] = scores
 
     def get(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """float32 [...], of the pairs (images[...], texts[...]), which must be among them."""
+        """Returns the scores float32 [...] of the known pairs (images[...], texts[...])."""
         width = int(self._pairs[:, 1].max(initial=0)) + 1
         keys = self._pairs[:, 0] * width + self._pairs[:, 1]
         return self._scores[np.searchsorted(keys, images * width + texts)]
@@ -98,15 +95,14 @@ class PairScores:
 def reranked(
     ranks: np.ndarray, lists: np.ndarray, scores: np.ndarray, matches: Sequence[set[int]]
 ) -> np.ndarray:
-    """Ranks (0: first) of each query's best match once its shortlist is ordered by scores.
+    """Returns the rank (0: first) of each query's best match after reranking, int64 [N].
+
+    Ties count against the model.
 
     Args:
-        ranks: int64 [N], before; they stay where no match is in the shortlist.
-        lists, scores: [N, K], the shortlist of each query and its scores, in nats.
-        matches: for each query, the candidates that match.
-
-    Returns:
-        int64 [N]. Ties count against the model, as those of likelihoods do elsewhere.
+        ranks: int64 [N], ranks before; unchanged for queries without a match in the shortlist.
+        lists, scores: [N, K], the shortlist of each query and its scores in nats.
+        matches: the matching candidates of each query.
     """
     found = ranks.copy()
     for query, (some, score) in enumerate(zip(lists, scores)):
@@ -126,14 +122,17 @@ _METRICS = (
         for to, name in _TITLES.items()
     }
 )
-_AGAIN = ("normalised", "reranked")  # scores beside, of the same queries
-_KEPT_IMAGES = 1_000  # pictures that the report's text queries search
+_AGAIN = ("normalised", "reranked")  # additional scores of the same queries
+_KEPT_IMAGES = 1_000  # images that the text queries of the report search
 
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-    """images, embeddings: of the different images and texts. image_of: the image of each record;
-    texts_of: its texts; kept: small copies of the first images."""
+    """Embeddings of the distinct images [I, D] and texts [T, D].
+
+    image_of: image index of each record; texts_of: its text indices; pictures: thumbnails of the
+    first images.
+    """
 
     images: np.ndarray
     embeddings: np.ndarray
@@ -143,14 +142,13 @@ class _Encoded:
     pictures: list[np.ndarray]
 
     def matches(self) -> np.ndarray:
-        """Of each caption of each record: its image and text, int64 [C, 2]."""
+        """Image and text index of each caption of each record, int64 [C, 2]."""
         counts = [len(numbers) for numbers in self.texts_of]
         caption = np.concatenate([np.asarray(numbers, np.int64) for numbers in self.texts_of])
         return np.stack([np.repeat(self.image_of, counts), caption], 1)
 
     def chance(self, matches: np.ndarray) -> dict[str, float]:
-        """The scores of random guesses, {'image_to_text_r1': ...}. matches: as `matches` gives
-        them."""
+        """Expected scores of random ranking, {'image_to_text_r1': ...}. matches: see `matches`."""
         image, text = np.unique(matches, axis=0).T
         texts_of = np.bincount(image, minlength=len(self.images))
         images_of = np.bincount(text, minlength=len(self.texts))
@@ -166,30 +164,30 @@ class _Encoded:
 
 
 class Retrieval(Evaluator):
-    """Finds the text of an image and the image of a text.
+    """Retrieves the text of an image and the image of a text.
+
+    Equal texts, and images with equal content, are one candidate, because a model cannot
+    distinguish copies; every image with the text is a match, and vice versa. Other candidates
+    within 1e-6 of the score of the match are ranked above it.
 
     Args:
-      data_name: of the data set, the second part of the metrics' names.
-      extra_texts: candidates that belong to no image, e.g. all names a model might know.
-      rerank: the first so many candidates of each query are ordered anew by similarity and
-        captioner together (rerank.py), and scored beside; 0: none.
-      bank: records whose images and texts are the queries of a querybank (querybank.py), by which
-        similarities are normalised, and scored beside; None: no such scores.
-      batch_size: images or texts at a time.
+      data_name: name of the dataset, the second part of the metric names.
+      extra_texts: candidates without an image.
+      rerank: number of candidates per query that are reordered by similarity and captioner, for
+        additional `reranked_` scores; 0: none.
+      bank: records with the queries of a querybank (metrics/querybank.py), for additional
+        `normalised_` scores.
+      batch_size: images or texts per call of the model.
       chunk: side of a tile of the similarity matrix.
-      num_examples: queries of each direction kept for the report.
-      progress: shows bars.
-
-    Equal texts are one candidate and images of equal content are one candidate: no model can tell
-    copies apart, so each image that has the text is a right answer to it and the other way round.
-    Candidates that differ but score within 1e-6 of the right one are ranked before it.
+      num_examples: number of queries per direction in the report.
+      progress: show progress bars.
     """
 
     kind, order, title, usual = "retrieval", 30, "Retrieval", True
     needs, programs = "caption", ("encode_image", "encode_text")
     flags = (
-        Flag("rerank", 0, "Candidates that the captioner orders anew; 0: none.", least=0),
-        Flag("querybank", "", "Data, no test, whose split 'train' tells hubs among candidates."),
+        Flag("rerank", 0, "Number of candidates that the captioner reranks (0 = none).", least=0),
+        Flag("querybank", "", "Dataset whose train split is used for querybank normalization."),
     )
     options = dict(rerank=RecordLimit, querybank=Mapping[str, Any])
     headlines = ("image_to_text_r1", "text_to_image_r1", "mean_recall")
@@ -218,7 +216,7 @@ class Retrieval(Evaluator):
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --rerank and --querybank."""
+        """Reads --rerank and --querybank."""
         super().from_flags(task, flags)
         if flags.rerank:
             task["rerank"] = flags.rerank
@@ -228,7 +226,7 @@ class Retrieval(Evaluator):
 
     @classmethod
     def bank_data(cls, task: Mapping[str, Any]) -> dict[str, Any]:
-        """The data entry of a task's querybank; {} where it has none."""
+        """The data entry of a task's querybank; {} if it has none."""
         given = task.get("querybank")
         return dict(dict(split="train", kind=cls.needs), **given) if given else {}
 
@@ -239,24 +237,24 @@ class Retrieval(Evaluator):
 
     @classmethod
     def check_data(cls, task: Mapping[str, Any]) -> None:
-        """Refuses what is scored as a querybank."""
+        """Raises ValueError if the querybank contains the test data."""
         if bank := cls.bank_data(task):
             check_apart(task, bank, "the querybank")
 
     @classmethod
     def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
-        """Refuses to rerank by a model without a captioner."""
+        """Raises ValueError for reranking with a model without a captioner."""
         super().check_model(model, task)
         if task.get("rerank") and not hasattr(model, "score_some"):
             raise ValueError(
-                f"task {cls.kind!r}: rerank={task['rerank']} needs a captioner, and this model has "
-                "image and text towers alone; leave rerank out"
+                f"task {cls.kind!r}: rerank={task['rerank']} needs a captioner, which this model "
+                "does not have. Remove rerank."
             )
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Retrieval:
-        """task: candidates, a data entry whose texts are further candidates; rerank; querybank, a
-        data entry."""
+        """Options of a task: candidates (data entry whose texts are additional candidates), rerank,
+        querybank (data entry)."""
         how = dict(setting.common(), extra_texts=candidates(task), rerank=task.get("rerank", 0))
         data = cls.bank_data(task)
         bank = Records(data, need=cls.needs) if data else None
@@ -265,20 +263,17 @@ class Retrieval(Evaluator):
         return made
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields image_to_text_r1 and so on, text_to_image_r1, mean_recall, their intervals and
-        chance;
-        with `bank` also normalised_image_to_text_r1 and so on, with `rerank` also
-        reranked_image_to_text_r1 and so on.
+        """Yields image_to_text_r1, ..., text_to_image_r1, ..., mean_recall and median ranks, with
+        intervals and chance; with `bank` and `rerank` also with the prefixes `normalised_` and
+        `reranked_`.
 
-        A record needs `image` and `text`, one caption or several (any of them is right); one
-        without raises ValueError. Every record is a query of image-to-text, every caption of every
-        record one of text-to-image. The bootstrap draws images with all their records and captions,
-        as those are not independent. Records are read twice to rerank. Afterwards `examples` holds
-        queries and what they found.
+        A record needs `image` and `text`: one or more captions, all of which match; a record
+        without a caption raises ValueError. Every record is an image-to-text query, and every
+        caption of every record a text-to-image query. The bootstrap resamples images, because the
+        captions of an image are not independent. Reranking reads the records twice. Sets
+        `examples`.
         """
-        from coca_jax.evaluation.metrics.ranking import (
-            retrieval_ranks,  # JAX, which declarations do without
-        )
+        from coca_jax.evaluation.metrics.ranking import retrieval_ranks  # slow: imports JAX
 
         if self.rerank:
             records = records if isinstance(records, Sized) else list(records)
@@ -302,7 +297,7 @@ class Retrieval(Evaluator):
     def _normalised(
         self, predict: Predictor, found: _Encoded, matches: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ranks of each image and each text with the hubs of the bank put back."""
+        """The ranks of each image and each text after querybank normalization."""
         from coca_jax.evaluation.metrics.ranking import retrieval_ranks
 
         bank, scale = self._encode(predict, self.bank, title=" querybank"), predict.scale
@@ -321,7 +316,7 @@ class Retrieval(Evaluator):
         matches: np.ndarray,
         ranks: tuple[np.ndarray, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ranks of each image and each text, after the captioner has looked at the first."""
+        """The ranks of each image and each text after reranking."""
         texts = shortlists(found.images, found.embeddings, self.rerank)
         images = shortlists(found.embeddings, found.images, self.rerank)
         number = len(found.images)
@@ -341,7 +336,7 @@ class Retrieval(Evaluator):
                 for i, score in enumerate(scores):
                     check_finite(score, f"caption likelihoods of {self.name}")
                     similar = found.embeddings[chosen[i]] @ found.images[done + i]
-                    pairs.put(done + i, score + predict.scale * similar)
+                    pairs.set(done + i, score + predict.scale * similar)
             done += len(new)
         texts_of: list[set[int]] = [set() for _ in range(number)]
         images_of: list[set[int]] = [set() for _ in found.texts]
@@ -362,7 +357,8 @@ class Retrieval(Evaluator):
         extra: Sequence[str] = (),
         title: str = "",
     ) -> _Encoded:
-        """Each different image and text once, and texts besides. title: before those of bars."""
+        """Encodes each distinct image and text once, and the extra texts. title: suffix of the
+        name in progress bars."""
         show = f"{self.name}{title}" if self.progress else ""
         text_numbers: dict[str, int] = {}
         image_numbers: dict[bytes, int] = {}
@@ -385,7 +381,7 @@ class Retrieval(Evaluator):
             for record in new[: max(_KEPT_IMAGES - len(pictures), 0)]:
                 pictures.append(picture(record["image"]))
         if not image_of:
-            raise ValueError(f"{self.name} has no record; check the data set and its split")
+            raise ValueError(f"{self.name}: no records. Check the dataset and its split.")
         for text in extra:
             text_numbers.setdefault(text, len(text_numbers))
         texts, named = list(text_numbers), show and f"{show} texts"
@@ -400,13 +396,13 @@ class Retrieval(Evaluator):
         found: _Encoded,
         matches: np.ndarray,
     ) -> Iterator[tuple[str, float]]:
-        """prefix: of the names; ranks: of each image's best text and each text's best image."""
+        """Yields the metrics of the ranks of each image and each text. prefix: of their names."""
         image_of, size = np.asarray(found.image_of), len(found.images)
         by_direction = dict(  # (rank, image) of each query
             image_to_text=(ranks[0][image_of], image_of),
             text_to_image=(ranks[1][matches[:, 1]], matches[:, 0]),
         )
-        # What each image adds to: hits at each cut-off in each direction, and queries.
+        # Per image: hits at each cutoff in each direction, and the number of queries  [I, 8]
         hits = np.stack(
             [
                 np.bincount(owner, places < k, minlength=size)
@@ -441,7 +437,7 @@ class Retrieval(Evaluator):
         yield from scored(f"{self.name}/{prefix}mean_recall", mean, interval, sum(queries) // 3)
 
     def _map(self, found: _Encoded, matches: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-        """right: bool of each image: its text came first."""
+        """The embedding map of the images. right: bool [I], whether the top text matches."""
         first_text = dict(reversed(matches.tolist()))
         texts = [found.texts[first_text[i]] for i in range(len(found.pictures))]
         made = PictureMap(POINTS if self.num_examples else 0)

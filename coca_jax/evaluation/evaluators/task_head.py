@@ -1,4 +1,4 @@
-"""What a task head and written answers get right: classification, questions, pairs."""
+"""Evaluators of task heads (classification, questions, image pairs) and of generated answers."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from coca_jax.evaluation.evaluators.results import Spread, encode_png, picture
 from coca_jax.evaluation.metrics.intervals import with_interval
 
 VQA = Metric("VQA accuracy")
-QUESTIONS = Flag("questions", "", "Field that lists {question, answer} objects.")
+QUESTIONS = Flag("questions", "", "Field with a list of {question, answer} objects.")
 
 
 class Classifier(Protocol):
-    """What the evaluators here ask of a model. Images are as in evaluators.Predictor."""
+    """Model interface of these evaluators. Images are as in evaluators.Predictor."""
 
     class_names: list[str]
     head_kind: HeadKind
 
     def classify(self, images: Any, texts: Sequence[str] | None) -> np.ndarray:
-        """N images, or a list of N pairs, and their texts -> probabilities float32 [N, C]."""
+        """Returns class probabilities float32 [N, C] for N images or N image pairs, and texts."""
 
     def answer(self, images: Any, questions: Sequence[str]) -> list[str]:
-        """N images and N questions -> N answers."""
+        """Generates an answer for each image and question."""
 
 
 def question_of(record: Record, name: str) -> str:
-    """The record's only text; ValueError where it has none or several. name: who asks."""
+    """The only text of a record. Raises ValueError if it has none or several. name: evaluator."""
     texts = record_texts(record, name)
     if len(texts) != 1:
         raise ValueError(
-            f"record {record.get('key', '?')} has {len(texts)} texts where one question is needed; "
-            "give the data as kind='question'"
+            f"record {record.get('key', '?')}: {len(texts)} texts instead of one question. Set "
+            "kind='question' in the data entry."
         )
     return texts[0]
 
@@ -55,28 +55,28 @@ def question_of(record: Record, name: str) -> str:
 def by_voices(
     name: str, outputs: Sequence[str], answers: Sequence[Sequence[str]], owners: np.ndarray | None
 ) -> Iterator[tuple[str, float]]:
-    """Yields vqa_accuracy of what was said, and its interval, where every question has the answers
-    of several people, `VOICES` or more; nothing else. owners: as of `with_interval`."""
+    """Yields vqa_accuracy and its interval if every question has at least `VOICES` answers, and
+    nothing otherwise. owners: see `with_interval`."""
     if min(map(len, answers), default=0) >= VOICES:
         each = np.asarray([vqa_accuracy(*pair) for pair in zip(outputs, answers, strict=True)])
         yield from with_interval(f"{name}/vqa_accuracy", each, owners=owners)
 
 
 class OfRecords(Pictured):
-    """What takes a question or statement from each record."""
+    """Base of evaluators whose records may contain a question or statement."""
 
     flags = (QUESTIONS,)
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --questions."""
+        """Reads --questions."""
         super().from_flags(task, flags)
         if flags.questions:
             task["data"]["questions"] = flags.questions
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
-        """Takes nothing of the task."""
+        """There are no options."""
         made: Any = cls
         return made(task["name"], **setting.common())
 
@@ -88,39 +88,38 @@ class Classification(OfRecords):
     programs = ("classify",)
     metrics = METRICS | {
         "nll": Metric("Negative log-likelihood, nats", Scale.PLAIN, lower=True),
-        "unknown_labels": Metric("Labels that the head lacks", Scale.PLAIN, lower=True),
+        "unknown_labels": Metric("Records without a class of the head", Scale.PLAIN, lower=True),
         "vqa_accuracy": VQA,
     }
     headlines, pictures = HEADLINES, 16
 
     @classmethod
     def check_model(cls, model: Any, task: Mapping[str, Any]) -> None:
-        """Refuses a model without a task head."""
+        """Raises ValueError for a model without a task head."""
         super().check_model(model, task)
         if model.head_kind is None:
             raise ValueError(
-                f"task {cls.kind!r}: this model has no task head; score it with zero_shot, or "
-                "train it with head.kind"
+                f"task {cls.kind!r}: this model has no task head. Use the task zero_shot, or train "
+                "with head.kind."
             )
 
     @classmethod
     def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:
-        """Questions, for a head that reads a text."""
+        """Reads the data as questions if the head has a text input."""
         return dict(task["data"], kind="question") if model.head_kind.reads_text else task["data"]
 
     @classmethod
     def need_of(cls, model: Any) -> str:
-        """Labels, of a head over images alone; questions and statements come with theirs."""
+        """Labels for a head without text input; questions include their answers."""
         return "" if model.head_kind.reads_text else "label"
 
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields what `ZeroShot.run` does, nll (nats, of records that have a class),
-        unknown_labels: records none of whose labels is a class of the head (it cannot name those,
-        so they count as wrong, and where they are all there is a warning says so); and of questions
-        what `by_voices` does.
+        """Yields the metrics of `ZeroShot.run`, nll (nats, over records with a known class),
+        unknown_labels (number of records without a class of the head, which count as wrong), and
+        for questions the metric of `by_voices`.
 
-        A record needs `image` (of pairs `second` too), `labels` and, for heads that read a text,
-        `text`. Afterwards `examples` and `classes` are as those of ZeroShot.
+        A record needs `image` (and `second` for image pairs), `labels`, and `text` for heads with a
+        text input. Sets `examples` and `classes`.
         """
         names = predict.class_names
         number = {name: i for i, name in enumerate(names)}
@@ -128,8 +127,8 @@ class Classification(OfRecords):
         how["asked"] = predict.head_kind.reads_text
         tally = Tally(self.name, names, relative=True, **how)
         surprise: list[float] = []
-        named: list[bool] = []  # of each record, whether it has a class of the head
-        outputs, answers = list[str](), list[Sequence[str]]()  # of questions
+        named: list[bool] = []  # whether each record has a class of the head
+        outputs, answers = list[str](), list[Sequence[str]]()  # for questions
         for batch in in_batches(records, self.batch_size, show=self.name if self.progress else ""):
             images = stack_images(batch)
             if predict.head_kind.images > 1:
@@ -151,14 +150,13 @@ class Classification(OfRecords):
             shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
             warn(
                 self.name,
-                f"none of {len(named)} records has a class of the head, so none can be right; "
-                f"labels of the last are {given}, the head's {len(names)} classes {shown}; give "
-                "data of these classes",
+                f"none of {len(named)} records has a class of the head. Labels of the last record: "
+                f"{given}; the head's {len(names)} classes: {shown}",
             )
         yield from tally.results()
         if surprise:
             owners = tally.owners()
-            if owners is not None:  # without gaps
+            if owners is not None:  # renumber without gaps
                 owners = np.unique(owners[named], return_inverse=True)[1]
             nats = np.asarray(surprise)
             yield from with_interval(f"{self.name}/nll", nats, owners=owners, most=None)
@@ -168,22 +166,21 @@ class Classification(OfRecords):
 
 
 class Answers(OfRecords):
-    """Scores the answers that the decoder writes behind questions."""
+    """Scores the answers that the decoder generates for questions."""
 
-    kind, order, title = "answers", 60, "Written answers"
+    kind, order, title = "answers", 60, "Generated answers"
     programs = ("answer",)
     metrics = {"exact_match": Metric("Exact match"), "vqa_accuracy": VQA}
     headlines = ("exact_match",)
 
     @classmethod
     def data_of(cls, task: Mapping[str, Any], model: Any) -> dict[str, Any]:
-        """Questions, whatever the model."""
+        """Reads the data as questions."""
         return dict(task["data"], kind="question")
 
     def run(self, predict: Classifier, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields exact_match, and its interval: answers equal to one of the record's labels, in
-        lower case and without punctuation; the interval draws images with all their questions.
-        And what `by_voices` does. Afterwards `examples` holds pictures with answers."""
+        """Yields exact_match (answer equal to one of the record's labels after `canonical_text`)
+        and the metric of `by_voices`; intervals resample images. Sets `examples`."""
         exact: list[bool] = []
         written, wanted_of = list[str](), list[Sequence[str]]()
         image_of: list[bytes] = []
@@ -199,7 +196,7 @@ class Answers(OfRecords):
                 wanted_of.append(record["labels"])
                 shown.offer(functools.partial(_item, record, output, exact[-1]))
         if not exact:
-            raise ValueError(f"{self.name} has no record; check the data set and its split")
+            raise ValueError(f"{self.name}: no records. Check the dataset and its split.")
         self.examples = dict(kind="captioning", items=shown.items())
         owners = numbered(image_of)
         yield from with_interval(f"{self.name}/exact_match", np.asarray(exact), owners=owners)
@@ -207,7 +204,7 @@ class Answers(OfRecords):
 
 
 def _item(record: Record, output: str, exact: bool) -> dict[str, Any]:
-    """One picture of the report, with the question, the answer and the labels."""
+    """An example image for the report with the question, the answer and the labels."""
     return dict(
         image=encode_png(picture(record["image"])),
         caption=f"{question_of(record, '')} {output}",

@@ -1,5 +1,5 @@
-"""Zero-shot classification: by the nearest class text (Radford et al. 2021, section 3.1), or by the
-class text that the captioner finds most likely."""
+"""Zero-shot classification: by text embedding (Radford et al. 2021, section 3.1), or by the caption
+likelihood of each class."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from coca_jax.evaluation.evaluators.results import POINTS, PictureMap
 from coca_jax.evaluation.metrics.intervals import with_interval
 
 FLAGS = (
-    Flag("prompts", "", "Prompt set or text file for classification."),
+    Flag("prompts", "", "Prompt set, or text file with prompts, for classification."),
     inputs.FLAG,
 )
-_TEXTS_AT_ONCE = 256  # class texts whose decoder states are held at the same time
+_TEXTS_AT_ONCE = 256  # class texts per decoder call, which bounds memory
 
 
 def class_texts(class_names: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """Returns every prompt of the first class, of the second, ..: [classes * prompts]."""
+    """Returns all prompts of the first class, then of the second, ...: [classes * prompts]."""
     prompts = prompt_sets.check(prompts)
     return [prompt.replace("{}", name) for name in class_names for prompt in prompts]
 
@@ -47,11 +47,11 @@ def class_embeddings(
     *,
     show: str = "",
 ) -> np.ndarray:
-    """Returns float32 [classes, E]: normalised mean over prompts of normalised text embeddings.
+    """Returns float32 [classes, E]: the normalized mean over prompts of normalized text embeddings.
 
-    Raises ValueError when a value is not finite. Memory is that of the classes: the embeddings of
-    20,000 in 80 prompts are gigabytes.
+    Raises ValueError if a value is not finite.
     """
+    # Accumulate per class: all embeddings of 20,000 classes in 80 prompts would take gigabytes.
     sums, start = np.zeros((len(class_names), 0), np.float32), 0
     for batch in in_batches(class_texts(class_names, prompts), batch_size, show=show):
         found = normalise(encode_texts(predict, batch, len(batch), labels=True))
@@ -63,9 +63,10 @@ def class_embeddings(
 
 
 def read_alike(predict: Predictor, class_names: Sequence[str], prompts: Sequence[str]) -> str:
-    """A warning where the model reads the same tokens in all prompts of two classes, which no score
-    can tell apart, else ''."""
+    """Returns a warning if all prompts of two classes have the same tokens, which makes them
+    indistinguishable; '' otherwise."""
     groups = [list(class_names)]
+    # Each prompt splits the groups of classes that were equal so far.
     for prompt in prompts:
         found: dict[tuple[int, bytes], list[str]] = defaultdict(list)
         for number, names in enumerate(groups):
@@ -77,25 +78,25 @@ def read_alike(predict: Predictor, class_names: Sequence[str], prompts: Sequence
         return ""
     first, second = groups[0][:2]
     _, valid = predict.tokenize_with_mask(class_texts([first, second], prompts), labels=True)
-    why = "the model's vocabulary does not tell their letters apart; give other class_names"
+    why = "the vocabulary maps them to the same tokens. Use other class_names."
     if valid[:, -1].any():
         why = (
-            f"the texts are cut at model.text.max_len={predict.max_len}; train with a larger one, "
-            "or give shorter prompts or class_names"
+            f"the texts are cut at model.text.max_len={predict.max_len}. Use shorter prompts or "
+            "class_names, or train with a larger max_len."
         )
     return (
-        f"{sum(map(len, groups))} of {len(class_names)} classes have the text of another one, as "
-        f"{first!r} and {second!r}, and cannot be told apart: {why}"
+        f"{sum(map(len, groups))} of {len(class_names)} classes have the same text as another one "
+        f"(such as {first!r} and {second!r}): {why}"
     )
 
 
 def normalise(x: np.ndarray) -> np.ndarray:
-    """Returns x at unit length along its last axis; a zero vector stays zero."""
+    """Scales x to unit length along its last axis; a zero vector stays zero."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class ByPrompts(Evaluator):
-    """What classifies by texts made of class names."""
+    """Base of evaluators that classify by texts made from class names."""
 
     needs, flags, metrics, headlines = "label", FLAGS, METRICS, HEADLINES
     options = dict(class_names=inputs.ClassNames, prompts=str)
@@ -105,7 +106,7 @@ class ByPrompts(Evaluator):
     prompts: Sequence[str]
 
     def _warn_alike(self, predict: Predictor) -> list[str]:
-        """`read_alike` of the task's classes, said and for the report's notes."""
+        """Logs the warning of `read_alike`; returns it as notes for the report."""
         line = read_alike(predict, self.class_names, self.prompts)
         if line:
             warn(self.name, line)
@@ -113,13 +114,13 @@ class ByPrompts(Evaluator):
 
     @classmethod
     def from_flags(cls, task: dict[str, Any], flags: Any) -> None:
-        """Takes --prompts and --class_names."""
+        """Reads --prompts and --class_names."""
         super().from_flags(task, flags)
         task |= dict(prompts=flags.prompts, class_names=flags.class_names)
 
     @classmethod
     def prompts_of(cls, task: Mapping[str, Any]) -> Sequence[str]:
-        """Raises ValueError for an unknown set."""
+        """The prompts of a task. Raises ValueError for an unknown prompt set."""
         return prompt_sets.load(task.get("prompts") or cls.default_prompts)
 
     @classmethod
@@ -130,8 +131,8 @@ class ByPrompts(Evaluator):
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any], setting: Setting) -> Evaluator:
-        """task: class_names, a list or a file for `class_names.read_class_names`; prompts, a set
-        or a file for `prompts.load`."""
+        """Options of a task: class_names (a list, or a file for `inputs.read_class_names`) and
+        prompts (a set or a file for `prompts.load`)."""
         names, labels = inputs.names_and_labels(task)
         inputs.check_class_names(task, names)
         prompts = cls.prompts_of(task)
@@ -141,18 +142,18 @@ class ByPrompts(Evaluator):
 
 
 class ZeroShot(ByPrompts):
-    """Classifies images by text embeddings alone.
+    """Classifies images by the similarity of image and text embeddings.
 
     Args:
-      data_name: of the data set, the second part of the metrics' names.
+      data_name: name of the dataset, the second part of the metric names.
       class_names: distinct names, [classes].
       prompts: texts with '{}' for the name; see data/prompts.py.
-      labels: how the records call the classes; by default as `class_names`.
-      batch_size: images or texts at a time.
-      num_examples: pictures kept for the report.
-      progress: shows bars.
+      labels: names of the classes in the records; `class_names` by default.
+      batch_size: images or texts per call of the model.
+      num_examples: number of example images for the report.
+      progress: show progress bars.
 
-    Raises ValueError when names repeat or there are fewer than two.
+    Raises ValueError for duplicate names or fewer than two.
     """
 
     kind, order, title, usual = "zero_shot", 10, "Zero-shot classification", True
@@ -171,19 +172,17 @@ class ZeroShot(ByPrompts):
     ):
         super().__init__(data_name)
         self._new_tally = lambda: Tally(self.name, class_names, labels, num_examples=num_examples)
-        self._new_tally()  # refuses unsuitable names now
+        self._new_tally()  # raises for invalid names
         self.class_names = list(class_names)
         self.prompts = prompt_sets.check(prompts)
         self.batch_size, self.progress = batch_size, progress
         self.num_examples = num_examples
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields top1, top5 (of more than five classes), mean_per_class, and their intervals.
+        """Yields top1, top5 (with more than five classes) and mean_per_class with their intervals.
 
-        A record needs `image` and `labels`: any of its names that are classes counts as right, and
-        one with none raises ValueError. Of classes that score the same, the true one is ranked
-        last, so that constant embeddings score 0 and not 1. Afterwards `examples` holds what the
-        report shows and `classes` accuracy by class and the confusion matrix.
+        A record needs `image` and `labels`: any of its labels that is a class is correct; a record
+        without one raises ValueError. Sets `examples` and `classes`.
         """
         show = self.name if self.progress else ""
         notes = self._warn_alike(predict)
@@ -205,16 +204,14 @@ class ZeroShot(ByPrompts):
 class Generative(ByPrompts):
     """Classifies images by the likelihood of each class's text as a caption.
 
-    A class's score is log(mean over prompts of p(prompt with the name | image)): the captioner's
-    likelihood of the class when the prompts are equally likely. `top1_per_token` scores by the
-    mean over prompts of log p / number of tokens instead, which does not favour short names.
-
-    Args: as of `ZeroShot`; images are taken `batch_size` at a time with 256 class texts.
+    The score of a class is log(mean over prompts of p(prompt with the name | image)).
+    `top1_per_token` uses the mean over prompts of log p / number of tokens instead, which does not
+    favor short names. The arguments are those of `ZeroShot`.
     """
 
     kind, order, title = "generative", 20, "Classification by caption likelihood"
     programs = ("score", "num_tokens")
-    metrics = METRICS | {"top1_per_token": Metric("Top-1 by token")}
+    metrics = METRICS | {"top1_per_token": Metric("Top-1, likelihood per token")}
     default_prompts, several_batches = "plain", False
 
     def __init__(
@@ -229,7 +226,7 @@ class Generative(ByPrompts):
         progress: bool = False,
     ):
         super().__init__(data_name)
-        # Log probabilities of one text in two batches differ by about 1e-5.
+        # The log probability of a text varies by about 1e-5 with the batch.
         self._new_tally = lambda shown=num_examples: Tally(
             self.name, class_names, labels, tie=LIKELIHOOD_TIE, num_examples=shown
         )
@@ -239,7 +236,7 @@ class Generative(ByPrompts):
         self.batch_size, self.progress = batch_size, progress
 
     def run(self, predict: Predictor, records: Iterable[Record]) -> Iterator[tuple[str, float]]:
-        """Yields what `ZeroShot.run` does, and top1_per_token."""
+        """Yields the metrics of `ZeroShot.run`, and top1_per_token."""
         notes = self._warn_alike(predict)
         texts = class_texts(self.class_names, self.prompts)
         shape = (-1, len(self.class_names), len(self.prompts))
@@ -257,6 +254,7 @@ class Generative(ByPrompts):
             ]
             sums = np.concatenate(parts, 1).astype(np.float64)
             check_finite(sums, f"caption likelihoods of {self.name}")
+            # log-mean-exp over the prompts  [N, classes]
             top = sums.reshape(shape).max(2, keepdims=True)
             likely = np.log(np.exp(sums.reshape(shape) - top).mean(2)) + top[..., 0]
             tally.add(likely, batch)

@@ -1,8 +1,8 @@
-"""BLEU, ROUGE-L and CIDEr-D in NumPy; METEOR and SPICE by pycocoevalcap, which need Java.
+"""Caption metrics: BLEU, ROUGE-L and CIDEr-D in NumPy; METEOR and SPICE through pycocoevalcap (Java).
 
-The figures are those of the COCO caption evaluation (Chen et al. 2015), of which pycocoevalcap is
-the maintained package: on equal tokens they agree to 1e-6. Captions and references are lists of
-tokens (`tokenize`); N images, each with one caption and one or several references.
+The NumPy metrics agree with the COCO caption evaluation (Chen et al. 2015; maintained as
+pycocoevalcap) to 1e-6 on equal tokens. Inputs are token lists (`tokenize`) for N images, each with
+one caption and one or more references.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coca_jax.runtime import extras
 
 Tokens = Sequence[str]
 
-# Where words of these scripts end is not written: Han, Hiragana, Katakana, Thai, Lao, Khmer.
+# Scripts without spaces between words: Han, Hiragana, Katakana, Thai, Lao, Khmer.
 _UNSPACED = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff"
 _WORD = f"[^\\s!-/:-@\\[-^`{{-~\u00a1-\u00bf\u2000-\u206f\u2190-\u2bff\u3000-\u3004{_UNSPACED}"
 _WORD += "\uff01-\uff0f\uff1a-\uff20\u0964\u0965]"
@@ -49,10 +49,10 @@ _JOINED = re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem
 
 
 def tokenize(text: str) -> list[str]:
-    """Words in lower case without punctuation, as the Penn Treebank tokenizer of COCO gives them.
+    """Splits a text into lowercase words without punctuation, like COCO's Penn Treebank tokenizer.
 
-    Contractions are two words (do n't, man 's), hyphenated words one, brackets become -lrb- and so
-    on. Scripts without spaces between words (Chinese, Japanese, Thai) give one token a character.
+    Contractions become two tokens (do n't, man 's), hyphenated words one, and brackets -lrb- etc.
+    Scripts without spaces between words (Chinese, Japanese, Thai) give one token per character.
     """
     text = text.lower().replace("\u2019", "'").replace("\u2018", "'")
     text = _CONTRACTED.sub(r" \1", text)
@@ -68,11 +68,11 @@ def _ngrams(tokens: Tokens, n: int) -> collections.Counter:
 
 
 def bleu_stats(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """What each image adds to corpus BLEU (Papineni et al. 2002): float64 [N, 10].
+    """Returns the statistics of each image for corpus BLEU (Papineni et al. 2002): float64 [N, 10].
 
-    Columns: right n-grams for n = 1 to 4 (clipped at the most that one reference has), all n-grams
-    of the caption for n = 1 to 4, length of the caption, length of the closest reference (of two
-    equally close the shorter).
+    Columns: matching n-grams for n = 1 to 4 (clipped at their maximum count in one reference), all
+    n-grams of the caption for n = 1 to 4, length of the caption, length of the closest reference
+    (the shorter of two equally close ones).
     """
     rows = []
     for caption, several in zip(captions, references):
@@ -89,12 +89,9 @@ def bleu_stats(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:
-    """BLEU-1 to BLEU-4, [..., 4], of summed statistics [..., 10].
-
-    As in COCO's code, 1e-15 right n-grams are added to each count and 1e-9 to each divisor: with
-    no right 4-gram BLEU-4 is tiny and not 0.
-    """
+    """Computes BLEU-1 to BLEU-4, [..., 4], from summed statistics [..., 10]."""
     sums = np.asarray(sums, np.float64)
+    # COCO's smoothing constants: without a matching 4-gram, BLEU-4 is tiny but not 0.
     precision = (sums[..., :4] + 1e-15) / (sums[..., 4:8] + 1e-9)
     mean = np.exp(np.cumsum(np.log(precision), -1) / np.arange(1, 5))
     ratio = (sums[..., 8:9] + 1e-15) / (sums[..., 9:10] + 1e-9)
@@ -105,14 +102,14 @@ def bleu(sums: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """ROUGE-L of each image (Lin 2004): float64 [N].
+    """Returns ROUGE-L per image (Lin 2004): float64 [N].
 
-    The F measure, recall weighted 1.2 squared, of the best precision and the best recall that the
-    longest common subsequence with a reference gives.
+    ROUGE-L is the F measure (beta = 1.2) of the best precision and the best recall over the
+    references, based on the longest common subsequence.
     """
     scores = []
     for caption, several in zip(captions, references):
-        # An empty text counts as one empty word, as in COCO's code.
+        # COCO's code treats an empty text as one empty word.
         words = list(caption) or [""]
         wanted = [list(reference) or [""] for reference in several]
         common = [_common_length(words, reference) for reference in wanted]
@@ -141,12 +138,12 @@ def _common_length(a: Tokens, b: Tokens) -> int:
 
 
 def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """CIDEr-D of each image (Vedantam et al. 2015): float64 [N], 0 to 10.
+    """Returns CIDEr-D per image (Vedantam et al. 2015): float64 [N], 0 to 10.
 
-    Mean over n = 1 to 4 and over the references of the cosine of tf-idf weighted n-gram counts,
-    the caption's clipped at the reference's, times exp(-d^2 / 72), d the difference in length,
-    times 10. Document frequencies are those of the references given, so the figure depends on the
-    set that is evaluated; of a single image it is 0.
+    CIDEr-D is 10 times the mean, over n = 1 to 4 and the references, of the cosine similarity of
+    tf-idf weighted n-gram counts (clipped at the reference's counts) times exp(-d^2 / 72), where d
+    is the difference in length. Document frequencies come from the given references, so the value
+    depends on the evaluation set; it is 0 for a single image.
     """
     frequency: collections.Counter = collections.Counter()
     for several in references:
@@ -165,7 +162,7 @@ def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     for caption, several in zip(captions, references):
         weights, total = weigh(caption), 0.0
         for reference in several:
-            # Lengths are counted in bigrams, as in COCO's code.
+            # COCO's code measures lengths in bigrams.
             gap = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
             cosine = 0.0
             for (a, norm_a), (b, norm_b) in zip(weights, weigh(reference)):
@@ -181,18 +178,18 @@ def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
 
 
 def why_not(metric: str) -> str:
-    """Why 'meteor' or 'spice' cannot be computed here; '' when it can."""
+    """Returns why 'meteor' or 'spice' cannot be computed; '' if it can."""
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
-        return f"the package pycocoevalcap is missing: {extras.remedy('eval')}"
+        return f"pycocoevalcap is not installed: {extras.remedy('eval')}"
     if shutil.which("java") is None:
         return "java is not installed"
     if metric == "spice":
         folder = pathlib.Path(next(iter(spec.submodule_search_locations))) / "spice"
         if not (folder / "lib" / "stanford-corenlp-3.6.0-models.jar").exists():
             return (
-                "its language models are not there; `python -m pycocoevalcap.spice."
-                "get_stanford_models` downloads them (400 MB)"
+                "the Stanford CoreNLP models are missing. Run `python -m pycocoevalcap.spice."
+                "get_stanford_models` (400 MB)"
             )
     return ""
 
@@ -200,10 +197,10 @@ def why_not(metric: str) -> str:
 def meteor(
     captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> tuple[float, np.ndarray]:
-    """METEOR 1.5 for English (Denkowski and Lavie 2014): (of the set, of each image [N]).
+    """Returns METEOR 1.5 for English (Denkowski and Lavie 2014): (corpus score, image scores [N]).
 
-    The first is METEOR's own figure from statistics summed over the set, not the mean of the
-    second. Runs Java; raises ValueError saying why it cannot.
+    The corpus score is computed from summed statistics and is not the mean of the image scores.
+    Runs Java. Raises ValueError if METEOR cannot run.
     """
     if why_not("meteor"):
         raise ValueError(f"METEOR: {why_not('meteor')}")
@@ -240,14 +237,14 @@ def meteor(
                 process.wait()
                 errors.seek(0)
                 reason = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-                raise ValueError(f"METEOR ended too soon: {' '.join(reason)}") from None
+                raise ValueError(f"METEOR: java exited early: {' '.join(reason)}") from None
     return float(each[-1]), np.asarray([float(score) for score in each[:-1]])
 
 
 def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """SPICE F of each image (Anderson et al. 2016), from texts: float64 [N].
+    """Returns the SPICE F score per image (Anderson et al. 2016), from raw texts: float64 [N].
 
-    Runs Java with 8 GB of memory; raises ValueError saying why it cannot.
+    Runs Java with 8 GB of memory. Raises ValueError if SPICE cannot run.
     """
     if why_not("spice"):
         raise ValueError(f"SPICE: {why_not('spice')}")
@@ -258,5 +255,5 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.nd
     try:
         _, scores = Spice().compute_score(truth, candidates)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"SPICE did not run: {error}") from None
+        raise ValueError(f"SPICE: {error}") from None
     return np.nan_to_num([score["All"]["f"] for score in scores])

@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of evaluation figures (Efron 1979, percentile method)."""
+"""Bootstrap confidence intervals of evaluation scores (Efron 1979, percentile method)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Endings of scores that belong to the score without the ending: its 95% interval, the number of
-# examples, and what it would be for a model that does not look at the images (see chance.py).
+# Suffixes of the scores that accompany a score: its 95% interval, the number of examples, and the
+# baselines of a model that ignores the images (evaluators/baselines.py).
 COMPANIONS = ("_low", "_high", "_count", "_chance", "_majority")
 _MAX_BLOCKS = 5_000
 _LEVEL = 0.95
@@ -17,19 +17,18 @@ _RESAMPLES = 1_000
 def resampled_sums(stats: np.ndarray, *, resamples: int = _RESAMPLES, seed: int = 0) -> np.ndarray:
     """Returns float64 [resamples, K]: sums over examples drawn with replacement.
 
-    Any figure that is a function of sums over examples (a ratio, corpus BLEU) has its bootstrap
-    distribution from these.
+    They give the bootstrap distribution of any score that is a function of sums over examples, such
+    as a ratio or corpus BLEU.
 
     Args:
-      stats: [N, K], what each example adds to each sum; N at least 1.
-      resamples: draws, each of as many examples as there are.
-      seed: of the draws; equal input gives equal output.
-
-    More than 5,000 examples are first summed in random blocks of equal size: for independent
-    examples this leaves the spread as it is and bounds time and memory.
+      stats: [N, K], the contribution of each example to each sum; N >= 1.
+      resamples: number of draws of N examples.
+      seed: random seed.
     """
     stats = np.asarray(stats, np.float64)
     rng = np.random.default_rng(seed)
+    # Sum more than 5,000 examples in random blocks of equal size first. If examples are
+    # independent, this preserves the variance and bounds time and memory.
     order = rng.permutation(len(stats))
     pieces = np.array_split(order, min(len(stats), _MAX_BLOCKS))
     starts = np.cumsum([0] + [len(piece) for piece in pieces[:-1]])
@@ -42,10 +41,10 @@ def resampled_sums(stats: np.ndarray, *, resamples: int = _RESAMPLES, seed: int 
     return np.concatenate(drawn)
 
 
-def of_owners(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """Returns float64 [owners] or [owners, K]: sums of values [N] or [N, K] over whose they are.
+def sum_by_owner(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Returns float64 [owners] or [owners, K]: values [N] or [N, K] summed by owner.
 
-    owners: int [N], 0, 1, ... without gaps, such as the image of each record.
+    owners: int [N], the owner of each value (such as the image of a record), 0, 1, ... without gaps.
     """
     values = np.asarray(values, np.float64)
     sums = np.zeros((int(owners.max()) + 1, *values.shape[1:]))
@@ -54,7 +53,7 @@ def of_owners(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
 
 
 def limits(samples: np.ndarray) -> tuple[float, float]:
-    """Returns the 2.5% and 97.5% quantiles of a bootstrap distribution [R], NaN left out."""
+    """Returns the 2.5% and 97.5% quantiles of a bootstrap distribution [R], ignoring NaN."""
     tail = (1 - _LEVEL) / 2
     low, high = np.nanquantile(samples, [tail, 1 - tail])
     return float(low), float(high)
@@ -63,12 +62,12 @@ def limits(samples: np.ndarray) -> tuple[float, float]:
 def share_limits(
     samples: np.ndarray, share: float, count: int, *, most: float = 1.0
 ) -> tuple[float, float]:
-    """Returns the 95% interval of a mean that lies within 0 and `most`, such as a share.
+    """Returns the 95% interval of a mean between 0 and `most`, such as an accuracy.
 
-    samples: [R], its bootstrap distribution; count: independent examples. Where all examples have
-    the least, or the most, drawing them again varies nothing. Then it is Clopper and Pearson's
-    (1934): above 1 - 0.025^(1/count) so many would have shown another one in 97.5% of sets.
+    samples: [R], its bootstrap distribution; count: number of independent examples.
     """
+    # At 0 or `most`, all examples are equal and the bootstrap has no variance. Use the
+    # Clopper-Pearson (1934) limit there.
     room = most * (1 - ((1 - _LEVEL) / 2) ** (1 / count))
     if share <= 0:
         return 0.0, room
@@ -85,30 +84,29 @@ def bootstrap(
     resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Returns (sum(values) / sum(weights), low, high): 95% by a bootstrap over examples.
+    """Returns (sum(values) / sum(weights), low, high) with a 95% bootstrap interval over examples.
 
     Args:
-      values: [N], one figure an example, e.g. 1.0 where a guess is right.
-      weights: [N], what the sum is divided by, e.g. tokens; ones by default.
-      most: where each value lies within 0 and `most` times its weight, as a share does within 1,
-        and the mean may be either: see `share_limits`. Default: values have no such ends.
+      values: [N], one value per example, e.g. 1.0 for a correct guess.
+      weights: [N], the divisors, e.g. token counts; ones by default.
+      most: upper bound of values / weights, whose lower bound is 0 (see `share_limits`); None if
+        the values are unbounded.
 
-    Raises ValueError when there is no example, the weights sum to zero, or a value lies outside of
-    its ends, of which the interval would be wrong.
+    Raises ValueError if there are no examples, the weights sum to zero, or a value is out of bounds.
     """
     values = np.asarray(values, np.float64).reshape(-1)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     if not len(values) or not weights.sum() > 0:
         raise ValueError(
-            f"{len(values)} examples with weights of sum {weights.sum()}: none to score"
+            f"{len(values)} examples with total weight {weights.sum()}: nothing to score."
         )
     if most is not None:
-        slack = 1e-6 * most * np.maximum(weights, 1.0)  # of sums that round
+        slack = 1e-6 * most * np.maximum(weights, 1.0)  # rounding of sums
         outside = (values < -slack) | (values > most * weights + slack)
         if outside.any():
             raise ValueError(
-                f"{values[outside][0]:g}, of weight {weights[outside][0]:g}, does not lie between "
-                f"0 and most={most:g} times its weight; give most=None for values without such ends"
+                f"value {values[outside][0]:g} with weight {weights[outside][0]:g}: not between 0 "
+                f"and most={most:g} times its weight. Use most=None for unbounded values."
             )
     top, bottom = resampled_sums(np.stack([values, weights], 1), resamples=resamples, seed=seed).T
     mean, drawn = float(values.sum() / weights.sum()), top[bottom > 0] / bottom[bottom > 0]
@@ -118,16 +116,16 @@ def bootstrap(
 
 
 def mean_of_classes(hits: np.ndarray, totals: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Returns [R]: the mean of the classes' shares, resampled within each class.
+    """Returns [R]: bootstrap samples of the mean per-class accuracy, resampled within each class.
 
-    hits, totals: [C], right and all examples of each class; all of `totals` at least 1. A resample
-    of a class's n examples of which h are right holds Binomial(n, h / n) right ones, which vary
-    less than new examples would: so much more is drawn, n / (n - 1) of the variance. A single
-    example tells nothing of its class's: it varies as one that is right as often as the mean.
+    hits, totals: [C], correct and all examples of each class; totals >= 1.
     """
     rng = np.random.default_rng(seed)
     totals = np.asarray(totals, np.int64)
     share = np.asarray(hits, np.float64) / totals
+    # Resampling n examples with h correct ones gives Binomial(n, h / n) hits, whose variance is too
+    # small by a factor of (n - 1) / n: correct for it. A single example gives no variance at all:
+    # use that of the mean accuracy.
     alone = totals == 1
     centre = np.where(alone, share.mean(), share)
     wider = np.where(alone, 1.0, np.sqrt(totals / np.maximum(totals - 1, 1)))
@@ -136,16 +134,15 @@ def mean_of_classes(hits: np.ndarray, totals: np.ndarray, *, seed: int = 0) -> n
 
 
 def median_limits(values: np.ndarray, owners: np.ndarray | None = None) -> tuple[float, float]:
-    """Returns the 95% interval of the median of values [N], by its order statistics.
+    """Returns the 95% interval of the median of values [N] from its order statistics.
 
-    owners: int [N], whose each value is, by default its own. Values of one owner may be alike, and
-    are then worth fewer (Woodruff 1952): the share of values up to the median varies as its sums by
-    owner do.
+    owners: int [N], the owner of each value; by default every value is independent.
     """
     values = np.asarray(values, np.float64)
     ordered = np.sort(values)
     half = 0.98 * np.sqrt(len(ordered))  # 1.96 standard deviations of Binomial(N, 1/2)
     if owners is not None:
+        # Values of one owner are correlated, which widens the interval (Woodruff 1952).
         below = (values <= np.median(values)).astype(float)
         below -= below.mean()
         by_owner, own = np.square(np.bincount(owners, below)).sum(), np.square(below).sum()
@@ -172,15 +169,14 @@ def with_interval(
     owners: np.ndarray | None = None,
     most: float | None = 1.0,
 ) -> Iterator[tuple[str, float]]:
-    """Yields what `scored` does for the mean of values [N], or their sum over that of weights.
+    """Yields the `scored` entries of mean(values), or of sum(values) / sum(weights); all [N].
 
-    owners: whose each value is, as `of_owners` has it: drawn with all that are theirs; by default
-    its own. most: that a value can be, of its weight, the least being 0; None, as of counts
-    and nats: see `bootstrap`, which raises ValueError for values beyond.
+    owners: int [N], the owner of each value (see `sum_by_owner`), resampled together. most: upper
+    bound of a value (see `bootstrap`); None for unbounded values such as counts and nats.
     """
     count = len(values)
     if owners is not None:
-        weights = of_owners(np.ones(count) if weights is None else weights, owners)
-        values = of_owners(values, owners)
+        weights = sum_by_owner(np.ones(count) if weights is None else weights, owners)
+        values = sum_by_owner(values, owners)
     mean, low, high = bootstrap(values, weights, most=most)
     yield from scored(name, mean, (low, high), count)

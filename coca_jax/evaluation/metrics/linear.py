@@ -1,4 +1,4 @@
-"""Classifiers over features: multinomial logistic regression, and votes of the nearest."""
+"""Classifiers over frozen features: multinomial logistic regression and k nearest neighbors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import scipy.optimize
 
 L2_SWEEP = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-HELD_OUT = 0.1  # share of the training features that chooses the L2 weight
+HELD_OUT = 0.1  # fraction of the training features that selects the L2 weight
 MAX_ITERATIONS = 200
-_AT_ONCE = 1 << 25  # cosines that exist at a time, of 16 bytes with what sorts them
+_AT_ONCE = 1 << 25  # cosines in memory at a time; sorting them takes 16 bytes each
 
 
 def fit_linear(
@@ -20,10 +20,10 @@ def fit_linear(
     l2: float,
     start: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Multinomial logistic regression: float64 [W + 1, C], the last row the biases.
+    """Fits multinomial logistic regression: float64 [W + 1, C]; the last row is the bias.
 
-    Minimises mean cross-entropy + l2 / 2 * sum of squared weights (biases apart) by L-BFGS.
-    features float32 [N, W]; classes int [N]; start: weights to begin with, zeros by default.
+    Minimizes mean cross-entropy + l2 / 2 * sum of squared weights (without biases) with L-BFGS.
+    features: float32 [N, W]; classes: int [N]; start: initial weights, zeros by default.
     """
     width = features.shape[1]
     x, y = jnp.asarray(features, jnp.float32), jnp.asarray(classes, jnp.int32)
@@ -53,15 +53,16 @@ def _objective(w: jax.Array, x: jax.Array, y: jax.Array, l2: jax.Array) -> jax.A
 def choose_l2(
     features: np.ndarray, classes: np.ndarray, num_classes: int, seed: int = 0
 ) -> tuple[float, np.ndarray]:
-    """(the L2 weight of L2_SWEEP with the most right on a held-out part, weights fitted to all).
+    """Returns (L2 weight from L2_SWEEP with the best holdout accuracy, weights fitted to all data).
 
-    Of equal ones the largest is taken. Each fit starts from the one before, with a larger L2.
+    The largest of equally good L2 weights is chosen.
     """
     order = np.random.default_rng(seed).permutation(len(features))
     held = max(1, round(HELD_OUT * len(order)))
     test, train = order[:held], order[held:]
     best, best_right, weights = L2_SWEEP[-1], -1, None
     for l2 in reversed(L2_SWEEP):
+        # Warm start from the solution for the next larger L2 weight.
         weights = fit_linear(features[train], classes[train], num_classes, l2, weights)
         right = int((linear_scores(features[test], weights).argmax(1) == classes[test]).sum())
         if right > best_right:
@@ -70,7 +71,7 @@ def choose_l2(
 
 
 def linear_scores(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Logits float64 [N, C] of features [N, W] by weights [W + 1, C]."""
+    """Returns logits float64 [N, C] of features [N, W] and weights [W + 1, C]."""
     return features @ weights[:-1] + weights[-1]
 
 
@@ -84,11 +85,11 @@ def knn_scores(
     temperature: float = 0.07,
     chunk: int = 1024,
 ) -> np.ndarray:
-    """Votes of the k nearest training features by cosine, float64 [N, C].
+    """Returns the votes of the k nearest training features by cosine similarity, float64 [N, C].
 
-    Each neighbour adds exp(cosine / temperature) to its class (Wu et al. 2018). features [N, W],
-    train [M, W], classes int [M]; `chunk` rows of the N x M cosines exist at a time, fewer where M
-    is above 32,768.
+    Each neighbor adds exp(cosine / temperature) to its class (Wu et al. 2018). features: [N, W];
+    train: [M, W]; classes: int [M]; chunk: rows of the [N, M] cosines in memory at a time (fewer if
+    M > 32,768).
     """
     unit = train / np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-12)
     k, chunk = min(k, len(train)), max(min(chunk, _AT_ONCE // len(train)), 1)
@@ -98,7 +99,7 @@ def knn_scores(
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         cosine = rows @ unit.T
         near = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
-        # Less the largest: a common factor of a row, and no overflow.
+        # Subtracting the maximum prevents overflow and only scales the row's votes.
         close = np.take_along_axis(cosine, near, 1).astype(np.float64)
         weight = np.exp((close - close.max(1, keepdims=True)) / temperature)
         for column in range(k):

@@ -1,24 +1,23 @@
-"""Querybank normalisation: candidates that are near every query are put back.
+"""Querybank normalization: lowers the scores of candidates that are close to every query (hubs).
 
-Some candidates, hubs, are among the nearest of most queries (Radovanovic et al., 2010). A bank of
-queries that are no test tells which: instead of the cosine, a candidate is scored by the log of its
-part in the softmax over the bank's queries, up to a constant (inverted softmax, Smith et al., 2017,
-1702.03859; as querybank normalisation, Bogolin et al., CVPR 2022, 2112.12777). With the scale of
-the contrastive loss this is the other half of that loss, which was trained and is not used else.
+A bank of queries from outside the test set identifies the hubs (Radovanovic et al., 2010). Instead
+of the cosine, a candidate's score is the log of its softmax over the queries of the bank, up to a
+constant (inverted softmax, Smith et al., 2017, arXiv:1702.03859; querybank normalization, Bogolin
+et al., CVPR 2022, arXiv:2112.12777).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_TILE = 4096  # queries by candidates whose scores exist at a time
+_TILE = 4096  # side of the tile of scores in memory
 
 
 def hubness(bank: np.ndarray, candidates: np.ndarray, scale: float) -> np.ndarray:
-    """log(mean over the bank's queries q of exp(scale * q . c)) / scale, of each candidate c.
+    """Returns log(mean over queries q of exp(scale * q . c)) / scale per candidate c: float32 [M].
 
-    bank, candidates: float32 [Q, E], [M, E], unit length, Q > 0; scale: what cosines are multiplied
-    by as logits. Returns float32 [M], as cosines: between the mean and the largest one.
+    bank, candidates: float32 [Q, E], [M, E], unit length, Q > 0; scale: logit scale. The result is
+    between the mean and the maximum cosine.
     """
     found = np.empty(len(candidates), np.float32)
     for start in range(0, len(candidates), _TILE):
@@ -26,7 +25,7 @@ def hubness(bank: np.ndarray, candidates: np.ndarray, scale: float) -> np.ndarra
         total = np.full(some.shape[1], -np.inf)
         for first in range(0, len(bank), _TILE):
             logits = scale * (bank[first : first + _TILE] @ some).astype(np.float64)
-            most = logits.max(0)
+            most = logits.max(0)  # keeps exp from overflowing
             total = np.logaddexp(total, most + np.log(np.exp(logits - most).sum(0)))
         found[start : start + _TILE] = (total - np.log(len(bank))) / scale
     return found
@@ -35,10 +34,8 @@ def hubness(bank: np.ndarray, candidates: np.ndarray, scale: float) -> np.ndarra
 def normalised(
     queries: np.ndarray, candidates: np.ndarray, bank: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings whose products are the cosines less the candidates' `hubness`.
-
-    queries: float32 [N, E]; the others as there. Returns float32 [N, E + 1] and [M, E + 1].
-    """
+    """Returns embeddings float32 [N, E + 1] and [M, E + 1] whose dot products are the cosines minus
+    the candidates' `hubness`. queries: float32 [N, E]; the other arguments as in `hubness`."""
     less = -hubness(bank, candidates, scale)
     ones = np.ones((len(queries), 1), np.float32)
     return np.concatenate([queries, ones], 1), np.concatenate([candidates, less[:, None]], 1)

@@ -1,4 +1,4 @@
-"""Ranks of what matches among millions of candidates, in tiles of the similarity matrix."""
+"""Retrieval ranks among millions of candidates, computed in tiles of the similarity matrix."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 TIE = 1e-6  # scores closer than this are equal: float32 products differ by about 1e-7
-_NO_MESH = Mesh(np.empty((), object), ())  # tiles belong to one device each
+_NO_MESH = Mesh(np.empty((), object), ())  # each tile is on a single device
 
 
 def retrieval_ranks(
     images: np.ndarray, texts: np.ndarray, pairs: np.ndarray, *, chunk: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rank (0: first) of the best match of each image and of each text, int64.
+    """Returns the rank (0: first) of the best match of each image [N] and of each text [M], int64.
 
-    A rank is the number of candidates that do not match and score no less than the best match, so
-    ties count against the model. The similarity matrix exists only in tiles of `chunk` x `chunk`:
-    memory grows with N + M, and a million images by a million texts fit. Tiles are shared among
-    processes and their devices; every process needs the same arguments and gets all ranks.
+    The rank is the number of non-matching candidates whose score is at least that of the best
+    match, so ties count against the model. Only tiles of `chunk` x `chunk` of the similarity matrix
+    are in memory. Processes and their devices share the tiles; every process passes the same
+    arguments and gets all ranks.
 
     Args:
       images: float32 [N, E].
       texts: float32 [M, E], distinct texts.
-      pairs: int [P, 2], (image, text) indices that match; all others do not. An image or text
-        without a match gets rank -1.
+      pairs: int [P, 2], (image, text) indices of the matches. An image or text without a match gets
+        rank -1.
       chunk: side of a tile.
     """
     n, m = len(images), len(texts)
@@ -40,8 +40,8 @@ def retrieval_ranks(
     tile_of = (pairs[:, 0] // side_n) * blocks + pairs[:, 1] // side_m
     order = np.argsort(tile_of, kind="stable")
     tile_of, pairs = tile_of[order], pairs[order]
-    # Every process takes its share of the rows of tiles, each of its devices one at a time. A step
-    # is one tile a device; its counts are fetched while the next one runs.
+    # Each process handles a share of the rows of tiles, one row per device at a time. The counts of
+    # a tile are fetched while the next one runs.
     devices = jax.local_devices()
     starts = range(0, n, side_n)[jax.process_index() :: jax.process_count()]
     with jax.set_mesh(_NO_MESH):
@@ -76,7 +76,7 @@ def retrieval_ranks(
 def _best_scores(
     images: np.ndarray, texts: np.ndarray, pairs: np.ndarray, chunk: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The score of each image's best match, and of each text's; -inf of those without one."""
+    """Returns the score of the best match of each image [N] and text [M]; -inf without a match."""
     score = np.empty(len(pairs), np.float32)
     for start in range(0, len(pairs), chunk):
         i, j = pairs[start : start + chunk].T
@@ -89,14 +89,15 @@ def _best_scores(
 
 
 def _inside(pairs: np.ndarray, row: int, column: int, beyond: int) -> np.ndarray:
-    """The matches [P, 2] in a tile that begins at row and column, counted from there: int32. A
-    power of two of them, so that few shapes are compiled; `beyond`, out of range, is dropped."""
+    """Returns the matches in a tile relative to its corner (row, column): int32 [P', 2], padded
+    with `beyond`, which is out of range and ignored."""
     inside = (pairs - [row, column]).astype(np.int32)
+    # Pad to a power of two to compile few shapes.
     return _pad(inside, max(1024, 1 << len(pairs).bit_length()), beyond)
 
 
 def _collect(launched: list, image_ranks: np.ndarray, text_ranks: np.ndarray) -> None:
-    """Adds the counts of tiles, which may still run, to the ranks."""
+    """Adds the counts of the launched tiles to the ranks; waits for tiles that still run."""
     for rows, columns, (by_row, by_column) in launched:
         image_ranks[rows] += np.asarray(by_row)[: rows.stop - rows.start]
         text_ranks[columns] += np.asarray(by_column)[: columns.stop - columns.start]
@@ -105,7 +106,7 @@ def _collect(launched: list, image_ranks: np.ndarray, text_ranks: np.ndarray) ->
 def _over_processes(
     image_ranks: np.ndarray, text_ranks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sums of what each process counted."""
+    """Sums the counts over processes."""
     if jax.process_count() == 1:
         return image_ranks, text_ranks
     both = np.concatenate([image_ranks, text_ranks]).astype(np.int32)
@@ -130,12 +131,13 @@ def _count_tile(
     num_rows: int,
     num_columns: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Counts by row and by column the scores at or over the limits, matches and padding apart."""
-    # Accelerators multiply float32 at lower precision unless told otherwise; ranks need it exact.
+    """Counts, per row and per column, the non-matching scores that reach the limits."""
+    # By default, accelerators multiply float32 at lower precision, which would change ranks.
     scores = jnp.einsum("ne,me->nm", images, texts, precision="highest")
     real = (jnp.arange(scores.shape[0]) < num_rows)[:, None] & (
         jnp.arange(scores.shape[1]) < num_columns
     )
+    # Exclude padding and matches from the counts.
     scores = jnp.where(real, scores, -jnp.inf)
     scores = scores.at[matches[:, 0], matches[:, 1]].set(-jnp.inf, mode="drop")
     by_row = jnp.isfinite(scores) & (scores >= row_limits[:, None])

@@ -1,5 +1,5 @@
-// Charts by uPlot: the legend shows the values under the pointer, which is at the same step in all
-// charts; a dragged range zooms in, a double click shows all again.
+// uPlot charts. The cursor is synchronized across charts, and the legend shows the values under it.
+// Drag to zoom in; double-click to reset.
 const colour = name => () => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const written = (_, value) => value == null ? '' : Number(value.toPrecision(4)).toLocaleString('en');
 const plots = [...document.querySelectorAll('.chart')].map(figure => {

@@ -1,4 +1,4 @@
-// Maps of pictures: the dot that is nearest to the pointer, or the slider's, shows its picture.
+// Embedding maps: shows the image of the dot nearest to the pointer or selected with the slider.
 for (const map of document.querySelectorAll('.map')) {
   const svg = map.querySelector('.ground svg'), dots = [...svg.querySelectorAll('circle')];
   const large = map.querySelector('.large'), what = map.querySelector('.what');
@@ -18,7 +18,7 @@ for (const map of document.querySelectorAll('.map')) {
     slider.value = number;
     slider.setAttribute('aria-valuetext', text);
   };
-  const look = (x, y) => {
+  const center = (x, y) => {
     const [w, h] = [width / zoom, height / zoom];
     const [left, top] = [Math.min(Math.max(x - w / 2, 0), width - w), Math.min(Math.max(y - h / 2, 0), height - h)];
     svg.setAttribute('viewBox', `${left} ${top} ${w} ${h}`);
@@ -44,7 +44,7 @@ for (const map of document.querySelectorAll('.map')) {
   for (const button of map.querySelectorAll('[data-by]'))
     button.addEventListener('click', () => {
       zoom = Math.min(Math.max(zoom * button.dataset.by, 1), 16);
-      look(...at(dots[chosen]));
+      center(...at(dots[chosen]));
     });
   map.querySelector('.steer').hidden = false;
   choose(0);

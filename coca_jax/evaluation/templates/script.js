@@ -1,9 +1,9 @@
-// On a phone what is long begins folded: the headlines say the most of it.
+// Collapse long sections on small screens.
 if (matchMedia('(max-width: 600px)').matches) {
   for (const fold of document.querySelectorAll('.fold')) fold.open = false;
 }
 
-// Where the model looked for a word: what it did not look at is covered.
+// Attention of a word: darkens the parts of the image with low attention.
 for (const seen of document.querySelectorAll('.seen')) {
   const canvas = seen.querySelector('canvas'), img = seen.querySelector('img');
   const words = [...seen.parentElement.querySelectorAll('.word')];
@@ -16,8 +16,8 @@ for (const seen of document.querySelectorAll('.seen')) {
     const dark = new ImageData(across, down);
     map.forEach((value, i) => dark.data.set([8, 12, 24, 215 * (1 - (value / 255) ** 0.8)], 4 * i));
     small.getContext('2d').putImageData(dark, 0, 0);
-    // The picture stands whole in a square; the model saw all of it, squashed, or its middle in the
-    // proportions of the model's images.
+    // The box letterboxes the image. The attention map covers the entire image, or only its center
+    // crop if the model crops its input.
     const box = img.clientWidth, scale = box / Math.max(img.naturalWidth, img.naturalHeight);
     const sides = [img.naturalWidth * scale, img.naturalHeight * scale];
     const aspect = +seen.dataset.aspect || 1, high = Math.min(sides[0] / aspect, sides[1]);
