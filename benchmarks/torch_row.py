@@ -197,7 +197,7 @@ class Run:
         scores: dict[str, float] = {}
         with torch.no_grad():
             for task in self.config.eval.tasks:
-                lacking = [p for p in base.of(task["kind"]).programs if not hasattr(predictor, p)]
+                lacking = [p for p in base.get(task["kind"]).programs if not hasattr(predictor, p)]
                 if not lacking:
                     setting = Setting(batch_size=128, workdir=workdir, request={"row": workdir})
                     more = ("rerank", "querybank")  # embeddings are compared
