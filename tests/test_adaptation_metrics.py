@@ -74,7 +74,7 @@ def test_top1_and_top5_equal_a_plain_count():
 def test_data_of_other_classes_than_the_head_s_are_warned_of_and_a_part_of_them_counts(monkeypatch):
     rows = np.full((3, 7), 1 / 7, np.float32)
     other = records_of([["bird"], ["tree"], ["fish", "eel"]])
-    line = f"none of 3 records has a class of the head,.* 'fish', 'eel', the head's 7 .*{NAMES[0]}"
+    line = f"none of 3 records has a class of the head.*'fish', 'eel'.*{NAMES[0]}"
     said = []
     monkeypatch.setattr(evaluators.logging, "warning", lambda text, *more: said.append(text % more))
     scores = dict(Classification("set").run(Fixed(rows), other))
@@ -146,7 +146,7 @@ def test_a_head_is_scored_on_what_has_a_label_and_data_without_any_are_refused(t
     assert scores["classification/c/top1"] == 0.5
     assert scores["classification/c/num_examples"] == 2
     assert scores["classification/c/unknown_labels"] == 0
-    assert "classification/c: 2 examples have no label and are left" in capsys.readouterr().err
+    assert "classification/c: skipped 2 examples without label" in capsys.readouterr().err
     task["data"]["split"] = "train"
     with pytest.raises(ValueError, match="no example has a label"):
         runner.run_task(Head(), task, setting)

@@ -1,14 +1,14 @@
 """Bars of long work on a terminal and in a log file."""
 
+import dataclasses
 import io
 import time
 
 import pytest
 from prepare_cases import encode
 
-from coca_jax.data import holdout, prepare
-from coca_jax.data.sources import image_folder
-from coca_jax.data.sources.items import Options
+from coca_jax.data import prepare
+from coca_jax.data.sources import registry
 from coca_jax.evaluation.evaluators import in_batches
 from coca_jax.runtime import activity, progress
 
@@ -88,10 +88,9 @@ def test_a_folder_that_takes_long_to_list_is_said(monkeypatch, capsys, tmp_path)
     (tmp_path / "in/a/1.jpg").write_bytes(encode(1))
     where = "imagefolder", str(tmp_path / "in"), str(tmp_path / "out")
     monkeypatch.setattr(activity, "SAID_EVERY", 0.04)
-    monkeypatch.setattr(image_folder, "plan", slow(image_folder.plan))
-    holdout.of_data(*where[:2], Options())
-    told = capsys.readouterr().err
-    assert f"looking for splits in {where[1]} ... 0 s so far" in told
+    folders = registry.formats()["imagefolder"]
+    slower = dataclasses.replace(folders, plan=slow(folders.plan))
+    monkeypatch.setitem(registry.formats(), "imagefolder", slower)
     assert prepare.prepare(*where, processes=1, progress=False)["written"] == 1
     told = capsys.readouterr().err
     assert f"looking through {where[1]} ... 0 s so far" in told

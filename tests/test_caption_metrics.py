@@ -193,7 +193,7 @@ def test_spice_gives_a_figure_an_image(java_metrics):
         cm.spice(["a"], [["a"]])
     (java_metrics / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar").touch()
     assert cm.spice(["a", "b", "c"], [["a"], ["a"], []]).tolist() == [1.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="SPICE did not run: no java"):
+    with pytest.raises(ValueError, match="SPICE.*no java"):
         cm.spice(["fall"], [["a"]])
     (java_metrics.parent / "bin" / "java").unlink()
     os.environ["PATH"] = str(java_metrics.parent / "bin")

@@ -302,7 +302,9 @@ def test_onnx_without_its_packages_is_a_line_before_any_work(monkeypatch, tmp_pa
 
 def test_the_command_writes_each_format_and_refuses_the_rest(monkeypatch, tmp_path, capsys):
     """What it asks of what writes; that is tested above and in test_hub.py."""
-    loaded = types.SimpleNamespace(captions=None, params={}, head_kind=None, step=None)
+    loaded = types.SimpleNamespace(
+        captions=None, params={}, head_kind=None, step=None, config=typed(tiny_config())
+    )
     calls = []
 
     def writes(*given, **how):

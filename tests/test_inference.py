@@ -15,6 +15,7 @@ from one_device import models_on_one  # noqa: F401
 from PIL import Image
 
 from coca_jax import inference, ops
+from coca_jax.config import typed
 from coca_jax.data import prompts, vocabulary
 from coca_jax.inference import export_folder, loading, tokenization
 from coca_jax.inference.generation.config import own_seeds
@@ -409,6 +410,6 @@ def test_a_run_without_its_vocabulary_says_what_is_missing(tmp_path, monkeypatch
     from coca_jax.checkpoints import manager
 
     monkeypatch.setattr(manager, "find_step", lambda path: (tmp_path / "checkpoints", 1))
-    monkeypatch.setattr(manager, "load_step", lambda path: ({}, None, 1))
+    monkeypatch.setattr(manager, "load_step", lambda path: ({}, typed(tiny_config()), 1))
     with pytest.raises(FileNotFoundError, match="vocabulary.model is missing, the run's own"):
         loading._read_run(str(tmp_path))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from coca_jax.cli import prepare
 from coca_jax.data import filters
+from coca_jax.data import prepare as shards
 from coca_jax.data.batches import open_stream
 from coca_jax.data.sources import array_record, files
 from coca_jax.recipes import base
@@ -86,7 +87,7 @@ def test_an_interrupted_import_goes_on_in_the_bucket(bucket, monkeypatch):
     for number in range(3):
         system.pipe_file(f"bucket/more/{number}.tar", _tar(number * 4, 4))
     out, written = f"{bucket}/prepared/more", []
-    whole = prepare.shards.write
+    whole = shards.write
 
     def dies(job, report):
         if len(written) == 2:
@@ -94,11 +95,11 @@ def test_an_interrupted_import_goes_on_in_the_bucket(bucket, monkeypatch):
         written.append(job.number)
         return whole(job, report)
 
-    monkeypatch.setattr(prepare.shards, "write", dies)
+    monkeypatch.setattr(shards, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         _prepare("webdataset", f"{bucket}/more", out)
     monkeypatch.setattr(
-        prepare.shards,
+        shards,
         "write",
         lambda job, report: written.append(job.number) or whole(job, report),
     )

@@ -8,7 +8,7 @@ from conftest import tiny_config
 from optimizer_cases import KEY
 
 from coca_jax.config import typed
-from coca_jax.models import coca, param_groups
+from coca_jax.models import coca, network, param_groups
 from coca_jax.models.layers import Part
 from coca_jax.parallel import sharding
 from coca_jax.training import optimizer, recipes
@@ -81,8 +81,8 @@ def test_every_parameter_of_every_recipe_has_a_role():
     kinds = {re.sub(SIZE, "", text): model for text, model in models.items()}
     assert 5 < len(kinds) < len(models)
     for model in kinds.values():
-        module = coca.build(model, sigmoid=True)
-        params = jax.eval_shape(lambda m=module: sharding.unbox(coca.init(m, KEY)))
+        module = network.build(model, sigmoid=True)
+        params = jax.eval_shape(lambda m=module: sharding.unbox(network.init(m, KEY)))
         found = jax.tree.leaves(param_groups.map_with_roles(lambda role, _: role.kind, params))
         assert set(found) - {"bias"} == {"kernel", "norm", "table"}
         assert ("bias" in found) == model.bias

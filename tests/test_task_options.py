@@ -51,7 +51,7 @@ WRONG = [
         "unknown field 'num_beam'. Did you mean 'num_beams'",
     ),
     (dict(kind="captioning", decode=dict(num_beams=3.5)), "num_beams=3.5: give a whole number"),
-    (dict(kind="captioning", decode=dict(num_beams=0)), "decode: num_beams=0: must be at least 1"),
+    (dict(kind="captioning", decode=dict(num_beams=0)), "decode: num_beams=0"),
     (dict(kind="knn", train_limit=-1), "train_limit=-1: give a whole number from 0"),
     (dict(kind="knn", train=dict(path="no/such")), "data source no/such"),
 ]

@@ -64,7 +64,8 @@ for folder in sys.argv[1:]:
 RECIPES = sorted(
     name
     for _, name, _ in pkgutil.iter_modules(recipes.__path__)
-    if name not in ("base", "adapt")  # what recipes are made from
+    # What recipes are made from; a dual encoder, which this layout does not hold.
+    if name not in ("base", "adapt", "finetune_towers")
 )
 LAYOUTS = {  # options that no recipe has, on the model of tiny.py
     "registers_grouped_heads_layer_scale": {
