@@ -151,13 +151,15 @@ class Captioner:
         with self.timed("scores"):
             every = [text for several in texts for text in several]
             captions = model.encode_text(every)
-            originals_rows = model.encode_text([text for several in originals for text in several])
+            original_embeddings = model.encode_text(
+                [text for several in originals for text in several]
+            )
         owners = firsts(content_digest(picture.pixels[0]) for picture in pictures)
         wrong = selection.of_part(texts, originals, finished, images, captions, owners)
         found, at, first = [], 0, 0
         for i, picture in enumerate(pictures):
             own = captions[at : at + len(texts[i])]
-            known = originals_rows[first : first + len(originals[i])]
+            known = original_embeddings[first : first + len(originals[i])]
             at, first = at + len(own), first + len(known)
             for one, score, marks in zip(written[i], own @ images[i], wrong[i]):
                 one.update(score=_short(score), flags=marks)
@@ -179,7 +181,9 @@ class Captioner:
         texted = [i for i in np.unique(owners) if originals[i]]
         if texted:
             share, count = selection.match(
-                images[texted], originals_rows[firsts_of[texted]], [originals[i][0] for i in texted]
+                images[texted],
+                original_embeddings[firsts_of[texted]],
+                [originals[i][0] for i in texted],
             )
             figures |= dict(match=round(share, 3), matched=count) if count else {}
         if look and not self._api:  # which has no likelihood of a caption
