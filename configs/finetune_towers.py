@@ -3,8 +3,8 @@
 coca-jax convert --input=ViT-B-32:openai --out=weights
 coca-jax train --config=finetune_towers:weights --data=data/captions --workdir=runs/tuned
 
-All of both towers is trained. --config.optimizer.image_learning_rate=0 locks the image side up to
-its embedding (LiT, Zhai et al. 2022), text_learning_rate=0 the text side.
+Trains both towers in full. --config.optimizer.image_learning_rate=0 locks the image side up to its
+embedding (LiT, Zhai et al. 2022); text_learning_rate=0 locks the text side.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
-"""Any model of the framework by its configuration: a captioner, or two towers without a decoder.
+"""The model of a configuration: a captioner, a dual encoder or an image encoder alone.
 
-Both classes take the same inputs and give `coca.Outputs`, and their parameters have the same names,
-so that training, checkpoints and evaluation know only this module.
+Captioners and dual encoders take the same inputs, return `coca.Outputs` and name their parameters
+alike, so training, checkpoints and evaluation need only this module.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def build(
     head: Head | None = None,
     num_classes: int = 0,
 ) -> Any:
-    """The module that `config.model` describes, of the class that its family has; see `coca.build`.
+    """Builds the Flax module for `model.family`; see `coca.build` for the arguments.
 
-    A family without a decoder has no layers for other losses than the contrastive one, and no task
-    head; `Config.check` refuses runs that ask for them.
+    Families without a decoder support only the contrastive loss and no task head; `Config.check`
+    refuses other runs.
     """
     if model.family == "coca":
         return coca.build(
